@@ -1,0 +1,507 @@
+"""The configuration of a run: frozen dataclasses, read from TOML, overridden on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from hvdrec.errors import UserError, choices
+from hvdrec.schema import Feature, Schema
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Directories of a run, relative to the current directory. An empty one lies in `work`."""
+
+    raw: str = "data"
+    """Where the raw tables are."""
+    work: str = "runs/default"
+    """Where the stages write: samples/, features/, run/, bundle/."""
+    samples: str = ""
+    """Labelled samples (default WORK/samples)."""
+    features: str = ""
+    """Fitted graph and encoded shards (default WORK/features)."""
+    run: str = ""
+    """Checkpoints and logs of training (default WORK/run)."""
+    bundle: str = ""
+    """What is served (default WORK/bundle)."""
+
+    def of(self, stage: Literal["samples", "features", "run", "bundle"]) -> Path:
+        """Return the directory of a stage."""
+        return Path(getattr(self, stage) or Path(self.work) / stage)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How samples are divided into train, validation and test."""
+
+    method: Literal["temporal", "random", "random-per-user", "leave-last-out"] = "temporal"
+    """temporal: train strictly before validation strictly before test. random: any row anywhere.
+    random-per-user: random within each user. leave-last-out: a user's last row is test, the one
+    before validation."""
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, validation and test; not used by leave-last-out or with boundaries."""
+    column: str = ""
+    """temporal: the column that orders rows; empty takes samples.time."""
+    boundaries: tuple[float, ...] = ()
+    """temporal: last value of train and last value of validation in that column; empty: fractions."""
+    seed: int = 0
+    """Seed of the random methods."""
+
+
+@dataclass(frozen=True)
+class History:
+    """A sequence feature made of what the user did strictly before the sample."""
+
+    name: str
+    """Name of the column, which a feature of kind 'sequence' reads."""
+    where: str = ""
+    """SQL predicate over the interactions that count (empty: those with label 1)."""
+    length: int = 50
+    """How many of the latest are kept."""
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Sampled negatives for logs that hold only what people did."""
+
+    per_positive: int = 0
+    """How many to draw for each positive row; 0 draws none."""
+    within: tuple[str, ...] = ()
+    """Columns that a negative shares with its positive: candidates are the items that occur with
+    the same values there and that the user did not take with these values."""
+    seed: int = 0
+    """Seed of the draw."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """A further table whose columns are joined to the samples (and the sampled negatives)."""
+
+    table: str
+    """CSV or Parquet file, relative to paths.raw."""
+    on: tuple[str, ...]
+    """Columns that both have; a sample takes the row with equal values, or nulls."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How labelled samples are made of raw tables. SQL is DuckDB's."""
+
+    interactions: str = ""
+    """Table of what was shown or done (CSV or Parquet, a glob is allowed), relative to paths.raw."""
+    users: str = ""
+    """Table with one row per user, joined by the user key; optional."""
+    items: str = ""
+    """Table with one row per item: the catalogue, joined by the item key; optional."""
+    user: str = "user_id"
+    """Column of the user key."""
+    item: str = "item_id"
+    """Column of the item key."""
+    time: str = ""
+    """Column of the time (integer, float, date or timestamp); needed by temporal splits and history."""
+    title: str = ""
+    """Column of the item table that names an item to people; optional."""
+    label: str = "label"
+    """SQL expression that gives 0 or 1 (or a boolean)."""
+    weight: str = ""
+    """SQL expression of the sample's weight, not negative; empty means 1."""
+    drop: str = ""
+    """SQL predicate: rows that are left out altogether."""
+    derive: dict[str, str] = field(default_factory=dict)
+    """New columns: name = SQL expression over the interactions and the joined tables."""
+    joins: tuple[Join, ...] = ()
+    """Further tables, joined in this order."""
+    negatives: Negatives = Negatives()
+    """Sampled negatives."""
+    history: tuple[History, ...] = ()
+    """Sequences of what the user did before."""
+    split: Split = Split()
+    """Train, validation and test."""
+
+
+@dataclass(frozen=True)
+class Encode:
+    """How shards are written."""
+
+    shard_rows: int = 131_072
+    """Most rows of a shard; shards of a split differ by at most one row."""
+    row_group_rows: int = 16_384
+    """Most rows of a row group, the unit of reading."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How shards are read."""
+
+    shuffle_rows: int = 262_144
+    """Rows among which a rank shuffles; several row groups are mixed in this window."""
+    workers: int = 2
+    """Reading threads of a rank."""
+    prefetch: int = 4
+    """Batches held ready."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Shape of the user and the item tower."""
+
+    hidden: tuple[int, ...] = (128,)
+    """Widths of the hidden layers of its MLP; empty for a linear tower."""
+    output: int = 64
+    """Width of the user and item embeddings that are stored and served."""
+    normalize: bool = False
+    """Whether its output has L2 norm 1."""
+    dropout: float = 0.0
+    """Dropout after each hidden layer."""
+    input_dropout: float = 0.0
+    """Dropout of the tower's concatenated inputs."""
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Shape of the ranker over user embedding, item embedding, their product and the scene."""
+
+    hidden: tuple[int, ...] = (256, 128)
+    """Widths of its hidden layers."""
+    dropout: float = 0.0
+    """Dropout after each hidden layer."""
+    cross_layers: int = 0
+    """DCN-V2 cross layers over its input, beside the MLP; 0 for none."""
+    direct: tuple[str, ...] = ()
+    """User and item features embedded directly into the ranker, beside the towers' output."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of the model."""
+
+    dimension: int = 16
+    """Width of an embedding where its feature names none."""
+    unknown_rate: float = 0.0
+    """Share of a known categorical value that training replaces by the unknown code, so that the
+    unknown embedding is trained."""
+    tower: Tower = Tower()
+    """The two towers."""
+    ranker: Ranker = Ranker()
+    """The ranker."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """How the model is trained."""
+
+    objective: Literal["retrieval", "ranking", "joint"] = "joint"
+    """retrieval: in-batch softmax. ranking: binary cross-entropy. joint: their weighted sum."""
+    retrieval_weight: float = 0.1
+    """joint only: the retrieval loss's factor."""
+    batch_size: int = 8192
+    """Rows of a step over all ranks together."""
+    epochs: int = 10
+    """Most passes over the training split."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of dense weights (no embeddings, no biases)."""
+    embedding_l2: float = 0.0
+    """L2 penalty on the vectors looked up in a step: half this factor times the mean over samples
+    of their squared norms."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How it falls after the warm-up until the last step of the last epoch."""
+    clip_norm: float = 0.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    temperature: float = 0.1
+    """Divisor of the retrieval logits."""
+    logq: bool = True
+    """Whether in-batch negatives are corrected by the log of their sampling probability."""
+    remove_accidental_hits: bool = True
+    """Whether negatives that equal the row's own item are removed."""
+    metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg"] = "auto"
+    """Validation metric for early stopping; auto: auc, or recall for retrieval alone."""
+    patience: int = 2
+    """Validations without a better metric after which training stops."""
+    validate_every: int = 1
+    """Epochs between validations."""
+    log_every: int = 50
+    """Steps between JSON log lines."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: at the end of each epoch only."""
+    keep: int = 2
+    """Checkpoints that are kept beside the best."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes the rank's own GPU where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the MLPs (autocast)."""
+    threads: int = 0
+    """CPU threads of a rank; 0: the machine's cores over the ranks on it."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What evaluation reports."""
+
+    k: tuple[int, ...] = (10, 50)
+    """Cut-offs of the retrieval metrics; the first also serves early stopping."""
+    threshold: float = 0.5
+    """Score from which a sample counts as predicted positive."""
+    beta: float = 1.0
+    """Weight of recall in F-beta."""
+    batch_size: int = 32_768
+    """Rows scored at a time by a rank."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """How the bundle is made."""
+
+    parity_rows: int = 10_000
+    """Held-out rows that enter as raw values and must score as in torch."""
+    tolerance: float = 1e-5
+    """Largest allowed difference of a score."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, from raw tables to a bundle."""
+
+    name: str
+    """Name of the run, for people."""
+    features: tuple[Feature, ...]
+    """The features; see schema.Feature."""
+    seed: int = 0
+    """Seed of initial weights, order and dropout."""
+    paths: Paths = Paths()
+    """Directories."""
+    samples: Samples = Samples()
+    """Raw tables to samples."""
+    encode: Encode = Encode()
+    """Samples to shards."""
+    loader: Loader = Loader()
+    """Shards to batches."""
+    model: Model = Model()
+    """The model."""
+    train: Train = Train()
+    """Training."""
+    evaluate: Evaluate = Evaluate()
+    """Evaluation."""
+    export: Export = Export()
+    """Export."""
+
+    def __post_init__(self) -> None:
+        for requirement, text in _requirements(self):
+            if not requirement:
+                raise UserError(text)
+        _ = self.schema
+
+    @property
+    def schema(self) -> Schema:
+        """The features with the keys of users and items."""
+        return Schema(self.features, self.samples.user, self.samples.item)
+
+
+def load(path: Path) -> Config:
+    """Read a run's configuration from a TOML file.
+
+    Raises UserError, with the file's name in front, for a file that cannot be read, that is no
+    TOML, or that holds an unknown key, a wrong type or a value that is not allowed.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the TOML file of a run") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: no valid TOML: {error}") from None
+    try:
+        return from_dict(Config, raw)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
+    """Return the configuration with command-line overrides such as ``--train.batch-size 8192``."""
+    import tyro
+
+    overridable = cast(Any, tyro.conf.configure(tyro.conf.SuppressFixed)(Config))
+    return cast(
+        Config,
+        tyro.cli(
+            overridable,
+            default=config,
+            args=list(arguments),
+            prog=prog,
+            config=(tyro.conf.FlagConversionOff,),
+        ),
+    )
+
+
+def to_dict(value: Any) -> Any:
+    """Return nested dataclasses as dicts, lists and scalars, ready for JSON; None is left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((f.name, to_dict(getattr(value, f.name))) for f in dataclasses.fields(value))
+        return {name: plain for name, plain in pairs if plain is not None}
+    if isinstance(value, Mapping):
+        return {key: to_dict(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def from_dict(kind: type[T], raw: Any, where: str = "") -> T:
+    """Build a dataclass from plain values, strictly.
+
+    Raises UserError that names the key (dotted, from the root), the value and what is allowed.
+    """
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where or 'the file'}: must be a table, is {_shown(raw)}")
+    hints = get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, kind))}
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"unknown key '{_join(where, key)}'; known: {choices(fields)}{hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in raw:
+            raise UserError(f"key '{_join(where, name)}' is missing; it must be given")
+    values = {key: _convert(hints[key], item, _join(where, key)) for key, item in raw.items()}
+    return kind(**values)
+
+
+def _convert(kind: Any, raw: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(cast(type[Any], kind), raw, where)
+    if origin is Literal:
+        if raw not in arguments or isinstance(raw, bool):
+            raise UserError(f"{where} = {_shown(raw)}: allowed are {choices(arguments)}")
+        return raw
+    if origin in (Union, types.UnionType):
+        for option in arguments:
+            if option is not type(None) and type(raw) is option:
+                return raw
+        names = [option.__name__ for option in arguments if option is not type(None)]
+        raise UserError(f"{where} = {_shown(raw)}: allowed types are {choices(names)}")
+    if origin is tuple:
+        if not isinstance(raw, list):
+            raise UserError(f"{where} = {_shown(raw)}: must be a list")
+        if arguments[-1] is not Ellipsis and len(raw) != len(arguments):
+            raise UserError(f"{where} = {_shown(raw)}: must hold {len(arguments)} values")
+        kinds = [arguments[0]] * len(raw) if arguments[-1] is Ellipsis else list(arguments)
+        return tuple(
+            _convert(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, raw, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(raw, Mapping):
+            raise UserError(f"{where} = {_shown(raw)}: must be a table")
+        return {key: _convert(arguments[1], item, _join(where, key)) for key, item in raw.items()}
+    if kind is float and type(raw) is int:
+        return float(raw)
+    if type(raw) is not kind:
+        raise UserError(f"{where} = {_shown(raw)}: must be of type {kind.__name__}")
+    return raw
+
+
+def _requirements(config: Config) -> list[tuple[bool, str]]:
+    """List what must hold between values, each with the line that says so."""
+    train, split, loader = config.train, config.samples.split, config.loader
+    positive: list[tuple[str, float]] = [
+        ("train.batch_size", train.batch_size),
+        ("train.epochs", train.epochs),
+        ("train.learning_rate", train.learning_rate),
+        ("train.temperature", train.temperature),
+        ("train.patience", train.patience),
+        ("train.validate_every", train.validate_every),
+        ("train.log_every", train.log_every),
+        ("train.keep", train.keep),
+        ("encode.shard_rows", config.encode.shard_rows),
+        ("encode.row_group_rows", config.encode.row_group_rows),
+        ("loader.shuffle_rows", loader.shuffle_rows),
+        ("loader.workers", loader.workers),
+        ("loader.prefetch", loader.prefetch),
+        ("model.dimension", config.model.dimension),
+        ("model.tower.output", config.model.tower.output),
+        ("evaluate.batch_size", config.evaluate.batch_size),
+        ("evaluate.beta", config.evaluate.beta),
+        ("export.parity_rows", config.export.parity_rows),
+        *((f"evaluate.k[{i}]", k) for i, k in enumerate(config.evaluate.k)),
+        *((f"samples.history[{i}].length", h.length) for i, h in enumerate(config.samples.history)),
+        *((f"model.tower.hidden[{i}]", w) for i, w in enumerate(config.model.tower.hidden)),
+        *((f"model.ranker.hidden[{i}]", w) for i, w in enumerate(config.model.ranker.hidden)),
+    ]
+    shares: list[tuple[str, float]] = [
+        ("model.unknown_rate", config.model.unknown_rate),
+        ("model.tower.dropout", config.model.tower.dropout),
+        ("model.tower.input_dropout", config.model.tower.input_dropout),
+        ("model.ranker.dropout", config.model.ranker.dropout),
+    ]
+    not_negative: list[tuple[str, float]] = [
+        ("train.weight_decay", train.weight_decay),
+        ("train.embedding_l2", train.embedding_l2),
+        ("train.warmup_steps", train.warmup_steps),
+        ("train.clip_norm", train.clip_norm),
+        ("train.retrieval_weight", train.retrieval_weight),
+        ("train.checkpoint_every", train.checkpoint_every),
+        ("train.threads", train.threads),
+        ("model.ranker.cross_layers", config.model.ranker.cross_layers),
+        ("samples.negatives.per_positive", config.samples.negatives.per_positive),
+    ]
+    names = [feature.name for feature in config.features]
+    sided = [feature.name for feature in config.features if feature.side != "scene"]
+    return [
+        (bool(config.features), "features: none are declared; add at least one [[features]] table"),
+        *((value > 0, f"{key} = {value}: must be greater than 0") for key, value in positive),
+        *((value >= 0, f"{key} = {value}: must not be negative") for key, value in not_negative),
+        *((0 <= value < 1, f"{key} = {value}: must be in [0, 1)") for key, value in shares),
+        (
+            0 <= config.evaluate.threshold <= 1,
+            f"evaluate.threshold = {config.evaluate.threshold}: must be in [0, 1]",
+        ),
+        (bool(config.evaluate.k), "evaluate.k = []: give at least one cut-off"),
+        (
+            all(share > 0 for share in split.fractions) and abs(sum(split.fractions) - 1) < 1e-9,
+            f"samples.split.fractions = {list(split.fractions)}: must be positive and sum to 1",
+        ),
+        (
+            len(split.boundaries) in (0, 2),
+            f"samples.split.boundaries = {list(split.boundaries)}: give two values or none",
+        ),
+        *(
+            (
+                name in sided,
+                f"model.ranker.direct: '{name}' is no user or item feature; known: {choices(sided)}",
+            )
+            for name in config.model.ranker.direct
+        ),
+        *(
+            (
+                history.name in names and config.schema[history.name].kind == "sequence",
+                f"samples.history: no feature of kind 'sequence' is named '{history.name}'",
+            )
+            for history in config.samples.history
+        ),
+    ]
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it would stand in TOML, shortened."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

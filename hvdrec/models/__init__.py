@@ -1,0 +1,1 @@
+"""Towers, ranker and losses in plain torch."""

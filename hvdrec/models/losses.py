@@ -1,0 +1,63 @@
+"""Losses as weighted sums over a rank's rows, ready to be divided by the global weight.
+
+Shapes: B rows of this rank, C candidate items of all ranks, D width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def binary_cross_entropy(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Return the weighted sum of the log losses of B logits against labels 0 or 1 (a scalar)."""
+    return functional.binary_cross_entropy_with_logits(logit, label, weight=weight, reduction="sum")
+
+
+def without_accidental_hits(
+    logits_BC: Tensor, own_B: Tensor, item_B: Tensor, item_C: Tensor
+) -> Tensor:
+    """Mask (-inf) candidates that are the row's own item, except the one at the row's column.
+
+    own_B: int64, the column of each row's own item; item_B, item_C: int64 item indices.
+    """
+    same = item_B.unsqueeze(1) == item_C.unsqueeze(0)
+    same.scatter_(1, own_B.unsqueeze(1), False)
+    return logits_BC.masked_fill(same, -torch.inf)
+
+
+def with_logq(logits_BC: Tensor, log_probability_C: Tensor) -> Tensor:
+    """Subtract the log of each candidate's probability of being drawn into the batch.
+
+    Source: Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019, equation 4.
+    """
+    return logits_BC - log_probability_C
+
+
+def in_batch_softmax(
+    user_BD: Tensor,
+    item_CD: Tensor,
+    weight_B: Tensor,
+    *,
+    own_B: Tensor,
+    item_B: Tensor,
+    item_C: Tensor,
+    temperature: float,
+    log_probability_C: Tensor | None = None,
+    remove_accidental_hits: bool = True,
+) -> Tensor:
+    """Return the weighted sum of the in-batch softmax losses of B positive rows (a scalar).
+
+    user_BD: embeddings of the rows' users; item_CD: embeddings of the items of all ranks' positive
+    rows, the negatives of each other; weight_B: the rows' weights; own_B: int64, each row's column
+    among the C; item_B, item_C: int64 item indices.
+    """
+    logits_BC = user_BD @ item_CD.T
+    logits_BC = logits_BC.to(weight_B.dtype) / temperature
+    if log_probability_C is not None:
+        logits_BC = with_logq(logits_BC, log_probability_C)
+    if remove_accidental_hits:
+        logits_BC = without_accidental_hits(logits_BC, own_B, item_B, item_C)
+    losses_B = functional.cross_entropy(logits_BC, own_B, reduction="none")
+    return (losses_B * weight_B).sum()

@@ -1,0 +1,165 @@
+"""Two towers and a ranker over what they give out.
+
+Shapes: N rows, D the towers' output width (``model.tower.output``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hvdrec.config import Config
+from hvdrec.config import Ranker as RankerShape
+from hvdrec.config import Tower as TowerShape
+from hvdrec.models.layers import CrossNetwork, mlp
+from hvdrec.models.tables import EmbeddingTables
+from hvdrec.schema import Feature, Schema
+
+Codes = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass over a batch gives.
+
+    user, item: [N, D] tower embeddings; logit: [N] of the ranker; squared_norm: [N], the sum of
+    the squared entries of all vectors that were looked up for the row.
+    """
+
+    user: Tensor
+    item: Tensor
+    logit: Tensor
+    squared_norm: Tensor
+
+
+class Tower(nn.Module):
+    """An MLP over the concatenated vectors of one side's features: [N, width] -> [N, D]."""
+
+    def __init__(self, width: int, shape: TowerShape) -> None:
+        super().__init__()
+        self.normalize = shape.normalize
+        self.input_dropout = nn.Dropout(shape.input_dropout)
+        self.hidden, last = mlp(width, shape.hidden, shape.dropout)
+        self.head = nn.Linear(last, shape.output)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        out: Tensor = self.head(self.hidden(self.input_dropout(vectors)))
+        return functional.normalize(out, dim=-1) if self.normalize else out
+
+
+class Ranker(nn.Module):
+    """A DNN over [user, item, user * item, scene, direct vectors], beside optional cross layers."""
+
+    def __init__(self, width: int, shape: RankerShape) -> None:
+        super().__init__()
+        self.hidden, last = mlp(width, shape.hidden, shape.dropout)
+        self.cross = CrossNetwork(width, shape.cross_layers) if shape.cross_layers else None
+        self.head = nn.Linear(last + (width if self.cross is not None else 0), 1)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        deep = self.hidden(vectors)
+        if self.cross is not None:
+            deep = torch.cat([self.cross(vectors), deep], dim=-1)
+        logit: Tensor = self.head(deep)
+        return logit.squeeze(-1)
+
+
+class Recommender(nn.Module):
+    """The whole model.
+
+    What is stored and served of a user (an item) is its *representation*: the tower's embedding
+    [N, D], followed by the vectors of the features that go directly into the ranker.
+    With the objective ``retrieval`` there is no ranker; the logit is then the towers' inner product
+    over the temperature.
+    """
+
+    def __init__(self, config: Config, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        schema, model = config.schema, config.model
+        self.schema: Schema = schema
+        self.temperature = config.train.temperature
+        self.output_width = model.tower.output
+        self.tables = EmbeddingTables(schema, sizes, model.dimension, model.unknown_rate)
+        self.user_direct = self._direct(model.ranker.direct, schema.side("user"))
+        self.item_direct = self._direct(model.ranker.direct, schema.side("item"))
+        self.user_tower = Tower(self._width(schema.side("user")), model.tower)
+        self.item_tower = Tower(self._width(schema.side("item")), model.tower)
+        width = 3 * model.tower.output + self._width(
+            (*self.user_direct, *self.item_direct, *schema.side("scene"))
+        )
+        has_ranker = config.train.objective != "retrieval"
+        self.ranker = Ranker(width, model.ranker) if has_ranker else None
+
+    def user_width(self) -> int:
+        """Return the width of a user's representation."""
+        return self.output_width + self._width(self.user_direct)
+
+    def item_width(self) -> int:
+        """Return the width of an item's representation."""
+        return self.output_width + self._width(self.item_direct)
+
+    def represent_users(self, codes: Codes) -> Tensor:
+        """Return users' representations: codes of user features -> [N, user_width]."""
+        return self._represent(self.user_tower, self.schema.side("user"), self.user_direct, codes)
+
+    def represent_items(self, codes: Codes) -> Tensor:
+        """Return items' representations: codes of item features -> [N, item_width]."""
+        return self._represent(self.item_tower, self.schema.side("item"), self.item_direct, codes)
+
+    def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
+        """Return the logits [N] of pairs of representations, in the scenes ``codes`` tells."""
+        scene = self.tables(self.schema.side("scene"), codes)
+        return self._logit(user, item, scene)
+
+    def forward(self, codes: Codes) -> Output:
+        """Return embeddings and logits of a batch; ``codes`` holds every feature's input."""
+        users = self.tables(self.schema.side("user"), codes)
+        items = self.tables(self.schema.side("item"), codes)
+        scene = self.tables(self.schema.side("scene"), codes)
+        user = self._joined(self.user_tower, users, self.user_direct)
+        item = self._joined(self.item_tower, items, self.item_direct)
+        looked_up = [
+            vectors[feature.name]
+            for vectors in (users, items, scene)
+            for feature in self.schema.features
+            if feature.name in vectors and feature.is_embedded
+        ]
+        squared_norm = torch.stack([v.square().sum(dim=-1) for v in looked_up]).sum(dim=0)
+        return Output(
+            user[:, : self.output_width],
+            item[:, : self.output_width],
+            self._logit(user, item, scene),
+            squared_norm,
+        )
+
+    def _represent(
+        self, tower: Tower, side: tuple[Feature, ...], direct: tuple[Feature, ...], codes: Codes
+    ) -> Tensor:
+        return self._joined(tower, self.tables(side, codes), direct)
+
+    def _joined(
+        self, tower: Tower, vectors: dict[str, Tensor], direct: tuple[Feature, ...]
+    ) -> Tensor:
+        embedding = tower(torch.cat(list(vectors.values()), dim=-1))
+        if not direct:
+            return embedding
+        return torch.cat([embedding, *(vectors[feature.name] for feature in direct)], dim=-1)
+
+    def _logit(self, user: Tensor, item: Tensor, scene: dict[str, Tensor]) -> Tensor:
+        width = self.output_width
+        product = user[:, :width] * item[:, :width]
+        if self.ranker is None:
+            return product.sum(dim=-1) / self.temperature
+        logit: Tensor = self.ranker(torch.cat([user, item, product, *scene.values()], dim=-1))
+        return logit
+
+    def _width(self, features: tuple[Feature, ...]) -> int:
+        return sum(self.tables.width(feature) for feature in features)
+
+    @staticmethod
+    def _direct(names: tuple[str, ...], side: tuple[Feature, ...]) -> tuple[Feature, ...]:
+        return tuple(feature for feature in side if feature.name in names)

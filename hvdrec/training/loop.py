@@ -1,0 +1,310 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hvdrec.artifacts import read_manifest, write_text
+from hvdrec.config import Config, to_dict
+from hvdrec.errors import UserError
+from hvdrec.evaluation.evaluate import validation_metric
+from hvdrec.features.fit import Fitted
+from hvdrec.loader import ShardLoader
+from hvdrec.models.recommender import Recommender
+from hvdrec.order import Progress
+from hvdrec.parallel import ranks
+from hvdrec.parallel.gradients import broadcast_state, global_sum
+from hvdrec.parallel.ranks import World
+from hvdrec.training import checkpoint
+from hvdrec.training.checkpoint import CONFIG_FILE, Position
+from hvdrec.training.log import TrainingLog
+from hvdrec.training.objective import compute_gradients
+from hvdrec.training.optimizer import (
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+
+
+@dataclass
+class _Sums:
+    """What is added up between two log lines."""
+
+    losses: Tensor
+    steps: int = 0
+    rows: int = 0
+    started: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that stays the same during training."""
+
+    config: Config
+    world: World
+    device: torch.device
+    run: Path
+    model: Recommender
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    loader: ShardLoader
+    log_probability: Tensor | None
+    log: TrainingLog
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train a model on the encoded shards and return what the run came to.
+
+    Runs alone or on every rank of a Horovod job alike. Writes the run directory (see
+    `checkpoint`); with `resume` it goes on from the latest checkpoint, if there is one, and with
+    `overwrite` an earlier run is removed first. Raises UserError before anything is written if the
+    shards are missing or do not fit, or if the directory is taken.
+    """
+    world = ranks.init()
+    run = config.paths.of("run")
+    resuming = ranks.together(lambda: _check(config, run, resume=resume, overwrite=overwrite))
+    if world.is_first:
+        _prepare_directory(run, config, overwrite=overwrite and not resuming)
+    ranks.barrier()
+    set_threads(config, world)
+    device = pick_device(config, world)
+    loader = ranks.together(lambda: _loader(config, world, device))
+    torch.manual_seed(config.seed)
+    model = Recommender(config, Fitted.load(config.paths.of("features")).sizes)
+    optimizer = make_optimizer(model, config.train)
+    position = checkpoint.restore(run, model, optimizer) if resuming else Position()
+    broadcast_state(dict(model.state_dict()))
+    model.to(device)
+    with TrainingLog(run, is_first=world.is_first, rows_per_epoch=loader.rows) as log:
+        job = _Job(
+            config,
+            world,
+            device,
+            run,
+            model,
+            list(model.parameters()),
+            optimizer,
+            loader,
+            _log_probability(config, device),
+            log,
+        )
+        log.write(
+            "start",
+            world_size=world.size,
+            device=str(device),
+            rows=loader.rows,
+            parameters=sum(parameter.numel() for parameter in job.parameters),
+            step=position.step,
+        )
+        position = _run_epochs(job, position)
+        log.write("end", step=position.step, best=position.best, best_step=position.best_step)
+    metric = metric_name(config)
+    return {
+        "run": str(run),
+        "steps": position.step,
+        "epochs": position.epoch,
+        "world_size": world.size,
+        "validation": {metric: position.best, "step": position.best_step},
+    }
+
+
+def metric_name(config: Config) -> str:
+    """Return the name of the validation metric that early stopping watches."""
+    if config.train.metric != "auto":
+        name = config.train.metric
+    else:
+        name = "recall" if config.train.objective == "retrieval" else "auc"
+    return f"{name}@{config.evaluate.k[0]}" if name in ("recall", "ndcg") else name
+
+
+def pick_device(config: Config, world: World) -> torch.device:
+    """Return where this rank computes: its own GPU, by its rank on the host, or the CPU."""
+    wanted = config.train.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("train.device = 'cuda': no GPU is visible here; use 'cpu' or 'auto'")
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(config: Config, world: World) -> None:
+    """Give this rank its share of the machine's CPU threads."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.train.threads or max(1, cores // world.local_size))
+    # Decaying weights reach denormal numbers, on which CPUs are many times slower.
+    torch.set_flush_denormal(True)
+
+
+def _check(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Check what can be checked before anything is written; return whether the run is resumed."""
+    features = config.paths.of("features")
+    manifest = read_manifest(features, "features")
+    if manifest.meta["config"]["features"] != to_dict(config.features):
+        raise UserError(
+            f"{features}: was encoded with other [[features]] than the configuration now has; "
+            "run hvdrec prepare again"
+        )
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    if checkpoint.has_checkpoint(run) and resume:
+        return True
+    if run.exists() and any(run.iterdir()) and not overwrite and not resume:
+        raise UserError(
+            f"{run}: already holds a run; pass --resume to go on or --overwrite to start anew"
+        )
+    return False
+
+
+def _prepare_directory(run: Path, config: Config, *, overwrite: bool) -> None:
+    if overwrite and run.exists():
+        if not (run / CONFIG_FILE).is_file() and any(run.iterdir()):
+            raise UserError(f"{run}: is no run of hvdrec; choose another directory")
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / CONFIG_FILE, json.dumps(to_dict(config), indent=1) + "\n")
+
+
+def _loader(config: Config, world: World, device: torch.device) -> ShardLoader:
+    return ShardLoader(
+        config.paths.of("features") / "train",
+        config.schema,
+        batch_size=math.ceil(config.train.batch_size / world.size),
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        shuffle=True,
+        window_rows=config.loader.shuffle_rows,
+        workers=config.loader.workers,
+        prefetch=config.loader.prefetch,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _log_probability(config: Config, device: torch.device) -> Tensor | None:
+    """Return the log of each item's share of the positive training rows, or None if unused."""
+    if config.train.objective == "ranking" or not config.train.logq:
+        return None
+    import pyarrow.parquet as pq
+
+    file = config.paths.of("features") / "items.parquet"
+    counts = pq.read_table(file, columns=["train_count"])["train_count"].to_numpy()
+    share = np.maximum(counts, 1) / max(counts.sum(), 1)
+    return torch.from_numpy(np.log(share)).to(device, torch.float32)
+
+
+def _run_epochs(job: _Job, position: Position) -> Position:
+    train_config = job.config.train
+    while position.epoch < train_config.epochs and not position.finished:
+        position = _run_epoch(job, position)
+        epoch = position.epoch + 1
+        last = epoch == train_config.epochs
+        metrics: dict[str, Any] = {}
+        if epoch % train_config.validate_every == 0 or last:
+            metrics, position = _validate(job, position)
+        stop = position.stale >= train_config.patience
+        position = replace(position, epoch=epoch, past=(), finished=last or stop)
+        _save(job, position, metrics)
+    return position
+
+
+def _run_epoch(job: _Job, position: Position) -> Position:
+    """Train to the end of the epoch under way."""
+    config, loader = job.config.train, job.loader
+    batch_size = loader.batch_size
+    past = position.past
+    done = min(loader.rows, sum(p.world_size * p.batch_size * p.steps for p in past))
+    job.log.start_epoch(position.epoch, done)
+    job.model.train()
+    sums = _Sums(torch.zeros(3, device=job.device), started=time.perf_counter())
+    step = position.step
+    for number, host_batch in enumerate(loader.epoch(position.epoch, past), start=1):
+        batch = host_batch.to(job.device)
+        # A step's random numbers depend on nothing but its place, so that a resumed run repeats them.
+        torch.manual_seed(_step_seed(job.config.seed, step, job.world.rank))
+        progress = (position.epoch + done / loader.rows) / config.epochs
+        set_learning_rate(job.optimizer, learning_rate(config, step, progress))
+        job.optimizer.zero_grad(set_to_none=True)
+        loss = compute_gradients(job.model, batch, config, job.log_probability, job.parameters)
+        if config.clip_norm > 0:
+            clip_gradients(job.parameters, config.clip_norm)
+        job.optimizer.step()
+        step += 1
+        rows = batch_size * job.world.size
+        done = min(loader.rows, done + rows)
+        sums.losses += torch.stack([loss.total, loss.ranking, loss.retrieval])
+        sums.steps += 1
+        sums.rows += rows
+        job.log.advance(rows)
+        if step % config.log_every == 0:
+            _log_step(job, sums, step, progress)
+        if config.checkpoint_every and step % config.checkpoint_every == 0:
+            here = (*past, Progress(job.world.size, batch_size, number))
+            _save(job, replace(position, step=step, past=here), {})
+    return replace(position, step=step)
+
+
+def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
+    """Write the means since the last line, over all ranks, and start new ones."""
+    total, ranking, retrieval = (global_sum(sums.losses) / sums.steps).tolist()
+    now = time.perf_counter()
+    job.log.write(
+        "step",
+        step=step,
+        progress=round(progress, 6),
+        loss=total,
+        ranking_loss=ranking,
+        retrieval_loss=retrieval,
+        learning_rate=job.optimizer.param_groups[0]["lr"],
+        rows_per_second=round(sums.rows / (now - sums.started)),
+        reader_wait=round(job.loader.waited_seconds, 3),
+    )
+    sums.losses.zero_()
+    sums.steps = sums.rows = 0
+    sums.started = now
+
+
+def _validate(job: _Job, position: Position) -> tuple[dict[str, Any], Position]:
+    """Evaluate on the validation split; every rank comes to the first rank's verdict."""
+    job.model.eval()
+    name = metric_name(job.config)
+    value, metrics = ranks.broadcast_object(
+        validation_metric(job.model, job.config, name, job.device)
+    )
+    better = position.best is None or (
+        value < position.best if name == "log_loss" else value > position.best
+    )
+    if better:
+        position = replace(position, best=value, best_step=position.step, stale=0)
+    else:
+        position = replace(position, stale=position.stale + 1)
+    job.log.write(
+        "validation", epoch=position.epoch + 1, step=position.step, better=better, **metrics
+    )
+    return metrics, position
+
+
+def _save(job: _Job, position: Position, metrics: dict[str, Any]) -> None:
+    """Let the first rank write a checkpoint while the others wait for it."""
+    if job.world.is_first:
+        checkpoint.save(
+            job.run, position, job.model, job.optimizer, job.config, metrics, job.config.train.keep
+        )
+    ranks.barrier()
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)

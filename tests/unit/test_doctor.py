@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdrec import doctor
+from hvdrec.doctor import Check, Report
+
+NOTHING: dict[str, str | None] = {
+    "numpy": "2.4.0",
+    "torch": None,
+    "horovod": None,
+    "petastorm": None,
+    "pyarrow": None,
+}
+EVERYTHING: dict[str, str | None] = {
+    "numpy": "1.26.4",
+    "torch": "2.13.0+cpu",
+    "horovod": "0.28.1",
+    "petastorm": "0.12.1",
+    "pyarrow": "14.0.2",
+}
+OPEN_MPI_4 = "mpirun (Open MPI) 4.1.8\n\nReport bugs to somebody\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [((3, 10, 2), "problem"), ((3, 11, 0), "ok"), ((3, 11, 9), "ok"), ((3, 12, 1), "warning")],
+)
+def test_python(version: tuple[int, int, int], status: str) -> None:
+    check = doctor.python_check(version)
+    assert (check.status, check.value) == (status, ".".join(map(str, version)))
+    assert bool(check.remedy) == (status != "ok")
+
+
+def test_nothing_works_without_numpy() -> None:
+    assert doctor.scoring_check("numpy", None) == Check(
+        "numpy", "not installed", "problem", "pip install numpy"
+    )
+    assert doctor.scoring_check("numpy", "2.4.0") == Check("numpy", "2.4.0")
+
+
+def test_a_slim_install_is_no_problem_but_says_what_training_needs() -> None:
+    checks = doctor.training_checks(NOTHING)
+    assert [check.name for check in checks] == ["torch", "horovod", "petastorm", "pyarrow"]
+    for check in checks:
+        assert (check.value, check.status) == ("not installed", "warning")
+        assert check.remedy == "scoring does not need it; for training run scripts/install"
+
+
+def test_an_incomplete_training_install_is_a_problem() -> None:
+    checks = doctor.training_checks({**EVERYTHING, "horovod": None})
+    assert checks == [
+        Check("torch", "2.13.0+cpu"),
+        Check("horovod", "not installed", "problem", "run scripts/install"),
+        Check("petastorm", "0.12.1"),
+        Check("pyarrow", "14.0.2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pyarrow", "numpy", "problems"),
+    [
+        ("14.0.2", "1.26.4", []),
+        ("10.0.1", "1.26.4", []),
+        ("15.0.0", "1.26.4", ["petastorm with pyarrow"]),
+        ("21.0.0", "1.26.4", ["petastorm with pyarrow"]),
+        ("14.0.2", "2.0.0", ["petastorm with numpy"]),
+        ("16.1.0", "2.4.6", ["petastorm with pyarrow", "petastorm with numpy"]),
+    ],
+)
+def test_petastorm_against_its_company(pyarrow: str, numpy: str, problems: list[str]) -> None:
+    checks = doctor.petastorm_checks({**EVERYTHING, "pyarrow": pyarrow, "numpy": numpy})
+    assert [check.name for check in checks] == ["petastorm with pyarrow", "petastorm with numpy"]
+    assert [check.name for check in checks if check.status == "problem"] == problems
+    assert all(bool(check.remedy) == (check.name in problems) for check in checks)
+
+
+def test_petastorm_is_not_looked_at_where_it_is_not() -> None:
+    assert doctor.petastorm_checks(NOTHING) == []
+
+
+@pytest.mark.parametrize(
+    ("mpi", "gloo", "statuses"),
+    [
+        (True, True, ["ok", "ok", "ok"]),
+        (True, False, ["ok", "warning", "ok"]),
+        (False, True, ["warning", "ok", "ok"]),
+        (False, False, ["problem", "problem", "ok"]),
+    ],
+)
+def test_transports_of_horovod(mpi: bool, gloo: bool, statuses: list[str]) -> None:
+    checks = doctor.transport_checks(mpi, gloo, nccl=False)
+    assert [check.status for check in checks] == statuses
+    assert [check.value for check in checks] == [
+        "built" if built else "not built" for built in (mpi, gloo, False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("output", "status"),
+    [
+        (OPEN_MPI_4, "ok"),
+        ("mpirun (Open MPI) 5.0.6\n", "problem"),
+        ("mpirun (Open MPI) 10.0.1\n", "problem"),
+        ("HYDRA build details:\n    Version: 4.2.0\n", "warning"),
+        ("", "warning"),
+    ],
+)
+def test_which_mpi(output: str, status: str) -> None:
+    check = doctor.mpirun_check("/opt/bin/mpirun", output, "0.28.1")
+    assert check.status == status
+    assert check.value.startswith("/opt/bin/mpirun: ")
+    assert "\n" not in check.value
+    assert ("Open MPI 4.1" in check.remedy) == (status != "ok")
+
+
+def test_no_mpirun_matters_only_with_horovod() -> None:
+    assert doctor.mpirun_check(None, "", "0.28.1").status == "warning"
+    assert doctor.mpirun_check(None, "", None).status == "ok"
+
+
+def test_mpirun_as_root() -> None:
+    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    assert doctor.root_check(False, {}) == []
+    assert [check.status for check in doctor.root_check(True, allowed)] == ["ok"]
+    (check,) = doctor.root_check(True, {"OMPI_ALLOW_RUN_AS_ROOT": "1"})
+    assert check.status == "warning"
+    assert check.remedy == (
+        "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1, "
+        "or call mpirun --allow-run-as-root"
+    )
+
+
+@pytest.mark.parametrize(
+    ("on_path", "beside", "horovod", "status"),
+    [
+        ("/env/bin/horovodrun", "/env/bin/horovodrun", "0.28.1", "ok"),
+        ("/usr/bin/horovodrun", "/env/bin/horovodrun", "0.28.1", "problem"),
+        ("/usr/bin/horovodrun", None, "0.28.1", "ok"),
+        (None, "/env/bin/horovodrun", "0.28.1", "warning"),
+        (None, None, "0.28.1", "problem"),
+        (None, None, None, "ok"),
+    ],
+)
+def test_horovodrun(
+    on_path: str | None, beside: str | None, horovod: str | None, status: str
+) -> None:
+    check = doctor.horovodrun_check(on_path, beside, horovod)
+    assert check.status == status
+    assert bool(check.remedy) == (status != "ok")
+
+
+def test_gpus() -> None:
+    assert doctor.gpu_check([], False, False) == Check("GPUs", "none")
+    assert doctor.gpu_check(["A", "B"], False, True) == Check("GPUs", "0: A, 1: B")
+    without_nccl = doctor.gpu_check(["A"], False, False)
+    assert (without_nccl.status, without_nccl.value) == ("warning", "0: A")
+    assert without_nccl.remedy.endswith("run scripts/install --cuda")
+    hidden = doctor.gpu_check([], True, False)
+    assert (hidden.status, hidden.value) == (
+        "warning",
+        "there, but not used by the installed torch",
+    )
+
+
+def test_memory() -> None:
+    assert doctor.memory_check(None) == Check("memory", "unknown")
+    assert doctor.memory_check(16.04) == Check("memory", "16.0 GiB")
+    small = doctor.memory_check(2.0)
+    assert (small.value, small.status) == ("2.0 GiB", "warning")
+
+
+def test_the_compiler_matters_only_until_horovod_is_built() -> None:
+    assert doctor.compiler_check("/usr/bin/g++", "g++ 12\nmore", None) == Check(
+        "C++ compiler", "/usr/bin/g++: g++ 12"
+    )
+    assert doctor.compiler_check(None, "", "0.28.1").status == "ok"
+    missing = doctor.compiler_check(None, "", None)
+    assert (missing.status, missing.value) == ("warning", "not found")
+
+
+def test_a_report_for_people_and_for_machines() -> None:
+    report = Report(
+        (
+            Check("python", "3.11.2"),
+            Check("mpirun", "not found", "warning", "mend this"),
+            Check("torch", "not installed", "problem", "mend that"),
+        )
+    )
+    assert report.render() == "\n".join(
+        [
+            "ok       python  3.11.2",
+            "warning  mpirun  not found",
+            "                 -> mend this",
+            "problem  torch   not installed",
+            "                 -> mend that",
+            "",
+            "1 problem, 1 warning",
+        ]
+    )
+    assert report.exit_status == 1
+    assert json.loads(json.dumps(report.as_dict())) == {
+        "ok": False,
+        "checks": [
+            {"name": "python", "value": "3.11.2", "status": "ok", "remedy": ""},
+            {"name": "mpirun", "value": "not found", "status": "warning", "remedy": "mend this"},
+            {
+                "name": "torch",
+                "value": "not installed",
+                "status": "problem",
+                "remedy": "mend that",
+            },
+        ],
+    }
+
+
+def test_warnings_are_no_problem() -> None:
+    report = Report((Check("a", "b", "warning", "c"), Check("d", "e", "warning", "f")))
+    assert report.exit_status == 0
+    assert report.as_dict()["ok"] is True
+    assert report.render().endswith("\n\n0 problems, 2 warnings")
+
+
+def test_this_machine_as_it_is() -> None:
+    checks = {check.name: check for check in doctor.diagnose().checks}
+    for name in ("numpy", "onnxruntime", "torch", "horovod", "petastorm", "pyarrow"):
+        assert checks[name] == Check(name, importlib.metadata.version(name))
+    for name in ("petastorm with pyarrow", "petastorm with numpy"):
+        assert checks[name].status == "ok"
+    assert checks["horovod with MPI"].value == "built"
+    assert checks["horovod with Gloo"].value == "built"
+    assert int(checks["cores"].value) >= 1
+    assert [check.name for check in checks.values() if check.status == "problem"] == []
+
+
+def test_a_broken_horovod_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ImportError("libmpi.so.40: cannot open\nshared object file")
+
+    monkeypatch.setattr("hvdrec.parallel.build.horovod_build", broken)
+    checks = {check.name: check for check in doctor.diagnose().checks}
+    assert checks["horovod for torch"] == Check(
+        "horovod for torch",
+        "ImportError: libmpi.so.40: cannot open shared object file",
+        "problem",
+        "it was built for another torch or MPI: run scripts/install",
+    )
+
+
+SLIM = """
+import importlib.metadata, sys
+
+class Absent:
+    names = ("torch", "horovod", "petastorm", "pyarrow", "pandas", "mpi4py")
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named '{name}'")
+
+real = importlib.metadata.version
+def version(name):
+    if name in Absent.names:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+
+sys.meta_path.insert(0, Absent())
+importlib.metadata.version = version
+from hvdrec.doctor import diagnose
+report = diagnose()
+print(report.render())
+sys.exit(report.exit_status)
+"""
+
+
+def test_without_the_training_packages(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SLIM],
+        cwd=tmp_path,
+        env={"PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for name in ("torch", "horovod", "petastorm", "pyarrow"):
+        line = lines.index(f"warning {name} not installed")
+        assert lines[line + 1] == "-> scoring does not need it; for training run scripts/install"
+    assert f"ok onnxruntime {importlib.metadata.version('onnxruntime')}" in lines
+    assert lines[-1].startswith("0 problems, ")

@@ -1,0 +1,71 @@
+"""Losses and their parts, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hvdrec.models.losses import (
+    binary_cross_entropy,
+    in_batch_softmax,
+    with_logq,
+    without_accidental_hits,
+)
+
+
+def test_binary_cross_entropy_is_a_weighted_sum() -> None:
+    logit = torch.tensor([0.0, math.log(3.0), 5.0])
+    label = torch.tensor([1.0, 0.0, 1.0])
+    weight = torch.tensor([1.0, 2.0, 0.0])
+    # -log(1/2) + 2 * -log(1/4) + nothing = log 2 + 4 log 2
+    assert binary_cross_entropy(logit, label, weight).item() == pytest.approx(5 * math.log(2))
+
+
+def test_accidental_hits_are_masked_but_not_the_own_column() -> None:
+    logits = torch.zeros(2, 3)
+    own, item, items = torch.tensor([0, 2]), torch.tensor([7, 7]), torch.tensor([7, 8, 7])
+    masked = without_accidental_hits(logits, own, item, items)
+    assert masked.tolist() == [[0.0, 0.0, -math.inf], [-math.inf, 0.0, 0.0]]
+
+
+def test_logq_subtracts_the_log_probability_of_each_candidate() -> None:
+    corrected = with_logq(torch.zeros(1, 2), torch.log(torch.tensor([0.5, 0.25])))
+    assert corrected.tolist()[0] == pytest.approx([math.log(2), math.log(4)])
+
+
+def test_in_batch_softmax_by_hand() -> None:
+    user = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    item = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    loss = in_batch_softmax(
+        user,
+        item,
+        torch.tensor([1.0, 2.0]),
+        own_B=torch.tensor([0, 1]),
+        item_B=torch.tensor([5, 6]),
+        item_C=torch.tensor([5, 6, 6]),
+        temperature=0.5,
+    )
+    # Row 0: logits 2, 0, 2. Row 1: logits 0, 2 and the third column is its own item again: masked.
+    first = -2 + math.log(2 * math.exp(2) + 1)
+    second = -2 + math.log(1 + math.exp(2))
+    assert loss.item() == pytest.approx(first + 2 * second)
+
+
+def test_popular_candidates_weigh_less_with_logq() -> None:
+    def loss(probability: list[float]) -> float:
+        return in_batch_softmax(
+            torch.ones(1, 1),
+            torch.ones(2, 1),
+            torch.ones(1),
+            own_B=torch.tensor([0]),
+            item_B=torch.tensor([0]),
+            item_C=torch.tensor([0, 1]),
+            temperature=1.0,
+            log_probability_C=torch.log(torch.tensor(probability)),
+        ).item()
+
+    # Softmax over 1/q: 2/(2+1.25) against 2/(2+10)
+    assert loss([0.5, 0.8]) == pytest.approx(-math.log(2 / 3.25))
+    assert loss([0.5, 0.1]) == pytest.approx(-math.log(2 / 12))
