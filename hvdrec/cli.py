@@ -95,10 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hvdrec {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, dest="verb_name")
 
-    def verb(name: str, run: Verb, text: str, *, overrides: bool = False) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(
-            name, help=text, description=text, allow_abbrev=False, add_help=True
-        )
+    def verb(
+        name: str, run: Verb, text: str, *, overrides: bool = False
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=True)
         sub.set_defaults(verb=run, takes_overrides=overrides)
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         return sub
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", choices=["validation", "test"], default="test")
     sub.add_argument("--checkpoint", choices=["best", "latest"], default="best")
     sub.add_argument("--no-baselines", action="store_true", help="the model alone")
+    sub.add_argument("--output", type=Path, help="also write the JSON report to this file")
 
     sub = verb("export", _export, "Write the bundle of a run, once it scores as torch does.")
     sub.add_argument("run", type=Path, help="directory of a run (WORK/run)")
@@ -138,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("recommend", _recommend, "Retrieve and rank items for a user in a scene.")
     sub.add_argument("bundle", type=Path)
-    sub.add_argument("--user", required=True, help="key of a user, or a JSON object of raw features")
+    sub.add_argument(
+        "--user", required=True, help="key of a user, or a JSON object of raw features"
+    )
     sub.add_argument("--scene", nargs="*", default=[], metavar="FIELD=VALUE", help="the scene")
     sub.add_argument("-k", type=int, default=10, help="how many (default 10)")
     sub.add_argument("--candidates", type=int, default=500, help="items to rank (default 500)")
@@ -229,10 +232,14 @@ def _train(options: argparse.Namespace, rest: list[str]) -> Answer:
 
     facts = train(config, resume=options.resume, overwrite=options.overwrite)
     best = ", ".join(f"{name} {value}" for name, value in facts["validation"].items())
-    return Answer(facts, f"{facts['steps']} steps on {facts['world_size']} ranks; best {best}\nwrote {facts['run']}")
+    return Answer(
+        facts,
+        f"{facts['steps']} steps on {facts['world_size']} ranks; best {best}\nwrote {facts['run']}",
+    )
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from hvdrec.artifacts import write_text
     from hvdrec.evaluation.evaluate import evaluate
     from hvdrec.evaluation.report import jsonable, render
     from hvdrec.parallel import ranks
@@ -246,7 +253,11 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
     model.to(pick_device(config, world))
     report = evaluate(model, config, options.split, with_baselines=not options.no_baselines)
     report = {"run": str(options.run), "checkpoint": name, **report}
-    return Answer(jsonable(report), render(report))
+    facts = jsonable(report)
+    if options.output is not None and world.is_first:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.output, json.dumps(facts, indent=1) + "\n")
+    return Answer(facts, render(report))
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> Answer:
@@ -298,7 +309,12 @@ def _recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
         "user": options.user,
         "scene": scene,
         "items": [
-            {"item": r.item, "title": r.title, "score": r.score, "retrieval_score": r.retrieval_score}
+            {
+                "item": r.item,
+                "title": r.title,
+                "score": r.score,
+                "retrieval_score": r.retrieval_score,
+            }
             for r in found
         ],
     }
@@ -306,7 +322,7 @@ def _recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def _score(options: argparse.Namespace, rest: list[str]) -> Answer:
-    from hvdrec.export.score_file import score_file
+    from hvdrec.export.tables import score_table
 
-    facts = score_file(options.bundle, options.input, options.output)
+    facts = score_table(options.bundle, options.input, options.output)
     return Answer(facts, f"scored {facts['rows']} rows\nwrote {options.output}")

@@ -212,8 +212,8 @@ class Train:
     weight_decay: float = 0.0
     """Decoupled weight decay of dense weights (no embeddings, no biases)."""
     embedding_l2: float = 0.0
-    """L2 penalty on the vectors looked up in a step: half this factor times the mean over samples
-    of their squared norms."""
+    """L2 penalty on the embedding tables: half this factor times the sum of their squared entries is
+    part of every step's loss, so a row is held back more, the less often it occurs."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -401,7 +401,8 @@ def _convert(kind: Any, raw: Any, where: str) -> Any:
             raise UserError(f"{where} = {_shown(raw)}: must hold {len(arguments)} values")
         kinds = [arguments[0]] * len(raw) if arguments[-1] is Ellipsis else list(arguments)
         return tuple(
-            _convert(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, raw, strict=True))
+            _convert(k, item, f"{where}[{i}]")
+            for i, (k, item) in enumerate(zip(kinds, raw, strict=True))
         )
     if origin is dict:
         if not isinstance(raw, Mapping):

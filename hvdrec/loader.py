@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,9 @@ from numpy.typing import NDArray
 
 from hvdrec.errors import UserError, choices
 from hvdrec.order import Plan, Progress, plan_epoch
+from hvdrec.row_groups import read_row_groups
 from hvdrec.schema import KEY_COLUMNS, MISSING, Feature, Schema
 
-with warnings.catch_warnings():
-    # Petastorm imports parts of pyarrow that are deprecated but there in the pinned version.
-    warnings.simplefilter("ignore")
-    from hvdrec.row_groups import read_row_groups
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
@@ -196,9 +192,11 @@ class ShardLoader:
                 parts.append(self._arrays(table))
             whole = _joined(parts)
             order = plan.order(number)[plan.skip if number == 0 else 0 :]
-            yield whole if not self._shuffle and len(order) == _count(whole) else {
-                name: column[order] for name, column in whole.items()
-            }
+            yield (
+                whole
+                if not self._shuffle and len(order) == _count(whole)
+                else {name: column[order] for name, column in whole.items()}
+            )
 
     def _arrays(self, table: pa.Table) -> Columns:
         keys = {name: table[name].to_numpy() for name in KEY_COLUMNS}
@@ -219,7 +217,8 @@ class ShardLoader:
             full[:rows] = column
             tensors[name] = torch.from_numpy(full)
         features = {feature.name: tensors[feature.name] for feature in self._features}
-        return Batch(features, *(tensors[name] for name in KEY_COLUMNS), rows)
+        user, item, label, weight = (tensors[name] for name in KEY_COLUMNS)
+        return Batch(features, user, item, label, weight, rows)
 
 
 def table_arrays(
@@ -239,8 +238,10 @@ def table_arrays(
             continue
         chunks = [_padded(chunk, feature, dtype) for chunk in column.chunks]
         empty = np.zeros((0, feature.max_length), dtype)
-        arrays[feature.name] = np.concatenate(chunks) if len(chunks) != 1 and chunks else (
-            chunks[0] if chunks else empty
+        arrays[feature.name] = (
+            np.concatenate(chunks)
+            if len(chunks) != 1 and chunks
+            else (chunks[0] if chunks else empty)
         )
     return arrays
 
@@ -255,7 +256,9 @@ def _padded(chunk: pa.ListArray, feature: Feature, dtype: type[np.integer[Any]])
     row_start = np.arange(len(lengths)) * width
     if feature.kind == "sequence":
         row_start = row_start + width - lengths
-    out[np.arange(len(values)) + np.repeat(row_start - (offsets[:-1] - offsets[0]), lengths)] = values
+    out[np.arange(len(values)) + np.repeat(row_start - (offsets[:-1] - offsets[0]), lengths)] = (
+        values
+    )
     return out.reshape(len(lengths), width)
 
 

@@ -136,7 +136,10 @@ def _settled(
     merged: list[Progress] = []
     for progress in past:
         last = merged[-1] if merged else None
-        if last and (last.world_size, last.batch_size) == (progress.world_size, progress.batch_size):
+        if last and (last.world_size, last.batch_size) == (
+            progress.world_size,
+            progress.batch_size,
+        ):
             steps = last.steps + progress.steps
             merged[-1] = Progress(last.world_size, last.batch_size, steps)
         elif progress.steps:

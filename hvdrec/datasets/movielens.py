@@ -85,9 +85,7 @@ def read_wheel(file: Path, out: Path) -> dict[str, int]:
             (u.removeprefix("1m_"), keys[i], int(float(r)), int(float(t)))
             for u, i, r, t in lines("inter")
         )
-        users = (
-            (u.removeprefix("1m_"), g, int(float(a)), o, z) for u, a, g, o, z in lines("user")
-        )
+        users = ((u.removeprefix("1m_"), g, int(float(a)), o, z) for u, a, g, o, z in lines("user"))
         return _write(out, ratings, users, films)
 
 

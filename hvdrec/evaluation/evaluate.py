@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,13 @@ from numpy.typing import NDArray
 
 from hvdrec.artifacts import read_manifest
 from hvdrec.config import Config
-from hvdrec.evaluation import baselines
+from hvdrec.evaluation.baselines import fit_baselines
 from hvdrec.evaluation.ranking import ranking_metrics
 from hvdrec.evaluation.retrieval import (
     Csr,
     csr,
     rank_catalogue,
-    retrieval_metrics_from_sums,
+    retrieval_metrics,
     retrieval_sums,
 )
 from hvdrec.loader import ShardLoader, table_arrays
@@ -56,6 +55,16 @@ class Interactions:
     label: Array
     weight: Array
 
+    def where(self, chosen: Array) -> Interactions:
+        """Return the rows that a mask bool [n] chooses."""
+        return Interactions(
+            self.user[chosen], self.item[chosen], self.label[chosen], self.weight[chosen]
+        )
+
+    def pairs(self, items: int) -> Array:
+        """Return one int64 per row for its user and item, of `items` in all."""
+        return np.asarray(self.user * items + self.item)
+
 
 def evaluate(
     model: Recommender, config: Config, split: str = "test", *, with_baselines: bool = True
@@ -77,7 +86,10 @@ def evaluate(
     top: _Retrieval | None = None
     if config.train.objective != "ranking":
         top = _Retrieval.of(config, split)
-        users, items = embed_side(model, config, "user", device), embed_side(model, config, "item", device)
+        users, items = (
+            embed_side(model, config, "user", device),
+            embed_side(model, config, "item", device),
+        )
         report["retrieval"] = top.metrics(users, items, config)
     if with_baselines:
         report["baselines"] = _baselines(config, scores, top)
@@ -89,7 +101,10 @@ def validation_metric(
 ) -> tuple[float, dict[str, Any]]:
     """Return the named metric on the validation split, and all those that were computed with it."""
     if "@" in name:
-        users, items = embed_side(model, config, "user", device), embed_side(model, config, "item", device)
+        users, items = (
+            embed_side(model, config, "user", device),
+            embed_side(model, config, "item", device),
+        )
         metrics = _Retrieval.of(config, "validation").metrics(users, items, config)
     else:
         scores = score_split(model, config, "validation", device)
@@ -97,9 +112,7 @@ def validation_metric(
     return float(metrics[name]), metrics
 
 
-def score_split(
-    model: Recommender, config: Config, split: str, device: torch.device
-) -> Scores:
+def score_split(model: Recommender, config: Config, split: str, device: torch.device) -> Scores:
     """Score every row of a split; each rank scores its part and gets everybody's."""
     world = ranks.current()
     loader = ShardLoader(
@@ -119,9 +132,17 @@ def score_split(
         for host_batch in loader.epoch(0):
             batch = host_batch.to(device)
             logit = model(batch.features).logit.float()
-            columns = (logit.sigmoid(), batch.label, batch.weight, batch.user_index, batch.item_index)
+            columns = (
+                logit.sigmoid(),
+                batch.label,
+                batch.weight,
+                batch.user_index,
+                batch.item_index,
+            )
             parts.append(tuple(column[: batch.rows].cpu().numpy() for column in columns))
-    return Scores(*(ranks.gather_arrays(np.concatenate(column)) for column in zip(*parts, strict=True)))
+    return Scores(
+        *(ranks.gather_arrays(np.concatenate(column)) for column in zip(*parts, strict=True))
+    )
 
 
 def embed_side(model: Recommender, config: Config, side: str, device: torch.device) -> Array:
@@ -144,7 +165,11 @@ def read_interactions(features: Path, splits: list[str]) -> Interactions:
     """Read the key columns of splits."""
     columns = ["user_index", "item_index", "label", "weight"]
     table = ds.dataset(
-        [file for split in splits for file in sorted(map(str, (features / split).glob("*.parquet")))],
+        [
+            file
+            for split in splits
+            for file in sorted(map(str, (features / split).glob("*.parquet")))
+        ],
         format="parquet",
     ).to_table(columns=columns)
     return Interactions(*(table[name].to_numpy() for name in columns))
@@ -178,8 +203,14 @@ class _Retrieval:
         features, world = config.paths.of("features"), ranks.current()
         earlier = ["train"] if split == "validation" else ["train", "validation"]
         seen = read_interactions(features, earlier)
+        if config.samples.negatives.per_positive:
+            # Drawn negatives were never shown: only what the user took is seen.
+            seen = seen.where(seen.label > 0)
         held_out = read_interactions(features, [split])
-        hit = held_out.label > 0
+        # What is excluded cannot be found: an item taken again is no target.
+        count = pq.read_metadata(features / "items.parquet").num_rows
+        again = np.isin(held_out.pairs(count), seen.pairs(count))
+        hit = (held_out.label > 0) & ~again
         everyone = np.unique(held_out.user[hit])
         start, stop = _part(len(everyone), world.rank, world.size)
         users = everyone[start:stop]
@@ -194,7 +225,7 @@ class _Retrieval:
         ks = config.evaluate.k
         top = rank_catalogue(user_vectors[self.users], item_vectors, self.seen, max(ks))
         sums = retrieval_sums(top, self.relevant, ks, len(item_vectors))
-        return retrieval_metrics_from_sums(sums.reduced(ranks.sum_arrays), ks)
+        return retrieval_metrics(sums.reduced(ranks.sum_arrays), ks)
 
 
 def _csr_of(users: Array, rows: Array, columns: Array) -> Csr:
@@ -205,7 +236,20 @@ def _csr_of(users: Array, rows: Array, columns: Array) -> Csr:
     return csr(position[chosen], columns[chosen], len(users))
 
 
-def _baselines(
-    config: Config, scores: Scores | None, top: _Retrieval | None
-) -> Mapping[str, Any]:
-    raise RuntimeError
+def _baselines(config: Config, scores: Scores | None, top: _Retrieval | None) -> Mapping[str, Any]:
+    """Return the report of every baseline, from the training rows alone."""
+    features = config.paths.of("features")
+    users, items = (
+        pq.read_metadata(features / f"{side}s.parquet").num_rows for side in ("user", "item")
+    )
+    train = read_interactions(features, ["train"])
+    fitted = fit_baselines(train.user, train.item, train.label, train.weight, users, items)
+    found: dict[str, dict[str, Any]] = {}
+    if scores is not None:
+        for name, score in fitted.scores(scores.user, scores.item).items():
+            found.setdefault(name, {})["ranking"] = _ranking(score, scores, config)
+    if top is not None:
+        for name, vectors in fitted.item_vectors().items():
+            everyone = np.ones((users, 1))
+            found.setdefault(name, {})["retrieval"] = top.metrics(everyone, vectors, config)
+    return found

@@ -90,7 +90,9 @@ def _export(
     """Export a function of named tensors whose rows (and list lengths) are of any number."""
     rows = torch.export.Dim("rows", min=1)
     shapes = tuple(
-        {0: rows, 1: torch.export.Dim.DYNAMIC} if name.endswith(output_name("")) and t.ndim == 2 else {0: rows}
+        {0: rows, 1: torch.export.Dim.DYNAMIC}
+        if name.endswith(output_name("")) and t.ndim == 2
+        else {0: rows}
         for name, t in examples.items()
     )
     core = _Core(model, function, list(examples)).eval()
@@ -103,14 +105,27 @@ def _export(
             dynamo=True,
             dynamic_shapes=(shapes,),
             input_names=list(examples),
-            output_names=[output],
+            output_names=[f"{output}/exported"],
             opset_version=OPSET,
             verbose=False,
         )
         assert program is not None
         file = Path(folder) / "core.onnx"
         program.save(str(file))
-        return onnx.load(str(file))
+        return _named(onnx.load(str(file)), output)
+
+
+def _named(core: onnx.ModelProto, output: str) -> onnx.ModelProto:
+    """Give the output its name, which the exporter may also use inside, and all else a prefix."""
+    core = compose.add_prefix(core, "core/", rename_inputs=False, rename_outputs=False)
+    for node in core.graph.node:
+        node.output[:] = [output if name == f"{output}/exported" else name for name in node.output]
+        # Traces of where the model's code lay on the exporting machine.
+        del node.metadata_props[:]
+    for value in (*core.graph.input, *core.graph.output):
+        del value.metadata_props[:]
+    core.graph.output[0].name = output
+    return core
 
 
 def _behind(front: onnx.ModelProto, core: onnx.ModelProto) -> onnx.ModelProto:

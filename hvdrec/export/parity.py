@@ -49,7 +49,9 @@ def largest_difference(
 
     scorer = Scorer.load(bundle)
     schema = config.schema
-    columns = [*dict.fromkeys([schema.user_key, schema.item_key, *(f.name for f in schema.features)])]
+    columns = [
+        *dict.fromkeys([schema.user_key, schema.item_key, *(f.name for f in schema.features)])
+    ]
     rows = raw.select(columns).to_pylist()
     codes = table_arrays(encoded, schema.features)
     own = encoded["item_index"].to_numpy()
@@ -70,7 +72,9 @@ def largest_difference(
     )
     differences = [np.abs(ours - torchs) for ours, torchs in comparisons]
     # A NaN on either side must not pass for a small difference.
-    largest = max(float(np.max(d, initial=0.0)) if not np.isnan(d).any() else np.inf for d in differences)
+    largest = max(
+        float(np.max(d, initial=0.0)) if not np.isnan(d).any() else np.inf for d in differences
+    )
     return sum(len(d) for d in differences), largest
 
 

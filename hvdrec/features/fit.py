@@ -143,7 +143,9 @@ def check_columns(folder: Path, schema: Schema) -> None:
         try:
             found = pq.read_schema(file)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{file}: no readable Parquet ({error}); make the samples again") from None
+            raise UserError(
+                f"{file}: no readable Parquet ({error}); make the samples again"
+            ) from None
         for feature in schema.features:
             check_type(file, found, feature)
 
@@ -194,7 +196,9 @@ def _fit_one(source: duckdb.DuckDBPyRelation, feature: Feature) -> FittedFeature
         return FittedFeature(feature, FIRST_CODE + len(values), values)
     if feature.kind == "hashed":
         return FittedFeature(feature, FIRST_CODE + feature.buckets)
-    numbers = source.project(f"CAST({column} AS DOUBLE) AS v").filter("v IS NOT NULL AND isfinite(v)")
+    numbers = source.project(f"CAST({column} AS DOUBLE) AS v").filter(
+        "v IS NOT NULL AND isfinite(v)"
+    )
     if feature.transform == "quantile":
         shares = [bucket / feature.buckets for bucket in range(1, feature.buckets)]
         found = numbers.aggregate(f"quantile_disc(v, {shares}) AS q").fetchall() if shares else []
@@ -209,4 +213,3 @@ def _fit_one(source: duckdb.DuckDBPyRelation, feature: Feature) -> FittedFeature
         f"avg({value}) AS m, stddev_pop({value}) AS d"
     ).fetchall()
     return FittedFeature(feature, mean=mean or 0.0, deviation=deviation or 1.0)
-

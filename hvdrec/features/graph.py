@@ -156,9 +156,7 @@ def _quantile(part: _Nodes, raw: str, fitted: FittedFeature) -> None:
     boundaries = part.constant(fitted.boundaries.astype(np.float64)[None, :])
     above = part.add("GreaterOrEqual", column, boundaries)
     counted = part.add("Cast", above, to=TensorProto.INT64)
-    bucket = part.add(
-        "ReduceSum", counted, part.constant(np.array([1], np.int64)), keepdims=0
-    )
+    bucket = part.add("ReduceSum", counted, part.constant(np.array([1], np.int64)), keepdims=0)
     code = part.add("Add", bucket, part.constant(np.array(FIRST_CODE, np.int64)))
     zero = part.constant(np.array(MISSING, np.int64))
     part.add("Where", missing, zero, code, output=output_name(fitted.feature.name))

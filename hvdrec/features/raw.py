@@ -39,8 +39,10 @@ def column_to_input(feature: Feature, column: pa.ChunkedArray) -> NDArray[Any]:
 def flat_to_input(feature: Feature, values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """Return scalars as the graph's input, missing values in place of nulls."""
     filled = pc.fill_null(values, FILL[feature.dtype])
-    array: NDArray[Any] = filled.to_numpy() if isinstance(filled, pa.ChunkedArray) else filled.to_numpy(
-        zero_copy_only=False
+    array: NDArray[Any] = (
+        filled.to_numpy()
+        if isinstance(filled, pa.ChunkedArray)
+        else filled.to_numpy(zero_copy_only=False)
     )
     return array
 

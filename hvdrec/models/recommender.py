@@ -26,14 +26,12 @@ Codes = Mapping[str, Tensor]
 class Output:
     """What a forward pass over a batch gives.
 
-    user, item: [N, D] tower embeddings; logit: [N] of the ranker; squared_norm: [N], the sum of
-    the squared entries of all vectors that were looked up for the row.
+    user, item: [N, D] tower embeddings; logit: [N] of the ranker.
     """
 
     user: Tensor
     item: Tensor
     logit: Tensor
-    squared_norm: Tensor
 
 
 class Tower(nn.Module):
@@ -122,19 +120,8 @@ class Recommender(nn.Module):
         scene = self.tables(self.schema.side("scene"), codes)
         user = self._joined(self.user_tower, users, self.user_direct)
         item = self._joined(self.item_tower, items, self.item_direct)
-        looked_up = [
-            vectors[feature.name]
-            for vectors in (users, items, scene)
-            for feature in self.schema.features
-            if feature.name in vectors and feature.is_embedded
-        ]
-        squared_norm = torch.stack([v.square().sum(dim=-1) for v in looked_up]).sum(dim=0)
-        return Output(
-            user[:, : self.output_width],
-            item[:, : self.output_width],
-            self._logit(user, item, scene),
-            squared_norm,
-        )
+        width = self.output_width
+        return Output(user[:, :width], item[:, :width], self._logit(user, item, scene))
 
     def _represent(
         self, tower: Tower, side: tuple[Feature, ...], direct: tuple[Feature, ...], codes: Codes
@@ -144,7 +131,7 @@ class Recommender(nn.Module):
     def _joined(
         self, tower: Tower, vectors: dict[str, Tensor], direct: tuple[Feature, ...]
     ) -> Tensor:
-        embedding = tower(torch.cat(list(vectors.values()), dim=-1))
+        embedding: Tensor = tower(torch.cat(list(vectors.values()), dim=-1))
         if not direct:
             return embedding
         return torch.cat([embedding, *(vectors[feature.name] for feature in direct)], dim=-1)

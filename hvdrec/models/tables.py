@@ -11,6 +11,10 @@ from torch.nn import functional
 from hvdrec.schema import MISSING, UNKNOWN, Feature, Schema
 
 
+INITIAL_DEVIATION = 0.01
+"""Standard deviation of a table's first values: small, so that rare rows say little."""
+
+
 class EmbeddingTables(nn.Module):
     """The embedding tables of a model, shared by towers, history and ranker.
 
@@ -35,12 +39,16 @@ class EmbeddingTables(nn.Module):
         for name in owners:
             dimension = schema[name].dimension or default_dimension
             table = nn.Embedding(sizes[name], dimension, padding_idx=MISSING)
-            nn.init.normal_(table.weight, std=dimension**-0.5)
+            nn.init.normal_(table.weight, std=INITIAL_DEVIATION)
             with torch.no_grad():
                 # An unknown value says nothing until training says otherwise.
                 table.weight[: UNKNOWN + 1] = 0.0
             self.tables[name] = table
             self.dimensions[name] = dimension
+
+    def weights(self) -> list[nn.Parameter]:
+        """Return the tables themselves, [rows, width] each."""
+        return [table.weight for table in self.tables.values() if isinstance(table, nn.Embedding)]
 
     def width(self, feature: Feature) -> int:
         """Return the width of a feature's vector: its table's, or 1 for a number."""

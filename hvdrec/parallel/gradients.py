@@ -57,7 +57,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     start = int(counts[: current().rank].sum())
     if not rows.requires_grad:
         return hvd.allgather(rows.contiguous()), start
-    gathered: Tensor = _Gather.apply(rows, start)
+    gathered: Tensor = _Gather.apply(rows, start)  # type: ignore[no-untyped-call]
     return gathered, start
 
 

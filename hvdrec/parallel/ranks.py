@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,10 @@ from numpy.typing import NDArray
 from hvdrec.errors import UserError
 
 T = TypeVar("T")
+
+LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+"""Set by horovodrun, Open MPI, and other MPI launchers: they tell that there is one, no more."""
+
 Array = NDArray[Any]
 
 
@@ -49,6 +54,10 @@ def init() -> World:
             raise UserError(
                 f"horovod: cannot be imported ({error}); install it with scripts/install"
             ) from None
+        if not any(name in os.environ for name in LAUNCHER_VARIABLES):
+            # A process alone needs no MPI runtime, which would want its daemon on the path.
+            os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
+            os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
         hvd.init()
         _world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     return _world

@@ -18,7 +18,9 @@ ACCEPTED = {
 TARGET = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
 
 
-def cast(file: Path, name: str, column: pa.ChunkedArray, feature: Feature | None) -> pa.ChunkedArray:
+def cast(
+    file: Path, name: str, column: pa.ChunkedArray, feature: Feature | None
+) -> pa.ChunkedArray:
     """Return a column in its feature's declared type (a key that is no feature: as a string).
 
     Integers become canonical decimal strings where a string is declared; floats never do, since
@@ -56,7 +58,10 @@ def cast(file: Path, name: str, column: pa.ChunkedArray, feature: Feature | None
 
 def key_type(file: Path, name: str, sql_type: str, config: Config) -> None:
     """Raise UserError if a key column is of a type that makes no key."""
-    if sql_type.startswith(("FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN", "STRUCT", "MAP")) or "[" in sql_type:
+    if (
+        sql_type.startswith(("FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN", "STRUCT", "MAP"))
+        or "[" in sql_type
+    ):
         raise UserError(
             f"{file}: key column '{name}' is {sql_type}, a key is {choices(['string', 'integer'])}; "
             "cast it in the table"

@@ -44,7 +44,9 @@ def read_table(connection: duckdb.DuckDBPyConnection, file: Path, view: str) -> 
         return columns(connection, view)
     except duckdb.Error as error:
         kind = "Parquet" if reader == "read_parquet" else "CSV"
-        raise UserError(f"{file}: no readable {kind} ({first_line(error)}); write it again") from None
+        raise UserError(
+            f"{file}: no readable {kind} ({first_line(error)}); write it again"
+        ) from None
 
 
 def columns(connection: duckdb.DuckDBPyConnection, relation: str) -> list[str]:

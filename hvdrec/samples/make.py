@@ -58,7 +58,10 @@ def make(
         raise UserError("samples.interactions: is empty; name the table of what was shown or done")
     meta: dict[str, Any] = {"config": to_dict(config)}
     target = out or config.paths.of("samples")
-    with write_artifact(target, "samples", meta, overwrite=overwrite) as draft, engine.connect() as db:
+    with (
+        write_artifact(target, "samples", meta, overwrite=overwrite) as draft,
+        engine.connect() as db,
+    ):
         notify("reading and joining tables")
         _read_tables(db, config)
         _labelled(db, config)
@@ -100,7 +103,9 @@ def _read_tables(db: duckdb.DuckDBPyConnection, config: Config) -> None:
         for column in keys:
             engine.require(raw / table, found, column, f"key of {view}")
         names = ", ".join(quoted(column) for column in keys)
-        twin = db.execute(f"SELECT {names} FROM {quoted(view)} GROUP BY ALL HAVING count(*) > 1").fetchone()
+        twin = db.execute(
+            f"SELECT {names} FROM {quoted(view)} GROUP BY ALL HAVING count(*) > 1"
+        ).fetchone()
         if twin:
             shown = ", ".join(f"{k} = {v}" for k, v in zip(keys, twin, strict=True))
             raise UserError(f"{raw / table}: several rows have {shown}; keep one row per key")
@@ -175,9 +180,7 @@ def _labelled(db: duckdb.DuckDBPyConnection, config: Config) -> None:
             engine.check_expression(db, "joined", expression, f"samples.{key}")
     for number, history in enumerate(samples.history):
         if history.where:
-            engine.check_expression(
-                db, "joined", history.where, f"samples.history[{number}].where"
-            )
+            engine.check_expression(db, "joined", history.where, f"samples.history[{number}].where")
     kept = f"WHERE ({samples.drop}) IS NOT TRUE" if samples.drop else ""
     try:
         db.execute(
@@ -212,7 +215,9 @@ def _labelled(db: duckdb.DuckDBPyConnection, config: Config) -> None:
             "number that is not negative"
         )
     if samples.time and _count(db, "SELECT count(*) FROM labelled WHERE _time IS NULL"):
-        raise UserError(f"{file}: column '{samples.time}' (samples.time) holds nulls; fill or drop them")
+        raise UserError(
+            f"{file}: column '{samples.time}' (samples.time) holds nulls; fill or drop them"
+        )
 
 
 def _facts(
@@ -253,10 +258,9 @@ def _add_negatives(db: duckdb.DuckDBPyConnection, config: Config) -> None:
                    dense_rank() OVER (ORDER BY {quoted(samples.item)}) - 1 AS i,
                    _label, _row FROM labelled ORDER BY _row"""
     ).fetchnumpy()
-    keys = (
-        db.sql(f"SELECT DISTINCT {quoted(samples.item)} AS k FROM labelled ORDER BY k")
-        .to_arrow_table()["k"]
-    )
+    keys = db.sql(
+        f"SELECT DISTINCT {quoted(samples.item)} AS k FROM labelled ORDER BY k"
+    ).to_arrow_table()["k"]
     positive = np.flatnonzero(codes["_label"] == 1)
     position, item = negatives.draw(
         codes["g"].astype(np.int64),
@@ -275,14 +279,12 @@ def _add_negatives(db: duckdb.DuckDBPyConnection, config: Config) -> None:
     db.execute(
         f"""CREATE TABLE negative_interactions AS
             SELECT {first} + (row_number() OVER (ORDER BY d._positive, d._drawn)) - 1 AS _row,
-                   {', '.join(f't.{quoted(c)}' for c in kept)}, d._drawn AS {quoted(samples.item)}
+                   {", ".join(f"t.{quoted(c)}" for c in kept)}, d._drawn AS {quoted(samples.item)}
             FROM drawn d JOIN interactions t ON t._row = d._positive"""
     )
     _joined(db, config, "negative_interactions", "joined_negatives")
     facts = _facts(db, config, "joined_negatives", "0", drawn=True)
-    db.execute(
-        f"INSERT INTO labelled BY NAME SELECT {facts} FROM joined_negatives ORDER BY _row"
-    )
+    db.execute(f"INSERT INTO labelled BY NAME SELECT {facts} FROM joined_negatives ORDER BY _row")
 
 
 def _check_splits(db: duckdb.DuckDBPyConnection, config: Config) -> None:
@@ -406,7 +408,11 @@ def _rows(
 
 
 def _with_user_histories(
-    config: Config, table: pa.Table, users: pa.ChunkedArray, found: _Histories, events: dict[str, Events]
+    config: Config,
+    table: pa.Table,
+    users: pa.ChunkedArray,
+    found: _Histories,
+    events: dict[str, Events],
 ) -> pa.Table:
     """Add to a table of users their latest histories."""
     if not config.samples.history:
@@ -454,7 +460,9 @@ def _side_table(
     )
     # Users are those of the samples; the catalogue also holds items that nobody has met yet.
     join = "FULL JOIN" if side == "item" else "LEFT JOIN"
-    done = f"(SELECT {k}::VARCHAR AS _key, any_value({k}) AS {k}{seen} FROM split_rows GROUP BY ALL)"
+    done = (
+        f"(SELECT {k}::VARCHAR AS _key, any_value({k}) AS {k}{seen} FROM split_rows GROUP BY ALL)"
+    )
     if source:
         query = (
             f"SELECT coalesce(d.{k}::VARCHAR, s.{k}::VARCHAR) AS {k}{joined_columns} "

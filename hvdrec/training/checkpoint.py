@@ -65,9 +65,7 @@ def save(
     meta = {"position": asdict(position), "metrics": metrics, "config": to_dict(config)}
     with write_artifact(run / "checkpoints" / name, "checkpoint", meta, overwrite=True) as draft:
         save_file(_contiguous(model.state_dict()), draft / "model.safetensors")
-        save_file(
-            _contiguous(optimizer_tensors(model, optimizer)), draft / "optimizer.safetensors"
-        )
+        save_file(_contiguous(optimizer_tensors(model, optimizer)), draft / "optimizer.safetensors")
     if position.best is not None and position.best_step == position.step:
         write_text(run / "best", name)
     write_text(run / "latest", name)
@@ -111,6 +109,13 @@ def load_model(run: Path, config: Config, which: Which = "best") -> tuple[Recomm
             "train again after hvdrec prepare"
         ) from None
     return model.eval(), directory.name
+
+
+def checkpoint_metrics(run: Path, which: Which = "best") -> dict[str, Any]:
+    """Return the validation metrics that were taken when a checkpoint was written."""
+    manifest = read_manifest(_find(Path(run), which), "checkpoint")
+    metrics: dict[str, Any] = manifest.meta["metrics"]
+    return metrics
 
 
 def has_checkpoint(run: Path) -> bool:

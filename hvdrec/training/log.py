@@ -61,7 +61,9 @@ class TrainingLog:
         """Write one JSON line."""
         if self._file is None:
             return
-        line = json.dumps({"event": event, "seconds": round(time.time() - self._started, 3), **facts})
+        line = json.dumps(
+            {"event": event, "seconds": round(time.time() - self._started, 3), **facts}
+        )
         self._file.write(line + "\n")
         self._file.flush()
         if self._bar is not None and event == "step":

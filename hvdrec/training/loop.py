@@ -233,12 +233,12 @@ def _run_epoch(job: _Job, position: Position) -> Position:
     step = position.step
     for number, host_batch in enumerate(loader.epoch(position.epoch, past), start=1):
         batch = host_batch.to(job.device)
-        # A step's random numbers depend on nothing but its place, so that a resumed run repeats them.
+        # A step's random numbers depend on its place alone: a resumed run repeats them.
         torch.manual_seed(_step_seed(job.config.seed, step, job.world.rank))
         progress = (position.epoch + done / loader.rows) / config.epochs
         set_learning_rate(job.optimizer, learning_rate(config, step, progress))
         job.optimizer.zero_grad(set_to_none=True)
-        loss = compute_gradients(job.model, batch, config, job.log_probability, job.parameters)
+        loss = compute_gradients(job.model, batch, config, job.log_probability)
         if config.clip_norm > 0:
             clip_gradients(job.parameters, config.clip_norm)
         job.optimizer.step()
@@ -307,4 +307,4 @@ def _save(job: _Job, position: Position, metrics: dict[str, Any]) -> None:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint32)[0])

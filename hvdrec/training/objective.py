@@ -6,7 +6,6 @@ with batches of b rows give the gradients of one rank with a batch of N * b rows
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +36,6 @@ def compute_gradients(
     batch: Batch,
     train: Train,
     log_probability: Tensor | None,
-    parameters: Iterable[torch.nn.Parameter],
 ) -> StepLoss:
     """Run forward and backward; leave the global batch's gradients in the parameters.
 
@@ -61,11 +59,13 @@ def compute_gradients(
         )
     factor = train.retrieval_weight if train.objective == "joint" else 1.0
     total = ranking + factor * retrieval
+    total.backward()  # type: ignore[no-untyped-call]
+    sum_gradients(model.parameters())
     if train.embedding_l2 > 0:
-        penalty = (batch.weight * output.squared_norm.to(batch.weight.dtype)).sum()
-        total = total + 0.5 * train.embedding_l2 * penalty / totals[0]
-    total.backward()
-    sum_gradients(parameters)
+        # The penalty's gradient is the same on every rank: it is added once, behind the sum.
+        for table in model.tables.weights():
+            assert table.grad is not None
+            table.grad.add_(table.detach(), alpha=train.embedding_l2)
     return StepLoss(total.detach(), ranking.detach(), retrieval.detach(), batch.weight.sum())
 
 

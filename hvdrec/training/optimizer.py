@@ -19,7 +19,8 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in model.parameters():
         is_matrix = parameter.ndim > 1 and id(parameter) not in tables
         (decayed if is_matrix else free).append(parameter)

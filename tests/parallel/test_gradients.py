@@ -42,14 +42,15 @@ def plain_loss(objective: str) -> tuple[Tensor, dict[str, Tensor]]:
             retrieval = retrieval - batch.weight[row] * (mine - torch.stack(terms).logsumexp(0))
         retrieval = retrieval / batch.weight[positives].sum()
         total = total + (config.train.retrieval_weight if objective == "joint" else 1.0) * retrieval
-    penalty = (batch.weight * output.squared_norm).sum() / batch.weight.sum()
-    total = total + 0.5 * config.train.embedding_l2 * penalty
+    loss = total.detach().clone()
+    for table in model.tables.tables.values():
+        total = total + 0.5 * config.train.embedding_l2 * table.weight.square().sum()
     total.backward()
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
     }
-    return total.detach(), gradients
+    return loss, gradients
 
 
 @pytest.mark.parametrize("objective", ["retrieval", "ranking", "joint"])

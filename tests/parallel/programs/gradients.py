@@ -40,12 +40,11 @@ def main(objective: str, file: str) -> None:
     batch = small_batch(ROWS, padding=world.size * share - ROWS)
     mine = part(batch, world.rank * share, (world.rank + 1) * share)
     log_probability = torch.log(torch.arange(1, 10) / 45).double()
-    loss = compute_gradients(
-        model, mine, config.train, log_probability, list(model.parameters())
-    )
+    loss = compute_gradients(model, mine, config.train, log_probability)
     total = ranks.sum_arrays(loss.total.numpy())
     if world.is_first:
-        tensors = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        tensors = {name: gradient.clone() for name, gradient in gradients.items()}
         save_file({**tensors, "loss": torch.tensor(float(total), dtype=torch.float64)}, file)
 
 

@@ -1,0 +1,1 @@
+"""Metrics, full-catalogue evaluation, baselines and their report."""

@@ -1,0 +1,67 @@
+"""Requests as people type them: keys and FIELD=VALUE pairs become typed values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from hvdrec.scoring.bundle import Field
+from hvdrec.scoring.errors import RequestError, choices
+from hvdrec.scoring.scorer import Key, Raw, Scorer
+
+
+def parse_key(scorer: Scorer, side: str, text: str) -> Key:
+    """Return a key in the bundle's type."""
+    if scorer.key_dtype(side) == "string":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise RequestError(f"{side} = '{text}': the key is an integer") from None
+
+
+def parse_user(scorer: Scorer, text: str) -> Key | Raw:
+    """Return a user's key, or the raw features of a JSON object."""
+    if not text.lstrip().startswith("{"):
+        return parse_key(scorer, "user", text)
+    try:
+        raw: Raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"user = {text}: no valid JSON object ({error})") from None
+    return raw
+
+
+def parse_scene(scorer: Scorer, pairs: Sequence[str]) -> dict[str, Any]:
+    """Return the scene that pairs such as ``hour=21`` tell; an empty value is a missing one."""
+    fields = {field.name: field for field in scorer.info.side("scene")}
+    scene: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise RequestError(f"scene '{pair}': write FIELD=VALUE, for example hour=21")
+        if name not in fields:
+            raise RequestError(f"scene field '{name}' does not exist; known: {choices(fields)}")
+        scene[name] = _parse(fields[name], text)
+    return scene
+
+
+def _parse(field: Field, text: str) -> Any:
+    if text == "":
+        return None
+    if field.is_list:
+        return [_parse_scalar(field, part) for part in text.split(",")]
+    return _parse_scalar(field, text)
+
+
+def _parse_scalar(field: Field, text: str) -> str | int | float:
+    kinds: dict[str, type[str] | type[int] | type[float]] = {
+        "string": str,
+        "int": int,
+        "float": float,
+    }
+    try:
+        return kinds[field.dtype](text)
+    except ValueError:
+        wanted = {"int": "an integer", "float": "a number"}[field.dtype]
+        raise RequestError(f"{field.name} = '{text}': must be {wanted}") from None

@@ -1,0 +1,22 @@
+"""Errors of the slim module; each text is one line that says what is allowed and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ScoringError(ValueError):
+    """Whatever a user of the slim module can mend."""
+
+
+class BundleError(ScoringError):
+    """A bundle that is missing, damaged or of another format."""
+
+
+class RequestError(ScoringError):
+    """A request with an unknown field or a value of the wrong type."""
+
+
+def choices(names: Iterable[object]) -> str:
+    """Return the legal choices as they stand in an error's line."""
+    return "[" + ", ".join(str(name) for name in names) + "]"
