@@ -209,6 +209,9 @@ class Train:
     """Most passes over the training split."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
+    embedding_learning_rate: float = 0.0
+    """Peak learning rate of the embedding tables; 0 takes learning_rate. Rows are met rarely and
+    want larger steps than dense weights."""
     weight_decay: float = 0.0
     """Decoupled weight decay of dense weights (no embeddings, no biases)."""
     embedding_l2: float = 0.0
@@ -451,6 +454,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
     not_negative: list[tuple[str, float]] = [
         ("train.weight_decay", train.weight_decay),
         ("train.embedding_l2", train.embedding_l2),
+        ("train.embedding_learning_rate", train.embedding_learning_rate),
         ("train.warmup_steps", train.warmup_steps),
         ("train.clip_norm", train.clip_norm),
         ("train.retrieval_weight", train.retrieval_weight),

@@ -50,34 +50,28 @@ def small_model(config: Config, seed: int = 0) -> Recommender:
 def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
     """Return random rows with unequal weights, and padding of weight zero behind them."""
     random = np.random.default_rng(seed)
-    total = rows + padding
+
+    def padded(drawn: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([drawn, np.zeros_like(drawn[:1]).repeat(padding, 0)]))
 
     def codes(name: str, *shape: int, low: int = 0) -> torch.Tensor:
-        drawn = random.integers(low, SIZES[name], (total, *shape))
-        drawn[rows:] = 0
-        return torch.from_numpy(drawn)
+        return padded(random.integers(low, SIZES[name], (rows, *shape)))
 
-    def numbers(drawn: np.ndarray) -> torch.Tensor:
-        drawn = drawn.astype(np.float64)
-        drawn[rows:] = 0
-        return torch.from_numpy(drawn)
-
-    item_index = random.integers(0, 9, total)
-    item_index[rows:] = 0
+    items = random.integers(0, 9, rows)
     return Batch(
         features={
             "user_id": codes("user_id", low=1),
             "history": codes("item_id", 4),
-            "age": numbers(random.normal(size=total)),
-            "item_id": torch.from_numpy(item_index) + 2,
+            "age": padded(random.normal(size=rows)),
+            "item_id": padded(items + 2),
             "genres": codes("genres", 3),
             "price": codes("price"),
             "hour": codes("hour"),
             "shop": codes("shop"),
         },
-        user_index=torch.from_numpy(random.integers(0, 7, total)),
-        item_index=torch.from_numpy(item_index),
-        label=numbers(random.integers(0, 2, total)),
-        weight=numbers(random.uniform(0.5, 2.0, total)),
+        user_index=padded(random.integers(0, 7, rows)),
+        item_index=padded(items),
+        label=padded(random.integers(0, 2, rows).astype(np.float64)),
+        weight=padded(random.uniform(0.5, 2.0, rows)),
         rows=rows,
     )

@@ -67,16 +67,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Every rank must give the same parameters in the same order; one that this rank's batch did not
     touch takes part with zeros, because a rank that stays out would leave the others waiting.
     """
-    if current().size == 1:
-        return
-    import horovod.torch as hvd
-
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    hvd.grouped_allreduce_(gradients, op=hvd.Sum)
+    if current().size > 1:
+        import horovod.torch as hvd
+
+        hvd.grouped_allreduce_(gradients, op=hvd.Sum)
 
 
 def broadcast_state(tensors: dict[str, Tensor]) -> None:

@@ -12,21 +12,25 @@ from hvdrec.config import Train
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """Return AdamW over the model; only matrices outside embedding tables are decayed."""
+    """Return AdamW over the model; only matrices outside embedding tables are decayed.
+
+    A group's ``scale`` is its learning rate as a multiple of `train.learning_rate`.
+    """
     tables = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        is_matrix = parameter.ndim > 1 and id(parameter) not in tables
-        (decayed if is_matrix else free).append(parameter)
+    embeddings = [p for p in model.parameters() if id(p) in tables]
+    dense = [p for p in model.parameters() if id(p) not in tables]
+    matrices = [p for p in dense if p.ndim > 1]
+    vectors = [p for p in dense if p.ndim <= 1]
+    scale = (train.embedding_learning_rate or train.learning_rate) / train.learning_rate
     groups = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": train.weight_decay, "scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
+        {"params": embeddings, "weight_decay": 0.0, "scale": scale},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=train.learning_rate, fused=True
@@ -52,9 +56,9 @@ def learning_rate(train: Train, step: int, progress: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Give every parameter group its multiple of a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:

@@ -12,6 +12,7 @@ from hvdrec.training.optimizer import (
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
+    set_learning_rate,
 )
 from tests.small_model import small_config, small_model
 
@@ -34,11 +35,20 @@ def test_only_matrices_outside_tables_are_decayed() -> None:
     optimizer = make_optimizer(model, Train(weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
-    free = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
-    assert optimizer.param_groups[0]["weight_decay"] == 0.1
-    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+    vectors = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
+    tables = {names[id(p)] for p in optimizer.param_groups[2]["params"]}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
     assert all(name.endswith("weight") and "tables" not in name for name in decayed)
-    assert all(name.endswith("bias") or "tables" in name for name in free)
+    assert all(name.endswith("bias") for name in vectors)
+    assert all("tables" in name for name in tables)
+    assert decayed | vectors | tables == set(names.values())
+
+
+def test_tables_have_a_learning_rate_of_their_own() -> None:
+    train = Train(learning_rate=0.5, embedding_learning_rate=2.0)
+    optimizer = make_optimizer(small_model(small_config()), train)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25, 1.0]
 
 
 def test_state_survives_a_round_trip() -> None:
