@@ -104,7 +104,7 @@ def _torch_scores(model: Recommender, codes: Arrays, block: int = 4096) -> NDArr
     with torch.inference_mode():
         for start in range(0, count, block):
             part = {
-                name: torch.from_numpy(np.ascontiguousarray(array[start : start + block]))
+                name: torch.tensor(array[start : start + block])
                 for name, array in codes.items()
             }
             user, item = model.represent_users(part), model.represent_items(part)

@@ -1,0 +1,116 @@
+"""From raw tables to ranked items by the command line, on small data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from hvdrec.artifacts import verify_artifact
+from hvdrec.scoring import Scorer
+from tests.integration.conftest import SmallRun, hvdrec, succeed
+
+
+def test_every_stage_leaves_a_whole_artifact(small_run: SmallRun) -> None:
+    for name, kind in (("samples", "samples"), ("features", "features"), ("bundle", "bundle")):
+        manifest = verify_artifact(small_run.work / name, kind)
+        assert manifest.meta["config"]["name"] == "small"
+        leftovers = [p.name for p in small_run.work.iterdir() if p.name.startswith(".")]
+        assert leftovers == []
+
+
+def test_shards_are_even_and_hold_every_sample(small_run: SmallRun) -> None:
+    meta = verify_artifact(small_run.work / "features", "features").meta
+    assert sum(meta["shards"]["train"]) == meta["rows"]["train"] == 4800
+    assert max(meta["shards"]["train"]) - min(meta["shards"]["train"]) <= 1
+    groups = pq.read_metadata(small_run.work / "features/train/shard-00000.parquet")
+    assert max(groups.row_group(i).num_rows for i in range(groups.num_row_groups)) <= 300
+
+
+def test_the_model_learns_what_no_baseline_can(small_run: SmallRun) -> None:
+    report = small_run.report
+    best = max(found["ranking"]["auc"] for found in report["baselines"].values())
+    assert report["ranking"]["auc"] > best + 0.05
+    assert {"recall@5", "ndcg@10", "coverage@10"} <= report["retrieval"].keys()
+    assert {"popularity", "item_mean", "user_item_mean"} == report["baselines"].keys()
+
+
+def test_the_bundle_proved_that_it_scores_as_torch(small_run: SmallRun) -> None:
+    parity = small_run.export["parity"]
+    assert parity["rows"] == 3 * 605
+    assert parity["largest_difference"] <= 1e-5
+
+
+def test_recommend_ranks_titles_and_the_scene_counts(small_run: SmallRun) -> None:
+    bundle = small_run.work / "bundle"
+    night = succeed("recommend", bundle, "--user", "u1", "--scene", "hour=23", "-k", "7")
+    noon = succeed("recommend", bundle, "--user", "u1", "--scene", "hour=12", "-k", "7")
+    assert [len(night["items"]), len(noon["items"])] == [7, 7]
+    assert all(item["title"].startswith("Item ") for item in night["items"])
+    scores = [item["score"] for item in night["items"]]
+    assert scores == sorted(scores, reverse=True)
+    assert scores != [item["score"] for item in noon["items"]]
+    default = succeed("recommend", bundle, "--user", "u1", "-k", "7")
+    assert default["items"] == noon["items"]  # the declared default of hour is 12
+
+
+def test_excluded_items_do_not_come_back(small_run: SmallRun) -> None:
+    bundle = small_run.work / "bundle"
+    first = succeed("recommend", bundle, "--user", "u1", "-k", "3")["items"]
+    gone = [item["item"] for item in first]
+    later = succeed("recommend", bundle, "--user", "u1", "-k", "40", "--exclude", *gone)["items"]
+    assert len(later) == 37
+    assert not {item["item"] for item in later} & set(gone)
+
+
+def test_a_table_for_people_names_every_title(small_run: SmallRun) -> None:
+    done = hvdrec("recommend", small_run.work / "bundle", "--user", "u1", "-k", "2")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["item", "title", "score"]
+    assert len(lines) == 4
+
+
+def test_score_a_parquet_file_of_raw_rows(small_run: SmallRun, tmp_path: Path) -> None:
+    source = next((small_run.work / "samples/test").glob("*.parquet"))
+    facts = succeed("score", small_run.work / "bundle", source, tmp_path / "scored.parquet")
+    scored = pq.read_table(tmp_path / "scored.parquet")
+    assert facts["rows"] == scored.num_rows == 605
+    row = scored.slice(17, 1).to_pylist()[0]
+    alone = Scorer.load(small_run.work / "bundle").score(
+        user={name: row[name] for name in ("user_id", "clicks", "age")},
+        items=[{name: row[name] for name in ("item_id", "tags", "price")}],
+        scene={name: row[name] for name in ("hour", "shop")},
+    )
+    assert np.isclose(row["score"], alone[0], atol=1e-6)
+
+
+def test_training_writes_a_json_line_per_logging_step(small_run: SmallRun) -> None:
+    lines = (small_run.work / "run/log.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [e["step"] for e in events if e["event"] == "step"] == [5, 10, 15, 20]
+    assert [e["event"] for e in events if e["event"] == "validation"] == ["validation"] * 2
+    assert events[0]["event"] == "start"
+
+
+def test_history_holds_only_what_came_strictly_before(small_run: SmallRun) -> None:
+    raw = pq.read_table(small_run.work.parent / "raw/shown.parquet").to_pylist()
+    clicks: dict[str, list[tuple[int, str]]] = {}
+    for row in sorted(raw, key=lambda row: row["shown_at"]):
+        if row["clicked"]:
+            clicks.setdefault(row["user_id"], []).append((row["shown_at"], str(row["item_id"])))
+    samples = pq.read_table(small_run.work / "samples/test").to_pylist()
+    assert any(sample["clicks"] for sample in samples)
+    for sample in samples:
+        before = [item for time, item in clicks[sample["user_id"]] if time < sample["time"]]
+        assert sample["clicks"] == before[-8:]
+
+
+def test_the_split_is_strictly_temporal(small_run: SmallRun) -> None:
+    times = {
+        split: pq.read_table(small_run.work / "samples" / split)["time"].to_numpy()
+        for split in ("train", "validation", "test")
+    }
+    assert times["train"].max() < times["validation"].min()
+    assert times["validation"].max() < times["test"].min()
