@@ -1,0 +1,163 @@
+"""Who reads which rows when: each row once, equal steps, and resumption on any number of ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdrec.order import Plan, Progress, plan_epoch
+
+Row = tuple[int, int]
+
+groups = st.lists(st.integers(0, 12), max_size=9)
+worlds = st.integers(1, 5)
+batches = st.integers(1, 9)
+windows = st.integers(1, 30)
+
+
+def rows_of(plan: Plan) -> list[Row]:
+    """Return (row group, position) of a plan's rows in the order of delivery."""
+    delivered: list[Row] = []
+    for number, window in enumerate(plan.windows):
+        rows = [(f.group, int(p)) for f in window for p in f.positions()]
+        order = plan.order(number)[plan.skip if number == 0 else 0 :]
+        delivered += [rows[i] for i in order]
+    return delivered
+
+
+def deliver(
+    group_rows: Sequence[int], world: int, batch: int, window: int, **more: object
+) -> tuple[list[list[Row]], set[int]]:
+    """Return each rank's rows and the ranks' numbers of steps."""
+    plans = [
+        plan_epoch(
+            group_rows,
+            rank=rank,
+            world_size=world,
+            batch_size=batch,
+            window_rows=window,
+            **{"seed": 0, "epoch": 0, **more},  # type: ignore[arg-type]
+        )
+        for rank in range(world)
+    ]
+    rows = [rows_of(plan) for plan in plans]
+    assert [plan.rows for plan in plans] == [len(part) for part in rows]
+    return rows, {plan.steps for plan in plans}
+
+
+def all_rows(group_rows: Sequence[int]) -> Counter[Row]:
+    return Counter((g, p) for g, rows in enumerate(group_rows) for p in range(rows))
+
+
+@given(groups, worlds, batches, windows, st.integers(0, 9), st.integers(0, 3), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_each_row_once_and_equal_steps(
+    group_rows: list[int], world: int, batch: int, window: int, seed: int, epoch: int, shuffle: bool
+) -> None:
+    parts, steps = deliver(
+        group_rows, world, batch, window, seed=seed, epoch=epoch, shuffle=shuffle
+    )
+    assert Counter(row for part in parts for row in part) == all_rows(group_rows)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert steps == {-(-max(map(len, parts)) // batch)}
+
+
+@given(groups, worlds, windows)
+def test_without_shuffle_ranks_joined_are_the_files_order(
+    group_rows: list[int], world: int, window: int
+) -> None:
+    parts, _ = deliver(group_rows, world, 3, window, shuffle=False)
+    joined = [row for part in parts for row in part]
+    assert joined == [(g, p) for g, rows in enumerate(group_rows) for p in range(rows)]
+
+
+def test_the_order_depends_on_seed_epoch_and_world_size() -> None:
+    group_rows = [20] * 10
+    base = deliver(group_rows, 2, 4, 50)
+    assert deliver(group_rows, 2, 4, 50) == base
+    assert deliver(group_rows, 2, 4, 50, epoch=1)[0] != base[0]
+    assert deliver(group_rows, 2, 4, 50, seed=1)[0] != base[0]
+
+
+def test_rows_are_mixed_across_row_groups() -> None:
+    (rows,), _ = deliver([50] * 8, 1, 10, 400)
+    assert len({group for group, _ in rows[:50]}) >= 6
+
+
+@given(
+    groups,
+    st.lists(st.tuples(worlds, batches, st.integers(0, 4)), min_size=1, max_size=3),
+    worlds,
+    batches,
+    windows,
+    st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_after_any_history_the_rest_comes_once(
+    group_rows: list[int],
+    stretches: list[tuple[int, int, int]],
+    world: int,
+    batch: int,
+    window: int,
+    shuffle: bool,
+) -> None:
+    delivered: Counter[Row] = Counter()
+    past: tuple[Progress, ...] = ()
+    for old_world, old_batch, wanted in stretches:
+        parts, (available,) = deliver(
+            group_rows, old_world, old_batch, window, past=past, shuffle=shuffle
+        )
+        steps = min(wanted, available)
+        for part in parts:
+            delivered.update(part[: steps * old_batch])
+        past = (*past, Progress(old_world, old_batch, steps))
+    rest, steps_left = deliver(group_rows, world, batch, window, past=past, shuffle=shuffle)
+    delivered.update(row for part in rest for row in part)
+    assert delivered == all_rows(group_rows)
+    assert len(steps_left) == 1
+
+
+@given(groups, worlds, batches, windows, st.integers(0, 6))
+@settings(max_examples=200, deadline=None)
+def test_the_same_world_goes_on_exactly(
+    group_rows: list[int], world: int, batch: int, window: int, steps: int
+) -> None:
+    whole, (total,) = deliver(group_rows, world, batch, window)
+    steps = min(steps, total)
+    past = tuple(Progress(world, batch, 1) for _ in range(steps))
+    rest, (left,) = deliver(group_rows, world, batch, window, past=past)
+    assert rest == [part[steps * batch :] for part in whole]
+    assert left == total - steps
+
+
+def test_windows_that_are_done_are_not_read_again() -> None:
+    plan = plan_epoch(
+        [10] * 10,
+        rank=0,
+        world_size=1,
+        batch_size=5,
+        window_rows=20,
+        seed=0,
+        epoch=0,
+        past=(Progress(1, 5, 9),),
+    )
+    assert sum(f.rows for window in plan.windows for f in window) == 60
+    assert (plan.first, plan.skip, plan.rows, plan.steps) == (2, 5, 55, 11)
+
+
+def test_a_large_epoch_is_planned_quickly() -> None:
+    plan = plan_epoch(
+        np.full(20_000, 10_000).tolist(),
+        rank=3,
+        world_size=8,
+        batch_size=4096,
+        window_rows=262_144,
+        seed=0,
+        epoch=0,
+    )
+    assert plan.rows == 25_000_000
+    assert all(f.chosen is None for window in plan.windows for f in window)
