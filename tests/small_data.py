@@ -125,7 +125,9 @@ def write_small_data(folder: Path, seed: int = 0) -> Path:
             "user_id": pa.array([f"u{u}" for u in user]),
             "item_id": pa.array(item + 100),
             "shown_at": pa.array(np.sort(random.integers(0, 90, ROWS)) * 86400 + hour * 3600),
-            "shop": pa.array(np.where(random.random(ROWS) < 0.1, None, item % 7).tolist(), pa.int64()),
+            "shop": pa.array(
+                np.where(random.random(ROWS) < 0.1, None, item % 7).tolist(), pa.int64()
+            ),
             "clicked": pa.array(clicked.astype(np.int64)),
         }
     )

@@ -52,7 +52,9 @@ def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
     random = np.random.default_rng(seed)
 
     def padded(drawn: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([drawn, np.zeros_like(drawn[:1]).repeat(padding, 0)]))
+        return torch.from_numpy(
+            np.concatenate([drawn, np.zeros_like(drawn[:1]).repeat(padding, 0)])
+        )
 
     def codes(name: str, *shape: int, low: int = 0) -> torch.Tensor:
         return padded(random.integers(low, SIZES[name], (rows, *shape)))

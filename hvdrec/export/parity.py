@@ -104,8 +104,7 @@ def _torch_scores(model: Recommender, codes: Arrays, block: int = 4096) -> NDArr
     with torch.inference_mode():
         for start in range(0, count, block):
             part = {
-                name: torch.tensor(array[start : start + block])
-                for name, array in codes.items()
+                name: torch.tensor(array[start : start + block]) for name, array in codes.items()
             }
             user, item = model.represent_users(part), model.represent_items(part)
             scores.append(model.rank(user, item, part).sigmoid().double().numpy())

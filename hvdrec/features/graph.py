@@ -27,6 +27,10 @@ RAW_TYPES = {
 }
 
 
+LARGEST = 1e6
+"""Standardized numbers are clipped to this many deviations."""
+
+
 def output_name(name: str) -> str:
     """Return the name of a feature's output in the preprocessing graph."""
     return f"{name}__code"
@@ -144,6 +148,9 @@ def _standardize(part: _Nodes, raw: str, fitted: FittedFeature) -> None:
         number = part.add("Mul", part.add("Sign", number), part.add("Log", magnitude))
     centered = part.add("Sub", number, part.constant(np.array(fitted.mean)))
     scaled = part.add("Div", centered, part.constant(np.array(fitted.deviation)))
+    # Far outliers must not become infinities among float32.
+    limits = [part.constant(np.array(limit)) for limit in (-LARGEST, LARGEST)]
+    scaled = part.add("Clip", scaled, *limits)
     known = part.add("Where", missing, part.constant(np.array(0.0)), scaled)
     part.add("Cast", known, output=output_name(fitted.feature.name), to=TensorProto.FLOAT)
 

@@ -9,54 +9,61 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hvdrec.samples.columns import list_array
+
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Events:
-    """The events that a history is made of, sorted by user and time.
+class Moments:
+    """Users and times as numbers: key = user * times + the time's rank among the `times` different
+    ones, so that keys sort by user, then time, and are equal for equal times.
 
-    items: Arrow array of item keys [n]; key: int64 [n], ascending, user and time rank in one.
+    user: int64 codes [n]; key: int64 [n].
+    """
+
+    user: Array
+    key: Array
+    times: int
+
+    @staticmethod
+    def of(user: Array, time: Array) -> Moments:
+        """Number rows. user: int64 codes [n]; time: sortable values [n]."""
+        distinct, rank = np.unique(time, return_inverse=True)
+        return Moments(user, user * len(distinct) + rank, len(distinct))
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events that a history is made of, by user and time.
+
+    items: item keys [n]; key: int64 [n], ascending.
     """
 
     items: pa.Array
     key: Array
 
-    def before(self, key: Array, user_start: Array, length: int) -> tuple[Array, Array]:
-        """Return, per row, [start, stop) of its last `length` events with a smaller key.
+    @staticmethod
+    def of(items: pa.Array, moments: Moments, chosen: Array) -> Events:
+        """Sort the chosen rows' items; those of one time keep their order. chosen: bool [n]."""
+        rows = np.flatnonzero(chosen)
+        order = rows[np.argsort(moments.key[rows], kind="stable")]
+        return Events(items.take(pa.array(order)), moments.key[order])
 
-        key: int64 [rows] of the samples; user_start: int64 [rows], the smallest key of their users.
-        """
-        stop = np.searchsorted(self.key, key, side="left")
-        first = np.searchsorted(self.key, user_start, side="left")
-        return np.maximum(first, stop - length), stop
+    def before(self, moments: Moments, rows: Array, length: int) -> pa.Array:
+        """Return lists of the last `length` events strictly before each row, oldest first."""
+        return self._last(moments.key[rows], moments.user[rows] * moments.times, length)
 
+    def latest(self, users: int, times: int, length: int) -> pa.Array:
+        """Return lists of the last `length` events of each of the users 0 … `users` - 1."""
+        start = np.arange(users) * times
+        return self._last(start + times, start, length)
 
-def combined_keys(user: Array, time: Array) -> tuple[Array, Array]:
-    """Return keys int64 [n] that sort by user and then time, equal for equal times, and the
-    smallest key of each row's user.
-
-    user: int64 codes [n]; time: any sortable values [n].
-    """
-    distinct, rank = np.unique(time, return_inverse=True)
-    base = user.astype(np.int64) * len(distinct)
-    return base + rank, base
-
-
-def sort_events(items: pa.Array, key: Array, chosen: Array) -> Events:
-    """Return the chosen rows' events, sorted by key and, within one time, by row.
-
-    chosen: bool [n].
-    """
-    rows = np.flatnonzero(chosen)
-    order = rows[np.argsort(key[rows], kind="stable")]
-    return Events(items.take(pa.array(order)), key[order])
-
-
-def slices(items: pa.Array, start: Array, stop: Array) -> pa.Array:
-    """Return a list array with the items of [start, stop) for each row, oldest first."""
-    lengths = stop - start
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    positions = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-    return pa.ListArray.from_arrays(pa.array(offsets), items.take(pa.array(positions)))
+    def _last(self, key: Array, start: Array, length: int) -> pa.Array:
+        """Return the last `length` events of those with start <= their key < key."""
+        stop = np.searchsorted(self.key, key)
+        first = np.maximum(np.searchsorted(self.key, start), stop - length)
+        lengths = stop - first
+        ends = np.cumsum(lengths)
+        positions = np.arange(lengths.sum()) + np.repeat(first - (ends - lengths), lengths)
+        return list_array(lengths, self.items.take(pa.array(positions)))

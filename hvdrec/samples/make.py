@@ -103,9 +103,9 @@ def _read_tables(db: duckdb.DuckDBPyConnection, config: Config) -> None:
         for column in keys:
             engine.require(raw / table, found, column, f"key of {view}")
         names = ", ".join(quoted(column) for column in keys)
-        twin = db.execute(
-            f"SELECT {names} FROM {quoted(view)} GROUP BY ALL HAVING count(*) > 1"
-        ).fetchone()
+        twin = engine.first_row(
+            db, f"SELECT {names} FROM {quoted(view)} GROUP BY ALL HAVING count(*) > 1"
+        )
         if twin:
             shown = ", ".join(f"{k} = {v}" for k, v in zip(keys, twin, strict=True))
             raise UserError(f"{raw / table}: several rows have {shown}; keep one row per key")
@@ -194,20 +194,22 @@ def _labelled(db: duckdb.DuckDBPyConnection, config: Config) -> None:
     file = Path(config.paths.raw) / samples.interactions
     if not _count(db, "SELECT count(*) FROM labelled"):
         raise UserError(f"{file}: no rows are left; check samples.drop = '{samples.drop}'")
-    bad = db.execute(
+    bad = engine.first_row(
+        db,
         "SELECT _label, count(*) FROM labelled WHERE _label IS NULL OR _label NOT IN (0, 1) "
-        "GROUP BY _label ORDER BY ALL LIMIT 1"
-    ).fetchone()
+        "GROUP BY _label ORDER BY ALL LIMIT 1",
+    )
     if bad:
         value = "null" if bad[0] is None else f"{bad[0]:g}"
         raise UserError(
             f"samples.label = '{samples.label}': gives {value} in {bad[1]} rows of {file}; "
             "it must give 0 or 1 (for example 'rating > 3')"
         )
-    bad = db.execute(
+    bad = engine.first_row(
+        db,
         "SELECT _weight FROM labelled WHERE _weight IS NULL OR NOT isfinite(_weight) "
-        "OR _weight < 0 LIMIT 1"
-    ).fetchone()
+        "OR _weight < 0 LIMIT 1",
+    )
     if bad:
         value = "null" if bad[0] is None else f"{bad[0]:g}"
         raise UserError(
@@ -485,5 +487,5 @@ def _side_table(
 
 
 def _count(db: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = db.execute(query).fetchone()
+    row = engine.first_row(db, query)
     return int(row[0]) if row else 0

@@ -20,3 +20,12 @@ class RequestError(ScoringError):
 def choices(names: Iterable[object]) -> str:
     """Return the legal choices as they stand in an error's line."""
     return "[" + ", ".join(str(name) for name in names) + "]"
+
+
+def shown(value: object) -> str:
+    """Return a value as it stands in an error's line: on one line, shortened."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of thousands of digits has no decimal text
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 60 else text[:57] + "..."

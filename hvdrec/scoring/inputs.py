@@ -7,18 +7,25 @@ among floats. Lists are padded with it, on the right; sequences on the left.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import Field
-from hvdrec.scoring.errors import RequestError, choices
+from hvdrec.scoring.errors import RequestError, choices, shown
 
 Array = NDArray[Any]
-MISSING: dict[str, Any] = {"string": "", "int": -(2**63), "float": math.nan}
-NUMPY: dict[str, Any] = {"string": object, "int": np.int64, "float": np.float64}
+MISSING: Mapping[str, Any] = {"string": "", "int": -(2**63), "float": math.nan}
+NUMPY: Mapping[str, Any] = {"string": object, "int": np.int64, "float": np.float64}
+PLAIN: Mapping[str, frozenset[type]] = {
+    "string": frozenset({str}),
+    "int": frozenset({int}),
+    "float": frozenset({float, int}),
+}
+"""Python types whose values enter an array as they are."""
+WANTED: Mapping[str, str] = {"string": "a string", "int": "an integer", "float": "a number"}
 
 
 def rows_to_inputs(fields: Sequence[Field], rows: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
@@ -30,72 +37,161 @@ def rows_to_inputs(fields: Sequence[Field], rows: Sequence[Mapping[str, Any]]) -
 
 
 def column(field: Field, values: Sequence[Any]) -> Array:
-    """Return one field's values as an array [N], or [N, L] for lists."""
+    """Return one field's values as an array [N], or [N, L] for lists.
+
+    Strings come as an object array, integers as int64, floats as float64. Lists are cut to what
+    counts. Raises RequestError for a value of the wrong type.
+    """
     if not field.is_list:
-        converted = [_scalar(field, value) for value in values]
-        return np.array(converted, dtype=NUMPY[field.dtype])
-    lists = [_list(field, value) for value in values]
+        return np.array(_converted(field, values), dtype=NUMPY[field.dtype])
+    lists = [_entries(field, value) for value in values]
     width = max(1, max(map(len, lists), default=1))
     out = np.full((len(lists), width), MISSING[field.dtype], dtype=NUMPY[field.dtype])
     for row, entries in enumerate(lists):
-        if not entries:
-            continue
-        if field.pads_left:
-            out[row, -len(entries) :] = entries
-        else:
-            out[row, : len(entries)] = entries
+        if entries:
+            part = slice(-len(entries), None) if field.pads_left else slice(len(entries))
+            out[row, part] = entries
     return out
 
 
-def check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    """Raise RequestError for a name that is no field."""
+def listed(values: Any, what: str) -> Sequence[Any]:
+    """Return what a caller gave as a list; a numpy array's values become Python's own.
+
+    Raises RequestError for text, a mapping, a set or anything else that is no list.
+    """
+    if isinstance(values, list | tuple):
+        return values
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        # tolist() would turn times into plain integers.
+        plain: list[Any] = list(values) if values.dtype.kind in "mM" else values.tolist()
+        return plain
+    if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray):
+        return list(values)
+    raise RequestError(f"{what} = {shown(values)}: must be a list, not {_kind(values)}")
+
+
+def check_names(given: Any, known: Collection[str], what: str) -> None:
+    """Raise RequestError for something that is no mapping, or for a name that is no field."""
+    if not isinstance(given, Mapping):
+        raise RequestError(
+            f"{what} = {shown(given)}: must be a mapping of fields to values, not {_kind(given)}"
+        )
     for name in given:
         if name not in known:
             raise RequestError(f"{what} field '{name}' does not exist; known: {choices(known)}")
 
 
-def key_value(key: Any, dtype: str, name: str) -> str | int:
-    """Return a user or item key in its type; RequestError for another type."""
+def key_value(key: Any, dtype: str, name: str) -> str | int | None:
+    """Return a user or item key in its type, None for a missing one.
+
+    Raises RequestError for another type.
+    """
+    if is_missing(key):
+        return None
     if dtype == "int":
-        if isinstance(key, int | np.integer) and not isinstance(key, bool | np.bool_):
-            return int(key)
-        raise RequestError(f"{name} = {key!r}: the key is an integer, not {_kind(key)}")
+        if isinstance(key, int | np.integer) and not isinstance(key, bool):
+            if -(2**63) <= int(key) < 2**63:
+                return int(key)
+            raise RequestError(f"{name} = {shown(key)}: does not fit 64 bits")
+        hint = f"; pass {key}" if isinstance(key, str) and _is_integer(key) else ""
+        raise RequestError(f"{name} = {shown(key)}: the key is an integer, not {_kind(key)}{hint}")
     if isinstance(key, str):
-        return str(key)
-    hint = f'; pass "{key}"' if isinstance(key, int | np.integer) else ""
-    raise RequestError(f"{name} = {key!r}: the key is a string, not {_kind(key)}{hint}")
+        return _text(str(key), name)
+    raise RequestError(
+        f"{name} = {shown(_plain(key))}: the key is a string, not {_kind(key)}{_quoted(key)}"
+    )
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value is None or NaN."""
+    return value is None or (isinstance(value, float | np.floating) and math.isnan(value))
+
+
+def _converted(field: Field, values: Sequence[Any]) -> Sequence[Any]:
+    """Return values in their field's type, missing values in place of None and NaN."""
+    dtype = field.dtype
+    if set(map(type, values)) <= PLAIN[dtype] and _fits(dtype, values):
+        return values
+    return [_scalar(field, value) for value in values]
+
+
+def _fits(dtype: str, values: Sequence[Any]) -> bool:
+    """Return whether plain values are also within what a graph takes."""
+    if dtype == "string":
+        # Half a surrogate pair is no text that a graph could take.
+        return all(map(str.isascii, values)) or not any(map(_is_broken, values))
+    return not values or (min(values) >= -(2**63) and max(values) < 2**63)
 
 
 def _scalar(field: Field, value: Any) -> Any:
     """Return one value in its field's type, or the missing value of that type."""
-    if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if is_missing(value):
         return MISSING[field.dtype]
     if field.dtype == "string":
         if isinstance(value, str):
-            return value
+            return _text(str(value), field.name)
     elif isinstance(value, bool | np.bool_):
         pass
     elif isinstance(value, int | np.integer):
-        if field.dtype == "float" or -(2**63) <= int(value) < 2**63:
-            return value
-        raise RequestError(f"{field.name} = {value!r}: does not fit 64 bits")
+        return _integer(field, int(value))
     elif field.dtype == "float" and isinstance(value, float | np.floating):
-        return value
-    wanted = {"string": "a string", "int": "an integer", "float": "a number"}[field.dtype]
-    hint = f'; pass "{value}"' if field.dtype == "string" and not isinstance(value, bool) else ""
-    raise RequestError(f"{field.name} = {value!r}: must be {wanted}, not {_kind(value)}{hint}")
+        return float(value)
+    hint = _quoted(value) if field.dtype == "string" else ""
+    raise RequestError(
+        f"{field.name} = {shown(_plain(value))}: must be {WANTED[field.dtype]}, "
+        f"not {_kind(value)}{hint}"
+    )
 
 
-def _list(field: Field, value: Any) -> list[Any]:
-    """Return a list value, cut to what the graph would keep, without copying long histories."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def _integer(field: Field, value: int) -> int | float:
+    if field.dtype == "int":
+        if -(2**63) <= value < 2**63:
+            return value
+        raise RequestError(f"{field.name} = {shown(value)}: does not fit 64 bits")
+    try:
+        return float(value)
+    except OverflowError:
+        raise RequestError(f"{field.name} = {shown(value)}: is too large a number") from None
+
+
+def _entries(field: Field, value: Any) -> Sequence[Any]:
+    """Return a list's entries, cut to those that count."""
+    if is_missing(value):
         return []
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
-        raise RequestError(
-            f"{field.name} = {value!r}: must be a list of values, not {_kind(value)}"
-        )
-    kept = value[-field.max_length :] if field.pads_left else value[: field.max_length]
-    return [_scalar(field, entry) for entry in kept]
+    entries = listed(value, field.name)
+    kept = entries[-field.max_length :] if field.pads_left else entries[: field.max_length]
+    return _converted(field, kept)
+
+
+def _text(text: str, name: str) -> str:
+    if _is_broken(text):
+        raise RequestError(f"{name} = {shown(text)}: is no valid Unicode text")
+    return text
+
+
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _is_integer(text: str) -> bool:
+    return text.isascii() and text.removeprefix("-").isdigit()
+
+
+def _quoted(value: Any) -> str:
+    """Return the hint for a number that stands where a string belongs."""
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return f'; pass "{shown(_plain(value))}"' if is_number else ""
+
+
+def _plain(value: Any) -> Any:
+    """Return a numpy scalar as Python's own, which reads better."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _kind(value: Any) -> str:

@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, read_array, read_bundle
-from hvdrec.scoring.errors import BundleError, RequestError
-from hvdrec.scoring.inputs import check_names, column, key_value, rows_to_inputs
-from hvdrec.scoring.store import EmbeddingStore
+from hvdrec.scoring.bundle import BundleInfo, Field, read_array, read_bundle
+from hvdrec.scoring.errors import BundleError, RequestError, shown
+from hvdrec.scoring.graph import VECTORS, Graph, input_types
+from hvdrec.scoring.inputs import check_names, column, listed
+from hvdrec.scoring.retrieval import inner_products, largest
+from hvdrec.scoring.store import Titles
+from hvdrec.scoring.tower import BLOCK_ROWS, Tower
 
 Array = NDArray[Any]
 Key = str | int
 Raw = Mapping[str, Any]
-BLOCK_ROWS = 4096
-RETRIEVAL_BLOCK = 262_144
+Entries = Sequence[Key | Raw | None] | Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Recommendation:
-    """A ranked item: its key, the ranker's score, the towers' score, its title where there is one."""
+    """A ranked item."""
 
     item: Key
+    """Its key."""
     score: float
+    """The ranker's probability in the scene."""
     retrieval_score: float
+    """Inner product of the embeddings; the item's popularity where no tower was trained for it."""
     title: str | None = None
+    """What it is called, where the bundle tells."""
 
 
 class Scorer:
     """Scores and recommends items from a bundle; made by `load`, safe to share between threads."""
 
-    def __init__(self, info: BundleInfo, sessions: dict[str, Any]) -> None:
+    def __init__(self, info: BundleInfo, threads: int) -> None:
         self.info = info
-        self._sessions = sessions
-        self._users = EmbeddingStore(info.path, "user", info.user_width)
-        self._items = EmbeddingStore(info.path, "item", info.item_width)
-        self._scene_fields = info.side("scene")
-        self._scene_names = [field.name for field in self._scene_fields]
-        self._popularity: Array | None = _optional(info.path, "items/popularity.npy")
-        self._titles: Array | None = _optional(info.path, "items/titles.npy")
-        self._title_offsets: Array | None = _optional(info.path, "items/titles_offsets.npy")
+        self._users = Tower(info, "user", threads)
+        self._items = Tower(info, "item", threads)
+        self._titles = Titles(info, self.items)
+        self._popularity = None if info.retrieval_width else _popularity(info, self.items)
+        scene = info.side("scene")
+        self._scene = {field.name: field for field in scene}
+        self._defaults = {field.name: _default(info, field) for field in scene}
+        embeddings = {"user_embedding": VECTORS, "item_embedding": VECTORS}
+        self._ranker = Graph(
+            info.path / "ranker.onnx", {**embeddings, **input_types(scene)}, "score", threads
+        )
 
     @classmethod
     def load(cls, path: str | Path, *, threads: int = 1, verify: bool = False) -> Scorer:
@@ -54,206 +62,191 @@ class Scorer:
         threads: of one graph run (a service with many request threads wants 1); verify: compare
         every file's checksum. Raises BundleError if the bundle is missing, damaged or too new.
         """
-        info = read_bundle(Path(path), verify=verify)
-        names = ("user_tower", "item_tower", "ranker")
-        return cls(info, {name: _session(info.path / f"{name}.onnx", threads) for name in names})
+        _check_count("threads", threads)
+        return cls(read_bundle(Path(path), verify=verify), int(threads))
 
     @property
     def users(self) -> int:
         """Return the number of stored users."""
-        return len(self._users)
+        return len(self._users.store)
 
     @property
     def items(self) -> int:
         """Return the number of stored items."""
-        return len(self._items)
+        return len(self._items.store)
 
-    def score(self, user: Key | Raw, items: Sequence[Key | Raw], scene: Raw | None = None) -> Array:
+    @property
+    def schema(self) -> tuple[Field, ...]:
+        """Return the raw features that a request may give, of users, items and the scene."""
+        return self.info.fields
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Return the bundle's manifest as it was read."""
+        return self.info.manifest
+
+    def score(self, user: Key | Raw | None, items: Entries, scene: Raw | None = None) -> Array:
         """Return a probability for each item, float32 [n], in the order given.
 
-        user: a key, or the raw features of a user (with or without the key); items: keys, or raw
-        features of items; scene: what is known of the request. A key that is not stored goes through
-        its tower as unknown; what is left out is missing, or takes the scene field's default.
-        Raises RequestError for an unknown field or a value of the wrong type.
+        user: a key, or the raw features of a user (with or without the key), who goes through the
+        tower; items: keys, or raw features of items; scene: what is known of the request. A key
+        that is not stored goes through its tower as unknown. None and NaN are missing values, and
+        so is what is left out, except that a scene field takes its default. Raises RequestError
+        for an unknown field or a value of the wrong type.
         """
-        if isinstance(items, str | bytes | Mapping):
-            raise RequestError(f"items = {items!r}: must be a list of items")
-        scene_inputs = self._scene_inputs(scene)
-        user_embedding = self.embed_user(user)[None, :]
-        if not len(items):
+        inputs = self._scene_inputs(scene)
+        inputs["user_embedding"] = self._users.embed([user])
+        entries = listed(items, "items")
+        if not entries:
             return np.empty(0, dtype=np.float32)
-        return self._rank(user_embedding, self.embed_items(items), scene_inputs)
+        inputs["item_embedding"] = self._items.embed(entries)
+        return self._ranker.run_blocks(inputs, rows=len(entries), block=BLOCK_ROWS)
 
     def score_rows(
         self,
-        users: Sequence[Key | Raw],
-        items: Sequence[Key | Raw],
-        scenes: Mapping[str, Sequence[Any]] | None = None,
+        users: Entries,
+        items: Entries,
+        scenes: Mapping[str, Sequence[Any] | Array] | None = None,
     ) -> Array:
-        """Return a probability for each row, float32 [n]: users[i], items[i], scenes[name][i]."""
-        scenes = scenes or {}
-        check_names(scenes, self._scene_names, "scene")
-        lengths = {len(users), len(items), *(len(values) for values in scenes.values())}
-        if len(lengths) > 1:
+        """Return a probability for each row, float32 [n]: users[i], items[i], scenes[name][i].
+
+        Entries are those of `score`. A scene field without a column takes its default. Raises
+        RequestError as `score` does, and where the columns differ in length.
+        """
+        check_names({} if scenes is None else scenes, self._scene, "scene")
+        columns = {name: listed(values, name) for name, values in (scenes or {}).items()}
+        users, items = listed(users, "users"), listed(items, "items")
+        lengths = {"users": len(users), "items": len(items)}
+        lengths |= {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
             raise RequestError(
-                f"rows: users, items and scenes differ in length ({sorted(lengths)})"
+                f"rows = {lengths}: users, items and scene fields must be of one length"
             )
         scores = [np.empty(0, dtype=np.float32)]
         for start in range(0, len(users), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
-            rows = len(users[part])
-            inputs = {
-                f.name: column(f, scenes[f.name][part] if f.name in scenes else [f.default] * rows)
-                for f in self._scene_fields
-            }
-            embedded = self._embed("user", users[part])
-            scores.append(self._rank(embedded, self._embed("item", items[part]), inputs))
+            scores.append(
+                self._ranker.run(
+                    {
+                        "user_embedding": self._users.embed(users[part]),
+                        "item_embedding": self._items.embed(items[part]),
+                        **self._scene_columns(columns, part, len(users[part])),
+                    }
+                )
+            )
         return np.concatenate(scores)
 
     def recommend(
         self,
-        user: Key | Raw,
+        user: Key | Raw | None,
         scene: Raw | None = None,
         k: int = 10,
         *,
         candidates: int = 500,
         exclude: Collection[Key] = (),
     ) -> list[Recommendation]:
-        """Return the k best items, best first.
+        """Return the k best items, best first, equal scores in the order of their keys.
 
-        The `candidates` (at least k) items whose embeddings have the largest inner product with the
-        user's are retrieved, exactly, and ranked in the scene; `exclude` lists keys to leave out.
+        The ``candidates`` (at least k) items whose embeddings have the largest inner product with
+        the user's are retrieved, exactly, and ranked in the scene; ``exclude`` holds keys to leave
+        out. There are fewer than k where the catalogue ends. user and scene as in `score`.
         """
-        for name, value in (("k", k), ("candidates", candidates)):
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-                raise RequestError(f"{name} = {value!r}: must be a whole number from 1")
-        scene_inputs = self._scene_inputs(scene)
-        excluded = [key_value(key, self._items.dtype, "exclude") for key in exclude]
-        embedding = self.embed_user(user)
-        rows, retrieval = self._retrieve(embedding, max(k, candidates), excluded)
-        if not len(rows):
+        _check_count("k", k)
+        _check_count("candidates", candidates)
+        inputs = self._scene_inputs(scene)
+        excluded = self._excluded(exclude)
+        embedding = inputs["user_embedding"] = self._users.embed([user])
+        if not np.isfinite(embedding).all():
+            raise RequestError(
+                f"user = {shown(user)}: its embedding is not finite; check its numeric features"
+            )
+        retrieval = self._retrieval_scores(embedding[0])
+        rows = largest(retrieval, max(int(k), int(candidates)), excluded)
+        if not rows.size:
             return []
-        scores = self._rank(embedding[None, :], self._items.embeddings[rows], scene_inputs)
+        inputs["item_embedding"] = self._items.store.take(rows)
+        scores = self._ranker.run_blocks(inputs, rows=len(rows), block=BLOCK_ROWS)
         # Rows are in the order of keys: equal scores are told apart by key.
-        best = np.lexsort((rows, -scores))[:k]
         return [
             Recommendation(
-                self._items.key(int(rows[i])),
-                float(scores[i]),
-                float(retrieval[i]),
-                self._title(int(rows[i])),
+                item=self._items.store.key(rows[i]),
+                score=float(scores[i]),
+                retrieval_score=float(retrieval[rows[i]]),
+                title=self._titles[rows[i]],
             )
-            for i in best
+            for i in np.lexsort((rows, -scores))[: int(k)]
         ]
 
-    def embed_user(self, user: Key | Raw) -> Array:
-        """Return a user's embedding, float32 [user_width]."""
-        embedding: Array = self._embed("user", [user])[0]
+    def embed_user(self, user: Key | Raw | None) -> Array:
+        """Return a user's embedding, float32 [user_width]; user as in `score`."""
+        embedding: Array = self._users.embed([user])[0]
         return embedding
 
-    def embed_items(self, items: Sequence[Key | Raw]) -> Array:
-        """Return items' embeddings, float32 [n, item_width]."""
-        return self._embed("item", items)
+    def embed_items(self, items: Entries) -> Array:
+        """Return items' embeddings, float32 [n, item_width]; items as in `score`."""
+        return self._items.embed(listed(items, "items"))
 
     def title(self, item: Key) -> str | None:
         """Return a stored item's title, or None."""
-        row = int(self._items.rows([key_value(item, self._items.dtype, "item")])[0])
-        return self._title(row) if row >= 0 else None
+        row = int(self._items.store.rows([self._items.key(item)])[0])
+        return self._titles[row] if row >= 0 else None
 
     def key_dtype(self, side: str) -> str:
         """Return the type of user or item keys: "string" or "int"."""
-        return (self._users if side == "user" else self._items).dtype
-
-    def _embed(self, side: str, entries: Sequence[Key | Raw]) -> Array:
-        """Take stored embeddings by key; send everything else through the tower."""
-        store = self._users if side == "user" else self._items
-        name = self.info.user_key if side == "user" else self.info.item_key
-        fields = self.info.side(side)
-        is_raw = [isinstance(entry, Mapping) for entry in entries]
-        if not any(is_raw):
-            keys = [key_value(entry, store.dtype, name) for entry in entries]
-            rows = store.rows(keys)
-            if rows.size and rows.min() >= 0:
-                return np.asarray(store.embeddings[rows])
-            raw: list[Raw] = [{name: keys[i]} for i in np.flatnonzero(rows < 0)]
-        else:
-            rows = np.full(len(entries), -1, dtype=np.int64)
-            known = [*dict.fromkeys([name, *(field.name for field in fields)])]
-            raw = []
-            for i, entry in enumerate(entries):
-                if isinstance(entry, Mapping):
-                    check_names(entry, known, side)
-                    raw.append(entry)
-                    continue
-                key = key_value(entry, store.dtype, name)
-                rows[i] = store.rows([key])[0]
-                if rows[i] < 0:
-                    raw.append({name: key})
-        width = self.info.user_width if side == "user" else self.info.item_width
-        out = np.empty((len(entries), width), dtype=np.float32)
-        stored = rows >= 0
-        out[stored] = store.embeddings[rows[stored]]
-        if raw:
-            inputs = rows_to_inputs(fields, raw)
-            out[~stored] = self._sessions[f"{side}_tower"].run(["embedding"], inputs)[0]
-        return out
-
-    def _rank(self, user: Array, items: Array, scene: dict[str, Array]) -> Array:
-        inputs = {"user_embedding": user, "item_embedding": items, **scene}
-        scores: Array = self._sessions["ranker"].run(["score"], inputs)[0]
-        return scores
+        return (self._users if side == "user" else self._items).store.dtype
 
     def _scene_inputs(self, scene: Raw | None) -> dict[str, Array]:
-        scene = scene or {}
-        check_names(scene, self._scene_names, "scene")
+        inputs = dict(self._defaults)
+        if scene is not None:
+            check_names(scene, self._scene, "scene")
+            for name, value in scene.items():
+                inputs[name] = column(self._scene[name], [value])
+        return inputs
+
+    def _scene_columns(
+        self, columns: Mapping[str, Sequence[Any]], part: slice, rows: int
+    ) -> dict[str, Array]:
         return {
-            field.name: column(field, [scene.get(field.name, field.default)])
-            for field in self._scene_fields
+            name: column(field, columns[name][part])
+            if name in columns
+            else self._defaults[name].repeat(rows, axis=0)
+            for name, field in self._scene.items()
         }
 
-    def _retrieve(self, user: Array, count: int, excluded: list[Key]) -> tuple[Array, Array]:
-        """Return rows and retrieval scores of the best `count` items, rows ascending."""
-        mask = self._items.all_rows_but(excluded)
+    def _excluded(self, exclude: Collection[Key]) -> Array:
+        """Return the rows of keys that are to be left out; those not stored are nowhere anyway."""
+        keys = listed(list(exclude) if isinstance(exclude, Set) else exclude, "exclude")
+        rows = self._items.store.cached_rows(keys)
+        if rows is None:
+            rows = self._items.store.rows([self._items.key(key) for key in keys])
+        return rows[rows >= 0]
+
+    def _retrieval_scores(self, embedding: Array) -> Array:
+        """Return what candidates are chosen by, float32 [items]; more is better."""
+        if self._popularity is not None:
+            return self._popularity.astype(np.float32)
         width = self.info.retrieval_width
-        if width:
-            vectors = self._items.embeddings
-            scores = np.empty(len(vectors), dtype=np.float32)
-            for start in range(0, len(vectors), RETRIEVAL_BLOCK):
-                part = slice(start, start + RETRIEVAL_BLOCK)
-                np.dot(vectors[part, :width], user[:width], out=scores[part])
-        elif self._popularity is not None:
-            # Towers that were not trained to retrieve: candidates are the most popular items.
-            scores = self._popularity.astype(np.float32)
-        else:
-            scores = np.zeros(len(self._items), dtype=np.float32)
-        if mask is not None:
-            scores[~mask] = -np.inf
-        count = min(count, len(scores) if mask is None else int(mask.sum()))
-        if count == 0:
-            return np.empty(0, np.int64), scores[:0]
-        rows = np.sort(np.argpartition(-scores, count - 1)[:count])
-        return rows, scores[rows]
-
-    def _title(self, row: int) -> str | None:
-        if self._titles is None or self._title_offsets is None:
-            return None
-        start, stop = self._title_offsets[row], self._title_offsets[row + 1]
-        return bytes(self._titles[start:stop]).decode() or None
+        return inner_products(self._items.store.embeddings, embedding[:width])
 
 
-def _optional(path: Path, name: str) -> Array | None:
-    return read_array(path, name) if (path / name).is_file() else None
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise RequestError(f"{name} = {shown(value)}: must be a whole number from 1")
 
 
-def _session(file: Path, threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Waiting threads of an idle service should sleep.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+def _default(info: BundleInfo, field: Field) -> Array:
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises many kinds, without a common base
-        raise BundleError(f"{file}: no readable graph ({error}); export the bundle again") from None
+        return column(field, [field.default])
+    except RequestError as error:
+        raise BundleError(f"{info.path}: default of a scene field: {error}") from None
+
+
+def _popularity(info: BundleInfo, items: int) -> Array:
+    """Return what candidates are chosen by where no tower was trained for that, int64 [items]."""
+    counts = read_array(info.path, "items/popularity.npy")
+    if counts.shape != (items,) or counts.dtype.kind != "i":
+        raise BundleError(
+            f"{info.path}/items/popularity.npy: is {counts.dtype} of shape {counts.shape}, "
+            f"expected int64 of ({items},); export the bundle again"
+        )
+    return counts

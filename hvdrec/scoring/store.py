@@ -1,15 +1,14 @@
-"""Stored embeddings, found by key in memory-mapped arrays."""
+"""Stored embeddings, found by key, and titles: memory-mapped arrays that many threads read."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import read_array
+from hvdrec.scoring.bundle import BundleInfo, read_array
 from hvdrec.scoring.errors import BundleError
 
 Array = NDArray[Any]
@@ -22,68 +21,114 @@ class EmbeddingStore:
     keys: int64 [n], or UTF-8 in a fixed-width byte array [n]; embeddings: float32 [n, width].
     """
 
-    def __init__(self, path: Path, side: str, width: int) -> None:
-        self.keys = read_array(path, f"{side}s/keys.npy")
-        self.embeddings = read_array(path, f"{side}s/embeddings.npy")
-        if self.keys.ndim != 1 or self.keys.dtype.kind not in "Si":
-            raise BundleError(f"{path}/{side}s/keys.npy: holds no keys; export the bundle again")
-        if self.embeddings.shape != (len(self.keys), width) or self.embeddings.dtype != np.float32:
+    def __init__(self, info: BundleInfo, side: str, width: int) -> None:
+        self.keys = read_array(info.path, f"{side}s/keys.npy")
+        self.embeddings = read_array(info.path, f"{side}s/embeddings.npy")
+        if self.keys.ndim != 1 or (
+            self.keys.dtype.kind != "S" and self.keys.dtype != np.dtype("<i8")
+        ):
             raise BundleError(
-                f"{path}/{side}s/embeddings.npy: is {self.embeddings.dtype} of shape "
-                f"{self.embeddings.shape}, expected float32 of ({len(self.keys)}, {width}); "
-                "export the bundle again"
+                f"{info.path}/{side}s/keys.npy: is {self.keys.dtype} of shape {self.keys.shape}, "
+                "expected bytes or int64 of one dimension; export the bundle again"
             )
-        self._is_text = self.keys.dtype.kind == "S"
-        self._rows: dict[str | int, int] = {}
+        if (
+            self.embeddings.shape != (len(self.keys), width)
+            or self.embeddings.dtype != np.dtype("<f4")
+            or not self.embeddings.flags.c_contiguous
+        ):
+            raise BundleError(
+                f"{info.path}/{side}s/embeddings.npy: is {self.embeddings.dtype} of shape "
+                f"{self.embeddings.shape}, expected float32 of ({len(self.keys)}, {width}), rows "
+                "first; export the bundle again"
+            )
+        self._plain: type = str if self.keys.dtype.kind == "S" else int
+        # One byte more than the keys have, so that a longer key does not shrink to a stored one.
+        self._asked_dtype = f"S{self.keys.dtype.itemsize + 1}"
+        self._cache: dict[str | int, int] = {}
 
     @property
     def dtype(self) -> str:
         """Return the type of a key: "string" or "int"."""
-        return "string" if self._is_text else "int"
+        return "string" if self._plain is str else "int"
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def rows(self, keys: Sequence[str | int]) -> Array:
-        """Return the rows int64 [k] of keys in their type; -1 for a key that is not stored."""
-        known = self._rows
+    def cached_rows(self, keys: Sequence[Any]) -> Array | None:
+        """Return the rows int64 [k] where all are plain keys that were found before, else None."""
+        if not set(map(type, keys)) <= {self._plain}:
+            return None
         try:
-            return np.array([known[key] for key in keys], dtype=np.int64)
+            return np.fromiter(map(self._cache.__getitem__, keys), np.int64, len(keys))
         except KeyError:
-            pass
-        found = self._search(keys)
-        if len(known) + len(keys) > CACHED_KEYS:
-            # Other threads may read the old dictionary meanwhile: never shrink it, replace it.
-            self._rows = known = {}
-        for key, row in zip(keys, found.tolist(), strict=True):
-            if row >= 0:
-                known[key] = row
-        return found
+            return None
+
+    def rows(self, keys: Sequence[str | int | None]) -> Array:
+        """Return the rows int64 [k] of keys in their type; -1 for one that is not stored."""
+        cache = self._cache
+        rows = np.array([cache.get(key, -1) if key is not None else -1 for key in keys], np.int64)
+        asked = [i for i in np.flatnonzero(rows < 0).tolist() if keys[i] is not None]
+        if not asked or not len(self.keys):
+            return rows
+        wanted: list[Any] = [keys[i] for i in asked]
+        rows[asked] = found = self._search(wanted)
+        if len(cache) + len(asked) > CACHED_KEYS:
+            # Other threads may read the old dictionary meanwhile: it is left as it is.
+            self._cache = cache = {}
+        for key, row in zip(wanted, found.tolist(), strict=True):
+            if row >= 0 and len(cache) < CACHED_KEYS:
+                cache[key] = row
+        return rows
+
+    def take(self, rows: Array) -> Array:
+        """Return the embeddings of rows, float32 [k, width]."""
+        return self.embeddings.take(rows, axis=0)
 
     def key(self, row: int) -> str | int:
         """Return the key of a row."""
         key = self.keys[row]
-        return key.decode() if self._is_text else int(key)
+        return bytes(key).decode() if self._plain is str else int(key)
 
-    def all_rows_but(self, excluded: Collection[str | int]) -> Array | None:
-        """Return a mask bool [n] of the rows whose keys are not excluded, or None for all."""
-        if not excluded:
-            return None
-        rows = self.rows(list(excluded))
-        mask = np.ones(len(self.keys), dtype=bool)
-        mask[rows[rows >= 0]] = False
-        return mask
-
-    def _search(self, keys: Sequence[str | int]) -> Array:
-        if not len(self.keys):
-            return np.full(len(keys), -1, dtype=np.int64)
-        if self._is_text:
-            encoded = [str(key).encode() for key in keys]
-            asked = np.array(encoded, dtype=np.bytes_)
-            # Fixed-width bytes lose trailing NULs: such a key is never stored.
-            whole = np.array([not text.endswith(b"\0") for text in encoded], dtype=bool)
-        else:
+    def _search(self, keys: Sequence[Any]) -> Array:
+        """Return the rows of keys by binary search; -1 where there is none."""
+        if self._plain is int:
             asked = np.array(keys, dtype=np.int64)
-            whole = np.ones(len(keys), dtype=bool)
-        place = np.minimum(np.searchsorted(self.keys, asked), len(self.keys) - 1)
-        return np.where(whole & (self.keys[place] == asked), place, -1)
+        else:
+            try:
+                asked = np.array(keys, dtype=self._asked_dtype)
+            except UnicodeEncodeError:  # numpy encodes ASCII alone
+                asked = np.array([key.encode() for key in keys], dtype=self._asked_dtype)
+        rows = np.minimum(np.searchsorted(self.keys, asked), len(self.keys) - 1)
+        rows[self.keys[rows] != asked] = -1
+        if self._plain is str and "\0" in "".join(keys):
+            # Fixed-width bytes lose trailing NULs: a key that ends with one is never stored.
+            rows[[key.endswith("\0") for key in keys]] = -1
+        return rows
+
+
+class Titles:
+    """What items are called, where the bundle tells: a UTF-8 blob and its offsets int64 [n + 1]."""
+
+    def __init__(self, info: BundleInfo, items: int) -> None:
+        self._offsets: Array | None = None
+        if not info.holds("items/titles.npy"):
+            return
+        self._blob = read_array(info.path, "items/titles.npy")
+        self._offsets = read_array(info.path, "items/titles_offsets.npy")
+        if (
+            self._blob.dtype != np.uint8
+            or self._offsets.dtype != np.dtype("<i8")
+            or self._offsets.shape != (items + 1,)
+            or self._offsets[-1] != self._blob.size
+        ):
+            raise BundleError(
+                f"{info.path}/items/titles_offsets.npy: does not fit {items} items and their "
+                "titles; export the bundle again"
+            )
+
+    def __getitem__(self, row: int) -> str | None:
+        """Return the title of an item's row; None where it has none."""
+        if self._offsets is None:
+            return None
+        start, stop = self._offsets[row : row + 2].tolist()
+        return bytes(self._blob[start:stop]).decode() or None

@@ -152,7 +152,9 @@ def test_no_bundle(tmp_path: Path) -> None:
 
 def test_unknown_data_set(tmp_path: Path) -> None:
     done = hvdrec("data", "movielens-2m", "--to", tmp_path / "x")
-    refused(done, "data set 'movielens-2m' is not known; there are [movielens-1m, complete-journey]")
+    refused(
+        done, "data set 'movielens-2m' is not known; there are [movielens-1m, complete-journey]"
+    )
 
 
 @pytest.mark.parametrize("how", ["truncated", "no parquet at all"])
@@ -165,7 +167,9 @@ def test_a_broken_shard(small_run: SmallRun, tmp_path: Path, how: str) -> None:
     shard = work / "features/train/shard-00001.parquet"
     whole = shard.read_bytes()
     # Of the same size, so that the manifest's sizes do not catch it first.
-    shard.write_bytes(whole[:100].ljust(len(whole), b"\0") if how == "truncated" else b"x" * len(whole))
+    shard.write_bytes(
+        whole[:100].ljust(len(whole), b"\0") if how == "truncated" else b"x" * len(whole)
+    )
     refused(hvdrec("train", config), "shard-00001.parquet: no readable Parquet", "prepare")
     shard.write_bytes(whole[:-10])
     refused(hvdrec("train", config), f"shard-00001.parquet: {len(whole) - 10} bytes")

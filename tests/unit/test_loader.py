@@ -55,7 +55,9 @@ def write_shards(folder: Path, files: Sequence[int], group: int) -> int:
     """Write files with so many rows, in row groups of `group`; return all rows."""
     first = 0
     for number, rows in enumerate(files):
-        pq.write_table(shard(first, rows), folder / f"shard-{number:05d}.parquet", row_group_size=group)
+        pq.write_table(
+            shard(first, rows), folder / f"shard-{number:05d}.parquet", row_group_size=group
+        )
         first += rows
     return first
 
@@ -162,9 +164,7 @@ def test_stopping_early_leaves_no_thread(tmp_path: Path) -> None:
 
 def test_only_the_asked_columns_are_read(tmp_path: Path) -> None:
     write_shards(tmp_path, [5], 4)
-    loader = ShardLoader(
-        tmp_path, SCHEMA, batch_size=5, rank=0, world_size=1, columns=["item_id"]
-    )
+    loader = ShardLoader(tmp_path, SCHEMA, batch_size=5, rank=0, world_size=1, columns=["item_id"])
     assert [set(batch.features) for batch in loader.epoch(0)] == [{"item_id"}]
 
 
@@ -184,7 +184,9 @@ def test_errors_name_file_and_column(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no shards; run hvdrec prepare"):
         load()
     pq.write_table(shard(0, 3).drop(["tags"]), tmp_path / "shard-00000.parquet")
-    with pytest.raises(UserError, match=r"shard-00000.parquet: column 'tags' is missing; .*\[user_id"):
+    with pytest.raises(
+        UserError, match=r"shard-00000.parquet: column 'tags' is missing; .*\[user_id"
+    ):
         load()
     (tmp_path / "shard-00000.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"shard-00000.parquet: no readable Parquet \("):

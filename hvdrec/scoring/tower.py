@@ -1,0 +1,82 @@
+"""One side of a bundle: stored embeddings by key, and the tower for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdrec.scoring.bundle import BundleInfo
+from hvdrec.scoring.errors import BundleError
+from hvdrec.scoring.graph import Graph, input_types
+from hvdrec.scoring.inputs import check_names, key_value, rows_to_inputs
+from hvdrec.scoring.store import EmbeddingStore
+
+Array = NDArray[Any]
+BLOCK_ROWS = 4096
+
+
+class Tower:
+    """Embeds users or items, given by key or by raw features."""
+
+    def __init__(self, info: BundleInfo, side: str, threads: int) -> None:
+        self.key_name = info.user_key if side == "user" else info.item_key
+        width = info.user_width if side == "user" else info.item_width
+        self.store = EmbeddingStore(info, side, width)
+        self._side = side
+        self._fields = info.side(side)
+        self._known = tuple(dict.fromkeys([self.key_name, *(f.name for f in self._fields)]))
+        self._key_is_feature = any(field.name == self.key_name for field in self._fields)
+        for field in self._fields:
+            if field.name == self.key_name and field.dtype != self.store.dtype:
+                raise BundleError(
+                    f"{info.path}/{side}s/keys.npy: holds keys of type {self.store.dtype}, "
+                    f"feature '{field.name}' is of type {field.dtype}; export the bundle again"
+                )
+        file = info.path / f"{side}_tower.onnx"
+        self._graph = Graph(file, input_types(self._fields), "embedding", threads)
+
+    def embed(self, entries: Sequence[Any]) -> Array:
+        """Return embeddings, float32 [n, width], of keys or mappings of raw features.
+
+        A key that is not stored goes through the tower with everything else missing. Raises
+        RequestError for an unknown field or a value of the wrong type.
+        """
+        rows = self.store.cached_rows(entries)
+        if rows is not None:
+            return self.store.take(rows)
+        keys = [None if _is_mapping(entry) else self.key(entry) for entry in entries]
+        rows = self.store.rows(keys)
+        computed = np.flatnonzero(rows < 0)
+        if not computed.size:
+            return self.store.take(rows)
+        raw = [self._raw(entries[i], keys[i]) for i in computed.tolist()]
+        embedded = self._graph.run_blocks(
+            rows_to_inputs(self._fields, raw), rows=len(raw), block=BLOCK_ROWS
+        )
+        if computed.size == len(entries):
+            return embedded
+        out = np.empty((len(entries), embedded.shape[1]), dtype=np.float32)
+        out[computed] = embedded
+        stored = np.flatnonzero(rows >= 0)
+        out[stored] = self.store.take(rows[stored])
+        return out
+
+    def key(self, key: Any) -> str | int | None:
+        """Return a key in its type, None for a missing one; RequestError for another type."""
+        return key_value(key, self.store.dtype, self.key_name)
+
+    def _raw(self, entry: Any, key: str | int | None) -> Mapping[str, Any]:
+        if not _is_mapping(entry):
+            return {self.key_name: key}
+        check_names(entry, self._known, self._side)
+        if not self._key_is_feature:
+            self.key(entry.get(self.key_name))
+        raw: Mapping[str, Any] = entry
+        return raw
+
+
+def _is_mapping(entry: Any) -> bool:
+    return type(entry) is dict or isinstance(entry, Mapping)

@@ -1,0 +1,272 @@
+"""A bundle small enough to be computed by hand, for tests of what reads bundles.
+
+``python tests/bundles.py OUT`` writes it (string keys) to the new directory OUT: the tests in
+tests/slim run where there is no onnx to make one, and find it by ``HVDREC_TEST_BUNDLE=OUT``.
+
+What its graphs compute, with `USERS` ... `PLACES` for the vectors of a value:
+
+- user: [h0, h0 + h1, age / 100], where [h0, h1] = USERS[user_id] + half the sum of ITEMS over the
+  last three of the history + half of ITEMS[newest].
+- item: [g0, g1, (year - 2000) / 10], where [g0, g1] = ITEMS[item_id] + half the sum of GENRES over
+  the first two genres + half of GENRES[first].
+- score: sigmoid(inner product + HOURS[hour] + PLACES[place] + temperature / 10).
+
+A missing value counts nothing, an unknown one is UNKNOWN in the tables. Retrieval is by the first
+two entries.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from hvdrec.artifacts import write_artifact
+
+UNKNOWN = "unknown"
+USERS = {UNKNOWN: [0.5, 0.5], "1": [1.0, 0.0], "2": [0.0, 1.0]}
+ITEMS = {UNKNOWN: [0.25, 0.25], "10": [1.0, 0.0], "20": [0.0, 1.0], "30": [1.0, 1.0]}
+GENRES = {UNKNOWN: [-0.25, 0.0], "Drama": [0.5, 0.0], "War": [0.0, 0.5]}
+HOURS = {UNKNOWN: [-1.0], "12": [0.5], "21": [1.0]}
+PLACES = {UNKNOWN: [-0.5], "home": [0.25]}
+
+MISSING_INT = -(2**63)
+Row = dict[str, Any]
+
+STORED_USERS: dict[str, Row] = {
+    "1": {"age": 20.0, "history": ["10"]},
+    "2": {"age": 40.0, "history": []},
+}
+STORED_ITEMS: dict[str, Row] = {
+    "10": {"genres": ["Drama"], "year": 2000},
+    "20": {"genres": ["Drama", "War"], "year": 2010},
+    "30": {"genres": [], "year": MISSING_INT},
+    "40": {"genres": ["War"], "year": 1990},
+}
+TITLES = {"10": "Ten", "20": "Zwölf", "30": "", "40": "Forty"}
+POPULARITY = {"10": 5, "20": 2, "30": 7, "40": 0}
+
+
+def features(key_dtype: str) -> list[Row]:
+    """Return the features as the manifest lists them."""
+    rows: list[tuple[str, str, str, str, int]] = [
+        ("user_id", "user", "categorical", key_dtype, 50),
+        ("age", "user", "numeric", "float", 50),
+        ("history", "user", "sequence", key_dtype, 3),
+        ("item_id", "item", "categorical", key_dtype, 50),
+        ("genres", "item", "categorical_list", "string", 2),
+        ("year", "item", "numeric", "int", 50),
+        ("hour", "scene", "categorical", "int", 50),
+        ("place", "scene", "categorical", "string", 50),
+        ("temperature", "scene", "numeric", "float", 50),
+    ]
+    names = ("name", "side", "kind", "dtype", "max_length")
+    listed = [dict(zip(names, row, strict=True)) for row in rows]
+    listed[6]["default"] = 12
+    return listed
+
+
+def write_bundle(
+    path: Path,
+    *,
+    key_dtype: str = "string",
+    retrieval_width: int = 2,
+    users: Mapping[str, Row] = STORED_USERS,
+    items: Mapping[str, Row] = STORED_ITEMS,
+    titles: Mapping[str, str] | None = TITLES,
+) -> Path:
+    """Write the bundle to ``path`` and return it; key_dtype "string" or "int"."""
+    meta = {
+        "name": "tiny",
+        "schema": {
+            "user_key": "user_id",
+            "item_key": "item_id",
+            "features": features(key_dtype),
+        },
+        "user_width": 3,
+        "item_width": 3,
+        "retrieval_width": retrieval_width,
+        "users": len(users),
+        "items": len(items),
+        "metrics": {},
+        "parity": {"rows": 0, "largest_difference": 0.0},
+        "config": {},
+    }
+    with write_artifact(path, "bundle", meta) as draft:
+        onnx.save(_user_tower(key_dtype), str(draft / "user_tower.onnx"))
+        onnx.save(_item_tower(key_dtype), str(draft / "item_tower.onnx"))
+        onnx.save(_ranker(), str(draft / "ranker.onnx"))
+        _write_side(draft, "user", users, key_dtype)
+        order = _write_side(draft, "item", items, key_dtype)
+        popularity = np.array([POPULARITY.get(key, 0) for key in order], dtype=np.int64)
+        np.save(draft / "items" / "popularity.npy", popularity)
+        if titles is not None:
+            texts = [titles.get(key, "").encode() for key in order]
+            offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+            np.save(draft / "items" / "titles.npy", np.frombuffer(b"".join(texts), dtype=np.uint8))
+            np.save(draft / "items" / "titles_offsets.npy", offsets)
+    return path
+
+
+def _write_side(draft: Path, side: str, rows: Mapping[str, Row], key_dtype: str) -> list[str]:
+    """Write keys and embeddings, computed by the tower, in the order of keys; return the order."""
+    order = sorted(rows, key=int if key_dtype == "int" else str.encode)
+    folder = draft / f"{side}s"
+    folder.mkdir()
+    if key_dtype == "int":
+        keys: NDArray[Any] = np.array([int(key) for key in order], dtype=np.int64)
+    else:
+        keys = np.array([key.encode() for key in order], dtype=np.bytes_ if order else "S1")
+    np.save(folder / "keys.npy", keys)
+    session = onnxruntime.InferenceSession(str(draft / f"{side}_tower.onnx"))
+    embeddings = np.empty((len(order), 3), dtype=np.float32)
+    for i, key in enumerate(order):
+        raw = {f"{side}_id": key, **rows[key]}
+        inputs = {value.name: _raw_input(value, raw) for value in session.get_inputs()}
+        embeddings[i] = session.run(["embedding"], inputs)[0][0]
+    np.save(folder / "embeddings.npy", embeddings)
+    return order
+
+
+def _raw_input(value: Any, raw: Row) -> NDArray[Any]:
+    dtypes = {"tensor(string)": object, "tensor(int64)": np.int64, "tensor(double)": np.float64}
+    entries = raw[value.name]
+    if value.type == "tensor(int64)":
+        entries = [int(e) for e in entries] if isinstance(entries, list) else int(entries)
+    if not isinstance(entries, list):
+        return np.array([entries], dtype=dtypes[value.type])
+    missing = MISSING_INT if value.type == "tensor(int64)" else ""
+    return np.array([entries or [missing]], dtype=dtypes[value.type])
+
+
+class _Nodes:
+    """The nodes and constants of a graph while it is put together."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def constant(self, array: Any, dtype: Any = np.float32) -> str:
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.array(array, dtype=dtype), name))
+        return name
+
+    def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        output = output or f"value_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output
+
+    def vectors(self, name: str, dtype: str, table: Mapping[str, Sequence[float]]) -> str:
+        """Return what a table holds for the raw values of an input; zeros for a missing value."""
+        values = [key for key in table if key != UNKNOWN]
+        raw = ["", *values] if dtype == "string" else [MISSING_INT, *map(int, values)]
+        codes = self.node(
+            "LabelEncoder",
+            name,
+            domain="ai.onnx.ml",
+            values_int64s=[0, *range(2, len(values) + 2)],
+            default_int64=1,
+            **{"keys_strings" if dtype == "string" else "keys_int64s": raw},
+        )
+        zeros = [0.0] * len(table[UNKNOWN])
+        rows = [zeros, table[UNKNOWN], *(table[value] for value in values)]
+        return self.node("Gather", self.constant(rows), codes)
+
+    def number(self, name: str, dtype: str) -> str:
+        """Return an input as float32, 0 where it is missing; of integers what is above 2000."""
+        if dtype == "int":
+            present = self.node("Greater", name, self.constant(MISSING_INT, np.int64))
+            above = self.node("Sub", name, self.constant(2000, np.int64))
+            value = self.node("Cast", above, to=TensorProto.FLOAT)
+            return self.node("Where", present, value, self.constant(0.0))
+        value = self.node("Cast", name, to=TensorProto.FLOAT)
+        return self.node("Where", self.node("IsNaN", value), self.constant(0.0), value)
+
+    def pooled(self, vectors: str, counted_twice: int) -> str:
+        """Return half the sum over a list [N, L, 2] and half of one column, [N, 2]."""
+        total = self.node("ReduceSum", vectors, self.constant([1], np.int64), keepdims=0)
+        column = self.node("Gather", vectors, self.constant(counted_twice, np.int64), axis=1)
+        return self.node("Mul", self.node("Add", total, column), self.constant(0.5))
+
+    def columns(self, *parts: str) -> str:
+        """Return [N, 2] and [N] side by side as the output."""
+        last = self.node("Unsqueeze", parts[1], self.constant([1], np.int64))
+        return self.node("Concat", parts[0], last, output="embedding", axis=1)
+
+    def model(self, inputs: Mapping[str, tuple[str, int]], output: str) -> onnx.ModelProto:
+        """Return the model; inputs: name to (type, dimensions)."""
+        kinds = {
+            "string": TensorProto.STRING,
+            "int": TensorProto.INT64,
+            "float": TensorProto.DOUBLE,
+            "vector": TensorProto.FLOAT,
+        }
+        graph = helper.make_graph(
+            self.nodes,
+            "tiny",
+            [
+                helper.make_tensor_value_info(
+                    name, kinds[kind], [f"{name}_{axis}" for axis in range(dimensions)]
+                )
+                for name, (kind, dimensions) in inputs.items()
+            ],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            self.constants,
+        )
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.ml", 3)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _user_tower(key_dtype: str) -> onnx.ModelProto:
+    g = _Nodes()
+    last_three = g.node(
+        "Slice",
+        "history",
+        *(g.constant([value], np.int64) for value in (-3, 2**31 - 1, 1)),
+    )
+    history = g.pooled(g.vectors(last_three, key_dtype, ITEMS), counted_twice=-1)
+    both = g.node("Add", g.vectors("user_id", key_dtype, USERS), history)
+    mixed = g.node("MatMul", both, g.constant([[1.0, 1.0], [0.0, 1.0]]))
+    g.columns(mixed, g.node("Mul", g.number("age", "float"), g.constant(0.01)))
+    inputs = {"user_id": (key_dtype, 1), "age": ("float", 1), "history": (key_dtype, 2)}
+    return g.model(inputs, "embedding")
+
+
+def _item_tower(key_dtype: str) -> onnx.ModelProto:
+    g = _Nodes()
+    first_two = g.node("Slice", "genres", *(g.constant([value], np.int64) for value in (0, 2, 1)))
+    genres = g.pooled(g.vectors(first_two, "string", GENRES), counted_twice=0)
+    both = g.node("Add", g.vectors("item_id", key_dtype, ITEMS), genres)
+    g.columns(both, g.node("Mul", g.number("year", "int"), g.constant(0.1)))
+    inputs = {"item_id": (key_dtype, 1), "genres": ("string", 2), "year": ("int", 1)}
+    return g.model(inputs, "embedding")
+
+
+def _ranker() -> onnx.ModelProto:
+    g = _Nodes()
+    product = g.node("Mul", "user_embedding", "item_embedding")
+    axis = g.constant([1], np.int64)
+    logit = g.node("ReduceSum", product, axis, keepdims=0)
+    for name, dtype, table in (("hour", "int", HOURS), ("place", "string", PLACES)):
+        logit = g.node("Add", logit, g.node("Squeeze", g.vectors(name, dtype, table), axis))
+    warmth = g.node("Mul", g.number("temperature", "float"), g.constant(0.1))
+    g.node("Sigmoid", g.node("Add", logit, warmth), output="score")
+    inputs = {
+        "user_embedding": ("vector", 2),
+        "item_embedding": ("vector", 2),
+        "hour": ("int", 1),
+        "place": ("string", 1),
+        "temperature": ("float", 1),
+    }
+    return g.model(inputs, "score")
+
+
+if __name__ == "__main__":
+    print(write_bundle(Path(sys.argv[1])))
