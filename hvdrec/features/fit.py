@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from hvdrec.config import from_dict, to_dict
 from hvdrec.errors import UserError, choices
-from hvdrec.schema import FIRST_CODE, Feature, Schema
+from hvdrec.schema import FIRST_CODE, MISSING_INT, Feature, Schema
 
 HASH_PRIME = 2**31 - 1
 FITTED_FILE = "fitted.json"
@@ -31,7 +33,8 @@ class FittedFeature:
 
     size: number of codes (0 for a plain number). values: the vocabulary in the order of its codes,
     which begin at FIRST_CODE. mean, deviation: of the (log-)values, population deviation.
-    boundaries: float64, the quantile buckets' lower ends but the first's.
+    boundaries: float64, ascending and distinct: the lower ends of the quantile buckets but the
+    first. A value falls into the bucket whose number is how many boundaries are not above it.
     """
 
     feature: Feature
@@ -44,7 +47,7 @@ class FittedFeature:
 
 @dataclass(frozen=True)
 class Fitted:
-    """All features with what was learned of them; features that share a vocabulary hold the same."""
+    """All features with what was learned of them; those that share a vocabulary hold the same."""
 
     schema: Schema
     features: Mapping[str, FittedFeature]
@@ -95,8 +98,7 @@ class Fitted:
                 fact, owner = facts[feature.name], schema.vocabulary_of(feature)
                 values = None
                 if feature.has_vocabulary:
-                    table = pq.read_table(directory / "vocabulary" / f"{owner}.parquet")
-                    values = table["value"].to_pylist()
+                    values = _read_vocabulary(directory / "vocabulary" / f"{owner}.parquet")
                 boundaries = fact["boundaries"]
                 features[feature.name] = FittedFeature(
                     feature,
@@ -106,8 +108,8 @@ class Fitted:
                     fact["deviation"],
                     None if boundaries is None else np.array(boundaries, np.float64),
                 )
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: is missing; run hvdrec prepare") from None
+        except FileNotFoundError:
+            raise UserError(f"{file}: is missing; run hvdrec prepare") from None
         except (KeyError, TypeError, json.JSONDecodeError, pa.ArrowInvalid) as error:
             raise UserError(f"{file}: damaged ({error}); run hvdrec prepare again") from None
         return Fitted(schema, features)
@@ -116,17 +118,23 @@ class Fitted:
 def fit(samples: Path, schema: Schema) -> Fitted:
     """Learn vocabularies and statistics from the training split of samples.
 
-    Vocabularies are sorted by falling count, then by value, so that the same data gives the same
-    codes. Raises UserError for a missing column or a wrong type.
+    Vocabularies are sorted by falling count, then by value (strings bytewise), and sums are taken
+    in the order of the rows, so that the same data gives the same codes. DuckDB streams the files;
+    what is held is the distinct values of one feature, and for quantiles 8 bytes a row.
+    Raises UserError for no files, a missing column, a wrong type, or numbers without a mean.
     """
     check_columns(samples / "train", schema)
-    pattern = str(samples / "train" / "*.parquet")
+    # A directory's own name may hold what a pattern reads as a wildcard.
+    pattern = glob.escape(str(samples / "train")) + "/*.parquet"
     learned: dict[str, FittedFeature] = {}
     with duckdb.connect() as connection:
         connection.execute("SET enable_progress_bar = false")
         source = connection.read_parquet(pattern)
         for feature in schema.features:
             if schema.vocabulary_of(feature) == feature.name:
+                # Threads would add floats in another order each time.
+                moments = feature.kind == "numeric" and feature.transform != "quantile"
+                connection.execute("SET threads = 1" if moments else "RESET threads")
                 learned[feature.name] = _fit_one(source, feature)
     features = {}
     for feature in schema.features:
@@ -138,33 +146,35 @@ def fit(samples: Path, schema: Schema) -> Fitted:
 
 
 def check_columns(folder: Path, schema: Schema) -> None:
-    """Raise UserError if a Parquet file of a folder lacks a feature or has it in another type."""
-    for file in sorted(folder.glob("*.parquet")):
-        try:
-            found = pq.read_schema(file)
-        except (OSError, pa.ArrowInvalid) as error:
+    """Raise UserError if a folder holds no Parquet, or a file lacks a feature in its type."""
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise UserError(f"{folder}: no Parquet files here; make the samples again")
+    for file in files:
+        check_file(file, schema.features)
+
+
+def check_file(file: Path, features: Iterable[Feature], others: Iterable[str] = ()) -> None:
+    """Raise UserError unless a file is Parquet with the features in their types and the others."""
+    try:
+        found = pq.read_schema(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{file}: no readable Parquet ({error}); make the samples again") from None
+    expected = {feature.name: raw_arrow_type(feature) for feature in features}
+    for name in (*expected, *others):
+        if name not in found.names:
             raise UserError(
-                f"{file}: no readable Parquet ({error}); make the samples again"
-            ) from None
-        for feature in schema.features:
-            check_type(file, found, feature)
-
-
-def check_type(file: Path, found: pa.Schema, feature: Feature) -> None:
-    """Raise UserError if a feature's column is missing or not of its declared type."""
-    if feature.name not in found.names:
-        raise UserError(
-            f"{file}: column '{feature.name}' is missing; the file has {choices(found.names)}; "
-            "make the samples again"
-        )
-    expected = raw_arrow_type(feature)
-    actual = found.field(feature.name).type
-    plain = pa.list_(actual.value_type) if pa.types.is_list(actual) else actual
-    if plain != expected:
-        raise UserError(
-            f"{file}: column '{feature.name}' is {actual}, its feature needs {expected}; "
-            "make the samples again or change its dtype"
-        )
+                f"{file}: column '{name}' is missing; the file has {choices(found.names)}; "
+                "make the samples again"
+            )
+    for name, kind in expected.items():
+        actual = found.field(name).type
+        plain = pa.list_(actual.value_type) if pa.types.is_list(actual) else actual
+        if plain != kind:
+            raise UserError(
+                f"{file}: column '{name}' is {actual}, its feature needs {kind}; "
+                "make the samples again or change its dtype"
+            )
 
 
 def raw_arrow_type(feature: Feature) -> pa.DataType:
@@ -185,31 +195,66 @@ def hash_coefficients(name: str) -> tuple[int, int, int]:
 
 
 def _fit_one(source: duckdb.DuckDBPyRelation, feature: Feature) -> FittedFeature:
-    column = f'"{feature.name}"'
     if feature.has_vocabulary:
-        value = f"unnest({column})" if feature.is_list else column
-        present = "v IS NOT NULL" + (" AND v <> ''" if feature.dtype == "string" else "")
-        rows = source.project(f"{value} AS v").filter(present)
-        counted = rows.aggregate("v, count(*) AS n", "v").filter(f"n >= {feature.min_count}")
-        table = counted.order("n DESC, v").to_arrow_table()
-        values = table["v"].to_pylist()
+        values = _vocabulary(source, feature)
         return FittedFeature(feature, FIRST_CODE + len(values), values)
     if feature.kind == "hashed":
         return FittedFeature(feature, FIRST_CODE + feature.buckets)
-    numbers = source.project(f"CAST({column} AS DOUBLE) AS v").filter(
-        "v IS NOT NULL AND isfinite(v)"
-    )
+    numbers = _present(source, feature).project("CAST(v AS DOUBLE) AS v").filter("isfinite(v)")
     if feature.transform == "quantile":
-        shares = [bucket / feature.buckets for bucket in range(1, feature.buckets)]
-        found = numbers.aggregate(f"quantile_disc(v, {shares}) AS q").fetchall() if shares else []
-        distinct = sorted(set(found[0][0] or [])) if found else []
-        return FittedFeature(
-            feature,
-            FIRST_CODE + len(distinct) + 1,
-            boundaries=np.array(distinct, dtype=np.float64),
-        )
+        boundaries = _quantiles(numbers, feature.buckets)
+        return FittedFeature(feature, FIRST_CODE + len(boundaries) + 1, boundaries=boundaries)
+    mean, deviation = _moments(numbers, feature)
+    return FittedFeature(feature, mean=mean, deviation=deviation)
+
+
+def _read_vocabulary(file: Path) -> list[Any]:
+    try:
+        values: list[Any] = pq.read_table(file)["value"].to_pylist()
+    except FileNotFoundError:
+        raise UserError(f"{file}: is missing; run hvdrec prepare") from None
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
+        raise UserError(f"{file}: damaged ({error}); run hvdrec prepare again") from None
+    return values
+
+
+def _present(source: duckdb.DuckDBPyRelation, feature: Feature) -> duckdb.DuckDBPyRelation:
+    """Return a feature's values that are not missing, lists one after the other, as column v."""
+    column = f'"{feature.name}"'
+    missing = {"string": "''", "int": f"CAST('{MISSING_INT}' AS BIGINT)", "float": "NULL"}
+    values = source.project(f"{f'unnest({column})' if feature.is_list else column} AS v")
+    return values.filter(f"v IS NOT NULL AND v IS DISTINCT FROM {missing[feature.dtype]}")
+
+
+def _vocabulary(source: duckdb.DuckDBPyRelation, feature: Feature) -> list[Any]:
+    counted = _present(source, feature).aggregate("v, count(*) AS n", "v")
+    frequent = counted.filter(f"n >= {feature.min_count}").order("n DESC, v").project("v")
+    values: list[Any] = frequent.to_arrow_table()["v"].to_pylist()
+    return values
+
+
+def _quantiles(numbers: duckdb.DuckDBPyRelation, buckets: int) -> NDArray[np.float64]:
+    """Return the distinct values at shares 1/buckets, 2/buckets ... of the sorted numbers.
+
+    Share q of n numbers is the one at place ceil(q * n), counted from 1: always one that occurs.
+    """
+    shares = [bucket / buckets for bucket in range(1, buckets)]
+    if not shares:
+        return np.empty(0)
+    [(found,)] = numbers.aggregate(f"quantile_disc(v, {shares}) AS q").fetchall()
+    return np.unique(np.array(found or [], dtype=np.float64))
+
+
+def _moments(numbers: duckdb.DuckDBPyRelation, feature: Feature) -> tuple[float, float]:
+    """Return mean and population deviation; 0 and 1 of no numbers, 1 for a deviation of 0."""
     value = "sign(v) * ln(1 + abs(v))" if feature.transform == "log" else "v"
     [(mean, deviation)] = numbers.aggregate(
         f"avg({value}) AS m, stddev_pop({value}) AS d"
     ).fetchall()
-    return FittedFeature(feature, mean=mean or 0.0, deviation=deviation or 1.0)
+    mean, deviation = mean or 0.0, deviation or 1.0
+    if not (math.isfinite(mean) and math.isfinite(deviation)):
+        raise UserError(
+            f"feature '{feature.name}': its training values have mean {mean} and deviation "
+            f"{deviation}, both must be finite; use transform 'log' or 'quantile'"
+        )
+    return mean, deviation

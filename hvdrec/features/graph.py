@@ -78,9 +78,33 @@ def build(fitted: Fitted, names: Sequence[str]) -> onnx.ModelProto:
         kind = TensorProto.INT64 if feature.is_embedded else TensorProto.FLOAT
         inputs.append(helper.make_tensor_value_info(name, RAW_TYPES[feature.dtype], shape))
         outputs.append(helper.make_tensor_value_info(output_name(name), kind, cut))
-    graph = helper.make_graph(nodes, "preprocess", inputs, outputs, constants)
+    return _model(nodes, "preprocess", inputs, outputs, constants)
+
+
+def build_positions(keys: Sequence[Any], *, string: bool) -> onnx.ModelProto:
+    """Compile distinct keys into a graph: input ``key``, string or int64 [N], output ``position``.
+
+    ``position`` is the int64 [N] place of each key among `keys`, -1 where it is none of them.
+    """
+    part = _Nodes("key")
+    kind = "strings" if string else "int64s"
+    places = {f"keys_{kind}": [*keys], "values_int64s": [*range(len(keys))], "default_int64": -1}
+    part.add("LabelEncoder", "key", output="position", domain="ai.onnx.ml", **places)
+    raw = TensorProto.STRING if string else TensorProto.INT64
+    key = helper.make_tensor_value_info("key", raw, ["rows"])
+    position = helper.make_tensor_value_info("position", TensorProto.INT64, ["rows"])
+    return _model(part.nodes, "positions", [key], [position], [])
+
+
+def _model(
+    nodes: list[onnx.NodeProto],
+    name: str,
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    constants: list[onnx.TensorProto],
+) -> onnx.ModelProto:
     model = helper.make_model(
-        graph,
+        helper.make_graph(nodes, name, inputs, outputs, constants),
         opset_imports=[
             helper.make_opsetid("", OPSET),
             helper.make_opsetid("ai.onnx.ml", ML_OPSET),
@@ -128,7 +152,11 @@ def _vocabulary(part: _Nodes, raw: str, fitted: FittedFeature) -> None:
 
 
 def _number(part: _Nodes, raw: str, feature: Feature) -> tuple[str, str]:
-    """Return a double without NaN and infinities (0 in their place), and a mask of where they were."""
+    """Return a double without NaN and infinities (0 in their place), and a mask of where they were.
+
+    An integer becomes the nearest double: exact up to 2^53, above that within 1 part in 2^53, in
+    fitting as here.
+    """
     if feature.dtype == "int":
         missing = part.add("Equal", raw, part.constant(np.array(MISSING_INT, np.int64)))
         number = part.add("Cast", raw, to=TensorProto.DOUBLE)

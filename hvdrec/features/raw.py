@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from hvdrec.schema import MISSING_INT, Feature
 
-FILL = {"string": "", "int": MISSING_INT, "float": float("nan")}
+FILL = {pa.string(): "", pa.int64(): MISSING_INT, pa.float64(): float("nan")}
+"""How a missing value enters the graph."""
 
 
 def rows_to_inputs(features: Sequence[Feature], table: pa.Table) -> dict[str, NDArray[Any]]:
@@ -27,24 +28,29 @@ def rows_to_inputs(features: Sequence[Feature], table: pa.Table) -> dict[str, ND
 def column_to_input(feature: Feature, column: pa.ChunkedArray) -> NDArray[Any]:
     """Return one raw column as the graph's input; see `rows_to_inputs`."""
     if not feature.is_list:
-        return flat_to_input(feature, column)
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+        return flat_to_input(column)
+    array = one_chunk(column)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    flat = flat_to_input(feature, array.flatten())
-    return padded(flat, lengths, FILL[feature.dtype], left=feature.kind == "sequence")
+    flat = flat_to_input(array.flatten())
+    return padded(flat, lengths, FILL[array.type.value_type], left=feature.kind == "sequence")
 
 
-def flat_to_input(feature: Feature, values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+def flat_to_input(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """Return scalars as the graph's input, missing values in place of nulls."""
-    filled = pc.fill_null(values, FILL[feature.dtype])
+    filled = pc.fill_null(values, FILL[values.type])
     array: NDArray[Any] = (
         filled.to_numpy()
         if isinstance(filled, pa.ChunkedArray)
         else filled.to_numpy(zero_copy_only=False)
     )
     return array
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def padded(

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from hvdrec.schema import MISSING, UNKNOWN, Feature, Schema
 
-
 INITIAL_DEVIATION = 0.01
 """Standard deviation of a table's first values: small, so that rare rows say little."""
 
@@ -48,7 +47,7 @@ class EmbeddingTables(nn.Module):
 
     def weights(self) -> list[nn.Parameter]:
         """Return the tables themselves, [rows, width] each."""
-        return [table.weight for table in self.tables.values() if isinstance(table, nn.Embedding)]
+        return list(self.tables.parameters())
 
     def width(self, feature: Feature) -> int:
         """Return the width of a feature's vector: its table's, or 1 for a number."""

@@ -1,4 +1,8 @@
-"""Sums over ranks that keep N ranks' gradients equal to one rank's on the same global batch."""
+"""Sums over ranks that keep N ranks' gradients equal to one rank's on the same global batch.
+
+Every collective has a name of its own, the same in each step: Horovod then knows it again from its
+cache and need not negotiate it anew.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ def global_sum(value: Tensor) -> Tensor:
         return value.detach()
     import horovod.torch as hvd
 
-    total: Tensor = hvd.allreduce(value.detach().reshape(-1), op=hvd.Sum)
+    total: Tensor = hvd.allreduce(value.detach().reshape(-1), op=hvd.Sum, name="global_sum")
     return total.reshape(value.shape)
 
 
@@ -32,14 +36,14 @@ class _Gather(torch.autograd.Function):
         import horovod.torch as hvd
 
         ctx.start, ctx.count = start, rows.shape[0]
-        gathered: Tensor = hvd.allgather(rows.contiguous())
+        gathered: Tensor = hvd.allgather(rows.contiguous(), name="rows")
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         import horovod.torch as hvd
 
-        total: Tensor = hvd.allreduce(gradients[0].contiguous(), op=hvd.Sum)
+        total: Tensor = hvd.allreduce(gradients[0].contiguous(), op=hvd.Sum, name="rows_grad")
         return total[ctx.start : ctx.start + ctx.count], None
 
 
@@ -53,10 +57,10 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
         return rows, 0
     import horovod.torch as hvd
 
-    counts = hvd.allgather(torch.tensor([rows.shape[0]]))
+    counts = hvd.allgather(torch.tensor([rows.shape[0]]), name="counts")
     start = int(counts[: current().rank].sum())
     if not rows.requires_grad:
-        return hvd.allgather(rows.contiguous()), start
+        return hvd.allgather(rows.contiguous(), name="plain_rows"), start
     gathered: Tensor = _Gather.apply(rows, start)  # type: ignore[no-untyped-call]
     return gathered, start
 
@@ -75,7 +79,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if current().size > 1:
         import horovod.torch as hvd
 
-        hvd.grouped_allreduce_(gradients, op=hvd.Sum)
+        hvd.grouped_allreduce_(gradients, op=hvd.Sum, name="gradients")
 
 
 def broadcast_state(tensors: dict[str, Tensor]) -> None:

@@ -84,7 +84,9 @@ def sum_arrays(array: Array) -> Array:
 
     wide = np.ascontiguousarray(array, dtype=np.int64 if array.dtype.kind in "iub" else np.float64)
     # Horovod has no zero-dimensional tensors on every transport: always send one dimension.
-    total = hvd.allreduce(torch.from_numpy(wide.reshape(-1).copy()), op=hvd.Sum)
+    total = hvd.allreduce(
+        torch.from_numpy(wide.reshape(-1).copy()), op=hvd.Sum, name="sum_arrays"
+    )
     return np.asarray(total.numpy()).reshape(array.shape)
 
 
@@ -96,7 +98,7 @@ def gather_arrays(array: Array) -> Array:
 
     tail = array.shape[1:]
     flat = np.ascontiguousarray(array).reshape(array.shape[0], math.prod(tail))
-    gathered = hvd.allgather(torch.from_numpy(flat.copy()))
+    gathered = hvd.allgather(torch.from_numpy(flat.copy()), name="gather_arrays")
     return np.asarray(gathered.numpy()).reshape(-1, *tail)
 
 

@@ -90,7 +90,9 @@ class Engine:
         others = f"* EXCLUDE ({_quoted(column)})" if column in table.columns else "*"
         try:
             # The line break ends a comment that the expression may end in.
-            derived = self._view(f"SELECT {others}, ({expression}\n) AS {_quoted(column)} FROM {view}")
+            derived = self._view(
+                f"SELECT {others}, ({expression}\n) AS {_quoted(column)} FROM {view}"
+            )
             result = self._table(derived)
         except duckdb.Error as error:
             raise UserError(

@@ -35,7 +35,9 @@ def split_rows(samples: Samples, user: Array, time: Array | None) -> Array:
             found = _last_out(user, time)
     for number, name in enumerate(SPLITS):
         if not (found == number).any():
-            raise UserError(f"samples.split: the {name} split is empty: {_reason(samples, time, user)}")
+            raise UserError(
+                f"samples.split: the {name} split is empty: {_reason(samples, time, user)}"
+            )
     return found
 
 
@@ -61,8 +63,9 @@ def _by_time(samples: Samples, time: Array) -> Array:
     if len(distinct) < len(SPLITS):
         column = samples.split.column or samples.time
         raise UserError(
-            f"samples.split: '{column}' has {len(distinct)} different values, a temporal split needs "
-            "3 or more (rows of one time stay together); take another column or method = 'random'"
+            f"samples.split: '{column}' has {len(distinct)} different values, a temporal split "
+            "needs 3 or more (rows of one time stay together); take another column "
+            "or method = 'random'"
         )
     train, validation, _ = samples.split.fractions
     ends = np.cumsum(counts)
@@ -102,7 +105,7 @@ def _last_out(user: Array, time: Array) -> Array:
 
 
 def _rank_in_user(user: Array, value: Array) -> tuple[Array, Array]:
-    """Return each row's place among its user's rows, ordered by value, then row, and their number."""
+    """Return each row's place among its user's rows, by value, then row, and their number."""
     order = np.lexsort((value, user))
     ordered = user[order]
     start = np.searchsorted(ordered, ordered)

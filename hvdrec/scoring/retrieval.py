@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 BLOCK_ROWS = 262_144
+GROUP_ROWS = 64
 
 
 def inner_products(vectors: Array, query: Array) -> Array:
@@ -30,7 +31,21 @@ def largest(scores: Array, count: int, excluded: Array) -> Array:
     count = min(count, len(scores) - len(np.unique(excluded)))
     if count <= 0:
         return np.empty(0, dtype=np.int64)
-    border = np.partition(scores, len(scores) - count)[len(scores) - count]
-    above = np.flatnonzero(scores > border)
-    at_border = np.flatnonzero(scores == border)[: count - len(above)]
-    return np.sort(np.concatenate([above, at_border]))
+    rows = _contenders(scores, count)
+    contending = scores[rows]
+    border = np.partition(contending, len(rows) - count)[len(rows) - count]
+    taken = contending > border
+    taken[np.flatnonzero(contending == border)[: count - int(taken.sum())]] = True
+    kept: Array = rows[taken]
+    return kept
+
+
+def _contenders(scores: Array, count: int) -> Array:
+    """Return rows, ascending, among which the ``count`` largest scores are."""
+    groups = len(scores) // GROUP_ROWS
+    if groups <= count:
+        return np.arange(len(scores))
+    # At least ``count`` scores reach the count-th largest of the groups' maxima.
+    maxima = scores[: groups * GROUP_ROWS].reshape(groups, GROUP_ROWS).max(axis=1)
+    bound = np.partition(maxima, groups - count)[groups - count]
+    return np.flatnonzero(scores >= bound)

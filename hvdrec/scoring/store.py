@@ -44,7 +44,7 @@ class EmbeddingStore:
         self._plain: type = str if self.keys.dtype.kind == "S" else int
         # One byte more than the keys have, so that a longer key does not shrink to a stored one.
         self._asked_dtype = f"S{self.keys.dtype.itemsize + 1}"
-        self._cache: dict[str | int, int] = {}
+        self._cache: dict[str | int | None, int] = {}
 
     @property
     def dtype(self) -> str:
@@ -66,19 +66,19 @@ class EmbeddingStore:
     def rows(self, keys: Sequence[str | int | None]) -> Array:
         """Return the rows int64 [k] of keys in their type; -1 for one that is not stored."""
         cache = self._cache
-        rows = np.array([cache.get(key, -1) if key is not None else -1 for key in keys], np.int64)
-        asked = [i for i in np.flatnonzero(rows < 0).tolist() if keys[i] is not None]
+        rows = [cache.get(key, -1) for key in keys]
+        asked = [i for i, row in enumerate(rows) if row < 0 and keys[i] is not None]
+        found = np.array(rows, dtype=np.int64)
         if not asked or not len(self.keys):
-            return rows
+            return found
         wanted: list[Any] = [keys[i] for i in asked]
-        rows[asked] = found = self._search(wanted)
+        found[asked] = searched = self._search(wanted)
         if len(cache) + len(asked) > CACHED_KEYS:
             # Other threads may read the old dictionary meanwhile: it is left as it is.
             self._cache = cache = {}
-        for key, row in zip(wanted, found.tolist(), strict=True):
-            if row >= 0 and len(cache) < CACHED_KEYS:
-                cache[key] = row
-        return rows
+        pairs = zip(wanted[:CACHED_KEYS], searched.tolist(), strict=False)
+        cache.update((key, row) for key, row in pairs if row >= 0)
+        return found
 
     def take(self, rows: Array) -> Array:
         """Return the embeddings of rows, float32 [k, width]."""
@@ -98,11 +98,15 @@ class EmbeddingStore:
                 asked = np.array(keys, dtype=self._asked_dtype)
             except UnicodeEncodeError:  # numpy encodes ASCII alone
                 asked = np.array([key.encode() for key in keys], dtype=self._asked_dtype)
-        rows = np.minimum(np.searchsorted(self.keys, asked), len(self.keys) - 1)
+        # Of one type: for another, numpy would convert the whole array of keys.
+        place = np.searchsorted(self.keys, asked.astype(self.keys.dtype))
+        rows = np.minimum(place, len(self.keys) - 1)
         rows[self.keys[rows] != asked] = -1
         if self._plain is str and "\0" in "".join(keys):
-            # Fixed-width bytes lose trailing NULs: a key that ends with one is never stored.
-            rows[[key.endswith("\0") for key in keys]] = -1
+            # Fixed-width bytes lose trailing NULs, so equal bytes may be of different keys.
+            for i, key in enumerate(keys):
+                if "\0" in key and rows[i] >= 0 and self.key(rows[i]) != key:
+                    rows[i] = -1
         return rows
 
 

@@ -1,0 +1,37 @@
+"""Encoded shards of the small data set, for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.launch import BIN, launch
+from tests.small_data import write_small_data
+
+HVDREC = str(BIN / "hvdrec")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the TOML file of a small run that is prepared for training."""
+    config = write_small_data(tmp_path_factory.mktemp("small"))
+    for verb in ("samples", "prepare"):
+        done = launch([HVDREC, verb, str(config)], 1)
+        assert done.returncode == 0, done.stderr
+    return config
+
+
+@pytest.fixture(scope="session")
+def train(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that trains into a directory of its own and returns that."""
+
+    def run(ranks: int, launcher: str, *options: str, into: Path | None = None) -> Path:
+        out = into or tmp_path_factory.mktemp("run") / "run"
+        command = [HVDREC, "train", str(small), "--paths.run", str(out), *options]
+        done = launch(command, ranks, launcher)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return out
+
+    return run

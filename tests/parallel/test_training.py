@@ -1,0 +1,120 @@
+"""Training on several ranks: as on one, and as if it had never been interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvdrec.artifacts import read_manifest
+from tests.parallel.conftest import HVDREC
+from tests.parallel.launch import launch
+
+Train = Callable[..., Path]
+
+
+def log(run: Path, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "launcher"), [(2, "horovodrun"), (2, "mpirun"), (4, "horovodrun")]
+)
+def test_ranks_train_as_one_does(train: Train, ranks: int, launcher: str) -> None:
+    alone = log(train(1, ""), "validation")[-1]
+    run = train(ranks, launcher)
+    assert log(run, "start")[0]["world_size"] == ranks
+    together = log(run, "validation")[-1]
+    assert together["step"] == alone["step"] == 20
+    assert together["rows"] == alone["rows"] == 595
+    # Another order of the rows and other dropout: alike, but not the same.
+    assert abs(together["log_loss"] - alone["log_loss"]) < 0.03
+
+
+@pytest.mark.parametrize(("ranks", "launcher"), [(1, ""), (2, "horovodrun")])
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
+    train: Train, ranks: int, launcher: str, tmp_path: Path
+) -> None:
+    options = ("--train.checkpoint-every", "3", "--train.keep", "99")
+    whole = train(ranks, launcher, *options)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    # As after a crash behind step 13, in the middle of the second epoch: 12 is the last whole one.
+    for later in (stopped / "checkpoints").iterdir():
+        if later.name > "step-00000012":
+            shutil.rmtree(later)
+    (stopped / "latest").write_text("step-00000012")
+    (stopped / "best").write_text("step-00000010")
+    resumed = train(ranks, launcher, *options, "--resume", into=stopped)
+    assert log(resumed, "start")[-1]["step"] == 12
+    last = "checkpoints/step-00000020"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (resumed / last / file).read_bytes() == (whole / last / file).read_bytes()
+    expected = read_manifest(whole / last, "checkpoint").meta
+    assert read_manifest(resumed / last, "checkpoint").meta == {
+        **expected,
+        "config": {
+            **expected["config"],
+            "paths": {**expected["config"]["paths"], "run": str(stopped)},
+        },
+    }
+
+
+def test_a_run_is_resumed_on_another_number_of_ranks(train: Train, tmp_path: Path) -> None:
+    run = train(2, "horovodrun", "--train.checkpoint-every", "3", "--train.keep", "99")
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped)
+    (stopped / "latest").write_text("step-00000012")
+    resumed = train(3, "mpirun", "--resume", into=stopped)
+    start = log(resumed, "start")[-1]
+    assert (start["step"], start["world_size"]) == (12, 3)
+    # 2 of the second epoch's 10 steps were done: 4800 - 2 * 512 rows are left, 3 * 171 a step.
+    position = read_manifest(resumed / "checkpoints/step-00000020", "checkpoint").meta["position"]
+    assert position["finished"]
+    assert position["step"] == 12 + -(-(4800 - 1024) // 3 // 171)
+
+
+def test_evaluation_does_not_depend_on_the_ranks(train: Train, small: Path) -> None:
+    run = train(1, "")
+    reports = []
+    for ranks, launcher in ((1, ""), (2, "horovodrun"), (3, "mpirun")):
+        done = launch([HVDREC, "evaluate", str(run), "--json"], ranks, launcher)
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if "{" in line)
+        reports.append(flat(json.loads(line[line.index("{") :])))
+    assert len(reports[0]) > 80
+    for report in reports[1:]:
+        assert report.keys() == reports[0].keys()
+        for name, value in report.items():
+            assert value == pytest.approx(reports[0][name], abs=1e-9), name
+
+
+def flat(report: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in report.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            found[prefix + name] = value
+    return found
+
+
+def test_a_mistake_on_all_ranks_is_told_once(small: Path, tmp_path: Path) -> None:
+    command = [HVDREC, "train", str(small), "--paths.features", str(tmp_path / "none")]
+    done = launch([*command, "--paths.run", str(tmp_path / "run")], 2)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count("no features artifact here") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_on_one_rank_ends_all(tmp_path: Path) -> None:
+    from tests.parallel.launch import run_program
+
+    said = run_program("together.py", [], 3).stdout
+    assert said.count("rank 1: a file is missing") == 3

@@ -1,0 +1,85 @@
+"""The scorer where only hvdrec, numpy 2, onnxruntime and pytest are installed.
+
+The bundle is that of tests/bundles.py, which needs onnx: it is written beforehand, in the full
+environment, by ``python tests/bundles.py OUT``, and found by ``HVDREC_TEST_BUNDLE=OUT``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvdrec.scoring import RequestError, Scorer
+
+HEAVY = ("torch", "horovod", "petastorm", "pyarrow", "pandas", "onnx", "duckdb", "tyro")
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    if "HVDREC_TEST_BUNDLE" not in os.environ:
+        pytest.fail("HVDREC_TEST_BUNDLE is not set; run python tests/bundles.py OUT and set it")
+    return Path(os.environ["HVDREC_TEST_BUNDLE"])
+
+
+@pytest.fixture(scope="module")
+def scorer(path: Path) -> Scorer:
+    return Scorer.load(path, verify=True)
+
+
+def logits(scores: np.ndarray) -> list[float]:
+    assert scores.dtype == np.float32
+    return [round(math.log(score / (1 - score)), 4) for score in scores.astype(np.float64)]
+
+
+def test_the_environment_is_slim() -> None:
+    assert int(np.__version__.split(".")[0]) >= 2
+    assert [name for name in HEAVY if importlib.util.find_spec(name)] == []
+
+
+def test_score(scorer: Scorer) -> None:
+    scene = {"hour": 21, "place": "home", "temperature": 20.0}
+    assert logits(scorer.score("1", ["10", "20"], scene)) == [6.25, 6.95]
+    assert logits(scorer.score("99", ["10", "no such film", "30"])) == [1.25, 0.875, 2.0]
+
+
+def test_raw_values_and_numpys_own_types(scorer: Scorer) -> None:
+    user = {"user_id": np.str_("1"), "age": np.float32(20), "history": np.array(["10", "10"])}
+    np.testing.assert_allclose(scorer.embed_user(user), [2.5, 2.5, 0.2], rtol=1e-6)
+    items = np.array(["10", "20"], dtype=np.dtypes.StringDType())
+    assert logits(scorer.score("1", items, {"hour": np.int8(21)})) == [4.0, 4.7]
+    assert logits(scorer.score_rows(["2", {}], ["30", "10"], {"hour": np.array([12, 21])})) == [
+        1.5,
+        1.0,
+    ]
+
+
+def test_recommend(scorer: Scorer) -> None:
+    found = scorer.recommend("1", {"hour": 21}, k=2, exclude=["10"])
+    assert [(r.item, r.title, r.retrieval_score) for r in found] == [
+        ("30", None, 4.0),
+        ("20", "Zwölf", 3.5),
+    ]
+
+
+def test_errors_show_plain_values(scorer: Scorer) -> None:
+    with pytest.raises(RequestError) as caught:
+        scorer.score(np.int64(1), ["10"])  # type: ignore[arg-type]
+    assert str(caught.value) == 'user_id = 1: the key is a string, not int64; pass "1"'
+
+
+def test_no_deprecated_call(path: Path) -> None:
+    program = (
+        "import sys; from hvdrec.scoring import Scorer; scorer = Scorer.load(sys.argv[1]);"
+        "print(len(scorer.recommend({'age': 1.0}, {'hour': 3})), scorer.score('1', ['10', 'x']))"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("4 [0.97")

@@ -1,0 +1,234 @@
+"""What is learned of the training split: vocabularies, statistics, quantiles."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdrec.errors import UserError
+from hvdrec.features.fit import Fitted, fit
+from hvdrec.schema import FIRST_CODE, MISSING_INT, Feature, Schema
+
+KEYS = (Feature("user"), Feature("item", side="item"))
+
+
+def train(folder: Path, columns: Mapping[str, pa.Array], parts: int = 1) -> Path:
+    """Write the training split of samples, in parts, and return the samples' directory."""
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    rows = len(next(iter(columns.values())))
+    table = pa.table(
+        {"user": pa.array(["u"] * rows), "item": pa.array(["i"] * rows), **dict(columns)}
+    )
+    size = -(-rows // parts)
+    for part in range(parts):
+        piece = table.slice(part * size, size)
+        pq.write_table(piece, folder / f"train/part-{part:05d}.parquet")
+    return folder
+
+
+def learned(folder: Path, *features: Feature, **columns: pa.Array) -> Fitted:
+    return fit(train(folder, columns), Schema((*KEYS, *features), "user", "item"))
+
+
+def test_ties_go_by_the_bytes_of_the_value_and_rare_values_are_left_out(tmp_path: Path) -> None:
+    words = ["b", "a", "Z", "é", "b", "a", "Z", "é", "b", "rare", "", None]
+    fitted = learned(tmp_path, Feature("word", min_count=2), word=pa.array(words))
+    assert fitted.features["word"].values == ["b", "Z", "a", "é"]
+    assert fitted.sizes["word"] == FIRST_CODE + 4
+
+
+def test_a_shared_vocabulary_is_that_of_the_owners_own_column(tmp_path: Path) -> None:
+    fitted = fit(
+        train(
+            tmp_path,
+            {
+                "item": pa.array(["x", "y", "x"]),
+                "seen": pa.array([["y", "y", "elsewhere"], ["y"], []]),
+                "last": pa.array(["y", "y", "elsewhere"]),
+            },
+        ),
+        Schema(
+            (*KEYS, Feature("seen", kind="sequence"), Feature("last", shares="item")),
+            "user",
+            "item",
+        ),
+    )
+    for name in ("item", "seen", "last"):
+        assert fitted.features[name].values == ["x", "y"]
+    assert fitted.sizes == {"user": 3, "item": 4}
+
+
+def test_the_missing_integer_is_in_no_vocabulary_and_no_mean(tmp_path: Path) -> None:
+    numbers = pa.array([1, 3, MISSING_INT, None])
+    fitted = learned(
+        tmp_path,
+        Feature("code", dtype="int"),
+        Feature("codes", kind="categorical_list", dtype="int"),
+        Feature("size", kind="numeric", dtype="int"),
+        Feature("rank", kind="numeric", dtype="int", transform="quantile", buckets=2),
+        code=numbers,
+        codes=pa.array([[MISSING_INT, 4], [4, None], [], None]),
+        size=numbers,
+        rank=numbers,
+    )
+    assert fitted.features["code"].values == [1, 3]
+    assert fitted.features["codes"].values == [4]
+    assert (fitted.features["size"].mean, fitted.features["size"].deviation) == (2.0, 1.0)
+    assert fitted.features["rank"].boundaries is not None
+    assert fitted.features["rank"].boundaries.tolist() == [1.0]
+
+
+def test_constant_and_empty_columns_have_deviation_1(tmp_path: Path) -> None:
+    fitted = learned(
+        tmp_path,
+        Feature("same", kind="numeric", dtype="float"),
+        Feature("none", kind="numeric", dtype="float"),
+        Feature("nowhere", kind="numeric", dtype="float", transform="quantile"),
+        same=pa.array([0.1] * 1000),
+        none=pa.array([math.nan, -math.inf, None, math.inf] * 250),
+        nowhere=pa.array([None, math.nan] * 500, pa.float64()),
+    )
+    assert fitted.features["same"].mean == pytest.approx(0.1)
+    assert fitted.features["same"].deviation == 1.0
+    assert (fitted.features["none"].mean, fitted.features["none"].deviation) == (0.0, 1.0)
+    assert fitted.features["nowhere"].boundaries is not None
+    assert len(fitted.features["nowhere"].boundaries) == 0
+    assert fitted.sizes["nowhere"] == FIRST_CODE + 1
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=30),
+    st.integers(1, 8),
+)
+@settings(max_examples=25, deadline=None)
+def test_boundaries_are_values_at_their_places_in_order(
+    tmp_path_factory: pytest.TempPathFactory, values: list[float], buckets: int
+) -> None:
+    feature = Feature("x", kind="numeric", dtype="float", transform="quantile", buckets=buckets)
+    folder = tmp_path_factory.mktemp("quantiles")
+    fitted = learned(folder, feature, x=pa.array(values, pa.float64()))
+    # In whole numbers: place ceil(share * n / buckets), counted from 1.
+    places = [-(-share * len(values) // buckets) - 1 for share in range(1, buckets)]
+    expected = sorted({sorted(values)[max(0, place)] for place in places})
+    boundaries = fitted.features["x"].boundaries
+    assert boundaries is not None
+    assert boundaries.tolist() == expected
+    assert fitted.sizes["x"] == FIRST_CODE + len(expected) + 1
+
+
+def test_the_same_rows_give_the_same_bits(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    columns = {
+        "x": pa.array(random.lognormal(3, 4, 300_000)),
+        "word": pa.array([f"w{n}" for n in random.integers(0, 999, 300_000)]),
+    }
+    samples = train(tmp_path, columns, parts=3)
+    features = (
+        Feature("x", kind="numeric", dtype="float", transform="log"),
+        Feature("word", min_count=200),
+    )
+    texts = set()
+    for attempt in range(3):
+        out = tmp_path / str(attempt)
+        out.mkdir()
+        fit(samples, Schema((*KEYS, *features), "user", "item")).save(out)
+        texts.add(
+            (out / "fitted.json").read_text() + str(pq.read_table(out / "vocabulary/word.parquet"))
+        )
+    assert len(texts) == 1
+    fact = json.loads(texts.pop().split("\n}\n")[0] + "}")["fitted"]["x"]
+    logs = np.log1p(columns["x"].to_numpy())
+    assert fact["mean"] == pytest.approx(logs.mean(), rel=1e-12)
+    assert fact["deviation"] == pytest.approx(logs.std(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "all*", "what?", "it's", "{a,b}"])
+def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+    fitted = learned(tmp_path / name, Feature("word"), word=pa.array(["a", "b", "a"]))
+    assert fitted.features["word"].values == ["a", "b"]
+
+
+def test_numbers_without_a_finite_mean_are_refused(tmp_path: Path) -> None:
+    huge = pa.array([1e200, -1e200, 3.0])
+    with pytest.raises(UserError) as error:
+        learned(tmp_path, Feature("x", kind="numeric", dtype="float"), x=huge)
+    assert str(error.value) == (
+        "feature 'x': its training values have mean 1.0 and deviation inf, both must be finite; "
+        "use transform 'log' or 'quantile'"
+    )
+    logs = Feature("x", kind="numeric", dtype="float", transform="log")
+    assert learned(tmp_path, logs, x=huge).features["x"].deviation > 100
+
+
+@pytest.mark.parametrize(
+    ("feature", "column", "text"),
+    [
+        (Feature("x"), pa.array([1]), "column 'x' is int64, its feature needs string"),
+        (
+            Feature("x", dtype="int"),
+            pa.array([1.0]),
+            "column 'x' is double, its feature needs int64",
+        ),
+        (
+            Feature("x", kind="numeric", dtype="float"),
+            pa.array([1]),
+            "column 'x' is int64, its feature needs double",
+        ),
+        (
+            Feature("x", kind="categorical_list"),
+            pa.array(["a"]),
+            "column 'x' is string, its feature needs list<item: string>",
+        ),
+        (
+            Feature("x", kind="categorical_list", dtype="int"),
+            pa.array([["a"]]),
+            "its feature needs list<item: int64>",
+        ),
+        (Feature("x"), pa.array([["a"]]), "its feature needs string"),
+        (Feature("y"), pa.array(["a"]), "column 'y' is missing; the file has [user, item, x]"),
+    ],
+)
+def test_columns_of_other_types_are_refused(
+    tmp_path: Path, feature: Feature, column: Any, text: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        learned(tmp_path, feature, x=column)
+    assert str(error.value).startswith(f"{tmp_path}/train/part-00000.parquet: column '")
+    assert text in str(error.value)
+    assert "make the samples again" in str(error.value)
+
+
+def test_no_files_and_files_that_are_no_parquet_are_refused(tmp_path: Path) -> None:
+    schema = Schema(KEYS, "user", "item")
+    with pytest.raises(UserError) as error:
+        fit(tmp_path, schema)
+    assert str(error.value) == f"{tmp_path}/train: no Parquet files here; make the samples again"
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/part-00000.parquet").write_text("user,item\n")
+    with pytest.raises(UserError, match=r"part-00000.parquet: no readable Parquet \(.*; make the"):
+        fit(tmp_path, schema)
+
+
+def test_damaged_facts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"fitted.json: is missing; run hvdrec prepare"):
+        Fitted.load(tmp_path)
+    learned(tmp_path, Feature("word"), word=pa.array(["a"])).save(tmp_path)
+    (tmp_path / "vocabulary/word.parquet").unlink()
+    with pytest.raises(UserError, match=r"word.parquet: is missing; run hvdrec prepare"):
+        Fitted.load(tmp_path)
+    (tmp_path / "vocabulary/word.parquet").write_text("a")
+    with pytest.raises(UserError, match=r"word.parquet: damaged \(.*; run hvdrec prepare again"):
+        Fitted.load(tmp_path)
+    (tmp_path / "fitted.json").write_text('{"schema": ')
+    with pytest.raises(UserError, match=r"fitted.json: damaged \(.*; run hvdrec prepare again"):
+        Fitted.load(tmp_path)
