@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hvdrec.artifacts import read_manifest, write_artifact
 from hvdrec.config import Config, to_dict
 from hvdrec.errors import UserError
-from hvdrec.features.fit import ARROW_TYPES, Fitted, check_columns, check_file, fit
+from hvdrec.features.fit import ARROW_TYPES, Fitted, check_columns, check_file, fit, one_line
 from hvdrec.features.graph import build, build_positions, output_name
 from hvdrec.features.raw import flat_to_input, one_chunk
 from hvdrec.schema import MISSING, Feature, Schema
@@ -281,7 +281,9 @@ def _batches(files: Sequence[Path], names: list[str], rows: int) -> Iterator[pa.
             with pq.ParquetFile(file) as source:
                 yield from source.iter_batches(rows, columns=names)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{file}: damaged ({error}); make the samples again") from None
+            raise UserError(
+                f"{file}: damaged ({one_line(error)}); make the samples again"
+            ) from None
 
 
 def _count(files: Sequence[Path]) -> int:

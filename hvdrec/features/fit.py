@@ -110,7 +110,7 @@ class Fitted:
                 )
         except FileNotFoundError:
             raise UserError(f"{file}: is missing; run hvdrec prepare") from None
-        except (KeyError, TypeError, json.JSONDecodeError, pa.ArrowInvalid) as error:
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{file}: damaged ({error}); run hvdrec prepare again") from None
         return Fitted(schema, features)
 
@@ -159,7 +159,9 @@ def check_file(file: Path, features: Iterable[Feature], others: Iterable[str] = 
     try:
         found = pq.read_schema(file)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{file}: no readable Parquet ({error}); make the samples again") from None
+        raise UserError(
+            f"{file}: no readable Parquet ({one_line(error)}); make the samples again"
+        ) from None
     expected = {feature.name: raw_arrow_type(feature) for feature in features}
     for name in (*expected, *others):
         if name not in found.names:
@@ -181,6 +183,11 @@ def raw_arrow_type(feature: Feature) -> pa.DataType:
     """Return the Arrow type of a feature's raw column."""
     scalar = ARROW_TYPES[feature.dtype]
     return pa.list_(scalar) if feature.is_list else scalar
+
+
+def one_line(error: Exception) -> str:
+    """Return a library's message, which may have several lines, as one."""
+    return " ".join(str(error).split())
 
 
 def hash_coefficients(name: str) -> tuple[int, int, int]:
@@ -214,7 +221,7 @@ def _read_vocabulary(file: Path) -> list[Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: is missing; run hvdrec prepare") from None
     except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise UserError(f"{file}: damaged ({error}); run hvdrec prepare again") from None
+        raise UserError(f"{file}: damaged ({one_line(error)}); run hvdrec prepare again") from None
     return values
 
 

@@ -91,7 +91,7 @@ def side_table(
     own, where = _own_columns(engine, config, rows, side) if side else ({}, {})
     place = None
     if side:
-        known = plain(declared(config, where[name], name, own[name]))
+        known = _keys(config, where[name], name, own[name])
         if is_item:
             values = Keys.of(concatenated([values, known], values.type)).values
             at = np.append(at, -1)[pc.fill_null(pc.index_in(values, keys[1]), -1).to_numpy()]
@@ -152,6 +152,20 @@ def _own_columns(
     names = [f.name for f in config.features] + [config.samples.title]
     wanted = [c for c in table.columns if c in side.on or (c in names and c not in left)]
     return engine.collect(table.select(*wanted)), where
+
+
+def _keys(config: Config, where: str, name: str, array: pa.Array) -> pa.Array:
+    """Return the keys of a users' or items' table in the type that the samples have."""
+    feature = next((f for f in config.features if f.name == name), None)
+    if feature and feature.dtype == "int" and pa.types.is_dictionary(array.type):
+        try:
+            return plain(array).cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"{where}: key column '{name}' is string, feature '{name}' is of dtype 'int': "
+                f"{str(error).splitlines()[0]}; declare dtype = 'string'"
+            ) from None
+    return plain(declared(config, where, name, array))
 
 
 def _samples(config: Config, rows: Rows, index: Array, histories: Histories | None) -> pa.Table:

@@ -203,7 +203,8 @@ def test_pip_fetches_a_wheel_without_installing_it(
         archive.writestr("tiny_table/data.txt", "1")
         archive.writestr(
             "tiny_table-0.1.0.dist-info/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-table\nVersion: 0.1.0\n",
+            "Metadata-Version: 2.1\nName: tiny-table\nVersion: 0.1.0\n"
+            "Requires-Dist: not-there==1\n",
         )
         archive.writestr(
             "tiny_table-0.1.0.dist-info/WHEEL",

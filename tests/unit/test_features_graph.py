@@ -109,6 +109,8 @@ RAW: dict[str, st.SearchStrategy[Any]] = {
     ),
 }
 
+IDS = st.one_of(st.just(MISSING_INT), st.integers(0, 2**63 - 1))
+
 
 @st.composite
 def inputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
@@ -119,7 +121,8 @@ def inputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
         feature = learned.feature
         shape = (rows, draw(st.integers(0, 5))) if feature.is_list else (rows,)
         count = math.prod(shape)
-        values = draw(st.lists(RAW[feature.dtype], min_size=count, max_size=count))
+        strategy = IDS if feature.kind == "hashed" else RAW[feature.dtype]
+        values = draw(st.lists(strategy, min_size=count, max_size=count))
         array = np.empty(count, TYPES[feature.dtype])
         array[:] = values
         arrays[feature.name] = array.reshape(shape)

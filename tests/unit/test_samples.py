@@ -1,297 +1,976 @@
-"""Samples: labels, splits, histories and negatives, against naive counterparts."""
+"""Samples: splits, histories and negatives against plain Python, whole runs, and every error's text."""
 
 from __future__ import annotations
 
+import datetime
+import random
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec import samples
-from hvdrec.config import Config, History, Join, Negatives, Paths, Samples, Split
+from hvdrec.artifacts import read_manifest, verify_artifact
+from hvdrec.config import Config, Samples, Split, from_dict
 from hvdrec.errors import UserError
-from hvdrec.samples.history import combined_keys, slices, sort_events
-from hvdrec.samples.negatives import draw
-from hvdrec.schema import Feature
+from hvdrec.samples import negatives
+from hvdrec.samples.history import Events, Moments
+from hvdrec.samples.split import shuffled, split_rows
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+SPLITS = ("train", "validation", "test")
+
+USERS = [
+    {"user_id": "u1", "age": 20},
+    {"user_id": "u2", "age": None},
+    {"user_id": "u9", "age": 90},
+]
+ITEMS = [
+    {"item_id": "a", "name": "Alpha", "genres": ["x", "y"]},
+    {"item_id": "b", "name": "Beta", "genres": []},
+    {"item_id": "z", "name": "Zeta", "genres": None},
+]
+LOG = [
+    {"user_id": "u1", "item_id": "a", "rating": 5, "t": 1},
+    {"user_id": "u1", "item_id": "b", "rating": 1, "t": 2},
+    {"user_id": "u2", "item_id": "a", "rating": 4, "t": 3},
+    {"user_id": "u1", "item_id": "c", "rating": 5, "t": 4},
+    {"user_id": "u2", "item_id": "b", "rating": 5, "t": 4},
+    {"user_id": "u3", "item_id": "a", "rating": 2, "t": 5},
+    {"user_id": "u1", "item_id": "d", "rating": 3, "t": 6},
+    {"user_id": "u1", "item_id": "a", "rating": 4, "t": 7},
+    {"user_id": "u2", "item_id": "c", "rating": 1, "t": 8},
+]
+FEATURES = [
+    {"name": "user_id"},
+    {"name": "age", "dtype": "int"},
+    {"name": "liked", "kind": "sequence"},
+    {"name": "item_id", "side": "item"},
+    {"name": "genres", "side": "item", "kind": "categorical_list"},
+    {"name": "late", "side": "scene", "dtype": "int"},
+]
+SAMPLES: dict[str, Any] = {
+    "interactions": "log.parquet",
+    "users": "users.parquet",
+    "items": "items.parquet",
+    "time": "t",
+    "title": "name",
+    "label": "rating > 3",
+    "derive": {"late": "t > 4"},
+    "history": [{"name": "liked", "length": 2}],
+    "split": {"fractions": [0.5, 0.25, 0.25]},
+}
 
 
-def config(folder: Path, **settings: Any) -> Config:
-    return Config(
-        name="test",
-        features=(
-            Feature("user"),
-            Feature("likes", kind="sequence"),
-            Feature("item", side="item"),
-            Feature("colour", side="item"),
-            Feature("hour", side="scene", dtype="int"),
-        ),
-        paths=Paths(raw=str(folder), work=str(folder / "work")),
-        samples=Samples(
-            **{
-                "interactions": "log.parquet",
-                "items": "items.parquet",
-                "user": "user",
-                "item": "item",
-                "time": "time",
-                "label": "liked",
-                "derive": {"hour": "time % 24"},
-                "history": (History("likes", length=3),),
-                **settings,
-            }
-        ),
-    )
+def write(file: Path, rows: Sequence[Row] | pa.Table) -> None:
+    """Write rows as CSV or Parquet, by the file's suffix."""
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".csv":
+        pyarrow.csv.write_csv(table, file)
+    else:
+        pq.write_table(table, file)
 
 
-def write_log(folder: Path, rows: int = 400, seed: int = 0, times: int = 60) -> Rows:
-    """Write a log with many equal times, and its catalogue; return the log's rows."""
-    random = np.random.default_rng(seed)
-    log = pa.table(
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A folder with the three small tables."""
+    folder = tmp_path / "raw"
+    write(folder / "log.parquet", LOG)
+    write(folder / "users.parquet", USERS)
+    write(folder / "items.parquet", ITEMS)
+    return folder
+
+
+def configured(raw: Path, features: Sequence[Row] | None = None, **changes: Any) -> Config:
+    """Return the small configuration with some of [samples] changed; None takes a key out."""
+    merged = {k: v for k, v in {**SAMPLES, **changes}.items() if v is not None}
+    table = {
+        "name": "small",
+        "paths": {"raw": str(raw), "work": str(raw.parent / "work")},
+        "features": list(FEATURES if features is None else features),
+        "samples": merged,
+    }
+    return from_dict(Config, table)
+
+
+def made(config: Config) -> dict[str, list[Row]]:
+    """Make samples and return every table's rows by its name."""
+    out = config.paths.of("samples")
+    samples.make(config, overwrite=True)
+    tables = {name: pq.read_table(out / name) for name in SPLITS}
+    tables |= {
+        n: pq.read_table(out / f"{n}.parquet") for n in ("users_train", "users_all", "items")
+    }
+    return {name: table.to_pylist() for name, table in tables.items()}
+
+
+def error_of(config: Config) -> str:
+    """Return the one line with which making samples refuses, having changed nothing."""
+    out = config.paths.of("samples")
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        samples.make(config)
+    assert "\n" not in str(caught.value)
+    assert sorted(out.parent.rglob("*")) == before
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------- a whole run
+
+
+def test_small_log_by_hand(raw: Path) -> None:
+    config = configured(raw)
+    said: list[str] = []
+    meta = samples.make(config, notify=said.append)
+    out = config.paths.of("samples")
+    # 9 rows; times 1 2 3 4 4 | 5 6 | 7 8: the ends nearest to 4.5 are 4 and 5 rows, the first wins
+    # only if it is a cut between times, and 4 rows would divide the time 4.
+    assert meta["rows"] == {"train": 5, "validation": 2, "test": 2}
+    assert meta["positives"] == {"train": 4, "validation": 0, "test": 1}
+    assert (meta["users"], meta["items"]) == (3, 5)
+    assert read_manifest(out, "samples").meta == meta
+    verify_artifact(out, "samples")
+    assert any("9 labelled rows" in line for line in said)
+
+    found = made(config)
+    assert found["validation"] == [
         {
-            "user": random.integers(0, 12, rows),
-            "item": [f"i{i}" for i in random.integers(0, 20, rows)],
-            "time": random.integers(0, times, rows),
-            "liked": random.integers(0, 2, rows),
-            "day": random.integers(0, 4, rows),
-        }
-    )
-    pq.write_table(log, folder / "log.parquet")
-    items = {"item": [f"i{i}" for i in range(22)], "colour": [f"c{i % 3}" for i in range(22)]}
-    pq.write_table(pa.table(items), folder / "items.parquet")
-    found: Rows = log.to_pylist()
-    return found
-
-
-def made(folder: Path, **settings: Any) -> dict[str, Rows]:
-    samples.make(config(folder, **settings), out=folder / "out", overwrite=True)
-    return {
-        split: pq.read_table(folder / "out" / split).to_pylist()
-        for split in ("train", "validation", "test")
-    }
-
-
-def naive_history(log: Rows, sample: dict[str, Any], length: int) -> list[str]:
-    before = [
-        row
-        for row in sorted(log, key=lambda row: row["time"])
-        if str(row["user"]) == sample["user"] and row["time"] < sample["time"] and row["liked"]
+            "user_id": "u3",
+            "item_id": "a",
+            "age": None,
+            "genres": ["x", "y"],
+            "late": 1,
+            "liked": [],
+            "label": 0.0,
+            "weight": 1.0,
+            "time": 5,
+        },
+        {
+            "user_id": "u1",
+            "item_id": "d",
+            "age": 20,
+            "genres": [],
+            "late": 1,
+            "liked": ["a", "c"],
+            "label": 0.0,
+            "weight": 1.0,
+            "time": 6,
+        },
     ]
-    return [row["item"] for row in before][-length:]
-
-
-def test_temporal_never_divides_a_time_and_keeps_all_rows(tmp_path: Path) -> None:
-    log = write_log(tmp_path)
-    found = made(tmp_path)
-    times = {split: {row["time"] for row in rows} for split, rows in found.items()}
-    assert max(times["train"]) < min(times["validation"])
-    assert max(times["validation"]) < min(times["test"])
-    assert sum(map(len, found.values())) == len(log)
-    assert abs(len(found["train"]) - 320) <= 15
-    assert [row["time"] for row in found["test"]] == sorted(row["time"] for row in found["test"])
-    train = [row["time"] for row in found["train"]]
-    assert train != sorted(train)
-
-
-def test_temporal_history_is_what_was_known_then(tmp_path: Path) -> None:
-    log = write_log(tmp_path)
-    found = made(tmp_path)
-    for rows in found.values():
-        for row in rows:
-            assert row["likes"] == naive_history(log, row, 3)
-            assert row["hour"] == row["time"] % 24
-            assert row["colour"] == f"c{int(row['item'][1:]) % 3}"
-
-
-@pytest.mark.parametrize("method", ["random", "random-per-user"])
-def test_random_history_is_of_training_rows_alone(tmp_path: Path, method: str) -> None:
-    write_log(tmp_path, times=100_000)
-    found = made(tmp_path, split=Split(method=method))  # type: ignore[arg-type]
-    train = [{**row, "liked": row["label"]} for row in found["train"]]
-    for rows in found.values():
-        for row in rows:
-            assert row["likes"] == naive_history(train, row, 3)
-
-
-def test_random_is_exact_repeatable_and_seeded(tmp_path: Path) -> None:
-    write_log(tmp_path)
-    first = made(tmp_path, split=Split(method="random"))
-    assert {split: len(rows) for split, rows in first.items()} == {
-        "train": 320,
-        "validation": 40,
-        "test": 40,
+    assert [(r["time"], r["liked"]) for r in found["test"]] == [(7, ["a", "c"]), (8, ["a", "b"])]
+    by_time = {(r["user_id"], r["time"]): r["liked"] for r in found["train"]}
+    assert by_time == {
+        ("u1", 1): [],
+        ("u1", 2): ["a"],
+        ("u2", 3): [],
+        ("u1", 4): ["a"],
+        ("u2", 4): ["a"],
     }
-    assert made(tmp_path, split=Split(method="random")) == first
-    assert made(tmp_path, split=Split(method="random", seed=1))["test"] != first["test"]
+    assert found["users_train"] == [
+        {"user_id": "u1", "age": 20, "liked": ["a", "c"]},
+        {"user_id": "u2", "age": None, "liked": ["a", "b"]},
+        {"user_id": "u3", "age": None, "liked": []},
+    ]
+    assert [r["liked"] for r in found["users_all"]] == [["c", "a"], ["a", "b"], []]
+    assert found["items"] == [
+        {"item_id": "a", "genres": ["x", "y"], "title": "Alpha"},
+        {"item_id": "b", "genres": [], "title": "Beta"},
+        {"item_id": "c", "genres": [], "title": None},
+        {"item_id": "d", "genres": [], "title": None},
+        {"item_id": "z", "genres": [], "title": "Zeta"},
+    ]
 
 
-def test_random_per_user_gives_every_user_a_share(tmp_path: Path) -> None:
-    log = write_log(tmp_path)
-    found = made(tmp_path, split=Split(method="random-per-user"))
-    rows = Counter(str(row["user"]) for row in log)
-    for split in ("validation", "test"):
-        assert Counter(row["user"] for row in found[split]) == {u: n // 10 for u, n in rows.items()}
+def test_declared_types_are_written(raw: Path) -> None:
+    config = configured(raw)
+    samples.make(config)
+    found = pq.read_schema(config.paths.of("samples") / "train" / "part-00000.parquet")
+    lists = pa.list_(pa.field("element", pa.string()))
+    expected = {
+        "user_id": pa.string(),
+        "item_id": pa.string(),
+        "age": pa.int64(),
+        "genres": lists,
+        "late": pa.int64(),
+        "liked": lists,
+        "label": pa.float32(),
+        "weight": pa.float32(),
+        "time": pa.int64(),
+    }
+    assert {name: found.field(name).type for name in found.names} == expected
 
 
-def test_leave_last_out(tmp_path: Path) -> None:
-    log = write_log(tmp_path, times=100_000)
-    found = made(tmp_path, split=Split(method="leave-last-out"))
-    for split, place in (("test", -1), ("validation", -2)):
-        assert len(found[split]) == 12
-        for row in found[split]:
-            times = sorted(r["time"] for r in log if str(r["user"]) == row["user"])
-            assert row["time"] == times[place]
+def test_result_depends_on_rows_and_seed_not_on_files(raw: Path) -> None:
+    log = [{**row, "t": row["t"] + 100 * i} for i in range(40) for row in LOG]
+
+    def digests(name: str, seed: int) -> dict[str, str]:
+        negative = {"per_positive": 1, "within": ["late"], "seed": 3}
+        split = {"method": "random", "seed": seed}
+        config = configured(raw, interactions=name, negatives=negative, split=split)
+        samples.make(config, overwrite=True)
+        manifest = read_manifest(config.paths.of("samples"), "samples")
+        return {file: facts["sha256"] for file, facts in manifest.files.items()}
+
+    write(raw / "one.parquet", log)
+    random.Random(1).shuffle(log)
+    write(raw / "two" / "b.parquet", log[:100])
+    write(raw / "two" / "a.parquet", log[100:])
+    assert digests("one.parquet", 0) == digests("two/*.parquet", 0)
+    assert digests("one.parquet", 0) != digests("one.parquet", 1)
 
 
-def test_boundaries_cut_at_values_of_a_column(tmp_path: Path) -> None:
-    log = write_log(tmp_path)
-    found = made(tmp_path, split=Split(column="day", boundaries=(1, 2)))
-    days = Counter(row["day"] for row in log)
-    assert len(found["train"]) == days[0] + days[1]
-    assert len(found["test"]) == days[3]
+def test_train_rows_are_shuffled_and_held_out_rows_in_order_of_time(raw: Path) -> None:
+    write(raw / "log.parquet", [{**LOG[0], "t": t} for t in range(200)])
+    found = made(configured(raw))
+    times = [row["time"] for row in found["train"]]
+    assert sorted(times) == list(range(100)) and times != sorted(times)
+    assert [row["time"] for row in found["validation"]] == list(range(100, 150))
+    assert [row["time"] for row in found["test"]] == list(range(150, 200))
 
 
-def test_users_and_catalogue(tmp_path: Path) -> None:
-    log = write_log(tmp_path)
-    found = made(tmp_path)
-    items = pq.read_table(tmp_path / "out/items.parquet").to_pylist()
-    assert [row["item"] for row in items] == sorted(f"i{i}" for i in range(22))
-    assert all(row["colour"] for row in items)
-    end = {"time": 10**9}
-    for name, rows in (
-        ("users_train", [{**row, "liked": row["label"]} for row in found["train"]]),
-        ("users_all", log),
-    ):
-        users = pq.read_table(tmp_path / f"out/{name}.parquet").to_pylist()
-        assert [row["user"] for row in users] == sorted({str(row["user"]) for row in log})
-        for user in users:
-            expected = naive_history(rows, {**user, **end}, 3)
-            # Rows of one time may stand in either order.
-            assert len(user["likes"]) == len(expected)
-            if len({row["time"] for row in rows}) == len(rows):
-                assert user["likes"] == expected
+def test_csv_gives_the_same_samples(raw: Path) -> None:
+    expected = made(configured(raw))
+    write(raw / "log.csv", LOG)
+    write(raw / "users.csv", USERS)
+    write(raw / "items.csv", [{**i, "genres": "|".join(i["genres"] or [])} for i in ITEMS])
+    files = {"interactions": "log.csv", "users": "users.csv", "items": "items.csv"}
+    split = "string_split(nullif(genres, ''), '|')"
+    assert made(configured(raw, **files, derive={"late": "t > 4", "genres": split})) == expected
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 3), st.integers(0, 9), st.booleans()), min_size=1, max_size=40
-    ),
-    st.integers(1, 5),
-)
-@settings(max_examples=150, deadline=None)
-def test_history_equals_a_naive_one(rows: list[tuple[int, int, bool]], length: int) -> None:
-    user = np.array([row[0] for row in rows])
-    time = np.array([row[1] for row in rows])
-    chosen = np.array([row[2] for row in rows])
-    items = pa.array([f"i{n}" for n in range(len(rows))])
-    key, base = combined_keys(user, time)
-    events = sort_events(items, key, chosen)
-    start, stop = events.before(key, base, length)
-    got = slices(events.items, start, stop).to_pylist()
-    for n in range(len(rows)):
-        before = [
-            m
-            for m in sorted(range(len(rows)), key=lambda m: (time[m], m))
-            if chosen[m] and user[m] == user[n] and time[m] < time[n]
-        ]
-        assert got[n] == [f"i{m}" for m in before][-length:]
+def test_text_of_a_csv_is_kept_as_written(raw: Path) -> None:
+    (raw / "users.csv").write_text("user_id,zip,flag\nu1,01234,true\nu2,99999,false\n")
+    features = [*FEATURES, {"name": "zip"}, {"name": "flag"}]
+    found = made(
+        configured(raw, features, users="users.csv", derive={**SAMPLES["derive"], "age": "1"})
+    )
+    assert [(r["zip"], r["flag"]) for r in found["users_all"]][:2] == [
+        ("01234", "true"),
+        ("99999", "false"),
+    ]
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 7), st.booleans()),
-        min_size=1,
-        max_size=60,
-    ),
-    st.integers(1, 5),
-    st.integers(0, 3),
-)
-@settings(max_examples=150, deadline=None)
-def test_negatives_are_of_the_group_and_not_taken(
-    rows: list[tuple[int, int, int, bool]], per_positive: int, seed: int
+def test_integer_columns_feed_string_features_and_join_string_keys(raw: Path) -> None:
+    numbers = {"u1": 1, "u2": 2, "u3": 10}
+    write(raw / "log.parquet", [{**row, "user_id": numbers[row["user_id"]]} for row in LOG])
+    write(raw / "users.parquet", [{"user_id": "1", "age": 20}, {"user_id": "10", "age": 30}])
+    found = made(configured(raw))
+    # Sorted as text, since the key is a string feature.
+    assert [(r["user_id"], r["age"]) for r in found["users_all"]] == [
+        ("1", 20),
+        ("10", 30),
+        ("2", None),
+    ]
+    features = [{"name": "user_id", "dtype": "int"}, *FEATURES[1:]]
+    found = made(configured(raw, features))
+    assert [(r["user_id"], r["age"]) for r in found["users_all"]] == [(1, 20), (2, None), (10, 30)]
+
+
+def test_types_are_cast_as_declared(raw: Path) -> None:
+    derive = {
+        "late": "t > 4",
+        "tiny": "t::UTINYINT",
+        "half": "(t / 2)::DECIMAL(6, 1)",
+        "level": "rating::ENUM('1', '2', '3', '4', '5')",
+        "codes": "[t, t + 1]",
+        "total": "(t::HUGEINT)",
+    }
+    features = [
+        *FEATURES,
+        {"name": "tiny", "side": "scene"},
+        {"name": "half", "side": "scene", "kind": "numeric", "dtype": "float"},
+        {"name": "level", "side": "scene"},
+        {"name": "codes", "side": "scene", "kind": "categorical_list"},
+        {"name": "total", "side": "scene", "dtype": "int"},
+    ]
+    last = made(configured(raw, features, derive=derive))["test"][-1]
+    assert {name: last[name] for name in ("tiny", "half", "level", "codes", "total")} == {
+        "tiny": "8",
+        "half": 4.0,
+        "level": "1",
+        "codes": ["8", "9"],
+        "total": 8,
+    }
+
+
+def test_joins_take_derived_keys_and_give_nulls(raw: Path) -> None:
+    write(
+        raw / "days.parquet",
+        [{"day": 1, "price": 1.5, "promo": 4}, {"day": 2, "price": 2.5, "promo": 5}],
+    )
+    features = [*FEATURES, {"name": "price", "side": "scene", "kind": "numeric", "dtype": "float"}]
+    features += [{"name": "double", "side": "scene", "kind": "numeric", "dtype": "float"}]
+    # `double` stands first but waits for the join, whose key is derived; `t` stays the interactions'.
+    found = made(
+        configured(
+            raw,
+            features,
+            derive={"double": "price * 2", "late": "t > 4", "day": "t // 3"},
+            joins=[{"table": "days.parquet", "on": ["day"]}],
+        )
+    )
+    rows = {r["time"]: (r["price"], r["double"]) for name in SPLITS for r in found[name]}
+    assert rows[2] == (None, None) and rows[3] == (1.5, 3.0) and rows[7] == (2.5, 5.0)
+
+
+def test_drop_weight_and_event_predicates(raw: Path) -> None:
+    history = [{"name": "liked", "where": "rating = 5"}]
+    config = configured(raw, drop="rating = 3", weight="rating / 2", history=history)
+    found = made(config)
+    rows = {(r["user_id"], r["time"]): r for name in SPLITS for r in found[name]}
+    assert ("u1", 6) not in rows and len(rows) == 8
+    assert rows["u1", 7]["weight"] == 2.0
+    assert rows["u2", 8]["liked"] == ["b"]  # its "a" was rated 4
+
+
+def test_users_and_items_without_tables_come_from_their_latest_training_row(raw: Path) -> None:
+    log = [{**row, "city": f"c{row['t']}", "size": row["t"]} for row in LOG]
+    write(raw / "log.parquet", log)
+    features = [
+        *(f for f in FEATURES if f["name"] not in ("age", "genres")),
+        {"name": "city"},
+        {"name": "size", "side": "item", "dtype": "int"},
+    ]
+    found = made(configured(raw, features, users=None, items=None, title="city"))
+    cities = {r["user_id"]: r["city"] for r in found["users_all"]}
+    assert cities == {"u1": "c4", "u2": "c4", "u3": None}  # u3 is in validation alone
+    assert found["items"][:2] == [
+        {"item_id": "a", "size": 3, "title": "c3"},
+        {"item_id": "b", "size": 4, "title": "c4"},
+    ]
+
+
+def test_timestamps_and_dates_are_times(raw: Path) -> None:
+    start = datetime.datetime(2020, 1, 1)
+    moments = [start + datetime.timedelta(days=row["t"]) for row in LOG]
+    expected = made(configured(raw))
+    for values in (moments, [m.date() for m in moments]):
+        log = [{**row, "t": value} for row, value in zip(LOG, values, strict=True)]
+        write(raw / "log.parquet", log)
+        found = made(configured(raw, derive={"late": "t > TIMESTAMP '2020-01-05'"}))
+        for name in SPLITS:
+            assert [r["liked"] for r in found[name]] == [r["liked"] for r in expected[name]]
+        assert found["test"][-1]["time"] == values[-1]
+
+
+def test_derived_times_are_read_in_utc(raw: Path) -> None:
+    derive = {"late": "extract(hour FROM to_timestamp(t * 3600)) -- of the day"}
+    found = made(configured(raw, derive=derive))
+    assert [row["late"] for row in found["test"]] == [7, 8]
+
+
+def test_an_artifact_that_stands_is_replaced_only_on_request_and_only_by_a_whole_one(
+    raw: Path,
 ) -> None:
-    group, user, item = (np.array([row[i] for row in rows]) for i in range(3))
-    positive = np.flatnonzero([row[3] for row in rows])
-    position, drawn = draw(group, user, item, positive, per_positive, seed)
-    assert (np.diff(position) >= 0).all()
-    for place, row in enumerate(positive):
-        mine = drawn[position == place].tolist()
-        pool = {i for g, _, i, _ in rows if g == group[row]}
-        taken = {i for g, u, i, _ in rows if g == group[row] and u == user[row]}
-        assert len(mine) == len(set(mine)) == min(per_positive, len(pool - taken))
-        assert set(mine) <= pool - taken
+    config = configured(raw)
+    samples.make(config)
+    out = config.paths.of("samples")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match="already exists; pass --overwrite"):
+        samples.make(config)
+    with pytest.raises(UserError, match="is neither 0 nor 1"):
+        samples.make(configured(raw, label="rating"), overwrite=True)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert [entry.name for entry in out.parent.iterdir()] == ["samples"]
 
 
-def test_negatives_are_drawn_uniformly() -> None:
-    group = np.zeros(2000, dtype=np.int64)
-    user = np.repeat([0, 1], 1000)
-    item = np.concatenate([np.zeros(1000, dtype=np.int64), np.arange(1000) % 100])
-    _, drawn = draw(group, user, item, np.arange(1000), 4, 0)
-    counts = np.bincount(drawn, minlength=100)
-    assert counts[0] == 0
-    assert 15 < counts[1:].min() <= counts[1:].max() < 80  # 40.4 expected, deviation 6.4
+# --------------------------------------------------------------------------------------- history
+
+events = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 9), st.booleans()), max_size=40
+)
 
 
-def test_negatives_take_their_items_columns_and_the_positives_scene(tmp_path: Path) -> None:
-    log = write_log(tmp_path)
-    stock = {"item": [f"i{i}" for i in range(20)] * 4, "day": sorted([0, 1, 2, 3] * 20)}
-    stock["shelf"] = [f"{i}/{d}" for i, d in zip(stock["item"], stock["day"], strict=True)]
-    pq.write_table(pa.table(stock), tmp_path / "stock.parquet")
-    base = config(
-        tmp_path,
-        label="1",
-        drop="liked = 0",
-        joins=(Join("stock.parquet", ("item", "day")),),
-        negatives=Negatives(2, ("day",)),
-        split=Split(method="random"),
-    )
-    whole = replace(base, features=(*base.features, Feature("shelf", side="scene")))
-    meta = samples.make(whole, out=tmp_path / "out")
-    rows = [
-        row
-        for split in ("train", "validation", "test")
-        for row in pq.read_table(tmp_path / "out" / split).to_pylist()
+def naive_history(
+    rows: Sequence[tuple[int, int, int, bool]], user: int, time: int | None
+) -> list[int]:
+    """Return a user's events strictly before a time, oldest first; None for all."""
+    mine = [(t, i) for i, (u, t, _, chosen) in enumerate(rows) if u == user and chosen]
+    return [rows[i][2] for t, i in sorted(mine) if time is None or t < time]
+
+
+@given(events, st.integers(1, 5))
+def test_histories_equal_a_naive_search(
+    rows: list[tuple[int, int, int, bool]], length: int
+) -> None:
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    moments = Moments.of(columns[:, 0], columns[:, 1])
+    found = Events.of(pa.array(columns[:, 2]), moments, columns[:, 3].astype(bool))
+    before = found.before(moments, np.arange(len(rows)), length).to_pylist()
+    assert before == [naive_history(rows, u, t)[-length:] for u, t, _, _ in rows]
+    latest = found.latest(4, moments.times, length).to_pylist()
+    assert latest == [naive_history(rows, user, None)[-length:] for user in range(4)]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 8), st.integers(0, 1)),
+        min_size=12,
+        max_size=40,
+        unique=True,
+    ),
+    method=st.sampled_from(["temporal", "random", "random-per-user", "leave-last-out"]),
+)
+def test_no_history_knows_what_it_must_not(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[int, int, int, int]],
+    method: str,
+) -> None:
+    raw = tmp_path_factory.mktemp("run") / "raw"
+    log = [
+        {"user_id": f"u{u}", "item_id": f"i{i}", "t": t, "label": label} for u, i, t, label in rows
     ]
-    positives = [row for row in log if row["liked"]]
-    assert sum(meta["positives"].values()) == len(positives)
-    assert len(rows) == 3 * len(positives)
-    bought = {(str(r["user"]), r["item"], r["day"]) for r in positives}
-    days = {(str(r["user"]), r["time"], r["day"]) for r in positives}
-    for row in rows:
-        item, day = row["shelf"].split("/")
-        assert item == row["item"]
-        assert row["colour"] == f"c{int(item[1:]) % 3}"
-        assert (row["user"], row["time"], int(day)) in days
-        if row["label"] == 0:
-            assert (row["user"], item, int(day)) not in bought
+    write(raw / "log.parquet", log)
+    features = [f for f in FEATURES if f["name"] not in ("age", "genres", "late")]
+    config = configured(
+        raw,
+        features,
+        users=None,
+        items=None,
+        title=None,
+        derive=None,
+        label="label",
+        split={"method": method, "fractions": [0.4, 0.3, 0.3]},
+        history=[{"name": "liked", "length": 100}],
+    )
+    try:
+        found = made(config)
+    except UserError as error:
+        assert "split" in str(error)
+        return
+    everything = [row for name in SPLITS for row in found[name]]
+    assert Counter((r["user_id"], r["item_id"], r["time"]) for r in everything) == Counter(
+        (r["user_id"], r["item_id"], r["t"]) for r in log
+    )
+    allowed = found["train"] if method.startswith("random") else everything
+    for row in everything:
+        before = [
+            (r["time"], r["item_id"])
+            for r in allowed
+            if r["user_id"] == row["user_id"] and r["time"] < row["time"] and r["label"] == 1
+        ]
+        assert row["liked"] == [item for _, item in sorted(before)]
+    for name, source in (("users_train", found["train"]), ("users_all", everything)):
+        for user in found[name]:
+            mine = [r for r in source if r["user_id"] == user["user_id"] and r["label"] == 1]
+            assert user["liked"] == [
+                r["item_id"] for r in sorted(mine, key=lambda r: (r["time"], r["item_id"]))
+            ]
 
 
-def test_integers_become_canonical_strings_and_floats_do_not(tmp_path: Path) -> None:
-    write_log(tmp_path)
-    assert {row["user"] for row in made(tmp_path)["train"]} <= {str(u) for u in range(12)}
-    with pytest.raises(UserError, match=r"column 'colour' is double, dtype 'string' takes"):
-        made(tmp_path, derive={"hour": "time % 24", "colour": "time * 1.5::DOUBLE"}, items="")
+# ---------------------------------------------------------------------------------------- splits
 
 
-def test_errors_name_the_key(tmp_path: Path) -> None:
-    write_log(tmp_path)
-    with pytest.raises(UserError, match=r"samples.weight = 'liked - 1': gives -1 in rows"):
-        made(tmp_path, weight="liked - 1")
-    with pytest.raises(UserError, match=r"needs samples.time"):
-        made(tmp_path, time="", history=())
-    with pytest.raises(UserError, match=r"samples.drop = 'lked': .*columns are \[_row, user"):
-        made(tmp_path, drop="lked")
-    with pytest.raises(UserError, match=r"samples.derive.hour = 'tme % 24'"):
-        made(tmp_path, derive={"hour": "tme % 24"})
-    with pytest.raises(UserError, match=r"samples.history\[0\].where = 'nothing'"):
-        made(tmp_path, history=(History("likes", where="nothing"),))
-    with pytest.raises(UserError, match=r"no rows are left; check samples.drop"):
-        made(tmp_path, drop="true")
-    assert not (tmp_path / "out").exists()
+def divided(
+    method: str, user: Sequence[int], time: Sequence[float] | None, **more: Any
+) -> list[int]:
+    config = Samples(time="t", split=Split(method=method, **more))  # type: ignore[arg-type]
+    times = None if time is None else np.array(time)
+    return [int(s) for s in split_rows(config, np.array(user), times)]
+
+
+@given(st.lists(st.integers(0, 12), min_size=3, max_size=60))
+def test_temporal_split_is_strict_and_near_its_fractions(time: list[int]) -> None:
+    if len(set(time)) < 3:
+        return
+    found = divided("temporal", [0] * len(time), time, fractions=(0.6, 0.2, 0.2))
+    parts = [[t for t, s in zip(time, found, strict=True) if s == part] for part in range(3)]
+    assert max(parts[0]) < min(parts[1]) and max(parts[1]) < min(parts[2])
+    # No other cut that fills all three splits comes nearer to the first fraction.
+    sizes = [sum(t <= cut for t in time) for cut in sorted(set(time))[:-2]]
+    assert abs(len(parts[0]) - 0.6 * len(time)) == min(abs(s - 0.6 * len(time)) for s in sizes)
+
+
+def test_temporal_split_by_hand() -> None:
+    time = [9, 1, 5, 5, 5, 2, 3, 4, 8, 7]
+    assert divided("temporal", [0] * 10, time, fractions=(0.7, 0.2, 0.1)) == [
+        2, 0, 0, 0, 0, 0, 0, 0, 1, 1,
+    ]  # fmt: skip
+
+
+def test_boundaries_are_the_last_values_of_train_and_validation() -> None:
+    found = divided("temporal", [0] * 6, [44, 45, 48, 49, 1, 60], boundaries=(44.0, 48.0))
+    assert found == [0, 1, 1, 2, 0, 2]
+
+
+@given(st.integers(20, 300), st.integers(0, 5))
+def test_random_split_has_its_sizes_and_its_seed(rows: int, seed: int) -> None:
+    found = divided("random", [0] * rows, None, seed=seed)
+    for part, share in enumerate((0.8, 0.1, 0.1)):
+        assert abs(found.count(part) - share * rows) <= 1
+    assert found == divided("random", [0] * rows, None, seed=seed)
+    assert found != divided("random", [0] * rows, None, seed=seed + 1)
+
+
+def test_random_split_is_the_same_on_every_machine() -> None:
+    # Written down from SplitMix64 in plain integers.
+    def mixed(x: int, seed: int) -> int:
+        for salt in (seed, 0):
+            x = (x + salt + 0x9E3779B97F4A7C15) % 2**64
+            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+            x ^= x >> 31
+        return x
+
+    assert shuffled(50, 7).tolist() == sorted(range(50), key=lambda row: mixed(row, 7))
+
+
+def test_random_per_user_holds_out_of_every_user_with_three_rows() -> None:
+    user = [0] * 25 + [1] * 3 + [2] * 2
+    found = divided("random-per-user", user, None)
+    assert [found[:25].count(part) for part in range(3)] == [21, 2, 2]
+    assert sorted(found[25:28]) == [0, 1, 2]
+    assert found[28:] == [0, 0]
+
+
+def test_leave_last_out_takes_the_last_two_rows() -> None:
+    user, time = [0, 1, 0, 0, 1, 0, 2, 2, 2], [5, 1, 7, 6, 2, 1, 3, 3, 3]
+    assert divided("leave-last-out", user, time) == [0, 0, 2, 1, 0, 0, 0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------- negatives
+
+taken = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 11)), min_size=1, max_size=80
+)
+
+
+@given(taken, st.integers(1, 6), st.integers(0, 3))
+def test_negatives_are_of_the_group_and_not_taken(
+    rows: list[tuple[int, int, int]], per_positive: int, seed: int
+) -> None:
+    group, user, item = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    positive = np.arange(0, len(rows), 2)
+    place, drawn = negatives.draw(group, user, item, positive, per_positive, seed)
+    again = negatives.draw(group, user, item, positive, per_positive, seed)
+    assert np.array_equal(place, again[0]) and np.array_equal(drawn, again[1])
+    assert (np.diff(place) >= 0).all()
+    for p, row in enumerate(positive):
+        g, u, _ = rows[row]
+        free = {i for h, _, i in rows if h == g} - {i for h, v, i in rows if h == g and v == u}
+        mine = drawn[place == p].tolist()
+        assert len(mine) == len(set(mine)) == min(per_positive, len(free))
+        assert set(mine) <= free
+
+
+@pytest.mark.parametrize("items", [9, 40])
+def test_negatives_are_drawn_uniformly(items: int) -> None:
+    # User 0 took item 0 in 3,000 rows; user 1 took them all. 9 are listed, 40 are drawn.
+    count = 3000
+    user = np.concatenate([np.zeros(count), np.ones(items)]).astype(np.int64)
+    item = np.concatenate([np.zeros(count), np.arange(items)]).astype(np.int64)
+    place, drawn = negatives.draw(np.zeros_like(user), user, item, np.arange(count), 4, 0)
+    assert np.array_equal(np.bincount(place), np.full(count, 4))
+    seen = np.bincount(drawn, minlength=items)
+    expected = 4 * count / (items - 1)
+    assert seen[0] == 0
+    # Chi-squared has items - 2 degrees of freedom; its mean plus five deviations is hardly met.
+    chi_squared = ((seen[1:] - expected) ** 2 / expected).sum()
+    assert chi_squared < items - 2 + 5 * np.sqrt(2 * (items - 2))
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """Purchases in two stores, with a price per item and store, and products with a colour."""
+    raw, dice = tmp_path / "raw", random.Random(0)
+    log = [
+        {
+            "user_id": f"u{dice.randrange(5)}",
+            "item_id": f"i{dice.randrange(20)}",
+            "store": t % 2,
+            "t": t,
+        }
+        for t in range(120)
+    ]
+    write(raw / "log.parquet", log)
+    write(raw / "items.parquet", [{"item_id": f"i{i}", "colour": f"c{i}"} for i in range(20)])
+    prices = [
+        {"item_id": f"i{i}", "store": s, "price": i + 100 * s} for i in range(20) for s in (0, 1)
+    ]
+    write(raw / "prices.parquet", prices)
+    changes = {
+        "users": None,
+        "title": None,
+        "label": "1",
+        "derive": {"dear": "price * 2"},
+        "joins": [{"table": "prices.parquet", "on": ["item_id", "store"]}],
+        "negatives": {"per_positive": 3, "within": ["store"]},
+        "weight": "2",
+    }
+    return raw, changes
+
+
+SHOP_FEATURES = [
+    {"name": "liked", "kind": "sequence"},
+    {"name": "item_id", "side": "item"},
+    {"name": "colour", "side": "item"},
+    {"name": "dear", "side": "scene", "dtype": "int"},
+    {"name": "store", "side": "scene", "dtype": "int"},
+]
+
+
+@pytest.mark.parametrize("method", ["temporal", "random", "random-per-user", "leave-last-out"])
+def test_negatives_share_context_and_split_and_are_joined_anew(
+    shop: tuple[Path, dict[str, Any]], method: str
+) -> None:
+    raw, changes = shop
+    found = made(configured(raw, SHOP_FEATURES, **{**changes, "split": {"method": method}}))
+    log = pq.read_table(raw / "log.parquet").to_pylist()
+    bought = {(r["user_id"], r["store"], r["item_id"]) for r in log}
+    sold = {(r["store"], r["item_id"]) for r in log}
+    total = 0
+    for name in SPLITS:
+        positives = {(r["user_id"], r["time"]): r for r in found[name] if r["label"] == 1}
+        for row in found[name]:
+            number = int(row["item_id"][1:])
+            assert row["colour"] == f"c{number}"
+            assert row["dear"] == 2 * (number + 100 * row["store"])
+            if row["label"] == 1:
+                assert row["weight"] == 2.0
+                continue
+            total += 1
+            twin = positives[row["user_id"], row["time"]]  # its positive is in the same split
+            assert (row["store"], row["liked"]) == (twin["store"], twin["liked"])
+            assert (row["store"], row["item_id"]) in sold
+            assert (row["user_id"], row["store"], row["item_id"]) not in bought
+            assert row["weight"] == 1.0
+    free = {
+        (u, s): len({i for t, i in sold if t == s} - {i for v, t, i in bought if (v, t) == (u, s)})
+        for u, s, _ in bought
+    }
+    assert total == sum(min(3, free[r["user_id"], r["store"]]) for r in log)
+    assert [len(r["liked"]) for r in found["users_all"]] == [2] * 5
+
+
+# --------------------------------------------------------------------------------- a user's mistakes
+
+
+def age_as(values: Mapping[str, Any]) -> pa.Table:
+    """Return the users' table with other columns."""
+    return pa.table({"user_id": ["u1", "u2", "u9"], **values})
+
+
+def test_missing_tables(raw: Path) -> None:
+    hint = "no such file; check paths.raw and the table's name"
+    assert error_of(configured(raw, interactions="logs.parquet")) == f"{raw}/logs.parquet: {hint}"
+    assert error_of(configured(raw, items="part-*.csv")) == f"{raw}/part-*.csv: {hint}"
+    assert error_of(configured(raw, users="users.xlsx")) == (
+        f"{raw}/users.xlsx: must end in one of [.parquet, .csv, .csv.gz]; convert the table"
+    )
+    assert error_of(configured(raw, interactions="")) == (
+        "samples.interactions is empty; name the table of what was shown or done"
+    )
+
+
+def test_a_file_that_is_no_parquet(raw: Path) -> None:
+    (raw / "log.parquet").write_text("user_id,item_id\n1,2\n")
+    text = error_of(configured(raw))
+    assert text.startswith(f"{raw}/log.parquet: no readable Parquet (")
+    assert text.endswith("); write the table again")
+
+
+def test_a_damaged_parquet_file(raw: Path) -> None:
+    file = raw / "log.parquet"
+    write(file, [{**row, "t": i} for i in range(3000) for row in LOG])
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert error_of(configured(raw)).startswith(f"{file}: no readable Parquet (")
+    # The footer is whole, the pages are not: it comes out only when rows are read.
+    file.write_bytes(whole[:4] + b"\xff" * 2000 + whole[2004:])
+    assert error_of(configured(raw)).startswith(f"{file}: no readable Parquet (")
+    write(file, LOG)
+    users = raw / "users.parquet"
+    write(users, [{"user_id": f"u{i}", "age": i} for i in range(3000)])
+    whole = users.read_bytes()
+    users.write_bytes(whole[:4] + b"\xff" * 2000 + whole[2004:])
+    assert error_of(configured(raw)).startswith(f"{users}: no readable Parquet (")
+
+
+def test_missing_columns(raw: Path) -> None:
+    write(raw / "log.parquet", [{k: v for k, v in row.items() if k != "item_id"} for row in LOG])
+    assert error_of(configured(raw)) == (
+        f"{raw}/log.parquet: column 'item_id' (samples.item) is missing; the table has "
+        "[user_id, rating, t]; correct the name"
+    )
+    write(raw / "log.parquet", LOG)
+    features = [*FEATURES, {"name": "gender"}]
+    assert error_of(configured(raw, features)) == (
+        f"{raw}/log.parquet: column 'gender' (feature 'gender') is missing; the table and those "
+        "joined to it have [user_id, item_id, rating, t, late, age, name, genres]; correct the name "
+        "or add it to samples.derive"
+    )
+    assert "column 'when' (samples.time) is missing" in error_of(configured(raw, time="when"))
+    assert "column 'week' (samples.split.column)" in error_of(
+        configured(raw, split={"column": "week"})
+    )
+    assert "column 'store' (samples.negatives.within) is missing" in error_of(
+        configured(raw, negatives={"per_positive": 1, "within": ["store"]})
+    )
+    assert error_of(configured(raw, title="label")) == (
+        f"{raw}/items.parquet: column 'label' (samples.title) is missing; the table has "
+        "[item_id, name, genres]; correct the name"
+    )
+    write(raw / "users.parquet", [{"uid": "u1", "age": 1}])
+    assert error_of(configured(raw)) == (
+        f"{raw}/users.parquet: column 'user_id' (key of samples.users) is missing; the table has "
+        "[uid, age]; correct the name"
+    )
+
+
+def test_join_keys_that_are_not_there_or_do_not_fit(raw: Path) -> None:
+    write(raw / "days.parquet", [{"day": 1, "price": 1.5}])
+    joins = [{"table": "days.parquet", "on": ["day"]}]
+    assert error_of(configured(raw, joins=joins)) == (
+        f"samples.joins[0]: its key 'day' is no column of {raw}/log.parquet or of a table joined "
+        "before; there are [user_id, item_id, rating, t, late, age, name, genres]; derive it in "
+        "samples.derive"
+    )
+    derive = {"late": "t > 4", "day": "DATE '2020-01-01'"}
+    assert error_of(configured(raw, joins=joins, derive=derive)) == (
+        f"{raw}/days.parquet: key column 'day' is int64, the samples' is date; give both tables one "
+        "type"
+    )
+
+
+def test_several_rows_of_one_key(raw: Path) -> None:
+    write(raw / "users.parquet", [*USERS, {"user_id": "u1", "age": 21}])
+    assert error_of(configured(raw)) == (
+        f"{raw}/users.parquet: 2 rows have user_id = u1 (samples.users); keep one row per key"
+    )
+    write(raw / "users.parquet", USERS)
+    write(raw / "days.parquet", [{"t": 1, "x": 1}, {"t": 2, "x": 2}, {"t": 2, "x": 3}])
+    assert error_of(configured(raw, joins=[{"table": "days.parquet", "on": ["t"]}])) == (
+        f"{raw}/days.parquet: 2 rows have t = 2 (samples.joins[0]); keep one row per key"
+    )
+
+
+def test_null_and_empty_keys(raw: Path) -> None:
+    write(raw / "log.parquet", [*LOG, {**LOG[0], "user_id": None}, {**LOG[0], "user_id": ""}])
+    config = configured(raw)
+    assert error_of(config) == (
+        f"{raw}/log.parquet: key column 'user_id' is null or empty in 2 rows; every row needs a "
+        "key: leave them out with samples.drop = \"user_id IS NULL OR user_id = ''\""
+    )
+    assert len(made(configured(raw, drop="user_id IS NULL OR user_id = ''"))["train"]) == 5
+    write(raw / "log.parquet", LOG)
+    write(raw / "items.parquet", [*ITEMS, {"item_id": None, "name": "?", "genres": None}])
+    assert error_of(config) == (
+        f"{raw}/items.parquet: key column 'item_id' is null in 1 rows; a key is needed in every "
+        "row: take these rows out of the table"
+    )
+
+
+def test_float_keys(raw: Path) -> None:
+    numbers = {"u1": 1.0, "u2": 2.0, "u3": 3.0}
+    log = [{**row, "user_id": numbers[row["user_id"]]} for row in LOG]
+    write(raw / "log.parquet", log)
+    write(raw / "log.csv", log)
+    (raw / "log.csv").write_text((raw / "log.csv").read_text().replace(",1,", ",1.0,"))
+    for name in ("log.parquet", "log.csv"):
+        text = error_of(
+            configured(raw, interactions=name, users=None, derive={"late": "1", "age": "1"})
+        )
+        if name == "log.parquet":
+            assert text == (
+                f"{raw}/{name}: key column 'user_id' is float, a key is [string, integer]; derive "
+                'it, for example samples.derive.user_id = "CAST(user_id AS BIGINT)"'
+            )
+    derive = {"late": "1", "age": "1", "user_id": "CAST(user_id AS BIGINT)"}
+    found = made(configured(raw, users=None, derive=derive))
+    assert {row["user_id"] for row in found["users_all"]} == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "message"),
+    [
+        (
+            {"name": "age"},
+            [1.0, 2.0, None],
+            "is float, feature 'age' of dtype 'string' takes [string, integer]; derive it, for "
+            'example samples.derive.age = "CAST(age AS BIGINT)"',
+        ),
+        (
+            {"name": "age", "dtype": "int"},
+            ["20", "old", None],
+            "is string, feature 'age' of dtype 'int' takes [integer, boolean]; derive it, for "
+            'example samples.derive.age = "CAST(age AS BIGINT)"',
+        ),
+        (
+            {"name": "age", "kind": "numeric", "dtype": "float"},
+            ["20", "old", None],
+            "is string, feature 'age' of dtype 'float' takes [float, integer, decimal]; derive it, "
+            'for example samples.derive.age = "CAST(age AS DOUBLE)"',
+        ),
+        (
+            {"name": "age", "kind": "categorical_list"},
+            ["x|y", "x", None],
+            "is string, feature 'age' needs a list; derive it, for example "
+            "samples.derive.age = \"string_split(age, '|')\"",
+        ),
+        (
+            {"name": "age", "kind": "categorical_list"},
+            [[1.5], [2.5], None],
+            "is a list of float, feature 'age' of dtype 'string' takes [string, integer]; derive "
+            'it, for example samples.derive.age = "CAST(age AS VARCHAR[])"',
+        ),
+        (
+            {"name": "age"},
+            [["x"], ["y"], None],
+            "is a list of string, feature 'age' takes one value; declare kind = 'categorical_list'",
+        ),
+        (
+            {"name": "age"},
+            [True, False, None],
+            "is boolean, feature 'age' of dtype 'string' takes [string, integer]; derive it, for "
+            'example samples.derive.age = "CAST(age AS VARCHAR)"',
+        ),
+    ],
+)
+def test_wrong_types(raw: Path, feature: Row, values: list[Any], message: str) -> None:
+    write(raw / "users.parquet", age_as({"age": values}))
+    features = [feature, *(f for f in FEATURES if f["name"] != "age")]
+    text = error_of(configured(raw, features))
+    assert text == f"{raw}/users.parquet: column 'age' {message}"
+
+
+def test_integers_beyond_64_bits(raw: Path) -> None:
+    write(raw / "users.parquet", age_as({"age": pa.array([2**64 - 1, 1, 2], pa.uint64())}))
+    text = error_of(configured(raw))
+    assert text.startswith(f"{raw}/users.parquet: column 'age' (integer) does not fit dtype 'int'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"label": "rating >"}, "samples.label = 'rating >'"),
+        ({"label": "score > 3"}, "samples.label = 'score > 3'"),
+        ({"weight": "1 +"}, "samples.weight = '1 +'"),
+        ({"drop": "nothing = 1"}, "samples.drop = 'nothing = 1'"),
+        ({"derive": {"late": "hour(when)"}}, "samples.derive.late = 'hour(when)'"),
+        (
+            {"history": [{"name": "liked", "where": "stars > 3"}]},
+            "samples.history[0].where = 'stars > 3'",
+        ),
+    ],
+)
+def test_expressions_that_are_wrong(raw: Path, changes: dict[str, Any], key: str) -> None:
+    text = error_of(configured(raw, **changes))
+    assert text.startswith(f"{key}: ")
+    assert "; the columns are [user_id, item_id, rating, t" in text
+
+
+def test_an_expression_that_fails_on_a_row(raw: Path) -> None:
+    write(raw / "users.parquet", age_as({"age": ["20", "old", "3"]}))
+    text = error_of(configured(raw, derive={"late": "t > 4", "age": "CAST(age AS INT)"}))
+    assert text.startswith("samples.derive.age = 'CAST(age AS INT)': ")
+    assert "'old'" in text and text.endswith("(TRY_CAST gives null where CAST fails)")
+
+
+def test_labels_that_are_not_0_or_1(raw: Path) -> None:
+    assert error_of(configured(raw, label="CASE WHEN rating = 3 THEN 7 ELSE 1 END")) == (
+        "samples.label = 'CASE WHEN rating = 3 THEN 7 ELSE 1 END': is neither 0 nor 1 in 1 of 9 "
+        f"rows of {raw}/log.parquet, for example 7; write a condition such as 'rating > 3'"
+    )
+    text = error_of(configured(raw, label="nullif(rating > 3, t = 1)"))
+    assert "is neither 0 nor 1 in 1 of 9 rows" in text and "for example null" in text
+    assert error_of(configured(raw, label="item_id")) == (
+        "samples.label = 'item_id': is of type string; it must give 0 or 1, such as 'rating > 3'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "count", "value"),
+    [("3.5 - t", 6, "-0.5"), ("nullif(t, 8)", 1, "null"), ("1e308 * 10 * t", 9, "inf")],
+)
+def test_bad_weights(raw: Path, weight: str, count: int, value: str) -> None:
+    assert error_of(configured(raw, weight=weight)) == (
+        f"samples.weight = '{weight}': is negative or no number in {count} of 9 rows of "
+        f"{raw}/log.parquet, for example {value}; a weight is 0 or greater"
+    )
+
+
+def test_conditions_that_are_none(raw: Path) -> None:
+    assert error_of(configured(raw, drop="item_id")) == (
+        "samples.drop = 'item_id': is of type string; it must be a condition, such as 'rating > 3'"
+    )
+
+
+def test_bad_times(raw: Path) -> None:
+    write(raw / "log.parquet", [*LOG, {**LOG[0], "t": None}])
+    assert error_of(configured(raw)) == (
+        f"{raw}/log.parquet: column 't' (samples.time) is null or not finite in 1 rows; every row "
+        'needs a time: leave them out with samples.drop = "t IS NULL"'
+    )
+    write(raw / "log.parquet", [{**row, "t": f"2020-01-0{row['t']} 10:00"} for row in LOG])
+    assert error_of(configured(raw, derive={"late": "1"})) == (
+        f"{raw}/log.parquet: column 't' (samples.time) is string, a time is "
+        "[integer, float, date, timestamp]; derive it, for example "
+        'samples.derive.t = "CAST(t AS TIMESTAMP)"'
+    )
+    derive = {"late": "1", "t": "CAST(t AS TIMESTAMP)"}
+    assert len(made(configured(raw, derive=derive))["train"]) == 5
+
+
+def test_what_needs_a_time(raw: Path) -> None:
+    assert error_of(configured(raw, time=None)) == (
+        "samples.split.method = 'temporal': needs samples.time or samples.split.column, which is "
+        "empty; name the column of the time, or take method = 'random'"
+    )
+    assert error_of(configured(raw, time=None, split={"method": "leave-last-out"})) == (
+        "samples.split.method = 'leave-last-out': needs samples.time, which is empty; name the "
+        "column of the time, or take method = 'random'"
+    )
+    assert error_of(configured(raw, time=None, split={"method": "random"})) == (
+        "samples.history 'liked': needs samples.time, which is empty; name the column of the time"
+    )
+
+
+def test_empty_splits(raw: Path) -> None:
+    assert error_of(configured(raw, split={"boundaries": [4, 9]})) == (
+        "samples.split: the test split is empty: samples.split.boundaries = [4.0, 9.0], 't' runs "
+        "from 1 to 8; choose boundaries that leave rows on each side"
+    )
+    assert error_of(configured(raw, drop="t > 2")) == (
+        "samples.split: 't' has 2 different values, a temporal split needs 3 or more (rows of one "
+        "time stay together); take another column or method = 'random'"
+    )
+    assert error_of(configured(raw, drop="t > 3", split={"method": "random"})) == (
+        "samples.split: the validation split is empty: samples.split.fractions = [0.8, 0.1, 0.1] of "
+        "3 rows; give more rows or other fractions"
+    )
+    for method in ("random-per-user", "leave-last-out"):
+        assert error_of(configured(raw, drop="t > 3", split={"method": method})) == (
+            "samples.split: the validation split is empty: no user has 3 rows or more (the most is "
+            "2); take another samples.split.method"
+        )
+    assert error_of(configured(raw, drop="true")) == (
+        f"{raw}/log.parquet: no rows: samples.drop = 'true' leaves none; give rows"
+    )
+
+
+def test_boundaries_are_numbers(raw: Path) -> None:
+    day = "DATE '2020-01-01' + t::INT"
+    split = {"column": "day", "boundaries": [1, 2]}
+    assert error_of(configured(raw, derive={"late": "1", "day": day}, split=split)) == (
+        "samples.split.boundaries = [1.0, 2.0]: column 'day' is date32[day], boundaries are numbers; "
+        'derive a number, for example samples.derive.day = "epoch(day) / 86400", and name it in '
+        "samples.split.column"
+    )
+
+
+def test_item_features_of_interactions_do_not_go_with_negatives(raw: Path) -> None:
+    features = [*FEATURES, {"name": "rating", "side": "item", "dtype": "int"}]
+    assert error_of(configured(raw, features, negatives={"per_positive": 1})) == (
+        f"feature 'rating': side 'item' but a column of {raw}/log.parquet; with samples.negatives an "
+        "item's columns must come from samples.items or samples.joins"
+    )

@@ -1,0 +1,304 @@
+"""Encoding samples into shards: what stands in them, how they are cut, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdrec.artifacts import write_artifact, write_manifest
+from hvdrec.config import Config, Encode, Samples
+from hvdrec.errors import UserError
+from hvdrec.features.encode import SPLITS, Encoder, encode, even_sizes
+from hvdrec.features.fit import Fitted
+from hvdrec.features.graph import output_name
+from hvdrec.features.raw import rows_to_inputs
+from hvdrec.schema import Feature
+
+FEATURES = (
+    Feature("item", side="item", dtype="int"),
+    Feature("seen", kind="sequence", dtype="int", max_length=3),
+    Feature("words", kind="categorical_list", max_length=2, min_count=2),
+    Feature("age", kind="numeric", dtype="float"),
+    Feature("price", side="item", kind="numeric", dtype="int", transform="quantile", buckets=4),
+)
+USERS, ITEMS = 9, 7
+
+
+def config(shard_rows: int = 1000, row_group_rows: int = 1000) -> Config:
+    return Config(
+        name="test",
+        features=FEATURES,
+        # The user's key is no feature.
+        samples=Samples(user="user", item="item"),
+        encode=Encode(shard_rows=shard_rows, row_group_rows=row_group_rows),
+    )
+
+
+def drawn(seed: int, rows: int) -> pa.Table:
+    """Return samples with nulls, missing values, empty and over-long lists; rows are numbered."""
+    random = np.random.default_rng(seed)
+
+    def some(values: list[Any], length: int) -> list[Any]:
+        return [values[n] for n in random.integers(0, len(values), length)]
+
+    def lists(values: list[Any]) -> list[Any]:
+        kept = [some(values, int(n)) for n in random.integers(0, 6, rows)]
+        return [None if random.random() < 0.1 else row for row in kept]
+
+    numbers = [None, *range(ITEMS), -1]
+    return pa.table(
+        {
+            "time": pa.array(range(rows), pa.int64()),
+            "user": pa.array([f"u{n}" for n in random.integers(0, USERS, rows)], pa.string()),
+            "item": pa.array(random.integers(0, ITEMS, rows), pa.int64()),
+            "seen": pa.array(lists(numbers), pa.list_(pa.int64())),
+            "words": pa.array(lists([None, "", "a", "b", "ü"]), pa.list_(pa.string())),
+            "age": pa.array(some([None, float("nan"), float("inf"), 1.5, 3.0], rows), pa.float64()),
+            "price": pa.array(some(numbers, rows), pa.int64()),
+            "label": pa.array(random.integers(0, 2, rows), pa.float32()),
+            "weight": pa.array(random.uniform(0, 2, rows), pa.float32()),
+        }
+    )
+
+
+def samples(folder: Path, tables: dict[str, pa.Table], part_rows: int = 10**6) -> Path:
+    """Write a samples artifact with a split's rows in parts."""
+    out = folder / "samples"
+    with write_artifact(out, "samples") as draft:
+        for split, table in tables.items():
+            (draft / split).mkdir()
+            for part in range(max(1, -(-len(table) // part_rows))):
+                piece = table.slice(part * part_rows, part_rows)
+                file = draft / split / f"part-{part:05d}.parquet"
+                pq.write_table(piece, file, row_group_size=4)
+        users = drawn(1, USERS).drop(["user", "item", "price", "time"])
+        users = users.append_column("user", pa.array([f"u{n}" for n in range(USERS)]))
+        pq.write_table(users, draft / "users_train.parquet")
+        items = pa.table({"item": range(ITEMS), "price": range(ITEMS)})
+        pq.write_table(items, draft / "items.parquet")
+    return out
+
+
+def splits(rows: int = 10) -> dict[str, pa.Table]:
+    return {split: drawn(n, rows) for n, split in enumerate(SPLITS)}
+
+
+def check_rows(graph: Path, features: tuple[Feature, ...], raw: pa.Table, found: pa.Table) -> None:
+    """Compare encoded rows with what the written graph gives for the raw ones."""
+    session = onnxruntime.InferenceSession(str(graph))
+    for feature in features:
+        names = [output_name(feature.name)]
+        inputs = rows_to_inputs([feature], raw)
+        others = {
+            i.name: _empty(i.type, len(raw), len(i.shape))
+            for i in session.get_inputs()
+            if i.name != feature.name
+        }
+        [codes] = session.run(names, {**others, **inputs})
+        got = found[feature.name]
+        if feature.is_list:
+            assert got.type == pa.list_(pa.int32())
+            assert got.to_pylist() == [[code for code in row if code] for row in codes.tolist()]
+        else:
+            assert got.type == (pa.int32() if feature.is_embedded else pa.float32())
+            assert got.to_pylist() == codes.tolist()
+
+
+def _empty(kind: str, rows: int, rank: int) -> np.ndarray:
+    types = {"tensor(string)": object, "tensor(int64)": np.int64, "tensor(double)": np.float64}
+    return np.full((rows, 0) if rank == 2 else rows, 0, types[kind])
+
+
+@given(
+    sizes=st.tuples(*[st.integers(0, 25)] * 3),
+    part_rows=st.integers(1, 12),
+    shard_rows=st.integers(1, 12),
+    row_group_rows=st.integers(1, 12),
+)
+@settings(max_examples=10, deadline=None)
+def test_shards_hold_what_the_graph_gives_in_the_order_of_the_samples(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: tuple[int, int, int],
+    part_rows: int,
+    shard_rows: int,
+    row_group_rows: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("encode")
+    tables = {
+        split: drawn(n, rows) for n, (split, rows) in enumerate(zip(SPLITS, sizes, strict=True))
+    }
+    done: list[int] = []
+    meta = encode(
+        samples(folder, tables, part_rows),
+        folder / "features",
+        config(shard_rows, row_group_rows),
+        progress=done.append,
+    )
+    out = folder / "features"
+    assert meta["rows"] == dict(zip(SPLITS, sizes, strict=True))
+    assert sum(done) == sum(sizes)
+    for split, table in tables.items():
+        files = sorted((out / split).iterdir())
+        rows = [pq.read_metadata(file).num_rows for file in files]
+        assert rows == meta["shards"][split]
+        assert len(rows) == max(1, -(-len(table) // shard_rows))
+        assert max(rows) - min(rows) <= 1
+        for file in files:
+            facts = pq.read_metadata(file)
+            groups = [facts.row_group(n).num_rows for n in range(facts.num_row_groups)]
+            assert len(groups) == max(1, -(-facts.num_rows // row_group_rows))
+            assert max(groups) - min(groups) <= 1
+        found = pa.concat_tables([pq.read_table(file) for file in files])
+        check_rows(out / "preprocess.onnx", FEATURES, table, found)
+        assert found["user_index"].to_pylist() == [int(u[1:]) for u in table["user"].to_pylist()]
+        for name, source in (("item_index", "item"), ("label", "label"), ("weight", "weight")):
+            assert found[name].to_pylist() == table[source].to_pylist()
+        assert found.schema.field("item_index").type == pa.int64()
+    items = pq.read_table(out / "items.parquet")
+    assert items["key"].to_pylist() == list(range(ITEMS))
+    train = tables["train"].to_pydict()
+    positives = [i for i, y in zip(train["item"], train["label"], strict=True) if y]
+    assert items["train_count"].to_pylist() == [positives.count(n) for n in range(ITEMS)]
+    users = pq.read_table(out / "users.parquet")
+    assert users.column_names == ["key", "seen", "words", "age"]
+    assert users["key"].to_pylist() == [f"u{n}" for n in range(USERS)]
+    sides = tuple(feature for feature in FEATURES if feature.side == "user")
+    check_rows(
+        out / "preprocess.onnx", sides, pq.read_table(folder / "samples/users_train.parquet"), users
+    )
+
+
+@given(st.integers(0, 1000), st.integers(1, 50))
+def test_even_sizes_are_few_and_even(total: int, most: int) -> None:
+    sizes = even_sizes(total, most)
+    assert sum(sizes) == total
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == max(1, -(-total // most))
+
+
+def test_a_column_in_chunks_and_slices_is_encoded_as_a_whole(tmp_path: Path) -> None:
+    table = drawn(3, 40)
+    encode(samples(tmp_path, {**splits(), "train": table}), tmp_path / "features", config())
+    encoder = Encoder(Fitted.load(tmp_path / "features"))
+    chunked = pa.concat_tables([table.slice(3, 5), table.slice(0, 0), table.slice(20, 11)])
+    for feature in FEATURES:
+        whole = encoder.encode(feature, table[feature.name])
+        expected = pa.concat_arrays([whole.slice(3, 5), whole.slice(20, 11)])
+        assert encoder.encode(feature, chunked[feature.name]).equals(expected)
+
+
+def test_entries_under_a_null_list_are_not_read(tmp_path: Path) -> None:
+    encode(samples(tmp_path, splits()), tmp_path / "features", config())
+    encoder = Encoder(Fitted.load(tmp_path / "features"))
+    hidden = pa.ListArray.from_buffers(
+        pa.list_(pa.int64()),
+        2,
+        [pa.py_buffer(b"\x02"), pa.py_buffer(np.array([0, 2, 4], np.int32))],
+        children=[pa.array([1, 2, 3, 4])],
+    )
+    assert hidden.to_pylist() == [None, [3, 4]]
+    column = pa.chunked_array([hidden])
+    codes = encoder.encode(FEATURES[1], column).to_pylist()
+    assert [len(row) for row in codes] == [0, 2]
+    assert rows_to_inputs([FEATURES[1]], pa.table({"seen": column}))["seen"][1].tolist() == [3, 4]
+
+
+def test_petastorm_reads_the_shards(tmp_path: Path) -> None:
+    from petastorm import make_batch_reader
+
+    tables = splits(rows=20)
+    pairs = pa.array([["a", "b"]] * 20, pa.list_(pa.string()))
+    tables["train"] = tables["train"].set_column(4, "words", pairs)
+    encode(samples(tmp_path, tables), tmp_path / "features", config(8, 3))
+    # Petastorm's own worker makes a matrix of a list column: rows of one length.
+    names = ["item", "words", "age", "price", "user_index", "item_index", "label", "weight"]
+    with make_batch_reader(
+        f"file://{tmp_path}/features/train",
+        schema_fields=names,
+        shuffle_row_groups=False,
+        reader_pool_type="dummy",
+    ) as reader:
+        groups = list(reader)
+    assert [len(group.label) for group in groups] == [3, 3, 2, 2, 3, 2, 2, 3]
+    assert np.concatenate([g.words for g in groups]).tolist() == [[2, 3]] * 20
+    labels = np.concatenate([group.label for group in groups])
+    assert labels.tolist() == tables["train"]["label"].to_pylist()
+    assert [groups[0].item.dtype, groups[0].age.dtype] == [np.int32, np.float32]
+
+
+def spoil(folder: Path, name: str, table: pa.Table) -> None:
+    """Put a table in the place of a file of the samples."""
+    pq.write_table(table, folder / name)
+    write_manifest(folder, "samples", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "text"),
+    [
+        (
+            "users_train.parquet",
+            pa.table({"user": ["u1"], "seen": [[1]], "words": [["a"]], "age": [1.0]}),
+            r"samples: user 'u\d' of a sample is in no row of .*/users_train.parquet; make the",
+        ),
+        (
+            "items.parquet",
+            pa.table({"item": pa.array([], pa.int64()), "price": pa.array([], pa.int64())}),
+            "items.parquet: holds no rows; make the samples again",
+        ),
+        (
+            "items.parquet",
+            pa.table({"price": [1]}),
+            r"items.parquet: column 'item' is missing; the file has \[price\]; make the samples",
+        ),
+        (
+            "users_train.parquet",
+            pa.table({"user": [1], "seen": [[1]], "words": [["a"]], "age": [1.0]}),
+            "samples: user is string in the samples, int64 in .*/users_train.parquet; make the",
+        ),
+        (
+            "users_train.parquet",
+            pa.table({"user": [1.0], "seen": [[1]], "words": [["a"]], "age": [1.0]}),
+            "users_train.parquet: the key is double, must be string or int64; make the samples",
+        ),
+        (
+            "test/part-00000.parquet",
+            drawn(0, 3).drop(["label"]),
+            r"test/part-00000.parquet: column 'label' is missing; the file has \[time, user, item,",
+        ),
+    ],
+)
+def test_samples_that_do_not_fit_together_are_refused(
+    tmp_path: Path, name: str, table: pa.Table, text: str
+) -> None:
+    folder = samples(tmp_path, splits())
+    encode(folder, tmp_path / "features", config())
+    before = (tmp_path / "features/manifest.json").read_bytes()
+    spoil(folder, name, table)
+    with pytest.raises(UserError, match=text):
+        encode(folder, tmp_path / "features", config(), overwrite=True)
+    assert (tmp_path / "features/manifest.json").read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["features", "samples"]
+
+
+def test_damaged_rows_are_refused(tmp_path: Path) -> None:
+    folder = samples(tmp_path, splits())
+    file = folder / "test/part-00000.parquet"
+    content = bytearray(file.read_bytes())
+    place = pq.read_metadata(file).row_group(1).column(2).data_page_offset
+    content[place : place + 20] = b"\xff" * 20
+    file.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"test/part-00000.parquet: damaged \(.*; make the samples"
+    ) as e:
+        encode(folder, tmp_path / "features", config())
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "features").exists()
