@@ -127,7 +127,7 @@ def read_manifest(path: Path, kind: str) -> Manifest:
 
 
 def verify_artifact(path: Path, kind: str) -> Manifest:
-    """Read the manifest and compare the SHA-256 of every file; UserError on the first difference."""
+    """Compare every file with the manifest's SHA-256; UserError on the first difference."""
     manifest = read_manifest(path, kind)
     for name, facts in manifest.files.items():
         if sha256(Path(path) / name) != facts["sha256"]:

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, read from TOML, overridden on the command line."""
+"""A run's configuration: frozen dataclasses, read from TOML, overridden on the command line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Split:
     column: str = ""
     """temporal: the column that orders rows; empty takes samples.time."""
     boundaries: tuple[float, ...] = ()
-    """temporal: last value of train and last value of validation in that column; empty: fractions."""
+    """temporal: last value of train and of validation in that column; empty: fractions."""
     seed: int = 0
     """Seed of the random methods."""
 
@@ -97,7 +97,7 @@ class Samples:
     """How labelled samples are made of raw tables. SQL is DuckDB's."""
 
     interactions: str = ""
-    """Table of what was shown or done (CSV or Parquet, a glob is allowed), relative to paths.raw."""
+    """Table of what was shown or done (CSV or Parquet, globs allowed), relative to paths.raw."""
     users: str = ""
     """Table with one row per user, joined by the user key; optional."""
     items: str = ""
@@ -107,7 +107,7 @@ class Samples:
     item: str = "item_id"
     """Column of the item key."""
     time: str = ""
-    """Column of the time (integer, float, date or timestamp); needed by temporal splits and history."""
+    """Column of the time (number, date or timestamp); needed by temporal splits and history."""
     title: str = ""
     """Column of the item table that names an item to people; optional."""
     label: str = "label"
@@ -215,8 +215,8 @@ class Train:
     weight_decay: float = 0.0
     """Decoupled weight decay of dense weights (no embeddings, no biases)."""
     embedding_l2: float = 0.0
-    """L2 penalty on the embedding tables: half this factor times the sum of their squared entries is
-    part of every step's loss, so a row is held back more, the less often it occurs."""
+    """L2 penalty on the embedding tables: half this factor times the sum of their squared entries
+    is part of every step's loss, so a row is held back more, the less often it occurs."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -486,7 +486,8 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         *(
             (
                 name in sided,
-                f"model.ranker.direct: '{name}' is no user or item feature; known: {choices(sided)}",
+                f"model.ranker.direct: '{name}' is no user or item feature; "
+                f"known: {choices(sided)}",
             )
             for name in config.model.ranker.direct
         ),

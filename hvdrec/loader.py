@@ -1,28 +1,37 @@
-"""Shards to batches of tensors, through Petastorm, off the training thread."""
+"""Shards to batches of tensors, through Petastorm, off the training thread.
+
+The rows of a window (see `order`) lie in arrays that are allocated once and filled row group by row
+group; a batch is gathered from them in the window's order. What is held at a time is one window
+(int32 codes, lists padded), some row groups that are read ahead, and the batches held ready.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hvdrec.errors import UserError, choices
-from hvdrec.order import Plan, Progress, plan_epoch
+from hvdrec.order import Plan, Progress, Window, plan_epoch
 from hvdrec.row_groups import read_row_groups
 from hvdrec.schema import KEY_COLUMNS, MISSING, Feature, Schema
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
+CodeType = type[np.int32] | type[np.int64]
+KEY_TYPES = dict(zip(KEY_COLUMNS, (np.int64, np.int64, np.float32, np.float32), strict=True))
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,14 @@ class Batch:
     """Rows as tensors; behind the first `rows` rows there is padding of weight zero.
 
     features: name -> int64 codes [N] or [N, max_length] (0 pads), or float32 [N]; user_index,
-    item_index: int64 [N]; label, weight: float32 [N].
+    item_index: int64 [N]; label, weight: float32 [N]. Padding rows are zero everywhere.
     """
 
-    features: dict[str, torch.Tensor]
-    user_index: torch.Tensor
-    item_index: torch.Tensor
-    label: torch.Tensor
-    weight: torch.Tensor
+    features: dict[str, Tensor]
+    user_index: Tensor
+    item_index: Tensor
+    label: Tensor
+    weight: Tensor
     rows: int
 
     def to(self, device: torch.device) -> Batch:
@@ -50,7 +59,7 @@ class Batch:
         """Return the batch in page-locked memory."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Any) -> Batch:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
             {name: change(tensor) for name, tensor in self.features.items()},
             change(self.user_index),
@@ -65,8 +74,14 @@ class ShardLoader:
     """Delivers the rows of a split's shards in batches, each row once over all ranks of an epoch.
 
     A batch has exactly `batch_size` rows and all ranks take the same number of steps; a rank that
-    has no rows left gets padding. See `order` for which rows come when. Raises UserError for a
-    directory without shards, a shard that cannot be read, or one that lacks a column.
+    has no rows left gets padding. See `order` for which rows come when. Without `shuffle` a rank
+    gets its contiguous part of the rows in the order of the files.
+
+    directory: its `*.parquet` files are the shards, in the order of their names; window_rows: rows
+    that are shuffled together; workers: reading threads; prefetch: batches held ready; columns:
+    names of the features to read (default: all); pin_memory: into page-locked memory, where CUDA is
+    there. `rows` counts the rows of all ranks, `waited_seconds` the time the consumer has waited.
+    Raises UserError for a directory without shards, a shard that cannot be read or lacks a column.
     """
 
     def __init__(
@@ -85,14 +100,19 @@ class ShardLoader:
         columns: Collection[str] | None = None,
         pin_memory: bool = False,
     ) -> None:
+        names = [feature.name for feature in schema.features]
+        for column in columns or ():
+            if column not in names:
+                raise UserError(f"columns: '{column}' is no feature; known: {choices(names)}")
         self.batch_size = batch_size
         self.waited_seconds = 0.0
         self._features = [f for f in schema.features if columns is None or f.name in columns]
         self._columns = [*(feature.name for feature in self._features), *KEY_COLUMNS]
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._shuffle, self._window_rows = shuffle, window_rows
-        self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
-        self._groups, self._group_rows = _row_groups(directory, self._columns)
+        self._workers, self._prefetch = workers, prefetch
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        self._groups, self._group_rows = _row_groups(Path(directory), self._columns)
         self.rows = sum(self._group_rows)
 
     def plan(self, epoch: int, past: Sequence[Progress] = ()) -> Plan:
@@ -113,32 +133,19 @@ class ShardLoader:
         """Return how many batches `epoch` will deliver, the same on all ranks."""
         return self.plan(epoch, past).steps
 
-    def epoch(self, epoch: int, past: Sequence[Progress] = ()) -> Iterator[Batch]:
-        """Deliver an epoch's batches, or what is left of it; they are made in another thread."""
+    def epoch(self, epoch: int, past: Sequence[Progress] = ()) -> Generator[Batch, None, None]:
+        """Deliver an epoch's batches, or what is left of it; they are made in another thread.
+
+        That thread and the readers end with the generator: when it is exhausted, closed or dropped.
+        What goes wrong in them is raised here.
+        """
         plan = self.plan(epoch, past)
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._prefetch)
         stopped = threading.Event()
-
-        def put(item: Batch | BaseException | None) -> bool:
-            while not stopped.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def produce() -> None:
-            try:
-                for batch in self._batches(plan, stopped):
-                    if not put(batch.pin_memory() if self._pin_memory else batch):
-                        return
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=produce, name="hvdrec-loader", daemon=True)
-        thread.start()
+        maker = threading.Thread(
+            target=self._make, args=(plan, ready, stopped), name="hvdrec-loader", daemon=True
+        )
+        maker.start()
         try:
             while True:
                 began = time.perf_counter()
@@ -151,119 +158,185 @@ class ShardLoader:
                 yield item
         finally:
             stopped.set()
-            thread.join()
+            maker.join()
 
-    def _batches(self, plan: Plan, stopped: threading.Event) -> Iterator[Batch]:
+    def _make(
+        self,
+        plan: Plan,
+        ready: queue.Queue[Batch | BaseException | None],
+        stopped: threading.Event,
+    ) -> None:
+        """Put the batches, then None or what went wrong, unless the consumer stops before."""
+
+        def put(item: Batch | BaseException | None) -> bool:
+            while not stopped.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        try:
+            with closing(self._batches(plan, stopped)) as batches:
+                for batch in batches:
+                    if not put(batch.pin_memory() if self._pin_memory else batch):
+                        return
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            put(error)
+        else:
+            put(None)
+
+    def _batches(self, plan: Plan, stopped: threading.Event) -> Generator[Batch, None, None]:
         """Cut batches across windows, carrying the rows that are over into the next."""
-        delivered = 0
-        pending: list[Columns] = []
-        held = 0
-        for window in self._windows(plan, stopped):
-            pending.append(window)
-            held += _count(window)
-            while held >= self.batch_size:
-                whole = _joined(pending)
-                # Slices share memory with the window: a batch costs one copy, made by torch.
-                for start in range(0, held - self.batch_size + 1, self.batch_size):
-                    yield self._batch(_sliced(whole, start, start + self.batch_size))
-                    delivered += 1
-                rest = held % self.batch_size
-                pending, held = [_sliced(whole, held - rest, held)] if rest else [], rest
-        if held:
-            yield self._batch(_joined(pending))
-            delivered += 1
-        while delivered < plan.steps:
-            yield self._batch(self._no_rows())
-            delivered += 1
+        made = held = 0
+        pieces: list[Columns] = []
+        with closing(self._windows(plan, stopped)) as windows:
+            for columns, order in windows:
+                start = 0
+                while start < len(order):
+                    places = order[start : start + self.batch_size - held]
+                    pieces.append(
+                        {name: np.take(column, places, 0) for name, column in columns.items()}
+                    )
+                    start += len(places)
+                    held += len(places)
+                    if held == self.batch_size:
+                        yield self._batch(pieces)
+                        made += 1
+                        pieces, held = [], 0
+                del columns  # one window at a time
+        for _ in range(plan.steps - made):
+            yield self._batch(pieces)
+            pieces = []
 
-    def _windows(self, plan: Plan, stopped: threading.Event) -> Iterator[Columns]:
-        """Yield the rows of each window in the order of delivery."""
-        wanted = [self._groups[f.group] for window in plan.windows for f in window]
+    def _windows(
+        self, plan: Plan, stopped: threading.Event
+    ) -> Generator[tuple[Columns, Array], None, None]:
+        """Yield each window's rows, and the places of those to deliver, in their order."""
+        wanted = [self._groups[fragment.group] for window in plan.windows for fragment in window]
         if not wanted:
             return
-        tables = read_row_groups(wanted, self._columns, self._workers, stopped)
-        for number, window in enumerate(plan.windows):
-            parts = []
-            for fragment in window:
-                table = next(tables)
-                if fragment.rows < table.num_rows:
-                    table = table.take(pa.array(fragment.positions()))
-                parts.append(self._arrays(table))
-            whole = _joined(parts)
-            order = plan.order(number)[plan.skip if number == 0 else 0 :]
-            yield (
-                whole
-                if not self._shuffle and len(order) == _count(whole)
-                else {name: column[order] for name, column in whole.items()}
+        tables = cast(
+            "Generator[pa.Table, None, None]",
+            read_row_groups(wanted, self._columns, self._workers, stopped),
+        )
+        with closing(tables):
+            for number, window in enumerate(plan.windows):
+                order = plan.order(number)[plan.skip if number == 0 else 0 :]
+                yield self._read(window, tables), order
+
+    def _read(self, window: Window, tables: Iterator[pa.Table]) -> Columns:
+        """Return the rows of a window's fragments, one behind the other."""
+        columns = self._allocated(sum(fragment.rows for fragment in window), np.int32)
+        start = 0
+        for fragment in window:
+            table = next(
+                tables
+            )  # if the consumer has stopped there is none, and nobody hears of it
+            self._check_rows(fragment.group, table.num_rows)
+            stop = start + fragment.rows
+            part = {name: column[start:stop] for name, column in columns.items()}
+            if fragment.chosen is None:
+                _fill(part, table.slice(fragment.start, fragment.rows), self._features)
+            else:
+                whole = self._allocated(table.num_rows, np.int32)
+                _fill(whole, table, self._features)
+                for name, column in part.items():
+                    column[...] = whole[name][fragment.positions()]
+            start = stop
+        return columns
+
+    def _check_rows(self, group: int, rows: int) -> None:
+        if rows != self._group_rows[group]:
+            file, index = self._groups[group]
+            raise UserError(
+                f"{file}: row group {index} has {rows} rows, had {self._group_rows[group]} before; "
+                "leave shards alone while they are read"
             )
 
-    def _arrays(self, table: pa.Table) -> Columns:
-        keys = {name: table[name].to_numpy() for name in KEY_COLUMNS}
-        return {**table_arrays(table, self._features, np.int32), **keys}
+    def _batch(self, pieces: Sequence[Columns]) -> Batch:
+        """Return the pieces' rows with padding behind them."""
+        columns = self._allocated(self.batch_size, np.int64)
+        rows = 0
+        for piece in pieces:
+            stop = rows + len(piece["weight"])
+            for name, column in columns.items():
+                column[rows:stop] = piece[name]
+            rows = stop
+        for column in columns.values():
+            column[rows:] = 0
+        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        user, item, label, weight = (tensors.pop(name) for name in KEY_COLUMNS)
+        return Batch(tensors, user, item, label, weight, rows)
 
-    def _no_rows(self) -> Columns:
-        fields = [(f.name, _encoded_type(f)) for f in self._features]
-        fields += [("user_index", pa.int64()), ("item_index", pa.int64())]
-        fields += [("label", pa.float32()), ("weight", pa.float32())]
-        return self._arrays(pa.schema(fields).empty_table())
-
-    def _batch(self, columns: Columns) -> Batch:
-        rows = _count(columns)
-        tensors = {}
-        for name, column in columns.items():
-            kind = np.int64 if column.dtype.kind == "i" else column.dtype
-            full = np.zeros((self.batch_size, *column.shape[1:]), dtype=kind)
-            full[:rows] = column
-            tensors[name] = torch.from_numpy(full)
-        features = {feature.name: tensors[feature.name] for feature in self._features}
-        user, item, label, weight = (tensors[name] for name in KEY_COLUMNS)
-        return Batch(features, user, item, label, weight, rows)
+    def _allocated(self, rows: int, code_type: CodeType) -> Columns:
+        keys = {name: np.empty(rows, kind) for name, kind in KEY_TYPES.items()}
+        return {**_allocated(self._features, rows, code_type), **keys}
 
 
 def table_arrays(
-    table: pa.Table, features: Sequence[Feature], dtype: type[np.integer[Any]] = np.int64
+    table: pa.Table, features: Sequence[Feature], code_type: CodeType = np.int64
 ) -> Columns:
-    """Return encoded columns as arrays: codes [N] or [N, max_length], or float32 [N].
+    """Return a table's encoded columns as arrays: codes [N] or [N, max_length], or float32 [N].
 
-    Lists are padded with 0 on the right, sequences on the left, without a Python object per row.
-    dtype: of the codes.
+    Lists are padded with 0 on the right, sequences on the left; of a longer list the first, of a
+    longer sequence the last max_length codes stay.
     """
-    arrays: Columns = {}
-    for feature in features:
-        column = table[feature.name]
-        if not feature.is_list:
-            array = column.to_numpy()
-            arrays[feature.name] = array.astype(dtype) if feature.is_embedded else array
-            continue
-        chunks = [_padded(chunk, feature, dtype) for chunk in column.chunks]
-        empty = np.zeros((0, feature.max_length), dtype)
-        arrays[feature.name] = (
-            np.concatenate(chunks)
-            if len(chunks) != 1 and chunks
-            else (chunks[0] if chunks else empty)
+    columns = _allocated(features, table.num_rows, code_type)
+    _fill(columns, table, features)
+    return columns
+
+
+def _allocated(features: Sequence[Feature], rows: int, code_type: CodeType) -> Columns:
+    return {
+        feature.name: np.empty(
+            (rows, feature.max_length) if feature.is_list else rows,
+            code_type if feature.is_embedded else np.float32,
         )
-    return arrays
+        for feature in features
+    }
 
 
-def _padded(chunk: pa.ListArray, feature: Feature, dtype: type[np.integer[Any]]) -> Array:
-    offsets = chunk.offsets.to_numpy()
-    values = chunk.values.to_numpy()[offsets[0] : offsets[-1]]
+def _fill(columns: Mapping[str, Array], table: pa.Table, features: Sequence[Feature]) -> None:
+    """Write a table's columns into arrays of as many rows."""
+    sequences = {feature.name for feature in features if feature.kind == "sequence"}
+    for name, column in columns.items():
+        start = 0
+        for chunk in table[name].chunks:
+            stop = start + len(chunk)
+            if column.ndim == 1:
+                column[start:stop] = chunk.to_numpy()
+            else:
+                _pad(column[start:stop], chunk, at_end=name in sequences)
+            start = stop
+
+
+def _pad(out: Array, lists: pa.ListArray, *, at_end: bool) -> None:
+    """Write lists into the rows of `out` [N, width], at their start or their end, zeros around."""
+    width = out.shape[1]
+    offsets = lists.offsets.to_numpy()
+    values = lists.values.to_numpy()
     lengths = np.diff(offsets)
-    width = feature.max_length
-    out = np.full(len(lengths) * width, MISSING, dtype=dtype)
-    # Position of every value in the flat matrix: its row's start, plus its place in the row.
-    row_start = np.arange(len(lengths)) * width
-    if feature.kind == "sequence":
-        row_start = row_start + width - lengths
-    out[np.arange(len(values)) + np.repeat(row_start - (offsets[:-1] - offsets[0]), lengths)] = (
-        values
-    )
-    return out.reshape(len(lengths), width)
+    if lengths.max(initial=0) > width:
+        lengths = np.minimum(lengths, width)
+        starts = offsets[1:] - lengths if at_end else offsets[:-1]
+        before = np.cumsum(lengths) - lengths
+        values = values[np.repeat(starts - before, lengths) + np.arange(lengths.sum())]
+    else:
+        values = values[offsets[0] : offsets[-1]]
+    places = np.arange(width, dtype=np.int32)
+    # A mask meets the values in the order in which they lie.
+    taken = places >= (width - lengths)[:, None] if at_end else places < lengths[:, None]
+    out[...] = MISSING
+    out[taken] = values
 
 
 def _row_groups(directory: Path, columns: Sequence[str]) -> tuple[list[tuple[str, int]], list[int]]:
-    """Return (file, index) and rows of each row group of a directory's shards, in canonical order."""
-    files = sorted(Path(directory).glob("*.parquet"))
+    """Return (file, index) and rows of each row group of the shards, in canonical order."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; run hvdrec prepare")
+    files = sorted(directory.glob("*.parquet"))
     if not files:
         raise UserError(f"{directory}: holds no shards; run hvdrec prepare")
     groups: list[tuple[str, int]] = []
@@ -271,9 +344,10 @@ def _row_groups(directory: Path, columns: Sequence[str]) -> tuple[list[tuple[str
     for file in files:
         try:
             metadata = pq.read_metadata(file)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"{file}: no readable Parquet ({error}); run hvdrec prepare again"
+                f"{file}: no readable Parquet ({reason}); run hvdrec prepare again"
             ) from None
         found = metadata.schema.to_arrow_schema().names
         for column in columns:
@@ -286,22 +360,3 @@ def _row_groups(directory: Path, columns: Sequence[str]) -> tuple[list[tuple[str
             groups.append((str(file.resolve()), index))
             rows.append(metadata.row_group(index).num_rows)
     return groups, rows
-
-
-def _encoded_type(feature: Feature) -> pa.DataType:
-    scalar = pa.int32() if feature.is_embedded else pa.float32()
-    return pa.list_(scalar) if feature.is_list else scalar
-
-
-def _count(columns: Mapping[str, Array]) -> int:
-    return len(columns["weight"])
-
-
-def _joined(parts: Sequence[Columns]) -> Columns:
-    if len(parts) == 1:
-        return parts[0]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _sliced(columns: Columns, start: int, stop: int) -> Columns:
-    return {name: column[start:stop] for name, column in columns.items()}

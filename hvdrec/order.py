@@ -10,13 +10,17 @@ rest of the epoch can be dealt out anew to any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+NO_RANK = 2**32 - 1
+"""Stands where a rank stands in a key, for what all ranks have in common."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Progress:
     steps: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fragment:
     """Rows of one row group: positions [start, stop) of it, or of `chosen`, if that is given.
 
@@ -59,9 +63,10 @@ Window = tuple[Fragment, ...]
 class Plan:
     """What one rank reads in (the rest of) an epoch.
 
-    windows: in order; first: number of the first window, for its shuffle; skip: rows of the first
-    window's shuffled order that were delivered before; rows: that are left to deliver; steps: that
-    are left, the same on all ranks.
+    windows: in order, without those that were delivered whole; first: number of the first of them,
+    for its shuffle; skip: how many rows at the head of the first window's shuffled order were
+    delivered before; rows: left to deliver; steps: left, the same on all ranks; key: what seeds the
+    shuffles, empty for none.
     """
 
     windows: tuple[Window, ...]
@@ -73,8 +78,7 @@ class Plan:
 
     def order(self, number: int) -> Array:
         """Return in which order the rows of window `number` (counted from 0 here) are delivered."""
-        rows = sum(fragment.rows for fragment in self.windows[number])
-        return window_order(self.key, self.first + number, rows)
+        return window_order(self.key, self.first + number, _rows(self.windows[number]))
 
 
 def plan_epoch(
@@ -91,34 +95,30 @@ def plan_epoch(
 ) -> Plan:
     """Return what a rank reads in an epoch, after what the epoch's past has delivered.
 
-    group_rows: rows of every row group, in the canonical order. With the world and batch size of the
-    last entry of `past` this continues its sequence of batches exactly; with others the remaining
-    rows are dealt out anew.
+    group_rows: rows of every row group, in the canonical order; batch_size: rows of one rank's
+    batch. With the world and batch size of the last entry of `past` this continues its sequence of
+    batches exactly; with others the remaining rows are dealt out anew. `past` holds for the
+    window_rows, seed and shuffle it was made with: they must be the same here.
     """
     settled, done = _settled(past, world_size, batch_size)
-    left = _initial(group_rows)
+    left = [Fragment(group, 0, rows) for group, rows in enumerate(group_rows) if rows]
     for generation, progress in enumerate(settled):
         key = _key(seed, epoch, generation, progress.world_size, shuffle)
-        left = [
-            fragment
-            for part_rank, part in enumerate(_deal(left, progress.world_size, key))
-            for fragment in _undelivered(
-                part, progress.steps * progress.batch_size, window_rows, (*key, part_rank)
-            )
-        ]
+        left = _left(left, progress, window_rows, key)
     key = _key(seed, epoch, len(settled), world_size, shuffle)
-    total = sum(fragment.rows for fragment in left)
     part = _deal(left, world_size, key)[rank]
+    part_rows = _rows(part)
     windows = _windows(part, window_rows)
-    delivered = min(done * batch_size, sum(fragment.rows for fragment in part))
+    delivered = min(done * batch_size, part_rows)
     first, skip = _locate(windows, delivered)
+    largest_part = -(-_rows(left) // world_size)
     return Plan(
         windows=tuple(windows[first:]),
         first=first,
         skip=skip,
-        rows=sum(fragment.rows for fragment in part) - delivered,
-        steps=max(0, -(-_largest_part(total, world_size) // batch_size) - done),
-        key=(*key, rank) if key else (),
+        rows=part_rows - delivered,
+        steps=max(0, -(-largest_part // batch_size) - done),
+        key=_rank_key(key, rank),
     )
 
 
@@ -150,37 +150,41 @@ def _settled(
 
 
 def _key(seed: int, epoch: int, generation: int, world_size: int, shuffle: bool) -> tuple[int, ...]:
-    return (seed, epoch, generation, world_size) if shuffle else ()
+    # numpy seeds are not negative.
+    return (seed % 2**64, epoch, generation, world_size) if shuffle else ()
 
 
-def _initial(group_rows: Sequence[int]) -> list[Fragment]:
-    return [Fragment(group, 0, rows) for group, rows in enumerate(group_rows) if rows]
+def _rank_key(key: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (*key, rank) if key else ()
 
 
-def _largest_part(total: int, world_size: int) -> int:
-    return -(-total // world_size)
+def _rows(fragments: Sequence[Fragment]) -> int:
+    return sum(fragment.stop - fragment.start for fragment in fragments)
 
 
 def _deal(fragments: list[Fragment], world_size: int, key: tuple[int, ...]) -> list[list[Fragment]]:
     """Permute fragments and cut their sequence into equal contiguous parts, one per rank."""
     if key:
         # The rank is not part of this key: all ranks must come to the same order.
-        order = np.random.default_rng((*key, 2**32 - 1)).permutation(len(fragments))
-        fragments = [fragments[i] for i in order]
-    total = sum(fragment.rows for fragment in fragments)
+        order = np.random.default_rng(_rank_key(key, NO_RANK)).permutation(len(fragments))
+        fragments = [fragments[i] for i in order.tolist()]
+    ends = np.cumsum([fragment.rows for fragment in fragments], dtype=np.int64)
+    total = int(ends[-1]) if fragments else 0
     bounds = [-(-total * rank // world_size) for rank in range(world_size + 1)]
-    parts: list[list[Fragment]] = [[] for _ in range(world_size)]
-    rank, position = 0, 0
-    for fragment in fragments:
-        start = fragment.start
-        while start < fragment.stop:
-            while position >= bounds[rank + 1]:
-                rank += 1
-            stop = min(fragment.stop, start + bounds[rank + 1] - position)
-            parts[rank].append(Fragment(fragment.group, start, stop, fragment.chosen))
-            position += stop - start
-            start = stop
-    return parts
+    return [_cut(fragments, ends, start, stop) for start, stop in pairwise(bounds)]
+
+
+def _cut(fragments: list[Fragment], ends: Array, start: int, stop: int) -> list[Fragment]:
+    """Return rows [start, stop) of the sequence of fragments; ends: where each ends in it."""
+    if start == stop:
+        return []
+    first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(ends, stop, side="left"))
+    part = fragments[first : last + 1]
+    part[-1] = replace(part[-1], stop=part[-1].stop - (int(ends[last]) - stop))
+    skipped = start - (int(ends[first]) - fragments[first].rows)
+    part[0] = replace(part[0], start=part[0].start + skipped)
+    return part
 
 
 def _windows(part: list[Fragment], window_rows: int) -> list[Window]:
@@ -202,32 +206,38 @@ def _windows(part: list[Fragment], window_rows: int) -> list[Window]:
 def _locate(windows: list[Window], delivered: int) -> tuple[int, int]:
     """Return the first window that is not wholly delivered, and how many of its rows are."""
     for number, window in enumerate(windows):
-        rows = sum(fragment.rows for fragment in window)
+        rows = _rows(window)
         if delivered < rows:
             return number, delivered
         delivered -= rows
     return len(windows), 0
 
 
-def _undelivered(
-    part: list[Fragment], delivered: int, window_rows: int, key: tuple[int, ...]
+def _left(
+    fragments: list[Fragment], progress: Progress, window_rows: int, key: tuple[int, ...]
 ) -> list[Fragment]:
-    """Return what is left of a rank's part after its first `delivered` rows."""
-    windows = _windows(part, window_rows)
-    first, skip = _locate(windows, delivered)
-    if first == len(windows):
-        return []
-    if skip == 0:
-        return [fragment for window in windows[first:] for fragment in window]
-    window = windows[first]
-    shuffled = key if len(key) > 1 else ()
-    order = window_order(shuffled, first, sum(fragment.rows for fragment in window))
-    left = np.sort(order[skip:])
-    rest: list[Fragment] = []
-    offset = 0
-    for fragment in window:
-        inside = left[(left >= offset) & (left < offset + fragment.rows)] - offset
-        offset += fragment.rows
-        if len(inside):
-            rest.append(Fragment(fragment.group, 0, len(inside), fragment.positions()[inside]))
-    return [*rest, *(fragment for window in windows[first + 1 :] for fragment in window)]
+    """Return what the ranks of a stretch, that was dealt these fragments, have not delivered."""
+    delivered = progress.steps * progress.batch_size
+    left: list[Fragment] = []
+    for rank, part in enumerate(_deal(fragments, progress.world_size, key)):
+        windows = _windows(part, window_rows)
+        first, skip = _locate(windows, delivered)
+        for number, window in enumerate(windows[first:], start=first):
+            if number == first and skip:
+                order = window_order(_rank_key(key, rank), number, _rows(window))
+                left += _chosen(window, np.sort(order[skip:]))
+            else:
+                left += window
+    return left
+
+
+def _chosen(window: Window, places: Array) -> list[Fragment]:
+    """Return the rows at ascending places of a window (counted through its fragments)."""
+    ends = np.cumsum([fragment.rows for fragment in window])
+    inside = np.split(places, np.searchsorted(places, ends[:-1]))
+    chosen: list[Fragment] = []
+    for fragment, end, here in zip(window, ends.tolist(), inside, strict=True):
+        if len(here):
+            positions = fragment.positions()[here - (end - fragment.rows)]
+            chosen.append(Fragment(fragment.group, 0, len(positions), positions))
+    return chosen

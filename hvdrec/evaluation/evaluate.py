@@ -146,7 +146,7 @@ def score_split(model: Recommender, config: Config, split: str, device: torch.de
 
 
 def embed_side(model: Recommender, config: Config, side: str, device: torch.device) -> Array:
-    """Return the tower embeddings float32 [n, D] of all users (items); each rank computes its part."""
+    """Return tower embeddings float32 [n, D] of all users (items); ranks share the work."""
     world = ranks.current()
     table = pq.read_table(config.paths.of("features") / f"{side}s.parquet")
     start, stop = _part(table.num_rows, world.rank, world.size)

@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` in the job, `local_rank` of `local_size` on its host."""
+    """This process's place: `rank` of `size` in the job, `local_rank` of `local_size` on a host."""
 
     rank: int = 0
     size: int = 1
@@ -77,21 +77,19 @@ def barrier() -> None:
 
 
 def sum_arrays(array: Array) -> Array:
-    """Return the element-wise sum of an array over the ranks, in float64 or int64, on every rank."""
+    """Return the element-wise sum of an array over the ranks, float64 or int64, on every rank."""
     if current().size == 1:
         return array
     import horovod.torch as hvd
 
     wide = np.ascontiguousarray(array, dtype=np.int64 if array.dtype.kind in "iub" else np.float64)
     # Horovod has no zero-dimensional tensors on every transport: always send one dimension.
-    total = hvd.allreduce(
-        torch.from_numpy(wide.reshape(-1).copy()), op=hvd.Sum, name="sum_arrays"
-    )
+    total = hvd.allreduce(torch.from_numpy(wide.reshape(-1).copy()), op=hvd.Sum, name="sum_arrays")
     return np.asarray(total.numpy()).reshape(array.shape)
 
 
 def gather_arrays(array: Array) -> Array:
-    """Return the ranks' arrays, which may differ in length, joined in order of rank, on every rank."""
+    """Return the ranks' arrays, of any lengths, joined in order of rank, on every rank."""
     if current().size == 1:
         return array
     import horovod.torch as hvd

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON, whole or absent, found by `latest` and `best`.
 
 A run directory holds ``checkpoints/step-NNNNNNNN/`` (model.safetensors, optimizer.safetensors and
-the position in manifest.json), the text files ``latest`` and ``best``, ``config.json``, ``log.jsonl``.
+the position in manifest.json), the text files ``latest`` and ``best``, ``config.json`` and
+``log.jsonl``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user's mistakes read like: one line, exit code 2, and nothing that stood before is harmed."""
+"""A user's mistakes: one line, exit code 2, and nothing that stood before is harmed."""
 
 from __future__ import annotations
 

@@ -118,12 +118,12 @@ def _empty(kind: str, rows: int, rank: int) -> np.ndarray:
 
 
 @given(
-    sizes=st.tuples(*[st.integers(0, 25)] * 3),
+    sizes=st.tuples(*[st.integers(0, 15)] * 3),
     part_rows=st.integers(1, 12),
     shard_rows=st.integers(1, 12),
     row_group_rows=st.integers(1, 12),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_shards_hold_what_the_graph_gives_in_the_order_of_the_samples(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: tuple[int, int, int],

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvdrec import loader as loader_module
 from hvdrec.errors import UserError
 from hvdrec.loader import Batch, ShardLoader, table_arrays
 from hvdrec.order import Progress
@@ -79,6 +85,11 @@ def read(folder: Path, world: int, batch: int, **more: object) -> list[list[Batc
     ]
 
 
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    keys = ("user_index", "item_index", "label", "weight")
+    return {**batch.features, **{name: getattr(batch, name) for name in keys}}
+
+
 def numbers(batches: Sequence[Batch]) -> list[int]:
     return [n for batch in batches for n in batch.user_index[: batch.rows].tolist()]
 
@@ -107,7 +118,7 @@ def test_each_row_once_equal_steps_and_whole_rows(
         assert torch.equal(one.item_index[: one.rows], n * 2)
         expected = [[0] * (3 - k % 4 % 3) + [k + 2] * (k % 4 % 3) for k in n.tolist()]
         assert one.features["history"][: one.rows].tolist() == expected
-        expected = [([5, k + 2][: k % 3] + [0, 0])[:2] for k in n.tolist()]
+        expected = [[*[5, k + 2][: k % 3], 0, 0][:2] for k in n.tolist()]
         assert one.features["tags"][: one.rows].tolist() == expected
         assert one.features["history"].shape == (batch, 3)
         assert not one.weight[one.rows :].any()
@@ -119,6 +130,36 @@ def test_fewer_row_groups_than_ranks_and_empty_files(tmp_path: Path) -> None:
     parts = read(tmp_path, 5, 2)
     assert sorted(n for part in parts for n in numbers(part)) == list(range(7))
     assert [len(part) for part in parts] == [1] * 5
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_row_groups_without_rows(tmp_path: Path, world: int) -> None:
+    with pq.ParquetWriter(tmp_path / "shard-00000.parquet", shard(0, 0).schema) as writer:
+        for first, rows in ((0, 0), (0, 4), (4, 0), (4, 3), (7, 0)):
+            writer.write_table(shard(first, rows))
+    assert pq.read_metadata(tmp_path / "shard-00000.parquet").num_row_groups == 5
+    parts = read(tmp_path, world, 2)
+    assert sorted(n for part in parts for n in numbers(part)) == list(range(7))
+
+
+def test_a_rank_without_rows_starts_no_reader_and_pads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path, [2], 100)
+    monkeypatch.setattr(loader_module, "read_row_groups", lambda *_: pytest.fail("started"))
+    (batch,) = ShardLoader(tmp_path, SCHEMA, batch_size=4, rank=2, world_size=3).epoch(0)
+    assert batch.rows == 0
+    assert batch.features["history"].shape == (4, 3)
+    assert not any(tensor.any() for tensor in tensors(batch).values())
+
+
+def test_padding_is_zero_in_every_column(tmp_path: Path) -> None:
+    write_shards(tmp_path, [7], 100)
+    ((first, last),) = read(tmp_path, 1, 5)
+    assert (first.rows, last.rows) == (5, 2)
+    for name, tensor in tensors(last).items():
+        assert len(tensor) == 5
+        assert not tensor[2:].any(), name
 
 
 def test_no_rows_at_all(tmp_path: Path) -> None:
@@ -141,8 +182,20 @@ def test_resumed_batches_are_those_that_were_left(tmp_path: Path) -> None:
     for part, left in zip(whole, rest, strict=True):
         assert len(left) == len(part) - 3
         for expected, got in zip(part[3:], left, strict=True):
-            assert torch.equal(expected.user_index, got.user_index)
-            assert torch.equal(expected.features["history"], got.features["history"])
+            assert expected.rows == got.rows
+            for name, tensor in tensors(expected).items():
+                assert torch.equal(tensor, tensors(got)[name]), name
+
+
+def test_on_other_ranks_the_rest_comes_once(tmp_path: Path) -> None:
+    total = write_shards(tmp_path, [13, 0, 17], 4)
+    seen: list[int] = []
+    past: list[Progress] = []
+    for world, batch, steps in ((2, 3, 2), (3, 1, 2), (1, 5, 99)):
+        for part in read(tmp_path, world, batch, window_rows=6, past=past):
+            seen += numbers(part[:steps])
+        past.append(Progress(world, batch, steps))
+    assert sorted(seen) == list(range(total))
 
 
 def test_without_shuffle_in_the_order_of_the_files(tmp_path: Path) -> None:
@@ -151,21 +204,120 @@ def test_without_shuffle_in_the_order_of_the_files(tmp_path: Path) -> None:
     assert [n for part in parts for n in numbers(part)] == list(range(total))
 
 
-def test_stopping_early_leaves_no_thread(tmp_path: Path) -> None:
+@pytest.fixture
+def no_thread_stays() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) - before == set()
+
+
+@pytest.mark.usefixtures("no_thread_stays")
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_stopping_early_leaves_no_thread(tmp_path: Path, taken: int) -> None:
     write_shards(tmp_path, [60, 60], 4)
-    before = threading.active_count()
     epoch = ShardLoader(
         tmp_path, SCHEMA, batch_size=2, rank=0, world_size=1, window_rows=4, prefetch=1
     ).epoch(0)
-    next(iter(epoch))
-    epoch.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before
+    for _ in range(taken):
+        next(epoch)
+    epoch.close()
+    assert list(epoch) == []
+
+
+@pytest.mark.usefixtures("no_thread_stays")
+def test_no_thread_stays_at_the_end_or_when_the_iterator_is_dropped(tmp_path: Path) -> None:
+    write_shards(tmp_path, [60], 4)
+    loader = ShardLoader(tmp_path, SCHEMA, batch_size=2, rank=0, world_size=1)
+    assert len(list(loader.epoch(0))) == 30
+    for _ in loader.epoch(1):
+        break
+
+
+@pytest.mark.usefixtures("no_thread_stays")
+@pytest.mark.parametrize("where", ["hvdrec.loader._fill", "hvdrec.loader.ShardLoader._batch"])
+def test_what_goes_wrong_in_the_thread_is_raised_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def stumble(*_: object) -> None:
+        raise ZeroDivisionError("on the way")
+
+    write_shards(tmp_path, [60], 4)
+    monkeypatch.setattr(where, stumble)
+    with pytest.raises(ZeroDivisionError, match="on the way") as caught:
+        read(tmp_path, 1, 4, window_rows=8)
+    assert "stumble" in [frame.name for frame in traceback.extract_tb(caught.tb)]
+
+
+def test_batches_are_made_in_another_thread_and_not_too_far_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path, [60, 60], 30)
+    makers: list[str] = []
+    make = ShardLoader._batch
+
+    def watched(self: ShardLoader, pieces: Any) -> Batch:
+        makers.append(threading.current_thread().name)
+        return make(self, pieces)
+
+    monkeypatch.setattr(ShardLoader, "_batch", watched)
+    epoch = ShardLoader(tmp_path, SCHEMA, batch_size=4, rank=0, world_size=1, prefetch=3).epoch(0)
+    next(epoch)
+    deadline = time.monotonic() + 10
+    while len(makers) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert makers == ["hvdrec-loader"] * 5  # one taken, three ready, one in hand
+    epoch.close()
+
+
+def test_it_counts_how_long_the_consumer_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = loader_module._fill
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.05)
+        fill(*arguments)
+
+    write_shards(tmp_path, [20], 4)
+    monkeypatch.setattr(loader_module, "_fill", slowly)
+    loader = ShardLoader(tmp_path, SCHEMA, batch_size=5, rank=0, world_size=1)
+    began = time.perf_counter()
+    for _ in loader.epoch(0):
+        pass
+    # Five row groups are filled before the first batch is there.
+    assert 0.2 < loader.waited_seconds <= time.perf_counter() - began
+
+
+def test_pinned_where_there_is_cuda(tmp_path: Path) -> None:
+    write_shards(tmp_path, [5], 4)
+    ((batch,),) = read(tmp_path, 1, 5, pin_memory=True)
+    assert batch.label.is_pinned() is torch.cuda.is_available()
+
+
+def test_reading_prints_and_warns_of_nothing(tmp_path: Path) -> None:
+    write_shards(tmp_path, [5], 4)
+    group = (str(tmp_path / "shard-00000.parquet"), 1)
+    program = (
+        "import threading; from hvdrec.row_groups import read_row_groups; "
+        f"tables = read_row_groups([{group}], ['user_index'], 1, threading.Event()); "
+        "print([table['user_index'].to_pylist() for table in tables])"
+    )
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("[[4]]\n", "")
 
 
 def test_only_the_asked_columns_are_read(tmp_path: Path) -> None:
     write_shards(tmp_path, [5], 4)
     loader = ShardLoader(tmp_path, SCHEMA, batch_size=5, rank=0, world_size=1, columns=["item_id"])
     assert [set(batch.features) for batch in loader.epoch(0)] == [{"item_id"}]
+    keys = ["user_index", "item_index", "label", "weight"]
+    pq.write_table(shard(0, 5).select(["item_id", *keys]), tmp_path / "shard-00000.parquet")
+    ((batch,),) = read(tmp_path, 1, 5, columns=["item_id"])
+    assert batch.features["item_id"].tolist() == (batch.user_index + 3).tolist()
+    ((batch,),) = read(tmp_path, 1, 5, columns=[])
+    assert batch.features == {}
 
 
 def test_lists_of_slices_and_chunks() -> None:
@@ -175,6 +327,76 @@ def test_lists_of_slices_and_chunks() -> None:
     expected = [[0] * (3 - k % 4 % 3) + [k + 2] * (k % 4 % 3) for k in numbers]
     assert arrays["history"].tolist() == expected
     assert arrays["history"].dtype == np.int64
+
+
+def padded(lists: pa.Array | pa.ChunkedArray, kind: Any) -> list[list[int]]:
+    feature = Feature("codes", kind=kind, max_length=3, shares="item_id")
+    return table_arrays(pa.table({"codes": lists}), [feature])["codes"].tolist()
+
+
+def test_of_longer_lists_the_first_and_of_longer_sequences_the_last_codes_stay() -> None:
+    lists = pa.array([[2], [3, 4, 5, 6, 7], [], None, [8, 9, 10, 11]], pa.list_(pa.int32()))
+    zeros = [0, 0, 0]
+    first = [[2, 0, 0], [3, 4, 5], zeros, zeros, [8, 9, 10]]
+    assert padded(lists, "categorical_list") == first
+    assert padded(lists, "sequence") == [[0, 0, 2], [5, 6, 7], zeros, zeros, [9, 10, 11]]
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 99), max_size=6), max_size=12),
+    st.integers(0, 5),
+    st.integers(0, 12),
+    st.integers(1, 12),
+)
+@settings(deadline=None)
+def test_lists_equal_to_pylist(rows: list[list[int]], start: int, length: int, chunk: int) -> None:
+    whole = pa.array(rows, pa.list_(pa.int32()))
+    chunks = [whole.slice(at, chunk) for at in range(0, len(whole), chunk)]
+    part = pa.chunked_array(chunks, whole.type).slice(start, length)
+    assert padded(part, "categorical_list") == [(row + [0] * 3)[:3] for row in part.to_pylist()]
+    assert padded(part, "sequence") == [([0] * 3 + row)[-3:] for row in part.to_pylist()]
+
+
+def refused(folder: Path, **more: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        read(folder, 1, 2, **more)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    assert refused(folder) == f"{folder}: no such directory; run hvdrec prepare"
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "empty", "directory"])
+def test_a_shard_that_is_no_parquet(tmp_path: Path, damage: str) -> None:
+    write_shards(tmp_path, [5, 5], 4)
+    file = tmp_path / "shard-00001.parquet"
+    contents = file.read_bytes()
+    file.unlink()
+    if damage == "directory":
+        file.mkdir()
+    else:
+        file.write_bytes({"text": b"a,b\n1,2\n" * 9, "truncated": contents[:-20]}.get(damage, b""))
+    line = refused(tmp_path)
+    assert line.startswith(f"{file}: no readable Parquet (")
+    assert line.endswith("); run hvdrec prepare again")
+
+
+def test_a_column_that_is_no_feature(tmp_path: Path) -> None:
+    assert refused(tmp_path, columns=["age", "agee"]) == (
+        "columns: 'agee' is no feature; known: [user_id, history, age, item_id, tags]"
+    )
+
+
+def test_shards_that_are_replaced_while_they_are_read(tmp_path: Path) -> None:
+    write_shards(tmp_path, [5], 4)
+    loader = ShardLoader(tmp_path, SCHEMA, batch_size=5, rank=0, world_size=1)
+    write_shards(tmp_path, [5], 3)
+    with pytest.raises(UserError, match=r"shard-00000.parquet: row group [01] has . rows, had ."):
+        list(loader.epoch(0))
 
 
 def test_errors_name_file_and_column(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdrec.order import Plan, Progress, plan_epoch
+from hvdrec.order import Fragment, Plan, Progress, plan_epoch
 
 Row = tuple[int, int]
 
@@ -53,7 +53,7 @@ def all_rows(group_rows: Sequence[int]) -> Counter[Row]:
     return Counter((g, p) for g, rows in enumerate(group_rows) for p in range(rows))
 
 
-@given(groups, worlds, batches, windows, st.integers(0, 9), st.integers(0, 3), st.booleans())
+@given(groups, worlds, batches, windows, st.integers(-9, 2**70), st.integers(0, 3), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_each_row_once_and_equal_steps(
     group_rows: list[int], world: int, batch: int, window: int, seed: int, epoch: int, shuffle: bool
@@ -67,6 +67,7 @@ def test_each_row_once_and_equal_steps(
 
 
 @given(groups, worlds, windows)
+@settings(deadline=None)
 def test_without_shuffle_ranks_joined_are_the_files_order(
     group_rows: list[int], world: int, window: int
 ) -> None:
@@ -75,12 +76,54 @@ def test_without_shuffle_ranks_joined_are_the_files_order(
     assert joined == [(g, p) for g, rows in enumerate(group_rows) for p in range(rows)]
 
 
+@given(groups, worlds, batches, worlds, st.integers(0, 4), windows)
+@settings(deadline=None)
+def test_without_shuffle_the_order_stays_after_a_resize(
+    group_rows: list[int], old_world: int, batch: int, world: int, steps: int, window: int
+) -> None:
+    past = (Progress(old_world, batch, steps),)
+    parts, _ = deliver(group_rows, world, batch, window, past=past, shuffle=False)
+    joined = [row for part in parts for row in part]
+    assert joined == sorted(joined)
+
+
+def test_fragments_worked_out_by_hand() -> None:
+    more = {"batch_size": 3, "window_rows": 4, "seed": 0, "epoch": 0, "shuffle": False}
+    plans = [plan_epoch([3, 0, 4], rank=rank, world_size=2, **more) for rank in range(2)]  # type: ignore[arg-type]
+    assert plans[0].windows == ((Fragment(0, 0, 3), Fragment(2, 0, 1)),)
+    assert plans[1].windows == ((Fragment(2, 1, 4),),)
+    assert [plan.steps for plan in plans] == [2, 2]
+
+
+@given(groups, worlds, windows)
+@settings(deadline=None)
+def test_windows_are_as_large_as_asked_and_not_larger_by_a_row_group(
+    group_rows: list[int], world: int, window: int
+) -> None:
+    for rank in range(world):
+        plan = plan_epoch(
+            group_rows,
+            rank=rank,
+            world_size=world,
+            batch_size=3,
+            window_rows=window,
+            seed=0,
+            epoch=0,
+        )
+        sizes = [[fragment.rows for fragment in each] for each in plan.windows]
+        assert all(sum(rows) >= window for rows in sizes[:-1])
+        assert all(sum(rows[:-1]) < window for rows in sizes)
+
+
 def test_the_order_depends_on_seed_epoch_and_world_size() -> None:
     group_rows = [20] * 10
     base = deliver(group_rows, 2, 4, 50)
     assert deliver(group_rows, 2, 4, 50) == base
     assert deliver(group_rows, 2, 4, 50, epoch=1)[0] != base[0]
     assert deliver(group_rows, 2, 4, 50, seed=1)[0] != base[0]
+    assert deliver(group_rows, 2, 4, 50, seed=-1)[0] != base[0]
+    one, two = deliver(group_rows, 2, 4, 50)[0], deliver(group_rows, 2, 4, 50, epoch=1)[0]
+    assert set(one[0]) != set(two[0])  # a rank does not keep its rows
 
 
 def test_rows_are_mixed_across_row_groups() -> None:
@@ -161,3 +204,21 @@ def test_a_large_epoch_is_planned_quickly() -> None:
     )
     assert plan.rows == 25_000_000
     assert all(f.chosen is None for window in plan.windows for f in window)
+
+
+def test_after_a_resize_only_windows_under_way_know_their_rows_one_by_one() -> None:
+    plan = plan_epoch(
+        [10_000] * 20_000,
+        rank=0,
+        world_size=5,
+        batch_size=4096,
+        window_rows=100_000,
+        seed=0,
+        epoch=0,
+        past=(Progress(8, 4096, 900),),
+    )
+    left = 200_000_000 - 8 * 4096 * 900
+    assert plan.rows == -(-left // 5)
+    assert plan.steps == -(-plan.rows // 4096)
+    chosen = [f.rows for window in plan.windows for f in window if f.chosen is not None]
+    assert 0 < sum(chosen) <= 8 * 100_000
