@@ -212,13 +212,21 @@ def _samples(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def _prepare(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from tqdm import tqdm
+
     from hvdrec.features.encode import encode
 
     config = _load(options, rest)
     out = config.paths.of("features")
-    meta = encode(
-        config.paths.of("samples"), out, config, overwrite=options.overwrite, notify=_notify
-    )
+    with tqdm(unit="row", unit_scale=True, leave=False, disable=None) as bar:
+        meta = encode(
+            config.paths.of("samples"),
+            out,
+            config,
+            overwrite=options.overwrite,
+            notify=_notify if bar.disable else bar.set_description,
+            progress=bar.update,
+        )
     sizes = [[name, size] for name, size in meta["sizes"].items()]
     shards = [[split, meta["rows"][split], len(meta["shards"][split])] for split in meta["rows"]]
     facts = {"path": str(out), **{k: meta[k] for k in ("rows", "sizes", "shards")}}

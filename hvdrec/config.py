@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -333,20 +336,29 @@ def load(path: Path) -> Config:
 
 
 def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
-    """Return the configuration with command-line overrides such as ``--train.batch-size 8192``."""
+    """Return the configuration with command-line overrides such as ``--train.batch-size 8192``.
+
+    Raises UserError, in one line, for an option that is no field or a value that does not fit;
+    exits after ``--help``, which lists all fields.
+    """
     import tyro
 
-    overridable = cast(Any, tyro.conf.configure(tyro.conf.SuppressFixed)(Config))
-    return cast(
-        Config,
-        tyro.cli(
-            overridable,
-            default=config,
-            args=list(arguments),
-            prog=prog,
-            config=(tyro.conf.FlagConversionOff,),
-        ),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Config,
+                default=config,
+                args=list(arguments),
+                prog=prog,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        # The library draws a box of several lines around what is wrong.
+        words = re.sub(r"[\u2500-\u257f]+", " ", said.getvalue()).split()
+        raise UserError(f"command line: {' '.join(words)}") from None
 
 
 def to_dict(value: Any) -> Any:

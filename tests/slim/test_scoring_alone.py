@@ -7,6 +7,7 @@ environment, by ``python tests/bundles.py OUT``, and found by ``HVDREC_TEST_BUND
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -83,3 +84,28 @@ def test_no_deprecated_call(path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("4 [0.97")
+
+
+def test_the_command_line_recommends(path: Path) -> None:
+    command = [sys.executable, "-c", "from hvdrec.cli import main; main()", "recommend", str(path)]
+    done = subprocess.run(
+        [*command, "--user", "1", "--scene", "hour=21", "-k", "2", "--exclude", "10", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [item["item"] for item in json.loads(done.stdout)["items"]] == ["30", "20"]
+    done = subprocess.run(
+        [*command, "--user", "1", "-k", "0"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("hvdrec: error: k = 0")
+
+
+def test_a_verb_that_needs_more_says_so(tmp_path: Path) -> None:
+    program = "from hvdrec.cli import main; main(['prepare', 'x.toml'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "not installed; this verb needs the extra 'train' (scripts/install)" in done.stderr
