@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hvdrec import __version__
-from hvdrec.errors import UserError
+from hvdrec.errors import SharedError, UserError
 from hvdrec.scoring.errors import ScoringError
 from hvdrec.text import table
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         answer: Answer = known.verb(known, rest)
     except (UserError, ScoringError) as error:
-        _fail(str(error))
+        _fail(str(error), is_shared=isinstance(error, SharedError))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "hvdrec":
             raise
@@ -64,9 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(answer.status)
 
 
-def _fail(line: str) -> NoReturn:
+def _fail(line: str, *, is_shared: bool = False) -> NoReturn:
+    """Tell a mistake in one line: the first rank for all, or else the rank that met it."""
     if _is_first_rank():
-        print(f"hvdrec: error: {' '.join(line.splitlines())}", file=sys.stderr)
+        print(f"hvdrec: error: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
+    elif not is_shared:
+        rank = sys.modules["hvdrec.parallel.ranks"].current().rank
+        text = f"rank {rank}: {' '.join(line.splitlines())}"
+        print(f"hvdrec: error: {text}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """A mistake that every rank of a job has heard of; the first rank tells the user."""
+
+
 def choices(names: Iterable[object]) -> str:
     """Return the legal choices as they stand in an error's line: ``[a, b, c]``."""
     return "[" + ", ".join(str(name) for name in names) + "]"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdrec.errors import UserError
+from hvdrec.errors import SharedError, UserError
 
 T = TypeVar("T")
 
@@ -123,7 +123,8 @@ def broadcast_object(value: Any) -> Any:
 def together(action: Callable[[], T]) -> T:
     """Run an action on every rank; a user's mistake on any of them is raised on all of them.
 
-    Without this a rank that stops alone would leave the others waiting in a collective.
+    Without this a rank that stops alone would leave the others waiting in a collective. Raises
+    SharedError.
     """
     result: Sequence[T] = ()
     message: str | None = None
@@ -136,5 +137,5 @@ def together(action: Callable[[], T]) -> T:
     if failed:
         everywhere = len(set(messages)) == 1
         who = "" if everywhere or len(messages) == 1 else f"rank {failed[0]}: "
-        raise UserError(f"{who}{messages[failed[0]]}")
+        raise SharedError(f"{who}{messages[failed[0]]}")
     return result[0]

@@ -161,7 +161,8 @@ class Engine:
 
     def _table(self, name: str) -> Table:
         schema = self.connection.sql(f"SELECT * FROM {name} LIMIT 0").to_arrow_table().schema
-        return ibis.table(ibis.schema(schema), name=name)
+        kinds = {field.name: _ibis_type(field.type) for field in schema}
+        return ibis.table(ibis.schema(kinds), name=name)
 
     def _blamed(self, error: Exception) -> UserError:
         """Return the error of a query as one that names the file or the expression at fault."""
@@ -187,6 +188,13 @@ class Engine:
 def visible(table: Table) -> list[str]:
     """Return a table's columns without those of our own, which begin with two underscores."""
     return [column for column in table.columns if not column.startswith("__")]
+
+
+def _ibis_type(kind: pa.DataType) -> ibis.DataType:
+    # Ibis cannot read this one type from Arrow, though it has it.
+    if kind == pa.month_day_nano_interval():
+        return ibis.dtype("interval('us')")
+    return ibis.schema(pa.schema([("kind", kind)]))["kind"]
 
 
 def _sql(table: Table) -> str:

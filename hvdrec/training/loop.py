@@ -75,16 +75,16 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     world = ranks.init()
     run = config.paths.of("run")
     resuming = ranks.together(lambda: _check(config, run, resume=resume, overwrite=overwrite))
-    if world.is_first:
-        _prepare_directory(run, config, overwrite=overwrite and not resuming)
-    ranks.barrier()
+    ranks.together(lambda: _prepare(world, run, config, overwrite and not resuming))
     set_threads(config, world)
-    device = pick_device(config, world)
+    device = ranks.together(lambda: pick_device(config, world))
     loader = ranks.together(lambda: _loader(config, world, device))
     torch.manual_seed(config.seed)
     model = Recommender(config, Fitted.load(config.paths.of("features")).sizes)
     optimizer = make_optimizer(model, config.train)
-    position = checkpoint.restore(run, model, optimizer) if resuming else Position()
+    position = Position()
+    if resuming:
+        position = ranks.together(lambda: checkpoint.restore(run, model, optimizer))
     broadcast_state(dict(model.state_dict()))
     model.to(device)
     with TrainingLog(run, is_first=world.is_first, rows_per_epoch=loader.rows) as log:
@@ -169,7 +169,10 @@ def _check(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
     return False
 
 
-def _prepare_directory(run: Path, config: Config, *, overwrite: bool) -> None:
+def _prepare(world: World, run: Path, config: Config, overwrite: bool) -> None:
+    """Let the first rank make the run directory, without what an earlier run left there."""
+    if not world.is_first:
+        return
     if overwrite and run.exists():
         if not (run / CONFIG_FILE).is_file() and any(run.iterdir()):
             raise UserError(f"{run}: is no run of hvdrec; choose another directory")

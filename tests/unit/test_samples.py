@@ -362,6 +362,12 @@ def test_timestamps_and_dates_are_times(raw: Path) -> None:
         assert found["test"][-1]["time"] == values[-1]
 
 
+def test_a_derived_interval_serves_other_columns(raw: Path) -> None:
+    past = "to_timestamp(t * 3600) - to_timestamp(0)"
+    found = made(configured(raw, derive={"past": past, "late": "extract(hour FROM past)"}))
+    assert [row["late"] for row in found["test"]] == [7, 8]
+
+
 def test_derived_times_are_read_in_utc(raw: Path) -> None:
     derive = {"late": "extract(hour FROM to_timestamp(t * 3600)) -- of the day"}
     found = made(configured(raw, derive=derive))
