@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -217,10 +217,7 @@ class ShardLoader:
         wanted = [self._groups[fragment.group] for window in plan.windows for fragment in window]
         if not wanted:
             return
-        tables = cast(
-            "Generator[pa.Table, None, None]",
-            read_row_groups(wanted, self._columns, self._workers, stopped),
-        )
+        tables = read_row_groups(wanted, self._columns, self._workers, stopped)
         with closing(tables):
             for number, window in enumerate(plan.windows):
                 order = plan.order(number)[plan.skip if number == 0 else 0 :]

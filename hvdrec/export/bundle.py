@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.artifacts import read_manifest, write_artifact, write_manifest
-from hvdrec.config import Config, to_dict
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.export import graphs
 from hvdrec.export.parity import largest_difference
@@ -22,6 +22,7 @@ from hvdrec.features.fit import Fitted
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
 from hvdrec.schema import Feature
+from hvdrec.structure import to_dict
 
 BLOCK = 8192
 EXTERNAL_DATA_BYTES = 1 << 30

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.artifacts import read_manifest, write_artifact
-from hvdrec.config import Config, to_dict
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.features.fit import ARROW_TYPES, Fitted, check_columns, check_file, fit, one_line
 from hvdrec.features.graph import build, build_positions, output_name
 from hvdrec.features.raw import flat_to_input, one_chunk
 from hvdrec.schema import MISSING, Feature, Schema
+from hvdrec.structure import to_dict
 
 SPLITS = ("train", "validation", "test")
 USERS, ITEMS = "users_train.parquet", "items.parquet"

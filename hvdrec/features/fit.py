@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvdrec.config import from_dict, to_dict
 from hvdrec.errors import UserError, choices
 from hvdrec.schema import FIRST_CODE, MISSING_INT, Feature, Schema
+from hvdrec.structure import from_dict, to_dict
 
 HASH_PRIME = 2**31 - 1
 FITTED_FILE = "fitted.json"

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvdrec.artifacts import read_manifest, write_artifact, write_text
-from hvdrec.config import Config, from_dict, to_dict
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
 from hvdrec.order import Progress
+from hvdrec.structure import from_dict, to_dict
 from hvdrec.training.optimizer import optimizer_tensors, restore_optimizer
 
 CONFIG_FILE = "config.json"

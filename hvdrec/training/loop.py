@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdrec.artifacts import read_manifest, write_text
-from hvdrec.config import Config, to_dict
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
 from hvdrec.features.fit import Fitted
@@ -26,6 +26,7 @@ from hvdrec.order import Progress
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state, global_sum
 from hvdrec.parallel.ranks import World
+from hvdrec.structure import to_dict
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
 from hvdrec.training.log import TrainingLog
@@ -161,12 +162,28 @@ def _check(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     if checkpoint.has_checkpoint(run) and resume:
+        _check_same(run, checkpoint.read_config(run), config)
         return True
     if run.exists() and any(run.iterdir()) and not overwrite and not resume:
         raise UserError(
             f"{run}: already holds a run; pass --resume to go on or --overwrite to start anew"
         )
     return False
+
+
+def _check_same(run: Path, before: Config, now: Config) -> None:
+    """Raise UserError if what decides the order of rows or the model is not as it was."""
+    for name, old, new in (
+        ("seed", before.seed, now.seed),
+        ("loader.shuffle_rows", before.loader.shuffle_rows, now.loader.shuffle_rows),
+        ("train.objective", before.train.objective, now.train.objective),
+        ("model", to_dict(before.model), to_dict(now.model)),
+    ):
+        if old != new:
+            raise UserError(
+                f"{run}: was trained with {name} = {old}, the configuration says {new}; "
+                "resume with the former or pass --overwrite to start anew"
+            )
 
 
 def _prepare(world: World, run: Path, config: Config, overwrite: bool) -> None:

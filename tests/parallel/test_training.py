@@ -31,7 +31,7 @@ def test_ranks_train_as_one_does(train: Train, ranks: int, launcher: str) -> Non
     assert log(run, "start")[0]["world_size"] == ranks
     together = log(run, "validation")[-1]
     assert together["step"] == alone["step"] == 20
-    assert together["rows"] == alone["rows"] == 595
+    assert together["rows"] == alone["rows"] == 601
     # Another order of the rows and other dropout: alike, but not the same.
     assert abs(together["log_loss"] - alone["log_loss"]) < 0.03
 
@@ -63,6 +63,14 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
             "paths": {**expected["config"]["paths"], "run": str(stopped)},
         },
     }
+
+
+def test_resuming_with_another_order_of_rows_is_refused(train: Train, small: Path) -> None:
+    run = train(1, "")
+    command = [HVDREC, "train", str(small), "--paths.run", str(run), "--resume", "--seed", "7"]
+    done = launch(command, 1)
+    assert done.returncode == 2
+    assert "was trained with seed = 0, the configuration says 7; resume with" in done.stderr
 
 
 def test_a_run_is_resumed_on_another_number_of_ranks(train: Train, tmp_path: Path) -> None:

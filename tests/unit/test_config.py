@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from hvdrec.config import Config, Model, Ranker, Tower, from_dict, load, override, to_dict
+from hvdrec.config import Config, Model, Ranker, Tower, load, override
 from hvdrec.errors import UserError
 from hvdrec.schema import Feature
+from hvdrec.structure import from_dict, to_dict
 
 MINIMAL: dict[str, Any] = {
     "name": "small",

@@ -10,7 +10,7 @@ import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hvdrec.artifacts import write_artifact, write_manifest
@@ -123,7 +123,8 @@ def _empty(kind: str, rows: int, rank: int) -> np.ndarray:
     shard_rows=st.integers(1, 12),
     row_group_rows=st.integers(1, 12),
 )
-@settings(max_examples=8, deadline=None)
+# Without shrinking: an example writes up to 50 files.
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 def test_shards_hold_what_the_graph_gives_in_the_order_of_the_samples(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: tuple[int, int, int],

@@ -1,0 +1,113 @@
+"""Petastorm reads the planned row groups, in order and not too far ahead: `hvdrec.row_groups`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hvdrec import row_groups
+from hvdrec.errors import UserError
+from hvdrec.row_groups import RowGroup, read_row_groups
+
+
+def write_shard(file: Path, groups: int, start: int = 0) -> list[RowGroup]:
+    """Write row groups of two rows that hold their number, counted from `start`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    numbers = np.repeat(np.arange(start, start + groups), 2)
+    table = pa.table({"number": numbers, "list": [[n] * (n % 3) for n in numbers]})
+    pq.write_table(table, file, row_group_size=2, compression="none", use_dictionary=False)
+    return [(str(file), index) for index in range(groups)]
+
+
+def numbers(
+    planned: Sequence[RowGroup], columns: Sequence[str] = ("number",), workers: int = 2
+) -> list[int]:
+    tables = list(read_row_groups(planned, columns, workers, threading.Event()))
+    assert all(set(table.column_names) == set(columns) for table in tables)
+    return [table["number"][0].as_py() for table in tables]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_planned_row_groups_come_in_the_planned_order(tmp_path: Path, workers: int) -> None:
+    groups = write_shard(tmp_path / "b.parquet", 9) + write_shard(tmp_path / "a.parquet", 9, 9)
+    order = np.random.default_rng(0).permutation(18)[:11].tolist()
+    order += order[:3]  # a row group may be planned twice
+    planned = [groups[i] for i in order]
+    assert numbers(planned, workers=workers) == order
+    assert numbers(planned, ["list", "number"], workers) == order
+
+
+@pytest.mark.parametrize("name", ["run #1", "what?", "a=b", "100%25", "two words", "[x]*"])
+def test_any_directory_name_will_do(tmp_path: Path, name: str) -> None:
+    assert numbers(write_shard(tmp_path / name / "train" / "shard.parquet", 3)) == [0, 1, 2]
+
+
+def test_one_slow_row_group_does_not_let_the_others_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = write_shard(tmp_path / "shard.parquet", 40)
+    go_on = threading.Event()
+    begun: list[int] = []
+    process = row_groups._Worker.process
+
+    def slow_at_first(self: Any, piece_index: int, *arguments: Any) -> None:
+        begun.append(piece_index)
+        if piece_index == 0:
+            go_on.wait(10)
+        process(self, piece_index, *arguments)
+
+    monkeypatch.setattr(row_groups._Worker, "process", slow_at_first)
+    seen: list[int] = []
+    reading = threading.Thread(target=lambda: seen.extend(numbers(planned)))
+    reading.start()
+    deadline = time.monotonic() + 10
+    while len(begun) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert sorted(begun) == [0, 1, 2, 3]  # two workers, two more
+    go_on.set()
+    reading.join(10)
+    assert seen == list(range(40))
+
+
+def test_a_damaged_row_group_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shard = tmp_path / "shard.parquet"
+    planned = write_shard(shard, 3)
+    column = pq.read_metadata(shard).row_group(1).column(0)
+    contents = bytearray(shard.read_bytes())
+    start = column.data_page_offset
+    contents[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    shard.write_bytes(contents)
+    before = set(threading.enumerate())
+    tables = read_row_groups(planned, ["number"], 2, threading.Event())
+    assert next(tables)["number"][0].as_py() == 0
+    with pytest.raises(UserError) as caught:
+        next(tables)
+    line = str(caught.value)
+    assert line.startswith(f"{shard}: row group 1 cannot be read (")
+    assert line.endswith("); run hvdrec prepare again")
+    assert "\n" not in line
+    assert capfd.readouterr().err == ""
+    assert set(threading.enumerate()) - before == set()
+
+
+def test_it_stops_when_told_or_closed(tmp_path: Path) -> None:
+    planned = write_shard(tmp_path / "shard.parquet", 40)
+    before = set(threading.enumerate())
+    stopped = threading.Event()
+    tables = read_row_groups(planned, ["number"], 2, stopped)
+    next(tables)
+    stopped.set()
+    assert len(list(tables)) <= 4  # what had come already
+    tables = read_row_groups(planned, ["number"], 2, threading.Event())
+    next(tables)
+    tables.close()
+    assert set(threading.enumerate()) - before == set()
