@@ -118,13 +118,14 @@ def write_small_data(folder: Path, seed: int = 0) -> Path:
     taste, style = random.normal(size=(USERS, 2)), random.normal(size=(ITEMS, 2))
     user, item = random.integers(0, USERS, ROWS), random.integers(0, ITEMS, ROWS)
     hour = random.integers(0, 24, ROWS)
+    day = np.sort(random.integers(0, 90, ROWS))
     wish = (taste[user] * style[item]).sum(1) * 1.5 + np.sin(hour / 24 * 2 * np.pi)
     clicked = random.random(ROWS) < 1 / (1 + np.exp(-wish))
     shown = pa.table(
         {
             "user_id": pa.array([f"u{u}" for u in user]),
             "item_id": pa.array(item + 100),
-            "shown_at": pa.array(np.sort(random.integers(0, 90, ROWS)) * 86400 + hour * 3600),
+            "shown_at": pa.array(day * 86400 + hour * 3600 + np.arange(ROWS) % 3600),
             "shop": pa.array(
                 np.where(random.random(ROWS) < 0.1, None, item % 7).tolist(), pa.int64()
             ),

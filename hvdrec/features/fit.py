@@ -193,8 +193,9 @@ def one_line(error: Exception) -> str:
 def hash_coefficients(name: str) -> tuple[int, int, int]:
     """Return a, c in [1, p) and b in [0, p) of a feature's hash, drawn from its name.
 
-    An int64 x = high * p + low is hashed to ((a * low + c * high + b) mod p) mod buckets, which
-    stays below 2^63: universal hashing after Carter and Wegman, 1979.
+    With low = x mod p and high = floor(x / p) mod p, an int64 x is hashed to
+    ((a * low + c * high + b) mod p) mod buckets, which stays below 2^63: universal hashing after
+    Carter and Wegman, 1979. Only integers a multiple of p^2 (about 2^62) apart always collide.
     """
     digest = hashlib.sha256(name.encode()).digest()
     a, c, b = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16))

@@ -198,7 +198,11 @@ def _quantile(part: _Nodes, raw: str, fitted: FittedFeature) -> None:
 
 
 def _hashed(part: _Nodes, raw: str, fitted: FittedFeature) -> None:
-    """Code FIRST_CODE + ((a * low + c * high + b) mod p) mod buckets; see `hash_coefficients`."""
+    """Code FIRST_CODE + ((a * low + c * high + b) mod p) mod buckets; see `hash_coefficients`.
+
+    ONNX takes the sign of a remainder from the divisor, but divides integers towards zero: of a
+    negative x, floor(x / p) is (x + 1) / p - 1, which cannot overflow either.
+    """
     feature = fitted.feature
 
     def number(value: int) -> str:
@@ -207,8 +211,9 @@ def _hashed(part: _Nodes, raw: str, fitted: FittedFeature) -> None:
     a, c, b = hash_coefficients(feature.name)
     prime = number(HASH_PRIME)
     low = part.add("Mod", raw, prime)
-    # raw - low is a multiple of p (or wraps, equally for all), so the division has no rest.
-    high = part.add("Mod", part.add("Div", raw, prime), prime)
+    negative = part.add("Cast", part.add("Less", raw, number(0)), to=TensorProto.INT64)
+    quotient = part.add("Div", part.add("Add", raw, negative), prime)
+    high = part.add("Mod", part.add("Sub", quotient, negative), prime)
     mixed = part.add("Mul", low, number(a))
     mixed = part.add("Add", mixed, part.add("Mul", high, number(c)))
     mixed = part.add("Mod", part.add("Add", mixed, number(b)), prime)

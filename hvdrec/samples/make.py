@@ -17,7 +17,7 @@ from hvdrec.samples import negatives, tables
 from hvdrec.samples.columns import groups
 from hvdrec.samples.engine import Engine, connect, visible
 from hvdrec.samples.history import Events, Moments
-from hvdrec.samples.rows import Keys, Rows, appended, collect_rows, moments
+from hvdrec.samples.rows import Keys, Rows, collect_rows, concatenated_rows, moments
 from hvdrec.samples.split import SPLITS, shuffled, split_rows
 from hvdrec.samples.write import (
     Histories,
@@ -29,6 +29,7 @@ from hvdrec.samples.write import (
 )
 from hvdrec.structure import to_dict
 
+DRAWN_ROWS = 2_097_152
 Array = NDArray[Any]
 Notify = Callable[[str], None]
 
@@ -63,6 +64,10 @@ def make(
         table = tables.labelled(engine, config, source, joined)
         rows = collect_rows(engine, config, source, joined, table)
         real = len(rows.label)
+        if not real:
+            why = f"samples.drop = '{samples.drop}' leaves none"
+            why = why if samples.drop else "the table is empty"
+            raise UserError(f"{source.file}: no rows: {why}; give rows")
         notify(f"{real} labelled rows, {int(rows.label.sum())} positive")
         users, items = (
             Keys.of(rows.columns[schema.user_key]),
@@ -74,7 +79,7 @@ def make(
             _require_item_tables(config, source)
             drawn, positive = _drawn(engine, config, source, rows, users, items)
             notify(f"{len(positive)} negatives drawn")
-            rows = appended(rows, drawn)
+            rows = concatenated_rows([rows, *drawn])
             split = np.concatenate([split, split[positive]])
             time = None if time is None else np.concatenate([time, time[positive]])
             users = Keys.of(rows.columns[schema.user_key])
@@ -179,8 +184,8 @@ def _require_item_tables(config: Config, source: tables.Source) -> None:
 
 def _drawn(
     engine: Engine, config: Config, source: tables.Source, rows: Rows, users: Keys, items: Keys
-) -> tuple[Rows, Array]:
-    """Return the drawn negatives and, for each, the place of its positive in rows."""
+) -> tuple[list[Rows], Array]:
+    """Return the drawn negatives, in parts, and for each the place of its positive in rows."""
     samples = config.samples
     within = groups([rows.raw[c] for c in samples.negatives.within], len(rows.label))
     positive = np.flatnonzero(rows.label == 1)
@@ -194,22 +199,27 @@ def _drawn(
     )
     of = positive[place]
     first = int(rows.number.max()) + 1
-    pairs = engine.register(
-        pa.table(
-            {
-                "__drawn": pa.array(first + np.arange(len(of))),
-                "__of": pa.array(rows.number[of]),
-                samples.item: items.values.take(pa.array(item)),
-            }
-        )
-    )
+    number = first + np.arange(len(of))
     context = source.interactions.drop(samples.item)
-    interactions = pairs.inner_join(context, pairs["__of"] == context[tables.ROW])
-    interactions = interactions.drop("__of", tables.ROW).rename({tables.ROW: "__drawn"})
-    joined = tables.joined(engine, config, source, interactions, given=(samples.item,))
-    table = tables.labelled(engine, config, source, joined, is_drawn=True)
-    drawn = collect_rows(engine, config, source, joined, table)
-    return drawn, of[drawn.number - first]
+    parts = []
+    for start in range(0, len(of), DRAWN_ROWS):
+        part = slice(start, start + DRAWN_ROWS)
+        pairs = engine.register(
+            pa.table(
+                {
+                    "__drawn": pa.array(number[part]),
+                    "__of": pa.array(rows.number[of[part]]),
+                    samples.item: items.values.take(pa.array(item[part])),
+                }
+            )
+        )
+        interactions = pairs.inner_join(context, pairs["__of"] == context[tables.ROW])
+        interactions = interactions.drop("__of", tables.ROW).rename({tables.ROW: "__drawn"})
+        joined = tables.joined(engine, config, source, interactions, given=(samples.item,))
+        table = tables.labelled(engine, config, source, joined, is_drawn=True)
+        parts.append(collect_rows(engine, config, source, joined, table))
+    kept = [part.number - first for part in parts]
+    return parts, of[np.concatenate([np.zeros(0, dtype=np.int64), *kept])]
 
 
 def _histories(

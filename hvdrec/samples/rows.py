@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,6 @@ def collect_rows(
         require_one_match(engine, source)
     for name in found:
         found[name] = found[name].take(pa.array(order))
-    if not len(number):
-        why = (
-            f"samples.drop = '{samples.drop}' leaves none" if samples.drop else "the table is empty"
-        )
-        raise UserError(f"{source.file}: no rows: {why}; give rows")
     # A literal 1.0 is a decimal to some engines.
     label, weight = (
         found[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in (LABEL, WEIGHT)
@@ -134,19 +129,22 @@ def declared(config: Config, where: str, name: str, array: pa.Array) -> pa.Array
     )
 
 
-def appended(first: Rows, second: Rows) -> Rows:
-    """Return the rows of both, one after the other."""
+def concatenated_rows(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all parts, one after the other."""
 
-    def arrays(a: Mapping[str, pa.Array], b: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
-        return {name: concatenated([a[name], b[name]], a[name].type) for name in a}
+    def arrays(columns: Sequence[Mapping[str, pa.Array]]) -> dict[str, pa.Array]:
+        return {
+            name: concatenated([part[name] for part in columns], array.type)
+            for name, array in columns[0].items()
+        }
 
     return Rows(
-        np.concatenate([first.number, second.number]),
-        arrays(first.columns, second.columns),
-        arrays(first.raw, second.raw),
-        np.concatenate([first.label, second.label]),
-        np.concatenate([first.weight, second.weight]),
-        tuple(np.concatenate(both) for both in zip(first.events, second.events, strict=True)),
+        np.concatenate([part.number for part in parts]),
+        arrays([part.columns for part in parts]),
+        arrays([part.raw for part in parts]),
+        np.concatenate([part.label for part in parts]),
+        np.concatenate([part.weight for part in parts]),
+        tuple(np.concatenate(of) for of in zip(*(part.events for part in parts), strict=True)),
     )
 
 

@@ -98,7 +98,8 @@ def expected_code(learned: FittedFeature, value: Any) -> float:
 RAW: dict[str, st.SearchStrategy[Any]] = {
     "string": st.sampled_from(["", "new", " b", "B", "nul", "nul\0", "u\u0308", *WORDS]),
     "int": st.one_of(
-        st.sampled_from([MISSING_INT, 2**53 + 1, *NUMBERS]),
+        st.sampled_from([MISSING_INT, 2**53 + 1, -HASH_PRIME, *NUMBERS]),
+        st.integers(-(2**63) + 1, -1),
         st.integers(-3, 3),
         st.integers(0, 2**63 - 1),
     ),
@@ -108,8 +109,6 @@ RAW: dict[str, st.SearchStrategy[Any]] = {
         st.floats(),
     ),
 }
-
-IDS = st.one_of(st.just(MISSING_INT), st.integers(0, 2**63 - 1))
 
 
 @st.composite
@@ -121,8 +120,7 @@ def inputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
         feature = learned.feature
         shape = (rows, draw(st.integers(0, 5))) if feature.is_list else (rows,)
         count = math.prod(shape)
-        strategy = IDS if feature.kind == "hashed" else RAW[feature.dtype]
-        values = draw(st.lists(strategy, min_size=count, max_size=count))
+        values = draw(st.lists(RAW[feature.dtype], min_size=count, max_size=count))
         array = np.empty(count, TYPES[feature.dtype])
         array[:] = values
         arrays[feature.name] = array.reshape(shape)

@@ -659,6 +659,25 @@ def test_negatives_share_context_and_split_and_are_joined_anew(
     assert [len(r["liked"]) for r in found["users_all"]] == [2] * 5
 
 
+def test_negatives_do_not_depend_on_how_many_are_joined_at_once(
+    shop: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, changes = shop
+    whole = made(configured(raw, SHOP_FEATURES, **changes))
+    monkeypatch.setattr("hvdrec.samples.make.DRAWN_ROWS", 50)
+    assert made(configured(raw, SHOP_FEATURES, **changes)) == whole
+
+
+def test_nothing_is_drawn_where_a_user_took_everything(shop: tuple[Path, dict[str, Any]]) -> None:
+    raw, changes = shop
+    write(
+        raw / "log.parquet",
+        [{"user_id": "u", "item_id": "i1", "store": 1, "t": t} for t in range(9)],
+    )
+    found = made(configured(raw, SHOP_FEATURES, **changes))
+    assert [len(found[name]) for name in SPLITS] == [4, 3, 2]
+
+
 # ------------------------------------------------------------------------------- a user's mistakes
 
 
