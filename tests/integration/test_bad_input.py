@@ -67,7 +67,11 @@ def test_null_keys(small_config: Write) -> None:
         config.parent / "raw/shown.parquet",
         lambda t: t.set_column(0, "user_id", pc.if_else(pc.equal(t["clicked"], 1), None, t[0])),
     )
-    refused(hvdrec("samples", config), "shown.parquet: key column 'user_id' is null or empty in 3", "rows")
+    refused(
+        hvdrec("samples", config),
+        "shown.parquet: key column 'user_id' is null or empty in 3",
+        "rows",
+    )
 
 
 def test_label_that_is_not_0_or_1(small_config: Write) -> None:
@@ -89,7 +93,10 @@ def test_empty_split(small_config: Write) -> None:
     config = small_config(
         ('label = "clicked"', 'label = "clicked"\n[samples.split]\nboundaries = [5.0, 1e12]\n')
     )
-    refused(hvdrec("samples", config), "samples.split: the train split is empty: samples.split.boundaries = [5.0")
+    refused(
+        hvdrec("samples", config),
+        "samples.split: the train split is empty: samples.split.boundaries = [5.0",
+    )
 
 
 def test_no_parquet(small_config: Write) -> None:
@@ -106,7 +113,10 @@ def test_missing_table(small_config: Write) -> None:
 def test_two_rows_of_one_key(small_config: Write) -> None:
     config = small_config()
     change(config.parent / "raw/items.parquet", lambda t: pa.concat_tables([t, t.slice(3, 1)]))
-    refused(hvdrec("samples", config), "items.parquet: 2 rows have item_id = 103 (samples.items); keep one row per key")
+    refused(
+        hvdrec("samples", config),
+        "items.parquet: 2 rows have item_id = 103 (samples.items); keep one row per key",
+    )
 
 
 def test_unknown_key_in_the_toml(small_config: Write) -> None:
