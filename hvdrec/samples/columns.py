@@ -81,6 +81,21 @@ def plain(array: pa.Array) -> pa.Array:
     return array.cast(array.type.value_type) if pa.types.is_dictionary(array.type) else array
 
 
+def canonical(array: pa.Array) -> pa.Array:
+    """Return a compact array with its dictionary sorted, so that equal values give equal files."""
+    if is_list(array.type):
+        lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
+        return list_array(lengths, canonical(array.flatten()))
+    if not pa.types.is_dictionary(array.type):
+        return array
+    order = pc.sort_indices(array.dictionary)
+    rank = np.empty(len(order), dtype=np.int32)
+    rank[order.to_numpy()] = np.arange(len(order))
+    return pa.DictionaryArray.from_arrays(
+        pa.array(rank).take(array.indices), array.dictionary.take(order)
+    )
+
+
 def codes(array: pa.Array) -> tuple[Array, pa.Array]:
     """Return the rank of each key among the distinct keys, int64 [n], and those keys, ascending.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config, Samples
 from hvdrec.errors import UserError, choices
-from hvdrec.samples.columns import cast, codes, concatenated, family, type_name
+from hvdrec.samples.columns import canonical, cast, codes, concatenated, family, type_name
 from hvdrec.samples.engine import Engine
 from hvdrec.samples.tables import (
     LABEL,
@@ -99,7 +99,7 @@ def collect_rows(
     if len(number) > 1 and (np.diff(number) == 0).any():
         require_one_match(engine, source)
     for name in found:
-        found[name] = found[name].take(pa.array(order))
+        found[name] = canonical(found[name].take(pa.array(order)))
     # A literal 1.0 is a decimal to some engines.
     label, weight = (
         found[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in (LABEL, WEIGHT)

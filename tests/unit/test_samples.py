@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -664,7 +665,7 @@ def test_negatives_do_not_depend_on_how_many_are_joined_at_once(
 ) -> None:
     raw, changes = shop
     whole = made(configured(raw, SHOP_FEATURES, **changes))
-    monkeypatch.setattr("hvdrec.samples.make.DRAWN_ROWS", 50)
+    monkeypatch.setattr(importlib.import_module("hvdrec.samples.make"), "DRAWN_ROWS", 50)
     assert made(configured(raw, SHOP_FEATURES, **changes)) == whole
 
 
