@@ -96,6 +96,8 @@ output = 8
 [model.ranker]
 hidden = [16]
 dropout = 0.1
+cross_layers = 1
+direct = ["age", "price"]
 
 [train]
 batch_size = 512

@@ -36,6 +36,13 @@ def test_ranks_train_as_one_does(train: Train, ranks: int, launcher: str) -> Non
     assert abs(together["log_loss"] - alone["log_loss"]) < 0.03
 
 
+def test_bf16_trains_like_fp32(train: Train) -> None:
+    full = log(train(1, ""), "validation")[-1]
+    half = log(train(1, "", "--train.precision", "bf16"), "validation")[-1]
+    assert half["log_loss"] != full["log_loss"]
+    assert abs(half["log_loss"] - full["log_loss"]) < 0.01
+
+
 @pytest.mark.parametrize(("ranks", "launcher"), [(1, ""), (2, "horovodrun")])
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
     train: Train, ranks: int, launcher: str, tmp_path: Path
