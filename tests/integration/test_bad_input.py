@@ -40,17 +40,21 @@ def test_missing_column(small_config: Write) -> None:
 
 
 def test_missing_feature_column(small_config: Write) -> None:
-    config = small_config(('name = "price"', 'name = "cost"'))
-    refused(hvdrec("samples", config), "column 'cost' (feature 'cost') is missing")
+    config = small_config(('name = "tags"', 'name = "marks"'))
+    refused(hvdrec("samples", config), "column 'marks' (feature 'marks') is missing")
 
 
 def test_wrong_type_of_a_feature(small_config: Write) -> None:
-    config = small_config(('name = "price"', 'name = "title"'))
-    refused(hvdrec("samples", config), "items.parquet: column 'title' is string", "'float' takes")
+    config = small_config(('name = "shop"', 'name = "title"'))
+    refused(hvdrec("samples", config), "items.parquet: column 'title' is string", "'int' takes")
 
 
 def test_float_user_ids(small_config: Write) -> None:
-    config = small_config(('users = "users.csv"\n', ""), ('name = "age"', 'name = "shown_at"'))
+    config = small_config(
+        ('users = "users.csv"\n', ""),
+        ('name = "age"', 'name = "shown_at"'),
+        ('direct = ["age", "price"]', "direct = []"),
+    )
     file = config.parent / "raw/shown.parquet"
     numbers = pa.array([1.5] * 6000)
     change(file, lambda t: t.set_column(0, "user_id", numbers))
