@@ -246,11 +246,13 @@ def _quantiles(numbers: duckdb.DuckDBPyRelation, buckets: int) -> NDArray[np.flo
 
     Share q of n numbers is the one at place ceil(q * n), counted from 1: always one that occurs.
     """
-    shares = [bucket / buckets for bucket in range(1, buckets)]
-    if not shares:
+    values: NDArray[np.float64] = numbers.to_arrow_table()["v"].to_numpy()
+    # In whole numbers: a share in floats may round to the next place.
+    places = [-(-share * len(values) // buckets) - 1 for share in range(1, buckets)]
+    places = sorted({max(0, place) for place in places})
+    if not places or not len(values):
         return np.empty(0)
-    [(found,)] = numbers.aggregate(f"quantile_disc(v, {shares}) AS q").fetchall()
-    return np.unique(np.array(found or [], dtype=np.float64))
+    return np.unique(np.partition(values, places)[places])
 
 
 def _moments(numbers: duckdb.DuckDBPyRelation, feature: Feature) -> tuple[float, float]:
