@@ -252,7 +252,8 @@ def _quantiles(numbers: duckdb.DuckDBPyRelation, buckets: int) -> NDArray[np.flo
     places = sorted({max(0, place) for place in places})
     if not places or not len(values):
         return np.empty(0)
-    return np.unique(np.partition(values, places)[places])
+    boundaries: NDArray[np.float64] = np.unique(np.partition(values, places)[places])
+    return boundaries
 
 
 def _moments(numbers: duckdb.DuckDBPyRelation, feature: Feature) -> tuple[float, float]:
