@@ -256,15 +256,27 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
     from hvdrec.evaluation.evaluate import evaluate
     from hvdrec.evaluation.report import jsonable, render
     from hvdrec.parallel import ranks
-    from hvdrec.training.checkpoint import load_model, read_config
+    from hvdrec.training.checkpoint import load_model, load_model_and_tables, read_config
     from hvdrec.training.loop import pick_device, set_threads
 
     world = ranks.init()
     config = ranks.together(lambda: read_config(options.run))
     set_threads(config, world)
-    model, name = ranks.together(lambda: load_model(options.run, config, options.checkpoint))
-    model.to(pick_device(config, world))
-    report = evaluate(model, config, options.split, with_baselines=not options.no_baselines)
+    device = pick_device(config, world)
+    rows_of = None
+    if world.size == 1:
+        model, name = load_model(options.run, config, options.checkpoint)
+        model.to(device)
+    else:
+        model, tables, name = load_model_and_tables(options.run, config, options.checkpoint, device)
+        rows_of = tables.rows_of
+    report = evaluate(
+        model,
+        config,
+        options.split,
+        with_baselines=not options.no_baselines,
+        rows_of=rows_of,
+    )
     report = {"run": str(options.run), "checkpoint": name, **report}
     facts = jsonable(report)
     if options.output is not None and world.is_first:

@@ -156,7 +156,8 @@ class Tower:
     hidden: tuple[int, ...] = (128,)
     """Widths of the hidden layers of its MLP; empty for a linear tower."""
     output: int = 64
-    """Width of the user and item embeddings that are stored and served."""
+    """Width of the user and item embeddings that are stored and served. 0: no towers, the ranker
+    alone over all features, which must then be direct."""
     normalize: bool = False
     """Whether its output has L2 norm 1."""
     dropout: float = 0.0
@@ -208,14 +209,16 @@ class Train:
     """Most passes over the training split."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
-    embedding_learning_rate: float = 0.0
-    """Peak learning rate of the embedding tables; 0 takes learning_rate. Rows are met rarely and
-    want larger steps than dense weights."""
+    embedding_optimizer: Literal["rowwise-adagrad", "adagrad", "adam", "sgd"] = "rowwise-adagrad"
+    """Optimizer of the embedding tables; only the rows that a step looks up are touched."""
+    embedding_learning_rate: float = 0.1
+    """Peak learning rate of the embedding tables. Rows are met rarely and want larger steps than
+    dense weights."""
+    embedding_weight_decay: float = 0.0
+    """L2 penalty on embedding rows: this factor times the row is added to its gradient, in the
+    steps that look the row up and in no others."""
     weight_decay: float = 0.0
     """Decoupled weight decay of dense weights (no embeddings, no biases)."""
-    embedding_l2: float = 0.0
-    """L2 penalty on the embedding tables: half this factor times the sum of their squared entries
-    is part of every step's loss, so a row is held back more, the less often it occurs."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -244,8 +247,35 @@ class Train:
     """Where to compute; auto takes the rank's own GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the MLPs (autocast)."""
+    accumulate: int = 1
+    """Parts into which a rank cuts its batch; their gradients are added before the step, so that
+    larger batches fit. In-batch negatives are those of one part."""
+    compile: bool = False
+    """Whether towers and ranker are compiled first (torch.compile): about a minute at the start,
+    faster steps after it. Needs a C++ compiler."""
     threads: int = 0
     """CPU threads of a rank; 0: the machine's cores over the ranks on it."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the work is spread over ranks."""
+
+    placement: Literal["auto", "replicated", "sharded"] = "auto"
+    """Whether each rank holds every embedding table whole, or a part of each. auto: large tables
+    are sharded."""
+    shard_from_mb: float = 16.0
+    """auto: a table of at least so many megabytes (10^6 bytes of float32) is sharded."""
+    kernel: Literal["auto", "torch", "fbgemm"] = "auto"
+    """What reads and updates table rows. auto takes the faster one of those that are installed and
+    can hold the table, by a short trial."""
+    synchronization: Literal["step", "adasum", "average"] = "step"
+    """How dense weights stay together. step: gradients are summed in every step, as if there were
+    one rank. adasum: gradients are joined by Adasum, for batches so large that a sum overshoots.
+    average: each rank steps by itself and weights are averaged now and then, for slow networks.
+    Embedding rows are always summed in every step."""
+    average_every: int = 8
+    """average: steps between two averages."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +324,8 @@ class Config:
     """The model."""
     train: Train = Train()
     """Training."""
+    parallel: Parallel = Parallel()
+    """Ranks."""
     evaluate: Evaluate = Evaluate()
     """Evaluation."""
     export: Export = Export()
@@ -364,6 +396,9 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("train.batch_size", train.batch_size),
         ("train.epochs", train.epochs),
         ("train.learning_rate", train.learning_rate),
+        ("train.embedding_learning_rate", train.embedding_learning_rate),
+        ("train.accumulate", train.accumulate),
+        ("parallel.average_every", config.parallel.average_every),
         ("train.temperature", train.temperature),
         ("train.patience", train.patience),
         ("train.validate_every", train.validate_every),
@@ -375,7 +410,6 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("loader.workers", loader.workers),
         ("loader.prefetch", loader.prefetch),
         ("model.dimension", config.model.dimension),
-        ("model.tower.output", config.model.tower.output),
         ("evaluate.batch_size", config.evaluate.batch_size),
         ("evaluate.beta", config.evaluate.beta),
         ("export.parity_rows", config.export.parity_rows),
@@ -392,8 +426,9 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
     ]
     not_negative: list[tuple[str, float]] = [
         ("train.weight_decay", train.weight_decay),
-        ("train.embedding_l2", train.embedding_l2),
-        ("train.embedding_learning_rate", train.embedding_learning_rate),
+        ("train.embedding_weight_decay", train.embedding_weight_decay),
+        ("model.tower.output", config.model.tower.output),
+        ("parallel.shard_from_mb", config.parallel.shard_from_mb),
         ("train.warmup_steps", train.warmup_steps),
         ("train.clip_norm", train.clip_norm),
         ("train.retrieval_weight", train.retrieval_weight),
@@ -429,6 +464,17 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
                 f"known: {choices(sided)}",
             )
             for name in config.model.ranker.direct
+        ),
+        (
+            config.model.tower.output > 0
+            or (train.objective == "ranking" and set(sided) == set(config.model.ranker.direct)),
+            "model.tower.output = 0: without towers the objective must be 'ranking' and "
+            "model.ranker.direct must name every user and item feature",
+        ),
+        (
+            train.clip_norm == 0 or config.parallel.synchronization == "step",
+            f"train.clip_norm = {train.clip_norm}: ranks clip alike only with "
+            "parallel.synchronization = 'step'; set one of them back",
         ),
         *(
             (

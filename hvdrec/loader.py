@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from hvdrec.schema import KEY_COLUMNS, MISSING, Feature, Schema
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
+T = TypeVar("T")
 CodeType = type[np.int32] | type[np.int64]
 KEY_TYPES = dict(zip(KEY_COLUMNS, (np.int64, np.int64, np.float32, np.float32), strict=True))
 
@@ -48,6 +49,11 @@ class Batch:
     label: Tensor
     weight: Tensor
     rows: int
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Return some of the rows."""
+        part = self._each(lambda tensor: tensor[start:stop])
+        return replace(part, rows=max(0, min(stop, self.rows) - start))
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; from pinned memory the copy does not wait."""
@@ -115,6 +121,20 @@ class ShardLoader:
         self._groups, self._group_rows = _row_groups(Path(directory), self._columns)
         self.rows = sum(self._group_rows)
 
+    def code_ranges(self, column: str) -> Iterator[tuple[str, int, int]]:
+        """Yield (file, lowest, highest) of an encoded column, from the shards' own statistics."""
+        for file in dict.fromkeys(file for file, _ in self._groups):
+            metadata = pq.read_metadata(file)
+            place = next(
+                i
+                for i in range(metadata.num_columns)
+                if metadata.schema.column(i).path.split(".")[0] == column
+            )
+            for group in range(metadata.num_row_groups):
+                statistics = metadata.row_group(group).column(place).statistics
+                if statistics is not None and statistics.has_min_max:
+                    yield file, int(statistics.min), int(statistics.max)
+
     def plan(self, epoch: int, past: Sequence[Progress] = ()) -> Plan:
         """Return what this rank reads in an epoch, after what its past has delivered."""
         return plan_epoch(
@@ -139,11 +159,23 @@ class ShardLoader:
         That thread and the readers end with the generator: when it is exhausted, closed or dropped.
         What goes wrong in them is raised here.
         """
+        return self.prepared(epoch, lambda number, batch: batch, past)
+
+    def prepared(
+        self, epoch: int, prepare: Callable[[int, Batch], T], past: Sequence[Progress] = ()
+    ) -> Generator[T, None, None]:
+        """Deliver what ``prepare(number, batch)`` makes of an epoch's batches, in their thread.
+
+        number: 0-based, among the batches that are delivered now. See `epoch`.
+        """
         plan = self.plan(epoch, past)
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._prefetch)
+        ready: queue.Queue[T | BaseException | None] = queue.Queue(self._prefetch)
         stopped = threading.Event()
         maker = threading.Thread(
-            target=self._make, args=(plan, ready, stopped), name="hvdrec-loader", daemon=True
+            target=self._make,
+            args=(plan, prepare, ready, stopped),
+            name="hvdrec-loader",
+            daemon=True,
         )
         maker.start()
         try:
@@ -163,12 +195,13 @@ class ShardLoader:
     def _make(
         self,
         plan: Plan,
-        ready: queue.Queue[Batch | BaseException | None],
+        prepare: Callable[[int, Batch], T],
+        ready: queue.Queue[T | BaseException | None],
         stopped: threading.Event,
     ) -> None:
         """Put the batches, then None or what went wrong, unless the consumer stops before."""
 
-        def put(item: Batch | BaseException | None) -> bool:
+        def put(item: T | BaseException | None) -> bool:
             while not stopped.is_set():
                 try:
                     ready.put(item, timeout=0.1)
@@ -179,8 +212,8 @@ class ShardLoader:
 
         try:
             with closing(self._batches(plan, stopped)) as batches:
-                for batch in batches:
-                    if not put(batch.pin_memory() if self._pin_memory else batch):
+                for number, batch in enumerate(batches):
+                    if not put(prepare(number, batch.pin_memory() if self._pin_memory else batch)):
                         return
         except BaseException as error:  # whatever it is, the consumer must hear of it
             put(error)

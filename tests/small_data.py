@@ -103,7 +103,7 @@ direct = ["age", "price"]
 batch_size = 512
 epochs = 2
 learning_rate = 5e-3
-embedding_learning_rate = 2e-2
+embedding_learning_rate = 0.5
 warmup_steps = 5
 log_every = 5
 

@@ -2,15 +2,78 @@
 
 from __future__ import annotations
 
+import zlib
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 
-from hvdrec.config import Config, Model, Ranker, Samples, Tower, Train
+from hvdrec.config import Config, Model, Parallel, Ranker, Samples, Tower, Train
 from hvdrec.loader import Batch
 from hvdrec.models.recommender import Recommender
+from hvdrec.parallel.ranks import World
+from hvdrec.parallel.setup import row_optimizer, table_groups
+from hvdrec.parallel.tables import DistributedTables
 from hvdrec.schema import Feature
 
 SIZES = {"user_id": 9, "item_id": 11, "genres": 6, "price": 7, "hour": 5, "shop": 8}
+
+
+STEPS = 3
+DENSE_RATE = 0.1
+TABLE_RATE = 0.3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the small model is trained for a few steps.
+
+    placement "mixed" shards the tables of at least 8 rows.
+    """
+
+    objective: str = "ranking"
+    placement: str = "mixed"
+    optimizer: str = "sgd"
+    kernel: str = "torch"
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    accumulate: int = 1
+
+    def config(self) -> Config:
+        """Return the small configuration with this setting."""
+        mixed = self.placement == "mixed"
+        config = small_config(
+            self.objective,
+            embedding_optimizer=self.optimizer,
+            embedding_weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            accumulate=self.accumulate,
+        )
+        parallel = Parallel(
+            placement="auto" if mixed else self.placement,  # type: ignore[arg-type]
+            shard_from_mb=8 * 4 * 4 / 1e6,
+        )
+        return replace(config, parallel=parallel)
+
+
+SETTINGS = {
+    **{
+        f"{objective}-{placement}": Setting(objective, placement)
+        for objective in ("retrieval", "ranking", "joint")
+        for placement in ("replicated", "sharded", "mixed")
+    },
+    **{
+        f"{optimizer}-{kernel}": Setting(
+            "joint", "mixed", optimizer, kernel, 0.05 if optimizer != "adagrad" else 0.0
+        )
+        for optimizer in ("sgd", "adagrad", "rowwise-adagrad", "adam")
+        for kernel in ("torch", "fbgemm")
+        if (optimizer, kernel) != ("adam", "fbgemm")
+    },
+    "clipped": Setting("joint", "mixed", clip_norm=0.05),
+    "clipped-fbgemm": Setting("joint", "mixed", kernel="fbgemm", clip_norm=0.05),
+    "accumulated": Setting("ranking", "mixed", "rowwise-adagrad", accumulate=3),
+}
 
 
 def small_config(objective: str = "joint", **train: object) -> Config:
@@ -32,19 +95,42 @@ def small_config(objective: str = "joint", **train: object) -> Config:
             tower=Tower(hidden=(7,), output=5, normalize=True),
             ranker=Ranker(hidden=(6,), cross_layers=2, direct=("user_id", "genres")),
         ),
-        train=Train(objective=objective, embedding_l2=0.03, temperature=0.2, **train),  # type: ignore[arg-type]
+        train=Train(objective=objective, temperature=0.2, **train),  # type: ignore[arg-type]
     )
 
 
-def small_model(config: Config, seed: int = 0) -> Recommender:
-    torch.manual_seed(seed)
-    model = Recommender(config, SIZES).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    for table in model.tables.tables.values():
+def small_model(config: Config, seed: int = 0, *, with_tables: bool = True) -> Recommender:
+    """Return the same dense weights with tables and without."""
+    model = Recommender(config, SIZES, with_tables=with_tables).double()
+    for name, parameter in model.named_parameters():
+        random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        torch.nn.init.normal_(parameter, std=0.3, generator=random)
+    for name in model.tables.tables:
         with torch.no_grad():
-            table.weight[0] = 0.0  # type: ignore[index, operator]
+            model.tables.weight(name)[0] = 0.0
     return model
+
+
+def small_tables(
+    config: Config, model: Recommender, world: World, setting: Setting
+) -> DistributedTables:
+    """Return a model's tables over the ranks."""
+    groups = table_groups(config, SIZES, world.size)
+    tables = DistributedTables(
+        config.schema,
+        groups,
+        row_optimizer(config),
+        world,
+        kernels={4: setting.kernel},  # type: ignore[dict-item]
+        seed=None,
+        dtype=torch.float32 if setting.kernel == "fbgemm" else torch.float64,
+    )
+    for group in groups:
+        for name in group.rows:
+            with torch.no_grad():
+                whole = model.tables.weight(name)
+                tables.table(name)[0].copy_(whole[torch.from_numpy(group.ids(name, world.rank))])
+    return tables
 
 
 def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
@@ -76,4 +162,18 @@ def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
         label=padded(random.integers(0, 2, rows).astype(np.float64)),
         weight=padded(random.uniform(0.5, 2.0, rows)),
         rows=rows,
+    )
+
+
+def of_type(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Return a batch with floats of a type."""
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return replace(
+        batch,
+        features={name: cast(tensor) for name, tensor in batch.features.items()},
+        label=cast(batch.label),
+        weight=cast(batch.weight),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hvdrec.artifacts import read_manifest
 from hvdrec.config import Config
@@ -26,9 +28,11 @@ from hvdrec.evaluation.retrieval import (
 )
 from hvdrec.loader import ShardLoader, table_arrays
 from hvdrec.models.recommender import Recommender
+from hvdrec.models.tables import Rows
 from hvdrec.parallel import ranks
 
 Array = NDArray[Any]
+RowsOf = Callable[[Mapping[str, Tensor]], Rows]
 BLOCK = 8192
 
 
@@ -67,12 +71,18 @@ class Interactions:
 
 
 def evaluate(
-    model: Recommender, config: Config, split: str = "test", *, with_baselines: bool = True
+    model: Recommender,
+    config: Config,
+    split: str = "test",
+    *,
+    with_baselines: bool = True,
+    rows_of: RowsOf | None = None,
 ) -> dict[str, Any]:
     """Return the report of a model on a split: metrics, and the same ones of each baseline.
 
     Ranking metrics where the model has a ranker, retrieval metrics over the whole catalogue where
-    its towers were trained to retrieve. Every rank calls this and gets the same report.
+    its towers were trained to retrieve. Every rank calls this and gets the same report. rows_of
+    gives the table rows of a batch, where the model does not hold its tables itself.
     """
     device = next(model.parameters()).device
     features = config.paths.of("features")
@@ -81,14 +91,14 @@ def evaluate(
     scores: Scores | None = None
     report: dict[str, Any] = {"split": split}
     if config.train.objective != "retrieval":
-        scores = score_split(model, config, split, device)
+        scores = score_split(model, config, split, device, rows_of)
         report["ranking"] = _ranking(scores.score, scores, config)
     top: _Retrieval | None = None
     if config.train.objective != "ranking":
         top = _Retrieval.of(config, split)
         users, items = (
-            embed_side(model, config, "user", device),
-            embed_side(model, config, "item", device),
+            embed_side(model, config, "user", device, rows_of),
+            embed_side(model, config, "item", device, rows_of),
         )
         report["retrieval"] = top.metrics(users, items, config)
     if with_baselines:
@@ -97,22 +107,32 @@ def evaluate(
 
 
 def validation_metric(
-    model: Recommender, config: Config, name: str, device: torch.device
+    model: Recommender,
+    config: Config,
+    name: str,
+    device: torch.device,
+    rows_of: RowsOf | None = None,
 ) -> tuple[float, dict[str, Any]]:
     """Return the named metric on the validation split, and all those that were computed with it."""
     if "@" in name:
         users, items = (
-            embed_side(model, config, "user", device),
-            embed_side(model, config, "item", device),
+            embed_side(model, config, "user", device, rows_of),
+            embed_side(model, config, "item", device, rows_of),
         )
         metrics = _Retrieval.of(config, "validation").metrics(users, items, config)
     else:
-        scores = score_split(model, config, "validation", device)
+        scores = score_split(model, config, "validation", device, rows_of)
         metrics = _ranking(scores.score, scores, config)
     return float(metrics[name]), metrics
 
 
-def score_split(model: Recommender, config: Config, split: str, device: torch.device) -> Scores:
+def score_split(
+    model: Recommender,
+    config: Config,
+    split: str,
+    device: torch.device,
+    rows_of: RowsOf | None = None,
+) -> Scores:
     """Score every row of a split; each rank scores its part and gets everybody's."""
     world = ranks.current()
     loader = ShardLoader(
@@ -131,7 +151,8 @@ def score_split(model: Recommender, config: Config, split: str, device: torch.de
     with torch.inference_mode():
         for host_batch in loader.epoch(0):
             batch = host_batch.to(device)
-            logit = model(batch.features).logit.float()
+            rows = rows_of(host_batch.features) if rows_of is not None else None
+            logit = model(batch.features, rows).logit.float()
             columns = (
                 logit.sigmoid(),
                 batch.label,
@@ -145,20 +166,31 @@ def score_split(model: Recommender, config: Config, split: str, device: torch.de
     )
 
 
-def embed_side(model: Recommender, config: Config, side: str, device: torch.device) -> Array:
+def embed_side(
+    model: Recommender,
+    config: Config,
+    side: str,
+    device: torch.device,
+    rows_of: RowsOf | None = None,
+) -> Array:
     """Return tower embeddings float32 [n, D] of all users (items); ranks share the work."""
     world = ranks.current()
     table = pq.read_table(config.paths.of("features") / f"{side}s.parquet")
     start, stop = _part(table.num_rows, world.rank, world.size)
     features = config.schema.side("user" if side == "user" else "item")
     represent = model.represent_users if side == "user" else model.represent_items
-    rows: list[Array] = [np.empty((0, model.output_width), np.float32)]
+    found: list[Array] = [np.empty((0, model.output_width), np.float32)]
+    # All ranks take as many turns: some may look up rows that others hold.
+    turns = math.ceil(math.ceil(table.num_rows / world.size) / BLOCK)
     with torch.inference_mode():
-        for position in range(start, stop, BLOCK):
-            arrays = table_arrays(table.slice(position, min(BLOCK, stop - position)), features)
-            codes = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-            rows.append(represent(codes)[:, : model.output_width].float().cpu().numpy())
-    return ranks.gather_arrays(np.concatenate(rows))
+        for turn in range(turns):
+            first = min(start + turn * BLOCK, stop)
+            arrays = table_arrays(table.slice(first, min(BLOCK, stop - first)), features)
+            codes = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            rows = rows_of(codes) if rows_of is not None else None
+            codes = {name: code.to(device) for name, code in codes.items()}
+            found.append(represent(codes, rows)[:, : model.output_width].float().cpu().numpy())
+    return ranks.gather_arrays(np.concatenate(found))
 
 
 def read_interactions(features: Path, splits: list[str]) -> Interactions:

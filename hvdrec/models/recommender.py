@@ -16,7 +16,7 @@ from hvdrec.config import Config
 from hvdrec.config import Ranker as RankerShape
 from hvdrec.config import Tower as TowerShape
 from hvdrec.models.layers import CrossNetwork, mlp
-from hvdrec.models.tables import EmbeddingTables
+from hvdrec.models.tables import EmbeddingTables, Rows
 from hvdrec.schema import Feature, Schema
 
 Codes = Mapping[str, Tensor]
@@ -72,20 +72,23 @@ class Recommender(nn.Module):
     What is stored and served of a user (an item) is its *representation*: the tower's embedding
     [N, D], followed by the vectors of the features that go directly into the ranker.
     With the objective ``retrieval`` there is no ranker; the logit is then the towers' inner product
-    over the temperature.
+    over the temperature. With an output width of 0 there are no towers: the ranker alone, over the
+    vectors of all features.
     """
 
-    def __init__(self, config: Config, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, config: Config, sizes: Mapping[str, int], *, with_tables: bool = True
+    ) -> None:
         super().__init__()
         schema, model = config.schema, config.model
         self.schema: Schema = schema
         self.temperature = config.train.temperature
         self.output_width = model.tower.output
-        self.tables = EmbeddingTables(schema, sizes, model.dimension, model.unknown_rate)
+        self.tables = EmbeddingTables(schema, sizes, model.dimension, with_weights=with_tables)
         self.user_direct = self._direct(model.ranker.direct, schema.side("user"))
         self.item_direct = self._direct(model.ranker.direct, schema.side("item"))
-        self.user_tower = Tower(self._width(schema.side("user")), model.tower)
-        self.item_tower = Tower(self._width(schema.side("item")), model.tower)
+        self.user_tower = self._tower(schema.side("user"), model.tower)
+        self.item_tower = self._tower(schema.side("item"), model.tower)
         width = 3 * model.tower.output + self._width(
             (*self.user_direct, *self.item_direct, *schema.side("scene"))
         )
@@ -100,49 +103,56 @@ class Recommender(nn.Module):
         """Return the width of an item's representation."""
         return self.output_width + self._width(self.item_direct)
 
-    def represent_users(self, codes: Codes) -> Tensor:
+    def represent_users(self, codes: Codes, rows: Rows | None = None) -> Tensor:
         """Return users' representations: codes of user features -> [N, user_width]."""
-        return self._represent(self.user_tower, self.schema.side("user"), self.user_direct, codes)
+        vectors = self.tables(self.schema.side("user"), codes, rows)
+        return self._joined(self.user_tower, vectors, self.user_direct)
 
-    def represent_items(self, codes: Codes) -> Tensor:
+    def represent_items(self, codes: Codes, rows: Rows | None = None) -> Tensor:
         """Return items' representations: codes of item features -> [N, item_width]."""
-        return self._represent(self.item_tower, self.schema.side("item"), self.item_direct, codes)
+        vectors = self.tables(self.schema.side("item"), codes, rows)
+        return self._joined(self.item_tower, vectors, self.item_direct)
 
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
         """Return the logits [N] of pairs of representations, in the scenes ``codes`` tells."""
-        scene = self.tables(self.schema.side("scene"), codes)
-        return self._logit(user, item, scene)
+        return self._logit(user, item, self.tables(self.schema.side("scene"), codes))
 
-    def forward(self, codes: Codes) -> Output:
-        """Return embeddings and logits of a batch; ``codes`` holds every feature's input."""
-        users = self.tables(self.schema.side("user"), codes)
-        items = self.tables(self.schema.side("item"), codes)
-        scene = self.tables(self.schema.side("scene"), codes)
+    def forward(self, codes: Codes, rows: Rows | None = None) -> Output:
+        """Return embeddings and logits of a batch.
+
+        ``codes`` holds every feature's input; a model without tables of its own needs ``rows``.
+        """
+        return self.combine(self.tables(self.schema.features, codes, rows))
+
+    def combine(self, vectors: Mapping[str, Tensor]) -> Output:
+        """Return embeddings and logits of a batch, from every feature's vectors [N, width]."""
+        users, items, scene = (
+            {feature.name: vectors[feature.name] for feature in self.schema.side(side)}
+            for side in ("user", "item", "scene")
+        )
         user = self._joined(self.user_tower, users, self.user_direct)
         item = self._joined(self.item_tower, items, self.item_direct)
         width = self.output_width
         return Output(user[:, :width], item[:, :width], self._logit(user, item, scene))
 
-    def _represent(
-        self, tower: Tower, side: tuple[Feature, ...], direct: tuple[Feature, ...], codes: Codes
-    ) -> Tensor:
-        return self._joined(tower, self.tables(side, codes), direct)
-
     def _joined(
-        self, tower: Tower, vectors: dict[str, Tensor], direct: tuple[Feature, ...]
+        self, tower: Tower | None, vectors: Mapping[str, Tensor], direct: tuple[Feature, ...]
     ) -> Tensor:
-        embedding: Tensor = tower(torch.cat(list(vectors.values()), dim=-1))
-        if not direct:
-            return embedding
-        return torch.cat([embedding, *(vectors[feature.name] for feature in direct)], dim=-1)
+        parts = [vectors[feature.name] for feature in direct]
+        if tower is not None:
+            parts.insert(0, tower(torch.cat(list(vectors.values()), dim=-1)))
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
-    def _logit(self, user: Tensor, item: Tensor, scene: dict[str, Tensor]) -> Tensor:
+    def _logit(self, user: Tensor, item: Tensor, scene: Mapping[str, Tensor]) -> Tensor:
         width = self.output_width
         product = user[:, :width] * item[:, :width]
         if self.ranker is None:
             return product.sum(dim=-1) / self.temperature
         logit: Tensor = self.ranker(torch.cat([user, item, product, *scene.values()], dim=-1))
         return logit
+
+    def _tower(self, side: tuple[Feature, ...], shape: TowerShape) -> Tower | None:
+        return Tower(self._width(side), shape) if shape.output else None
 
     def _width(self, features: tuple[Feature, ...]) -> int:
         return sum(self.tables.width(feature) for feature in features)

@@ -7,7 +7,8 @@ cache and need not negotiate it anew.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,38 @@ def global_sum(value: Tensor) -> Tensor:
 
     total: Tensor = hvd.allreduce(value.detach().reshape(-1), op=hvd.Sum, name="global_sum")
     return total.reshape(value.shape)
+
+
+_sums_begun = 0
+
+
+@dataclass(frozen=True)
+class PendingSum:
+    """A sum over the ranks that is under way."""
+
+    value: Tensor
+    handle: int | None
+
+    def wait(self) -> Tensor:
+        """Return the sum."""
+        if self.handle is None:
+            return self.value
+        import horovod.torch as hvd
+
+        total: Tensor = hvd.synchronize(self.handle)
+        return total
+
+
+def begin_global_sum(value: Tensor) -> PendingSum:
+    """Begin to sum a small tensor [n] over the ranks; two may be under way at a time."""
+    global _sums_begun  # noqa: PLW0603 -- names of collectives belong to the process
+    if current().size == 1:
+        return PendingSum(value, None)
+    import horovod.torch as hvd
+
+    _sums_begun += 1
+    name = f"begun_sum/{_sums_begun % 2}"
+    return PendingSum(value, hvd.allreduce_async(value, op=hvd.Sum, name=name))
 
 
 class _Gather(torch.autograd.Function):
@@ -65,9 +98,13 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     return gathered, start
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each parameter's gradient by its sum over the ranks, fused into few messages.
+def sum_gradients(
+    parameters: Iterable[nn.Parameter], how: Literal["step", "adasum", "average"] = "step"
+) -> None:
+    """Join the ranks' gradients of dense parameters, fused into few messages.
 
+    step: each becomes its sum over the ranks. adasum: Adasum of the ranks' gradients, each of its
+    own mean loss (Maleki et al., MLSys 2021). average: no messages, each rank keeps its own.
     Every rank must give the same parameters in the same order; one that this rank's batch did not
     touch takes part with zeros, because a rank that stays out would leave the others waiting.
     """
@@ -76,10 +113,26 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
+    size = current().size
+    if size == 1:
+        return
+    if how != "step":
+        # What a rank has is its share of a sum; its own mean is about `size` times that.
+        torch._foreach_mul_(gradients, size)
+    if how == "average":
+        return
+    import horovod.torch as hvd
+
+    operation = hvd.Sum if how == "step" else hvd.Adasum
+    hvd.grouped_allreduce_(gradients, op=operation, name="gradients")
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Overwrite floating-point tensors by their mean over the ranks."""
     if current().size > 1:
         import horovod.torch as hvd
 
-        hvd.grouped_allreduce_(gradients, op=hvd.Sum, name="gradients")
+        hvd.grouped_allreduce_(list(tensors), op=hvd.Average, name="average")
 
 
 def broadcast_state(tensors: dict[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, whole or absent, found by `latest` and `best`.
 
-A run directory holds ``checkpoints/step-NNNNNNNN/`` (model.safetensors, optimizer.safetensors and
-the position in manifest.json), the text files ``latest`` and ``best``, ``config.json`` and
-``log.jsonl``.
+A run directory holds ``checkpoints/step-NNNNNNNN/`` (model.safetensors, optimizer.safetensors, the
+files of `table_files`, and the position in manifest.json), the text files ``latest`` and ``best``,
+``config.json`` and ``log.jsonl``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,12 @@ from hvdrec.errors import UserError
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
 from hvdrec.order import Progress
+from hvdrec.parallel import ranks
+from hvdrec.parallel.setup import make_tables
+from hvdrec.parallel.tables import DistributedTables
 from hvdrec.structure import from_dict, to_dict
 from hvdrec.training.optimizer import optimizer_tensors, restore_optimizer
+from hvdrec.training.table_files import read_into_model, read_tables, table_meta, write_tables
 
 CONFIG_FILE = "config.json"
 Which = Literal["latest", "best"]
@@ -55,31 +60,72 @@ def save(
     position: Position,
     model: Recommender,
     optimizer: torch.optim.Optimizer,
+    tables: DistributedTables,
     config: Config,
     metrics: dict[str, Any],
-    keep: int,
 ) -> None:
     """Write a checkpoint, then name it `latest` (and `best`, if it is), then drop old ones.
 
-    To be called by the first rank alone.
+    To be called by every rank: each writes its part of sharded tables. Raises UserError on all of
+    them if one cannot write; no checkpoint appears then.
     """
     name = f"step-{position.step:08d}"
-    meta = {"position": asdict(position), "metrics": metrics, "config": to_dict(config)}
-    with write_artifact(run / "checkpoints" / name, "checkpoint", meta, overwrite=True) as draft:
-        save_file(_contiguous(model.state_dict()), draft / "model.safetensors")
-        save_file(_contiguous(optimizer_tensors(model, optimizer)), draft / "optimizer.safetensors")
-    if position.best is not None and position.best_step == position.step:
-        write_text(run / "best", name)
-    write_text(run / "latest", name)
-    _drop_old(run, keep)
+    meta = {
+        "position": asdict(position),
+        "metrics": metrics,
+        "tables": table_meta(tables),
+        "config": to_dict(config),
+    }
+    is_first = ranks.current().is_first
+    with ExitStack() as stack:
+        draft: Path | None = None
+        if is_first:
+            path = run / "checkpoints" / name
+            draft = stack.enter_context(write_artifact(path, "checkpoint", meta, overwrite=True))
+        folder = Path(ranks.broadcast_object(str(draft)))
+        ranks.together(lambda: _write(folder, model, optimizer, tables, is_first=is_first))
+    if is_first:
+        if position.best is not None and position.best_step == position.step:
+            write_text(run / "best", name)
+        write_text(run / "latest", name)
+        _drop_old(run, config.train.keep)
+    ranks.barrier()
 
 
-def restore(run: Path, model: Recommender, optimizer: torch.optim.Optimizer) -> Position:
-    """Load the latest checkpoint into model and optimizer and return its position."""
+def _write(
+    folder: Path,
+    model: Recommender,
+    optimizer: torch.optim.Optimizer,
+    tables: DistributedTables,
+    *,
+    is_first: bool,
+) -> None:
+    try:
+        write_tables(folder, tables)
+        if is_first:
+            save_file(_contiguous(model.state_dict()), folder / "model.safetensors")
+            state = optimizer_tensors(model, optimizer)
+            save_file(_contiguous(state), folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder.parent}: no checkpoint can be written ({error}); the one before is whole"
+        ) from None
+
+
+def latest_meta(run: Path) -> dict[str, Any]:
+    """Return what the latest checkpoint's manifest says."""
+    return dict(read_manifest(_find(run, "latest"), "checkpoint").meta)
+
+
+def restore(
+    run: Path, model: Recommender, optimizer: torch.optim.Optimizer, tables: DistributedTables
+) -> Position:
+    """Load the latest checkpoint into model, optimizer and tables, and return its position."""
     directory = _find(run, "latest")
     meta = read_manifest(directory, "checkpoint").meta
     model.load_state_dict(_load(directory / "model.safetensors"))
     restore_optimizer(model, optimizer, _load(directory / "optimizer.safetensors"))
+    read_tables(directory, meta["tables"], tables)
     raw = dict(meta["position"])
     raw["past"] = tuple(Progress(**past) for past in raw["past"])
     return Position(**raw)
@@ -99,18 +145,50 @@ def read_config(run: Path) -> Config:
 def load_model(run: Path, config: Config, which: Which = "best") -> tuple[Recommender, str]:
     """Return the model of a run's best (or latest) checkpoint, on the CPU, and its name."""
     directory = _find(Path(run), which)
-    read_manifest(directory, "checkpoint")
+    meta = read_manifest(directory, "checkpoint").meta
     fitted = Fitted.load(config.paths.of("features"))
     model = Recommender(config, fitted.sizes)
+    read_into_model(directory, meta["tables"], model.tables)
+    load_dense(model, directory, config)
+    return model.eval(), directory.name
+
+
+def load_model_and_tables(
+    run: Path, config: Config, which: Which, device: torch.device
+) -> tuple[Recommender, DistributedTables, str]:
+    """Return a model without tables, its tables over the ranks, and the checkpoint's name.
+
+    Where `load_model` would need more memory than a rank has. Every rank must call this.
+    """
+    directory = ranks.together(lambda: _find(Path(run), which))
+    meta = ranks.together(lambda: read_manifest(directory, "checkpoint").meta)
+    fitted = ranks.together(lambda: Fitted.load(config.paths.of("features")))
+    model = Recommender(config, fitted.sizes, with_tables=False)
+    # Looking at rows needs no state beside them.
+    plain = replace(config, train=replace(config.train, embedding_optimizer="sgd"))
+    tables = ranks.together(
+        lambda: make_tables(plain, fitted.sizes, ranks.current(), device, kernels={}, is_new=False)
+    )
+
+    def fill() -> None:
+        read_tables(directory, meta["tables"], tables)
+        load_dense(model, directory, config)
+
+    ranks.together(fill)
+    return model.to(device).eval(), tables, directory.name
+
+
+def load_dense(model: Recommender, directory: Path, config: Config) -> None:
+    """Fill a model's dense weights from a checkpoint."""
+    tables = {n: v for n, v in model.state_dict().items() if n.startswith("tables.")}
     try:
-        model.load_state_dict(_load(directory / "model.safetensors"))
+        model.load_state_dict({**_load(directory / "model.safetensors"), **tables})
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise UserError(
             f"{directory}: does not fit {config.paths.of('features')} ({first}); "
             "train again after hvdrec prepare"
         ) from None
-    return model.eval(), directory.name
 
 
 def checkpoint_metrics(run: Path, which: Which = "best") -> dict[str, Any]:

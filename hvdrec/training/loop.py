@@ -7,13 +7,14 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvdrec.artifacts import read_manifest, write_text
 from hvdrec.config import Config
@@ -24,19 +25,23 @@ from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
 from hvdrec.order import Progress
 from hvdrec.parallel import ranks
-from hvdrec.parallel.gradients import broadcast_state, global_sum
+from hvdrec.parallel.gradients import average, broadcast_state, global_sum
+from hvdrec.parallel.kernels import KernelName
 from hvdrec.parallel.ranks import World
+from hvdrec.parallel.setup import make_tables
+from hvdrec.parallel.tables import DistributedTables
 from hvdrec.structure import to_dict
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
 from hvdrec.training.log import TrainingLog
-from hvdrec.training.objective import compute_gradients
+from hvdrec.training.objective import Combine, clip, compute_gradients
 from hvdrec.training.optimizer import (
-    clip_gradients,
-    learning_rate,
     make_optimizer,
+    optimizer_tensors,
+    schedule,
     set_learning_rate,
 )
+from hvdrec.training.pipeline import preparer, steps
 
 
 @dataclass
@@ -58,7 +63,8 @@ class _Job:
     device: torch.device
     run: Path
     model: Recommender
-    parameters: list[nn.Parameter]
+    tables: DistributedTables
+    combine: Combine | None
     optimizer: torch.optim.Optimizer
     loader: ShardLoader
     log_probability: Tensor | None
@@ -80,12 +86,20 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     set_threads(config, world)
     device = ranks.together(lambda: pick_device(config, world))
     loader = ranks.together(lambda: _loader(config, world, device))
+    fitted = ranks.together(lambda: Fitted.load(config.paths.of("features")))
+    ranks.together(lambda: _check_codes(loader, config, fitted.sizes))
     torch.manual_seed(config.seed)
-    model = Recommender(config, Fitted.load(config.paths.of("features")).sizes)
+    model = Recommender(config, fitted.sizes, with_tables=False)
     optimizer = make_optimizer(model, config.train)
+    kernels = ranks.together(lambda: _kernels_before(run)) if resuming else {}
+    tables = ranks.together(
+        lambda: make_tables(
+            config, fitted.sizes, world, device, kernels=kernels, is_new=not resuming
+        )
+    )
     position = Position()
     if resuming:
-        position = ranks.together(lambda: checkpoint.restore(run, model, optimizer))
+        position = ranks.together(lambda: checkpoint.restore(run, model, optimizer, tables))
     broadcast_state(dict(model.state_dict()))
     model.to(device)
     with TrainingLog(run, is_first=world.is_first, rows_per_epoch=loader.rows) as log:
@@ -95,7 +109,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
             device,
             run,
             model,
-            list(model.parameters()),
+            tables,
+            torch.compile(model.combine) if config.train.compile else None,
             optimizer,
             loader,
             _log_probability(config, device),
@@ -106,7 +121,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
             world_size=world.size,
             device=str(device),
             rows=loader.rows,
-            parameters=sum(parameter.numel() for parameter in job.parameters),
+            parameters=sum(p.numel() for p in model.parameters())
+            + sum(rows * group.width for group in tables.groups for rows in group.rows.values()),
+            tables={
+                group.name: {"tables": list(group.rows), "rows": group.local_rows, "kernel": k.name}
+                for group, k in zip(tables.groups, tables.kernels, strict=True)
+            },
             step=position.step,
         )
         position = _run_epochs(job, position)
@@ -177,6 +197,11 @@ def _check_same(run: Path, before: Config, now: Config) -> None:
         ("seed", before.seed, now.seed),
         ("loader.shuffle_rows", before.loader.shuffle_rows, now.loader.shuffle_rows),
         ("train.objective", before.train.objective, now.train.objective),
+        (
+            "train.embedding_optimizer",
+            before.train.embedding_optimizer,
+            now.train.embedding_optimizer,
+        ),
         ("model", to_dict(before.model), to_dict(now.model)),
     ):
         if old != new:
@@ -212,6 +237,26 @@ def _loader(config: Config, world: World, device: torch.device) -> ShardLoader:
         prefetch=config.loader.prefetch,
         pin_memory=device.type == "cuda",
     )
+
+
+def _kernels_before(run: Path) -> dict[int, KernelName]:
+    """Return which kernel held which width when a run was interrupted."""
+    kernels = checkpoint.latest_meta(run)["tables"]["kernels"]
+    return {int(width): name for width, name in kernels.items()}
+
+
+def _check_codes(loader: ShardLoader, config: Config, sizes: Mapping[str, int]) -> None:
+    """Raise UserError if the shards hold a code that its table has no row for."""
+    for feature in config.schema.features:
+        if not feature.is_embedded:
+            continue
+        table = config.schema.vocabulary_of(feature)
+        for file, low, high in loader.code_ranges(feature.name):
+            if low < 0 or high >= sizes[table]:
+                raise UserError(
+                    f"{file}: column '{feature.name}' holds code {low if low < 0 else high}, "
+                    f"outside table '{table}' of {sizes[table]} rows; run hvdrec prepare again"
+                )
 
 
 def _log_probability(config: Config, device: torch.device) -> Tensor | None:
@@ -251,17 +296,24 @@ def _run_epoch(job: _Job, position: Position) -> Position:
     job.model.train()
     sums = _Sums(torch.zeros(3, device=job.device), started=time.perf_counter())
     step = position.step
-    for number, host_batch in enumerate(loader.epoch(position.epoch, past), start=1):
-        batch = host_batch.to(job.device)
+    sync = job.config.parallel
+    prepare = preparer(job.tables, job.config, step, job.world.rank)
+    prepared = loader.prepared(position.epoch, prepare, past)
+    for number, now in enumerate(steps(prepared, job.tables, job.device), start=1):
         # A step's random numbers depend on its place alone: a resumed run repeats them.
         torch.manual_seed(_step_seed(job.config.seed, step, job.world.rank))
         progress = (position.epoch + done / loader.rows) / config.epochs
-        set_learning_rate(job.optimizer, learning_rate(config, step, progress))
+        share = schedule(config, step, progress)
+        set_learning_rate(job.optimizer, share * config.learning_rate)
+        job.tables.set_rate(share * config.embedding_learning_rate)
         job.optimizer.zero_grad(set_to_none=True)
-        loss = compute_gradients(job.model, batch, config, job.log_probability)
+        loss, gradients = compute_gradients(
+            job.model, now, job.tables, job.config, job.log_probability, job.combine
+        )
         if config.clip_norm > 0:
-            clip_gradients(job.parameters, config.clip_norm)
+            gradients = clip(job.model, job.tables, now, gradients, config.clip_norm)
         job.optimizer.step()
+        job.tables.update(now.asked, gradients)
         step += 1
         rows = batch_size * job.world.size
         done = min(loader.rows, done + rows)
@@ -271,10 +323,19 @@ def _run_epoch(job: _Job, position: Position) -> Position:
         job.log.advance(rows)
         if step % config.log_every == 0:
             _log_step(job, sums, step, progress)
+        if sync.synchronization == "average" and step % sync.average_every == 0:
+            _average(job)
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             here = (*past, Progress(job.world.size, batch_size, number))
             _save(job, replace(position, step=step, past=here), {})
     return replace(position, step=step)
+
+
+def _average(job: _Job) -> None:
+    """Bring the ranks' dense weights and their moments together, where each steps by itself."""
+    state = optimizer_tensors(job.model, job.optimizer)
+    moments = [value for name, value in state.items() if not name.endswith("/step")]
+    average([parameter.data for parameter in job.model.parameters()] + moments)
 
 
 def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
@@ -289,6 +350,7 @@ def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
         ranking_loss=ranking,
         retrieval_loss=retrieval,
         learning_rate=job.optimizer.param_groups[0]["lr"],
+        embedding_learning_rate=job.tables.kernels[0].rate if job.tables.kernels else 0.0,
         rows_per_second=round(sums.rows / (now - sums.started)),
         reader_wait=round(job.loader.waited_seconds, 3),
     )
@@ -299,10 +361,12 @@ def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
 
 def _validate(job: _Job, position: Position) -> tuple[dict[str, Any], Position]:
     """Evaluate on the validation split; every rank comes to the first rank's verdict."""
+    if job.config.parallel.synchronization == "average":
+        _average(job)
     job.model.eval()
     name = metric_name(job.config)
     value, metrics = ranks.broadcast_object(
-        validation_metric(job.model, job.config, name, job.device)
+        validation_metric(job.model, job.config, name, job.device, job.tables.rows_of)
     )
     better = position.best is None or (
         value < position.best if name == "log_loss" else value > position.best
@@ -318,12 +382,10 @@ def _validate(job: _Job, position: Position) -> tuple[dict[str, Any], Position]:
 
 
 def _save(job: _Job, position: Position, metrics: dict[str, Any]) -> None:
-    """Let the first rank write a checkpoint while the others wait for it."""
-    if job.world.is_first:
-        checkpoint.save(
-            job.run, position, job.model, job.optimizer, job.config, metrics, job.config.train.keep
-        )
-    ranks.barrier()
+    """Write a checkpoint, all ranks together."""
+    if job.config.parallel.synchronization == "average":
+        _average(job)
+    checkpoint.save(job.run, position, job.model, job.optimizer, job.tables, job.config, metrics)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

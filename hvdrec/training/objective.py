@@ -6,79 +6,106 @@ with batches of b rows give the gradients of one rank with a batch of N * b rows
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hvdrec.config import Train
+from hvdrec.config import Config, Train
 from hvdrec.loader import Batch
 from hvdrec.models.losses import binary_cross_entropy, in_batch_softmax
 from hvdrec.models.recommender import Output, Recommender
 from hvdrec.parallel.gradients import gather_rows, global_sum, sum_gradients
+from hvdrec.parallel.tables import DistributedTables
+from hvdrec.training.pipeline import Step, cuts
+
+Combine = Callable[[Mapping[str, Tensor]], Output]
 
 
 @dataclass(frozen=True)
 class StepLoss:
     """This rank's share of a step's losses: their sum over the ranks is the loss of the step.
 
-    Scalars without gradient; `rows` is the weight of this rank's rows.
+    Scalars without gradient.
     """
 
     total: Tensor
     ranking: Tensor
     retrieval: Tensor
-    weight: Tensor
 
 
 def compute_gradients(
     model: Recommender,
-    batch: Batch,
-    train: Train,
+    step: Step,
+    tables: DistributedTables,
+    config: Config,
     log_probability: Tensor | None,
-) -> StepLoss:
-    """Run forward and backward; leave the global batch's gradients in the parameters.
+    combine: Combine | None = None,
+) -> tuple[StepLoss, tuple[Tensor, ...]]:
+    """Run forward and backward on a step's batch, in parts if it is configured to be cut.
 
-    log_probability: [items] log of each item's share of the positive training rows, for the logQ
-    correction, or None. Every rank must call this together.
+    Leaves the dense gradients in the parameters, joined over the ranks as configured, and returns
+    those of table rows (see DistributedTables.gradients). log_probability: [items] log of each
+    item's share of the positive training rows, for the logQ correction, or None; combine: a
+    compiled stand-in for ``model.combine``. Every rank must call this together.
     """
-    device_type = batch.label.device.type
-    with torch.autocast(device_type, torch.bfloat16, enabled=train.precision == "bf16"):
-        output = model(batch.features)
-    positive = batch.weight * batch.label
-    totals = global_sum(torch.stack([batch.weight.sum(), positive.sum()])).clamp(min=1e-12)
-    zero = totals.new_zeros(())
-    ranking = retrieval = zero
-    if train.objective != "retrieval":
-        logit = output.logit.to(batch.label.dtype)
-        ranking = binary_cross_entropy(logit, batch.label, batch.weight) / totals[0]
-    if train.objective != "ranking":
-        retrieval = (
-            _retrieval_loss(output, batch, positive, train, log_probability, model.temperature)
-            / totals[1]
-        )
-    factor = train.retrieval_weight if train.objective == "joint" else 1.0
-    total = ranking + factor * retrieval
-    total.backward()  # type: ignore[no-untyped-call]
-    sum_gradients(model.parameters())
-    if train.embedding_l2 > 0:
-        # The penalty's gradient is the same on every rank: it is added once, behind the sum.
-        for table in model.tables.weights():
-            assert table.grad is not None
-            table.grad.add_(table.detach(), alpha=train.embedding_l2)
-    return StepLoss(total.detach(), ranking.detach(), retrieval.detach(), batch.weight.sum())
+    train, batch = config.train, step.batch
+    fetched = tables.fetch(step.asked)
+    parts = fetched if isinstance(fetched, tuple) else (fetched,)
+    dtype, device = batch.label.dtype, batch.label.device
+    totals = step.totals.wait().clamp(min=1e-12).to(device, dtype, non_blocking=True)
+    sums = torch.zeros(3, dtype=dtype, device=device)
+    places = cuts(len(batch.label), len(parts))
+    for (start, stop), rows, index in zip(places, parts, step.positives, strict=True):
+        part = batch if len(parts) == 1 else batch.part(start, stop)
+        vectors = model.tables(model.schema.features, part.features, rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            output = (combine or model.combine)(vectors)
+        ranking = retrieval = sums.new_zeros(())
+        if train.objective != "retrieval":
+            logit = output.logit.to(dtype)
+            ranking = binary_cross_entropy(logit, part.label, part.weight) / totals[0]
+        if train.objective != "ranking":
+            loss = _retrieval_loss(output, part, index, train, log_probability, model.temperature)
+            retrieval = loss / totals[1]
+        factor = train.retrieval_weight if train.objective == "joint" else 1.0
+        total = ranking + factor * retrieval
+        total.backward()  # type: ignore[no-untyped-call]
+        sums += torch.stack([total, ranking, retrieval]).detach()
+    gradients = tables.gradients(step.asked)
+    sum_gradients(model.parameters(), config.parallel.synchronization)
+    total, ranking, retrieval = sums.unbind()
+    return StepLoss(total, ranking, retrieval), gradients
+
+
+def clip(
+    model: Recommender,
+    tables: DistributedTables,
+    step: Step,
+    gradients: tuple[Tensor, ...],
+    norm: float,
+) -> tuple[Tensor, ...]:
+    """Scale all gradients down to a global L2 norm, if they exceed it; every rank calls this."""
+    dense = [p.grad for p in model.parameters() if p.grad is not None]
+    mine, common = tables.square_norm(step.asked, gradients)
+    total = global_sum(mine) + common
+    total = total + sum((g.double().square().sum() for g in dense), torch.zeros_like(total))
+    scale = (norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in dense:
+        gradient.mul_(scale)
+    return tuple(gradient * scale.to(gradient.dtype) for gradient in gradients)
 
 
 def _retrieval_loss(
     output: Output,
     batch: Batch,
-    positive: Tensor,
+    index: Tensor,
     train: Train,
     log_probability: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """Return the weighted sum of in-batch softmax losses over this rank's positive rows."""
-    index = positive.nonzero().squeeze(1)
+    """Return the weighted sum of in-batch softmax losses over this rank's rows at `index`."""
     dtype = batch.label.dtype
     items, start = gather_rows(output.item[index].to(dtype))
     item_index, _ = gather_rows(batch.item_index[index])
@@ -91,7 +118,7 @@ def _retrieval_loss(
     return in_batch_softmax(
         user,
         items,
-        positive[index],
+        batch.weight[index] * batch.label[index],
         own_B=torch.arange(start, start + index.shape[0], device=index.device),
         item_B=batch.item_index[index],
         item_C=item_index,

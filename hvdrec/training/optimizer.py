@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +11,19 @@ from hvdrec.config import Train
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """Return AdamW over the model; only matrices outside embedding tables are decayed.
-
-    A group's ``scale`` is its learning rate as a multiple of `train.learning_rate`.
-    """
-    tables = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
-    }
-    embeddings = [p for p in model.parameters() if id(p) in tables]
-    dense = [p for p in model.parameters() if id(p) not in tables]
-    matrices = [p for p in dense if p.ndim > 1]
-    vectors = [p for p in dense if p.ndim <= 1]
-    scale = (train.embedding_learning_rate or train.learning_rate) / train.learning_rate
+    """Return AdamW over the model's dense parameters, of which only matrices are decayed."""
+    parameters = list(model.parameters())
     groups = [
-        {"params": matrices, "weight_decay": train.weight_decay, "scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
-        {"params": embeddings, "weight_decay": 0.0, "scale": scale},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=train.learning_rate, fused=True
     )
 
 
-def learning_rate(train: Train, step: int, progress: float) -> float:
-    """Return the learning rate of a step.
+def schedule(train: Train, step: int, progress: float) -> float:
+    """Return the share of the peak learning rates that a step takes.
 
     step: 0-based, since the start of training; progress: share in [0, 1] of all epochs' rows that
     were seen before it (so that the schedule does not depend on the number of ranks).
@@ -52,18 +37,13 @@ def learning_rate(train: Train, step: int, progress: float) -> float:
             fall = left
         case "cosine":
             fall = 0.5 * (1.0 - math.cos(math.pi * left))
-    return train.learning_rate * warmup * fall
+    return warmup * fall
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group its multiple of a learning rate."""
+    """Give every parameter group a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> None:
-    """Scale the gradients down to a global L2 norm, if they exceed it."""
-    torch.nn.utils.clip_grad_norm_(parameters, norm, foreach=True)
+        group["lr"] = rate
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from tests.parallel.conftest import HVDREC
 from tests.parallel.launch import launch
 
 Train = Callable[..., Path]
+SHARDED = ("--parallel.placement", "sharded")
 
 
 def log(run: Path, event: str) -> list[dict[str, Any]]:
@@ -36,6 +37,40 @@ def test_ranks_train_as_one_does(train: Train, ranks: int, launcher: str) -> Non
     assert abs(together["log_loss"] - alone["log_loss"]) < 0.03
 
 
+def test_where_the_tables_are_changes_nothing(train: Train) -> None:
+    """Shards and whole tables hold the same rows: only the last digits differ."""
+    seen = [
+        log(train(2, "horovodrun", "--parallel.placement", placement, *more), "validation")[-1]
+        for placement, more in (
+            ("replicated", ()),
+            ("sharded", ()),
+            ("auto", ("--parallel.shard-from-mb", "0.002")),
+        )
+    ]
+    assert abs(seen[1]["log_loss"] - seen[0]["log_loss"]) < 1e-5
+    assert abs(seen[2]["log_loss"] - seen[0]["log_loss"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ("mpirun", ("--parallel.synchronization", "adasum")),
+        ("horovodrun", ("--parallel.synchronization", "average", "--parallel.average-every", "3")),
+        ("horovodrun", ("--train.accumulate", "4")),
+        ("horovodrun", ("--train.clip-norm", "0.1", *SHARDED)),
+    ],
+)
+def test_other_ways_to_step_learn_too(
+    train: Train, launcher: str, options: tuple[str, ...]
+) -> None:
+    usual = log(train(1, ""), "validation")[-1]
+    other = log(train(2, launcher, *options), "validation")[-1]
+    assert other["step"] == usual["step"]
+    assert other["log_loss"] != usual["log_loss"]
+    assert abs(other["log_loss"] - usual["log_loss"]) < 0.05
+    assert other["auc"] > 0.6
+
+
 def test_bf16_trains_like_fp32(train: Train) -> None:
     full = log(train(1, ""), "validation")[-1]
     half = log(train(1, "", "--train.precision", "bf16"), "validation")[-1]
@@ -43,11 +78,18 @@ def test_bf16_trains_like_fp32(train: Train) -> None:
     assert abs(half["log_loss"] - full["log_loss"]) < 0.01
 
 
-@pytest.mark.parametrize(("ranks", "launcher"), [(1, ""), (2, "horovodrun")])
+@pytest.mark.parametrize(
+    ("ranks", "launcher", "more"),
+    [
+        (1, "", ()),
+        (2, "horovodrun", SHARDED),
+        (2, "mpirun", ("--parallel.synchronization", "average", "--parallel.average-every", "4")),
+    ],
+)
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
-    train: Train, ranks: int, launcher: str, tmp_path: Path
+    train: Train, ranks: int, launcher: str, more: tuple[str, ...], tmp_path: Path
 ) -> None:
-    options = ("--train.checkpoint-every", "3", "--train.keep", "99")
+    options = ("--train.checkpoint-every", "3", "--train.keep", "99", *more)
     whole = train(ranks, launcher, *options)
     stopped = tmp_path / "stopped"
     shutil.copytree(whole, stopped)
@@ -60,7 +102,10 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
     resumed = train(ranks, launcher, *options, "--resume", into=stopped)
     assert log(resumed, "start")[-1]["step"] == 12
     last = "checkpoints/step-00000020"
-    for file in ("model.safetensors", "optimizer.safetensors"):
+    files = [path.name for path in (whole / last).glob("*.safetensors")]
+    tables = ranks if more == SHARDED else 1
+    assert len(files) == 2 + tables
+    for file in files:
         assert (resumed / last / file).read_bytes() == (whole / last / file).read_bytes()
     expected = read_manifest(whole / last, "checkpoint").meta
     assert read_manifest(resumed / last, "checkpoint").meta == {
@@ -81,11 +126,13 @@ def test_resuming_with_another_order_of_rows_is_refused(train: Train, small: Pat
 
 
 def test_a_run_is_resumed_on_another_number_of_ranks(train: Train, tmp_path: Path) -> None:
-    run = train(2, "horovodrun", "--train.checkpoint-every", "3", "--train.keep", "99")
+    options = ("--train.checkpoint-every", "3", "--train.keep", "99", *SHARDED)
+    run = train(2, "horovodrun", *options)
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped)
     (stopped / "latest").write_text("step-00000012")
-    resumed = train(3, "mpirun", "--resume", into=stopped)
+    resumed = train(3, "mpirun", "--resume", *SHARDED, into=stopped)
+    assert len(list((resumed / "checkpoints/step-00000020").glob("tables-*-of-00003.*"))) == 3
     start = log(resumed, "start")[-1]
     assert (start["step"], start["world_size"]) == (12, 3)
     # 2 of the second epoch's 10 steps were done: 4800 - 2 * 512 rows are left, 3 * 171 a step.
@@ -95,7 +142,7 @@ def test_a_run_is_resumed_on_another_number_of_ranks(train: Train, tmp_path: Pat
 
 
 def test_evaluation_does_not_depend_on_the_ranks(train: Train, small: Path) -> None:
-    run = train(1, "")
+    run = train(2, "horovodrun", *SHARDED)
     reports = []
     for ranks, launcher in ((1, ""), (2, "horovodrun"), (3, "mpirun")):
         done = launch([HVDREC, "evaluate", str(run), "--json"], ranks, launcher)

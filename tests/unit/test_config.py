@@ -20,7 +20,10 @@ MINIMAL: dict[str, Any] = {
         {"name": "hour", "side": "scene", "dtype": "int", "default": 12},
     ],
 }
-SECTIONS = "[name, features, seed, paths, samples, encode, loader, model, train, evaluate, export]"
+SECTIONS = (
+    "[name, features, seed, paths, samples, encode, loader, model, train, parallel, "
+    "evaluate, export]"
+)
 
 TOML = """
 name = "small"

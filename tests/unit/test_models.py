@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hvdrec.models.layers import CrossNetwork
 from hvdrec.models.tables import EmbeddingTables, pooled
-from tests.small_model import SIZES, small_batch, small_config, small_model
+from hvdrec.parallel.ranks import World
+from tests.small_model import (
+    SIZES,
+    Setting,
+    small_batch,
+    small_config,
+    small_model,
+    small_tables,
+)
 
 
 def test_pooling_leaves_padding_out() -> None:
@@ -48,17 +58,39 @@ def test_missing_rows_stay_zero_and_get_no_gradient() -> None:
         assert not table.weight.grad[0].any()  # type: ignore[index, union-attr]
 
 
-def test_unknown_rate_replaces_only_known_values_and_only_in_training() -> None:
+def test_rows_give_what_the_models_own_tables_give() -> None:
+    """A batch's distinct rows, and where its features find them, are as good as the tables."""
     config = small_config()
-    tables = EmbeddingTables(config.schema, SIZES, 4, unknown_rate=0.999999)
-    feature = config.schema["user_id"]
-    codes = {"user_id": torch.tensor([0, 5, 6])}
-    trained = tables([feature], codes)["user_id"]
-    weight = tables.tables["user_id"].weight
-    assert torch.equal(trained, torch.stack([weight[0], weight[1], weight[1]]))  # type: ignore[index]
-    tables.eval()
-    served = tables([feature], codes)["user_id"]
-    assert torch.equal(served, torch.stack([weight[0], weight[5], weight[6]]))  # type: ignore[index]
+    whole, bare = small_model(config), small_model(config, with_tables=False)
+    codes = small_batch(12, padding=3).features
+    for setting in (Setting(placement="replicated"), Setting(kernel="torch")):
+        rows = small_tables(config, whole, World(), setting).rows_of(codes)
+        expected, got = whole(codes), bare(codes, rows)
+        assert torch.equal(got.logit, expected.logit)
+        assert torch.equal(got.user, expected.user)
+        subset = {name: codes[name] for name in ("user_id", "history", "age")}
+        tables = small_tables(config, whole, World(), setting)
+        assert torch.equal(
+            bare.represent_users(subset, tables.rows_of(subset)), whole.represent_users(codes)
+        )
+
+
+def test_without_towers_the_ranker_sees_every_feature() -> None:
+    config = small_config("ranking")
+    shape = replace(config.model.tower, output=0)
+    everything = tuple(f.name for f in config.features if f.side != "scene")
+    ranker = replace(config.model.ranker, direct=everything)
+    config = replace(config, model=replace(config.model, tower=shape, ranker=ranker))
+    model = small_model(config).eval()
+    codes = dict(small_batch(12).features)
+    assert model.user_width() == 4 + 4 + 1
+    output = model(codes)
+    assert output.user.shape == (12, 0)
+    user, item = model.represent_users(codes), model.represent_items(codes)
+    assert torch.equal(model.rank(user, item, codes), output.logit)
+    for name, values in codes.items():
+        changed = {**codes, name: values.flip(0)}
+        assert (model(changed).logit != output.logit).any(), name
 
 
 def test_representations_and_rank_are_the_forward_pass() -> None:

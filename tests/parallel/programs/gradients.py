@@ -1,51 +1,95 @@
-"""Compute a global batch's gradients on all ranks; the first one writes them.
+"""Take optimizer steps on all ranks in many settings; the first rank writes what came of them.
 
-Arguments: objective, file to write. The global batch's 12 rows are dealt out unevenly: the last
-rank gets what is left, possibly nothing but padding.
+Argument: the file to write. Each global batch's 12 rows are dealt out unevenly: the last rank gets
+what is left, possibly nothing but padding. Tensors are named SETTING/NAME, where NAME is a
+parameter's gradient in the first step (``gradient/…``), a whole table (``table/…``) or ``loss``.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from hvdrec.loader import Batch
 from hvdrec.parallel import ranks
-from hvdrec.training.objective import compute_gradients
-from tests.small_model import small_batch, small_config, small_model
+from hvdrec.parallel.gradients import broadcast_state
+from hvdrec.training.objective import clip, compute_gradients
+from hvdrec.training.pipeline import preparer, steps
+from tests.small_model import (
+    DENSE_RATE,
+    SETTINGS,
+    STEPS,
+    TABLE_RATE,
+    Setting,
+    of_type,
+    small_batch,
+    small_model,
+    small_tables,
+)
 
 ROWS = 12
 
 
-def part(batch: Batch, start: int, stop: int) -> Batch:
-    return replace(
-        batch,
-        features={name: codes[start:stop] for name, codes in batch.features.items()},
-        user_index=batch.user_index[start:stop],
-        item_index=batch.item_index[start:stop],
-        label=batch.label[start:stop],
-        weight=batch.weight[start:stop],
-        rows=max(0, min(stop, ROWS) - start),
-    )
-
-
-def main(objective: str, file: str) -> None:
+def take_steps(setting: Setting) -> dict[str, Tensor]:
     world = ranks.init()
-    config = small_config(objective)
-    model = small_model(config)
-    share = {1: 12, 2: 8, 3: 6}[world.size]
-    batch = small_batch(ROWS, padding=world.size * share - ROWS)
-    mine = part(batch, world.rank * share, (world.rank + 1) * share)
-    log_probability = torch.log(torch.arange(1, 10) / 45).double()
-    loss = compute_gradients(model, mine, config.train, log_probability)
-    total = ranks.sum_arrays(loss.total.numpy())
-    if world.is_first:
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        tensors = {name: gradient.clone() for name, gradient in gradients.items()}
-        save_file({**tensors, "loss": torch.tensor(float(total), dtype=torch.float64)}, file)
+    config = setting.config()
+    whole = small_model(config)
+    model = small_model(config, with_tables=False)
+    dtype = torch.float32 if setting.kernel == "fbgemm" else torch.float64
+    tables = small_tables(config, whole, world, setting)
+    model.to(dtype)
+    broadcast_state(dict(model.state_dict()))
+    share = {1: 12, 2: 8, 3: 6, 4: 5}[world.size]
+    batches = []
+    for number in range(STEPS):
+        batch = small_batch(ROWS, padding=world.size * share - ROWS, seed=number)
+        mine = batch.part(world.rank * share, (world.rank + 1) * share)
+        batches.append(of_type(mine, dtype))
+    log_probability = torch.log(torch.arange(1, 10) / 45).to(dtype)
+    prepare = preparer(tables, config, 0, world.rank)
+    prepared = (prepare(number, batch) for number, batch in enumerate(batches))
+    out: dict[str, Tensor] = {}
+    for number, step in enumerate(steps(prepared, tables, torch.device("cpu"))):
+        tables.set_rate(TABLE_RATE)
+        model.zero_grad()
+        loss, gradients = compute_gradients(model, step, tables, config, log_probability)
+        if config.train.clip_norm:
+            gradients = clip(model, tables, step, gradients, config.train.clip_norm)
+        if number == 0:
+            total = ranks.sum_arrays(loss.total.double().numpy())
+            out["loss"] = torch.tensor(float(total), dtype=torch.float64)
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                out[f"gradient/{name}"] = parameter.grad.clone()
+        tables.update(step.asked, gradients)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad, alpha=DENSE_RATE)
+    for group in tables.groups:
+        for table, rows in group.rows.items():
+            mine_of_it = tables.table(table)[0].numpy()
+            if group.is_sharded:
+                ids = ranks.gather_arrays(group.ids(table, world.rank))
+                joined = np.empty((rows, group.width), mine_of_it.dtype)
+                joined[ids] = ranks.gather_arrays(mine_of_it)
+                out[f"table/{table}"] = torch.from_numpy(joined)
+            else:
+                out[f"table/{table}"] = torch.from_numpy(mine_of_it.copy())
+    return out
+
+
+def main(file: str) -> None:
+    tensors = {
+        f"{name}/{key}": value
+        for name, setting in SETTINGS.items()
+        for key, value in take_steps(setting).items()
+    }
+    if ranks.current().is_first:
+        save_file(tensors, Path(file))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,427 @@
+"""Embedding tables that are held outside the model, whole or in shards over the ranks.
+
+A step goes like this: `find` lists the batch's distinct rows (on the reader's thread), `ask` sends
+their numbers to the ranks that hold them (while the step before computes), `fetch` brings the rows,
+the model runs, `gradients` brings theirs to where the rows are, and `update` takes the optimizer's
+step. Nothing in it costs more with a larger vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+
+from hvdrec.errors import UserError
+from hvdrec.models.tables import Block, Lists, Rows
+from hvdrec.parallel.kernels import KERNELS, Kernel, KernelName, RowOptimizer
+from hvdrec.parallel.layout import Group, sorted_by_owner
+from hvdrec.parallel.ranks import World
+from hvdrec.schema import FIRST_CODE, MISSING, UNKNOWN, Schema
+
+Array = NDArray[Any]
+
+INITIAL_DEVIATION = 0.01
+"""Standard deviation of a table's first values: small, so that rare rows say little."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A batch's distinct rows of one group, and where its features find them.
+
+    rows: int32 or int64 [R], places in the arrays of the ranks that hold them, rank by rank;
+    counts: int32 [ranks], how many each rank has. The first is the row of MISSING. single, places,
+    lists: as in models.tables.Block, for each part of the batch.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    single: tuple[str, ...]
+    places: tuple[Tensor, ...]
+    lists: tuple[Mapping[str, Lists], ...]
+
+
+@dataclass
+class _Exchange:
+    """What is under way for one group: the answer to `ask`, and what the gradients go back by."""
+
+    found: Found
+    handle: int | None = None
+    rows: Tensor | None = None
+    """int64: the rows that are read and updated here, each once if the kernel needs that."""
+    order: Tensor | None = None
+    """Where each row that was asked for (sharded) or found (replicated) is among `rows`."""
+    counts: Tensor | None = None
+    """int32 [ranks]: how many rows each rank asked for."""
+    vectors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The rows of a batch, under way; `fetch` waits for them."""
+
+    exchanges: tuple[_Exchange, ...]
+
+
+class DistributedTables:
+    """The embedding tables of a model, over the ranks of a job.
+
+    With one rank, or where all tables are replicated, nothing is exchanged but what must be.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        groups: Sequence[Group],
+        optimizer: RowOptimizer,
+        world: World,
+        *,
+        kernels: Mapping[int, KernelName],
+        seed: int | None = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Make tables with their first values, which do not depend on the number of ranks.
+
+        kernels: width -> kernel; seed: of the first values, or None for zeros.
+        """
+        self.schema, self.groups, self.optimizer = schema, tuple(groups), optimizer
+        self.world, self.device, self.step = world, torch.device(device), 0
+        self._asks = 0
+        self.kernels: tuple[Kernel, ...] = tuple(
+            KERNELS[kernels[group.width]](group.local_rows, group.width, optimizer, dtype, device)
+            for group in groups
+        )
+        if seed is not None:
+            for group, kernel in zip(groups, self.kernels, strict=True):
+                _fill(group, kernel.weight, world.rank, seed)
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate, before a step's rows are fetched."""
+        for kernel in self.kernels:
+            kernel.rate = rate
+
+    def table(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this rank's rows of a table and of its optimizer state, as views."""
+        for group, kernel in zip(self.groups, self.kernels, strict=True):
+            if name in group.rows:
+                start = group.bases[name]
+                stop = start + len(group.ids(name, self.world.rank))
+                state = {key: value[start:stop] for key, value in kernel.state.items()}
+                return kernel.weight[start:stop], state
+        raise KeyError(name)
+
+    # ------------------------------------------------------------------------------- a batch's rows
+
+    def find(
+        self,
+        codes: Mapping[str, Tensor],
+        *,
+        parts: int = 1,
+        unknown_rate: float = 0.0,
+        random: np.random.Generator | None = None,
+    ) -> tuple[Found, ...]:
+        """List the distinct rows of a batch on the CPU; no rank waits for another here.
+
+        codes: name -> int64 [N] or [N, L], of all or some embedded features; parts: into how many
+        equal parts the batch will be cut; unknown_rate: the share of known single values that are
+        replaced by UNKNOWN, drawn from `random`.
+        """
+        arrays = {
+            feature.name: codes[feature.name].numpy()
+            for feature in self.schema.features
+            if feature.is_embedded and feature.name in codes
+        }
+        if unknown_rate and random is not None:
+            for feature in self.schema.features:
+                if feature.name in arrays and feature.kind == "categorical":
+                    code = arrays[feature.name]
+                    replaced = (random.random(code.shape) < unknown_rate) & (code != MISSING)
+                    arrays[feature.name] = np.where(replaced, UNKNOWN, code)
+        return tuple(self._find(group, arrays, parts) for group in self.groups)
+
+    def _find(self, group: Group, arrays: Mapping[str, Array], parts: int) -> Found:
+        keys: list[Array] = [np.zeros(1, np.int64)]
+        single: list[str] = []
+        masks: dict[str, Array] = {}
+        for feature in self.schema.features:
+            table = self.schema.vocabulary_of(feature) if feature.is_embedded else ""
+            if feature.name not in arrays or table not in group.rows:
+                continue
+            code = arrays[feature.name]
+            if code.size and (code.min() < 0 or code.max() >= group.rows[table]):
+                worst = int(code.min() if code.min() < 0 else code.max())
+                raise UserError(
+                    f"feature '{feature.name}': code {worst} is outside table '{table}' of "
+                    f"{group.rows[table]} rows; run hvdrec prepare again"
+                )
+            if feature.is_list:
+                masks[feature.name] = code != MISSING
+                keys.append(group.keys(table, code[masks[feature.name]]))
+            else:
+                single.append(feature.name)
+                keys.insert(len(single), group.keys(table, code))
+        places, distinct = pd.factorize(np.concatenate(keys))
+        order, counts = sorted_by_owner(group, distinct)
+        if group.is_sharded:
+            back = np.empty_like(order)
+            back[order] = np.arange(len(order))
+            places, distinct = back[places], distinct[order] % group.local_rows
+        row_type = np.int32 if group.local_rows < 2**31 else np.int64
+        split = np.split(places, np.cumsum([len(part) for part in keys])[:-1])[1:]
+        count = len(next(iter(arrays.values()))) if arrays else 0
+        grid = np.stack(split[: len(single)]) if single else np.empty((0, count), np.int64)
+        cuts = [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+        lists: list[dict[str, Lists]] = [{} for _ in cuts]
+        for name, place in zip(masks, split[len(single) :], strict=True):
+            ends = np.concatenate([[0], np.cumsum(masks[name].sum(1))])
+            for part, (start, stop) in zip(lists, cuts, strict=True):
+                part[name] = _lists(
+                    place[ends[start] : ends[stop]], ends[start : stop + 1], len(distinct)
+                )
+        return Found(
+            torch.from_numpy(distinct.astype(row_type)),
+            torch.from_numpy(counts.astype(np.int32)),
+            tuple(single),
+            tuple(torch.from_numpy(np.ascontiguousarray(grid[:, i:j])) for i, j in cuts),
+            tuple(lists),
+        )
+
+    # --------------------------------------------------------------------------------- the exchange
+
+    def ask(self, found: Sequence[Found]) -> Asked:
+        """Begin to tell the ranks which rows are wanted of them; does not wait.
+
+        Every rank must call this, and then `fetch`, for each of its batches in order.
+        """
+        # The rows of two batches can be under way at a time, under two names.
+        self._asks += 1
+        return Asked(tuple(map(self._ask, self.groups, found)))
+
+    def _ask(self, group: Group, found: Found) -> _Exchange:
+        exchange = _Exchange(found)
+        if self.world.size == 1:
+            exchange.rows = found.rows.long().to(self.device)
+            return exchange
+        import horovod.torch as hvd
+
+        name = f"rows/{group.name}/{self._asks % 2}"
+        if group.is_sharded:
+            exchange.handle = hvd.alltoall_async(found.rows, splits=found.counts, name=name)
+        else:
+            exchange.handle = hvd.allgather_async(found.rows, name=name)
+        return exchange
+
+    def fetch(self, asked: Asked) -> Rows | tuple[Rows, ...]:
+        """Bring the rows that were asked for; with gradients enabled, they want gradients.
+
+        Returns the rows of the batch, or of each of its parts where there are several.
+        """
+        started = [self._arrive(g, k, e) for g, k, e in self._each(asked)]
+        blocks = []
+        for (group, kernel, exchange), handle in zip(self._each(asked), started, strict=True):
+            assert exchange.rows is not None
+            if handle is None:
+                vectors = kernel.fetch(exchange.rows)
+                if exchange.order is not None:
+                    vectors = vectors.index_select(0, exchange.order)
+            else:
+                vectors = _received(handle)
+            exchange.vectors = vectors.requires_grad_(torch.is_grad_enabled())
+            found = exchange.found
+            blocks.append(
+                [
+                    Block(exchange.vectors, found.single, self._to(places), self._lists_to(lists))
+                    for places, lists in zip(found.places, found.lists, strict=True)
+                ]
+            )
+            assert group.width == vectors.shape[1]
+        parts = tuple(Rows(tuple(part)) for part in zip(*blocks, strict=True))
+        return parts[0] if len(parts) == 1 else parts
+
+    def _arrive(self, group: Group, kernel: Kernel, exchange: _Exchange) -> int | None:
+        """Wait for what is asked of this rank; start to send sharded rows and return the handle."""
+        if self.world.size == 1:
+            return None
+        import horovod.torch as hvd
+
+        assert exchange.handle is not None
+        if not group.is_sharded:
+            everyone = hvd.synchronize(exchange.handle).numpy()
+            # The same rows in the same order everywhere: their gradients can then be summed.
+            union = np.unique(everyone)
+            exchange.rows = torch.from_numpy(union.astype(np.int64)).to(self.device)
+            order = np.searchsorted(union, exchange.found.rows.numpy())
+            exchange.order = torch.from_numpy(order).to(self.device)
+            return None
+        wanted, exchange.counts = hvd.synchronize(exchange.handle)
+        rows = wanted.long()
+        if kernel.sums_duplicates:
+            exchange.rows = rows.to(self.device)
+            outgoing = kernel.fetch(exchange.rows)
+        else:
+            order, distinct = pd.factorize(rows.numpy())
+            exchange.rows = torch.from_numpy(distinct).to(self.device)
+            exchange.order = torch.from_numpy(order).to(self.device)
+            outgoing = kernel.fetch(rows.to(self.device))
+        handle: int = hvd.alltoall_async(
+            outgoing, splits=exchange.counts, name=f"vectors/{group.name}"
+        )
+        return handle
+
+    def gradients(self, asked: Asked) -> tuple[Tensor, ...]:
+        """Return, of each group, the gradients [R, width] of the rows to update here.
+
+        They are summed over all ranks and have each row once, where the kernel needs that.
+        """
+        handles = []
+        for group, _, exchange in self._each(asked):
+            assert exchange.vectors is not None
+            gradient = exchange.vectors.grad
+            if gradient is None:
+                gradient = torch.zeros_like(exchange.vectors)
+            handles.append((gradient, self._send_back(group, exchange, gradient)))
+        summed = []
+        for (_, _, exchange), (gradient, handle) in zip(self._each(asked), handles, strict=True):
+            assert exchange.rows is not None
+            came = gradient if handle is None else _received(handle)
+            if exchange.order is not None and exchange.counts is not None:
+                total = came.new_zeros(len(exchange.rows), came.shape[1])
+                came = total.index_add_(0, exchange.order, came)
+            summed.append(came)
+        return tuple(summed)
+
+    def _send_back(self, group: Group, exchange: _Exchange, gradient: Tensor) -> int | None:
+        if self.world.size == 1:
+            return None
+        import horovod.torch as hvd
+
+        handle: int
+        if group.is_sharded:
+            handle = hvd.alltoall_async(
+                gradient, splits=exchange.found.counts, name=f"gradients/{group.name}"
+            )
+        else:
+            assert exchange.rows is not None
+            assert exchange.order is not None
+            total = gradient.new_zeros(len(exchange.rows), group.width)
+            total[exchange.order] = gradient
+            handle = hvd.allreduce_async_(total, op=hvd.Sum, name=f"gradients/{group.name}")
+        return handle
+
+    def update(self, asked: Asked, gradients: Sequence[Tensor]) -> None:
+        """Take an optimizer step on the rows of a batch, with what `gradients` returned."""
+        self.step += 1
+        for (_, kernel, exchange), gradient in zip(self._each(asked), gradients, strict=True):
+            assert exchange.rows is not None
+            kernel.update(exchange.rows, gradient, self.step)
+
+    def square_norm(self, asked: Asked, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the sums of squared gradients: of rows only this rank has, of those all have."""
+        mine = torch.zeros((), device=self.device, dtype=torch.float64)
+        common = torch.zeros_like(mine)
+        for (group, kernel, exchange), gradient in zip(self._each(asked), gradients, strict=True):
+            once = gradient
+            if group.is_sharded and kernel.sums_duplicates:
+                assert exchange.rows is not None
+                order, distinct = pd.factorize(exchange.rows.cpu().numpy())
+                once = gradient.new_zeros(len(distinct), group.width)
+                once.index_add_(0, torch.from_numpy(order).to(self.device), gradient)
+            (mine if group.is_sharded else common).add_(once.double().square().sum())
+        return mine, common
+
+    def rows_of(self, codes: Mapping[str, Tensor]) -> Rows:
+        """Return the rows of a batch to look at; every rank must call this together."""
+        # Horovod's own thread could not write into tensors of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = self.fetch(self.ask(self.find({n: c.cpu() for n, c in codes.items()})))
+        assert isinstance(rows, Rows)
+        return rows
+
+    def _each(self, asked: Asked) -> list[tuple[Group, Kernel, _Exchange]]:
+        return list(zip(self.groups, self.kernels, asked.exchanges, strict=True))
+
+    def _to(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _lists_to(self, lists: Mapping[str, Lists]) -> dict[str, Lists]:
+        return {
+            name: Lists(
+                *(self._to(t) for t in (v.places, v.starts, v.counts, v.rows, v.row_starts))
+            )
+            for name, v in lists.items()
+        }
+
+
+def _received(handle: int) -> Tensor:
+    """Wait for an exchange and return what came, without how much came from where."""
+    import horovod.torch as hvd
+
+    result = hvd.synchronize(handle)
+    found: Tensor = result[0] if isinstance(result, tuple) else result
+    return found
+
+
+def _lists(places: Array, ends: Array, rows: int) -> Lists:
+    """Return lists in both directions: entries' places, and where each batch row's begin."""
+    starts = ends - ends[0]
+    matrix = sparse.csr_matrix(
+        (np.empty(len(places), np.int8), places, starts), shape=(len(ends) - 1, rows)
+    )
+    by_place = matrix.tocsc()
+    return Lists(
+        torch.from_numpy(places),
+        torch.from_numpy(starts[:-1].astype(np.int64)),
+        torch.from_numpy(np.maximum(np.diff(ends), 1).astype(np.float32))[:, None],
+        torch.from_numpy(by_place.indices.astype(np.int64)),
+        torch.from_numpy(by_place.indptr[:-1].astype(np.int64)),
+    )
+
+
+# --------------------------------------------------------------------------------- the first values
+
+
+def _fill(group: Group, weight: Tensor, rank: int, seed: int, block: int = 1 << 18) -> None:
+    """Write the first values of a rank's rows; those of MISSING and UNKNOWN are zero."""
+    with torch.no_grad():
+        for table, base in group.bases.items():
+            ids = group.ids(table, rank)
+            for start in range(0, len(ids), block):
+                part = ids[start : start + block]
+                values = initial_rows(table, part, group.width, seed)
+                weight[base + start : base + start + len(part)] = torch.from_numpy(values)
+
+
+def initial_rows(table: str, ids: Array, width: int, seed: int) -> Array:
+    """Return the first values of rows, float64 [n, width]: uniform, with INITIAL_DEVIATION.
+
+    A value is a function of (seed, table, row, column) alone, so each rank can make its own rows.
+    An unknown value says nothing until training says otherwise: its row is zero.
+    Source of the mixing function: Steele et al., "Fast splittable pseudorandom number generators",
+    OOPSLA 2014 (SplitMix64).
+    """
+    key = np.uint64((zlib.crc32(table.encode()) << 32) ^ (seed & 0xFFFFFFFF))
+    with np.errstate(over="ignore"):
+        start = _mix(np.asarray(key))
+        cells = ids.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(
+            width, dtype=np.uint64
+        )
+        mixed = _mix(start + (cells + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    share = (mixed >> np.uint64(11)).astype(np.float64) / 2**53
+    values = (2 * share - 1) * INITIAL_DEVIATION * np.sqrt(3.0)
+    values[ids < FIRST_CODE] = 0.0
+    return np.asarray(values)
+
+
+def _mix(value: Array) -> Array:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(value ^ (value >> np.uint64(31)))
