@@ -257,7 +257,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
     from hvdrec.evaluation.report import jsonable, render
     from hvdrec.parallel import ranks
     from hvdrec.training.checkpoint import load_model, load_model_and_tables, read_config
-    from hvdrec.training.loop import pick_device, set_threads
+    from hvdrec.training.machine import pick_device, set_threads
 
     world = ranks.init()
     config = ranks.together(lambda: read_config(options.run))

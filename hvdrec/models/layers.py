@@ -12,7 +12,7 @@ def mlp(width: int, hidden: Sequence[int], dropout: float) -> tuple[nn.Sequentia
     """Return linear-ReLU(-dropout) layers and the width of their output."""
     layers: list[nn.Module] = []
     for size in hidden:
-        layers += [nn.Linear(width, size), nn.ReLU()]
+        layers += [nn.Linear(width, size), nn.ReLU(inplace=True)]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
         width = size

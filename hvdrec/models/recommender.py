@@ -106,16 +106,19 @@ class Recommender(nn.Module):
     def represent_users(self, codes: Codes, rows: Rows | None = None) -> Tensor:
         """Return users' representations: codes of user features -> [N, user_width]."""
         vectors = self.tables(self.schema.side("user"), codes, rows)
-        return self._joined(self.user_tower, vectors, self.user_direct)
+        return _joined(self._parts(self.user_tower, vectors, self.user_direct))
 
     def represent_items(self, codes: Codes, rows: Rows | None = None) -> Tensor:
         """Return items' representations: codes of item features -> [N, item_width]."""
         vectors = self.tables(self.schema.side("item"), codes, rows)
-        return self._joined(self.item_tower, vectors, self.item_direct)
+        return _joined(self._parts(self.item_tower, vectors, self.item_direct))
 
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
         """Return the logits [N] of pairs of representations, in the scenes ``codes`` tells."""
-        return self._logit(user, item, self.tables(self.schema.side("scene"), codes))
+        scene = self.tables(self.schema.side("scene"), codes)
+        width = self.output_width
+        product = user[:, :width] * item[:, :width]
+        return self._logit([user], [item], product, list(scene.values()))
 
     def forward(self, codes: Codes, rows: Rows | None = None) -> Output:
         """Return embeddings and logits of a batch.
@@ -130,25 +133,27 @@ class Recommender(nn.Module):
             {feature.name: vectors[feature.name] for feature in self.schema.side(side)}
             for side in ("user", "item", "scene")
         )
-        user = self._joined(self.user_tower, users, self.user_direct)
-        item = self._joined(self.item_tower, items, self.item_direct)
-        width = self.output_width
-        return Output(user[:, :width], item[:, :width], self._logit(user, item, scene))
+        user = self._parts(self.user_tower, users, self.user_direct)
+        item = self._parts(self.item_tower, items, self.item_direct)
+        # Without towers there are embeddings of width 0.
+        embeddings = [parts[0][:, : self.output_width] for parts in (user, item)]
+        product = embeddings[0] * embeddings[1]
+        logit = self._logit(user, item, product, list(scene.values()))
+        return Output(embeddings[0], embeddings[1], logit)
 
-    def _joined(
+    def _parts(
         self, tower: Tower | None, vectors: Mapping[str, Tensor], direct: tuple[Feature, ...]
-    ) -> Tensor:
+    ) -> list[Tensor]:
+        """Return what a representation is joined of."""
         parts = [vectors[feature.name] for feature in direct]
-        if tower is not None:
-            parts.insert(0, tower(torch.cat(list(vectors.values()), dim=-1)))
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return parts if tower is None else [tower(_joined(list(vectors.values()))), *parts]
 
-    def _logit(self, user: Tensor, item: Tensor, scene: Mapping[str, Tensor]) -> Tensor:
-        width = self.output_width
-        product = user[:, :width] * item[:, :width]
+    def _logit(
+        self, user: list[Tensor], item: list[Tensor], product: Tensor, scene: list[Tensor]
+    ) -> Tensor:
         if self.ranker is None:
             return product.sum(dim=-1) / self.temperature
-        logit: Tensor = self.ranker(torch.cat([user, item, product, *scene.values()], dim=-1))
+        logit: Tensor = self.ranker(_joined([*user, *item, product, *scene]))
         return logit
 
     def _tower(self, side: tuple[Feature, ...], shape: TowerShape) -> Tower | None:
@@ -160,3 +165,8 @@ class Recommender(nn.Module):
     @staticmethod
     def _direct(names: tuple[str, ...], side: tuple[Feature, ...]) -> tuple[Feature, ...]:
         return tuple(feature for feature in side if feature.name in names)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return [N, sum of widths] of parts [N, width]."""
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]

@@ -98,6 +98,7 @@ class TorchKernel:
     ) -> None:
         self.optimizer = optimizer
         self.rate = 0.0
+        self._fetched: tuple[Tensor, Tensor] | None = None
         self.weight = torch.zeros(rows, width, dtype=dtype, device=device)
         self.state = {
             key: torch.zeros(shape, dtype=dtype, device=device)
@@ -106,30 +107,35 @@ class TorchKernel:
 
     def fetch(self, rows: Tensor) -> Tensor:
         """See Kernel."""
-        return self.weight.index_select(0, rows)
+        found = self.weight.index_select(0, rows)
+        if torch.is_grad_enabled():
+            self._fetched = (rows, found.detach())
+        return found
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
         """See Kernel; each row must be given once."""
         options, rate = self.optimizer, self.rate
+        known, self._fetched = self._fetched, None
+        is_known = known is not None and known[0] is rows
+        weight = known[1] if known is not None and is_known else self.weight.index_select(0, rows)
         if options.weight_decay:
-            gradient = gradient.add(self.fetch(rows), alpha=options.weight_decay)
+            gradient = gradient.add(weight, alpha=options.weight_decay)
         match options.name:
             case "sgd":
-                change = gradient * -rate
+                moved = weight.add(gradient, alpha=-rate)
             case "rowwise-adagrad":
                 total = self._add("accumulator", rows, gradient.square().mean(1))
-                change = (
-                    gradient * total.sqrt_().add_(options.eps).reciprocal_().mul_(-rate)[:, None]
-                )
+                root = total.sqrt_().add_(options.eps)
+                moved = weight.addcdiv(gradient, root[:, None], value=-rate)
             case "adagrad":
                 total = self._add("accumulator", rows, gradient.square())
-                change = gradient.div(total.sqrt_().add_(options.eps)).mul_(-rate)
+                moved = weight.addcdiv(gradient, total.sqrt_().add_(options.eps), value=-rate)
             case "adam":
                 mean = self._decay("mean", rows, gradient, options.beta1)
                 variance = self._decay("variance", rows, gradient.square(), options.beta2)
                 root = variance.div_(1 - options.beta2**step).sqrt_().add_(options.eps)
-                change = mean.div_(root).mul_(-rate / (1 - options.beta1**step))
-        self.weight.index_add_(0, rows, change)
+                moved = weight.addcdiv(mean, root, value=-rate / (1 - options.beta1**step))
+        self.weight.index_copy_(0, rows, moved)
 
     def _add(self, key: str, rows: Tensor, value: Tensor) -> Tensor:
         """Add to state and return the new values of these rows."""

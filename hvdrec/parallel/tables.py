@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,13 +21,14 @@ from scipy import sparse
 from torch import Tensor
 
 from hvdrec.errors import UserError
-from hvdrec.models.tables import Block, Lists, Rows
+from hvdrec.models.tables import Block, Lists, Rows, Values
 from hvdrec.parallel.kernels import KERNELS, Kernel, KernelName, RowOptimizer
 from hvdrec.parallel.layout import Group, sorted_by_owner
 from hvdrec.parallel.ranks import World
 from hvdrec.schema import FIRST_CODE, MISSING, UNKNOWN, Schema
 
 Array = NDArray[Any]
+Moved = TypeVar("Moved", Values, Lists)
 
 INITIAL_DEVIATION = 0.01
 """Standard deviation of a table's first values: small, so that rare rows say little."""
@@ -37,15 +38,15 @@ INITIAL_DEVIATION = 0.01
 class Found:
     """A batch's distinct rows of one group, and where its features find them.
 
-    rows: int32 or int64 [R], places in the arrays of the ranks that hold them, rank by rank;
-    counts: int32 [ranks], how many each rank has. The first is the row of MISSING. single, places,
-    lists: as in models.tables.Block, for each part of the batch.
+    rows: int64 [R], or int32 where they are to travel and fit: places in the arrays of the ranks
+    that hold them, rank by rank; counts: int32 [ranks], how many each rank has. The first is the
+    row of MISSING. single, values, lists: as in models.tables.Block, for each part of the batch.
     """
 
     rows: Tensor
     counts: Tensor
     single: tuple[str, ...]
-    places: tuple[Tensor, ...]
+    values: tuple[Values, ...]
     lists: tuple[Mapping[str, Lists], ...]
 
 
@@ -175,7 +176,8 @@ class DistributedTables:
             back = np.empty_like(order)
             back[order] = np.arange(len(order))
             places, distinct = back[places], distinct[order] % group.local_rows
-        row_type = np.int32 if group.local_rows < 2**31 else np.int64
+        travels_small = self.world.size > 1 and group.local_rows < 2**31
+        row_type = np.int32 if travels_small else np.int64
         split = np.split(places, np.cumsum([len(part) for part in keys])[:-1])[1:]
         count = len(next(iter(arrays.values()))) if arrays else 0
         grid = np.stack(split[: len(single)]) if single else np.empty((0, count), np.int64)
@@ -191,7 +193,7 @@ class DistributedTables:
             torch.from_numpy(distinct.astype(row_type)),
             torch.from_numpy(counts.astype(np.int32)),
             tuple(single),
-            tuple(torch.from_numpy(np.ascontiguousarray(grid[:, i:j])) for i, j in cuts),
+            tuple(_values(grid[:, i:j].reshape(-1), len(distinct)) for i, j in cuts),
             tuple(lists),
         )
 
@@ -209,7 +211,7 @@ class DistributedTables:
     def _ask(self, group: Group, found: Found) -> _Exchange:
         exchange = _Exchange(found)
         if self.world.size == 1:
-            exchange.rows = found.rows.long().to(self.device)
+            exchange.rows = found.rows.to(self.device, non_blocking=True)
             return exchange
         import horovod.torch as hvd
 
@@ -239,8 +241,13 @@ class DistributedTables:
             found = exchange.found
             blocks.append(
                 [
-                    Block(exchange.vectors, found.single, self._to(places), self._lists_to(lists))
-                    for places, lists in zip(found.places, found.lists, strict=True)
+                    Block(
+                        exchange.vectors,
+                        found.single,
+                        self._to(values),
+                        {name: self._to(given) for name, given in lists.items()},
+                    )
+                    for values, lists in zip(found.values, found.lists, strict=True)
                 ]
             )
             assert group.width == vectors.shape[1]
@@ -349,16 +356,15 @@ class DistributedTables:
     def _each(self, asked: Asked) -> list[tuple[Group, Kernel, _Exchange]]:
         return list(zip(self.groups, self.kernels, asked.exchanges, strict=True))
 
-    def _to(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
-    def _lists_to(self, lists: Mapping[str, Lists]) -> dict[str, Lists]:
-        return {
-            name: Lists(
-                *(self._to(t) for t in (v.places, v.starts, v.counts, v.rows, v.row_starts))
-            )
-            for name, v in lists.items()
+    def _to(self, given: Moved) -> Moved:
+        """Return values or lists with their tensors on the device."""
+        if self.device.type == "cpu":
+            return given
+        moved = {
+            field.name: getattr(given, field.name).to(self.device, non_blocking=True)
+            for field in fields(given)
         }
+        return replace(given, **moved)
 
 
 def _received(handle: int) -> Tensor:
@@ -368,6 +374,21 @@ def _received(handle: int) -> Tensor:
     result = hvd.synchronize(handle)
     found: Tensor = result[0] if isinstance(result, tuple) else result
     return found
+
+
+def _values(places: Array, rows: int) -> Values:
+    """Return values in both directions: their table rows, and which of them each row has."""
+    by_place = sparse.csc_matrix(
+        sparse.csr_matrix(
+            (np.empty(len(places), np.int8), places, np.arange(len(places) + 1)),
+            shape=(len(places), rows),
+        )
+    )
+    return Values(
+        torch.from_numpy(places),
+        torch.from_numpy(by_place.indices.astype(np.int64)),
+        torch.from_numpy(by_place.indptr[:-1].astype(np.int64)),
+    )
 
 
 def _lists(places: Array, ends: Array, rows: int) -> Lists:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,23 +24,20 @@ from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
 from hvdrec.order import Progress
 from hvdrec.parallel import ranks
-from hvdrec.parallel.gradients import average, broadcast_state, global_sum
+from hvdrec.parallel.gradients import broadcast_state, global_sum
 from hvdrec.parallel.kernels import KernelName
 from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import make_tables
-from hvdrec.parallel.tables import DistributedTables
 from hvdrec.structure import to_dict
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
 from hvdrec.training.log import TrainingLog
-from hvdrec.training.objective import Combine, clip, compute_gradients
+from hvdrec.training.machine import pick_device, set_threads
 from hvdrec.training.optimizer import (
     make_optimizer,
-    optimizer_tensors,
-    schedule,
-    set_learning_rate,
 )
 from hvdrec.training.pipeline import preparer, steps
+from hvdrec.training.step import Trainee, settle, take_step
 
 
 @dataclass
@@ -62,12 +58,8 @@ class _Job:
     world: World
     device: torch.device
     run: Path
-    model: Recommender
-    tables: DistributedTables
-    combine: Combine | None
-    optimizer: torch.optim.Optimizer
+    trainee: Trainee
     loader: ShardLoader
-    log_probability: Tensor | None
     log: TrainingLog
 
 
@@ -108,12 +100,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
             world,
             device,
             run,
-            model,
-            tables,
-            torch.compile(model.combine) if config.train.compile else None,
-            optimizer,
+            Trainee(config, model, tables, optimizer, _log_probability(config, device)),
             loader,
-            _log_probability(config, device),
             log,
         )
         log.write(
@@ -148,26 +136,6 @@ def metric_name(config: Config) -> str:
     else:
         name = "recall" if config.train.objective == "retrieval" else "auc"
     return f"{name}@{config.evaluate.k[0]}" if name in ("recall", "ndcg") else name
-
-
-def pick_device(config: Config, world: World) -> torch.device:
-    """Return where this rank computes: its own GPU, by its rank on the host, or the CPU."""
-    wanted = config.train.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("train.device = 'cuda': no GPU is visible here; use 'cpu' or 'auto'")
-    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def set_threads(config: Config, world: World) -> None:
-    """Give this rank its share of the machine's CPU threads."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.train.threads or max(1, cores // world.local_size))
-    # Decaying weights reach denormal numbers, on which CPUs are many times slower.
-    torch.set_flush_denormal(True)
 
 
 def _check(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -293,27 +261,14 @@ def _run_epoch(job: _Job, position: Position) -> Position:
     past = position.past
     done = min(loader.rows, sum(p.world_size * p.batch_size * p.steps for p in past))
     job.log.start_epoch(position.epoch, done)
-    job.model.train()
+    job.trainee.model.train()
     sums = _Sums(torch.zeros(3, device=job.device), started=time.perf_counter())
     step = position.step
-    sync = job.config.parallel
-    prepare = preparer(job.tables, job.config, step, job.world.rank)
+    prepare = preparer(job.trainee.tables, job.config, step, job.world.rank)
     prepared = loader.prepared(position.epoch, prepare, past)
-    for number, now in enumerate(steps(prepared, job.tables, job.device), start=1):
-        # A step's random numbers depend on its place alone: a resumed run repeats them.
-        torch.manual_seed(_step_seed(job.config.seed, step, job.world.rank))
+    for number, now in enumerate(steps(prepared, job.trainee.tables, job.device), start=1):
         progress = (position.epoch + done / loader.rows) / config.epochs
-        share = schedule(config, step, progress)
-        set_learning_rate(job.optimizer, share * config.learning_rate)
-        job.tables.set_rate(share * config.embedding_learning_rate)
-        job.optimizer.zero_grad(set_to_none=True)
-        loss, gradients = compute_gradients(
-            job.model, now, job.tables, job.config, job.log_probability, job.combine
-        )
-        if config.clip_norm > 0:
-            gradients = clip(job.model, job.tables, now, gradients, config.clip_norm)
-        job.optimizer.step()
-        job.tables.update(now.asked, gradients)
+        loss = take_step(job.trainee, now, step, progress)
         step += 1
         rows = batch_size * job.world.size
         done = min(loader.rows, done + rows)
@@ -323,19 +278,10 @@ def _run_epoch(job: _Job, position: Position) -> Position:
         job.log.advance(rows)
         if step % config.log_every == 0:
             _log_step(job, sums, step, progress)
-        if sync.synchronization == "average" and step % sync.average_every == 0:
-            _average(job)
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             here = (*past, Progress(job.world.size, batch_size, number))
             _save(job, replace(position, step=step, past=here), {})
     return replace(position, step=step)
-
-
-def _average(job: _Job) -> None:
-    """Bring the ranks' dense weights and their moments together, where each steps by itself."""
-    state = optimizer_tensors(job.model, job.optimizer)
-    moments = [value for name, value in state.items() if not name.endswith("/step")]
-    average([parameter.data for parameter in job.model.parameters()] + moments)
 
 
 def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
@@ -349,8 +295,7 @@ def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
         loss=total,
         ranking_loss=ranking,
         retrieval_loss=retrieval,
-        learning_rate=job.optimizer.param_groups[0]["lr"],
-        embedding_learning_rate=job.tables.kernels[0].rate if job.tables.kernels else 0.0,
+        learning_rate=job.trainee.optimizer.param_groups[0]["lr"],
         rows_per_second=round(sums.rows / (now - sums.started)),
         reader_wait=round(job.loader.waited_seconds, 3),
     )
@@ -361,12 +306,13 @@ def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
 
 def _validate(job: _Job, position: Position) -> tuple[dict[str, Any], Position]:
     """Evaluate on the validation split; every rank comes to the first rank's verdict."""
-    if job.config.parallel.synchronization == "average":
-        _average(job)
-    job.model.eval()
+    settle(job.trainee)
+    job.trainee.model.eval()
     name = metric_name(job.config)
     value, metrics = ranks.broadcast_object(
-        validation_metric(job.model, job.config, name, job.device, job.tables.rows_of)
+        validation_metric(
+            job.trainee.model, job.config, name, job.device, job.trainee.tables.rows_of
+        )
     )
     better = position.best is None or (
         value < position.best if name == "log_loss" else value > position.best
@@ -383,10 +329,8 @@ def _validate(job: _Job, position: Position) -> tuple[dict[str, Any], Position]:
 
 def _save(job: _Job, position: Position, metrics: dict[str, Any]) -> None:
     """Write a checkpoint, all ranks together."""
-    if job.config.parallel.synchronization == "average":
-        _average(job)
-    checkpoint.save(job.run, position, job.model, job.optimizer, job.tables, job.config, metrics)
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint32)[0])
+    settle(job.trainee)
+    trainee = job.trainee
+    checkpoint.save(
+        job.run, position, trainee.model, trainee.optimizer, trainee.tables, job.config, metrics
+    )

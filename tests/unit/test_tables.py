@@ -57,10 +57,10 @@ def test_unknown_rate_replaces_only_known_single_values() -> None:
     random = np.random.default_rng(0)
     (found,) = tables.find(codes, unknown_rate=0.999999, random=random)
     weight = tables.table("user_id")[0]
-    rows = tables.kernels[0].fetch(found.rows.long())[found.places[0][0]]
+    rows = tables.kernels[0].fetch(found.rows.long())[found.values[0].places]
     assert torch.equal(rows, torch.stack([weight[0], weight[1], weight[1]]))
     (untouched,) = tables.find(codes)
-    rows = tables.kernels[0].fetch(untouched.rows.long())[untouched.places[0][0]]
+    rows = tables.kernels[0].fetch(untouched.rows.long())[untouched.values[0].places]
     assert torch.equal(rows, weight[[0, 5, 6]])
     assert len(found.rows) == 1 + 1 + 3  # missing, unknown, three genres
 
@@ -71,11 +71,11 @@ def test_the_cost_of_a_batch_is_its_distinct_rows() -> None:
     codes = {"user_id": torch.tensor([5, 5, 6, 5]), "hour": torch.tensor([0, 3, 3, 0])}
     (found,) = tables.find(codes)
     assert len(found.rows) == 1 + 2 + 1
-    assert found.places[0].shape == (2, 4)
+    whole = found.values[0].places.reshape(2, 4)
     (cut,) = tables.find(codes, parts=2)
-    assert [places.tolist() for places in cut.places] == [
-        found.places[0][:, :2].tolist(),
-        found.places[0][:, 2:].tolist(),
+    assert [values.places.tolist() for values in cut.values] == [
+        whole[:, :2].flatten().tolist(),
+        whole[:, 2:].flatten().tolist(),
     ]
 
 
