@@ -128,6 +128,28 @@ def _parser() -> argparse.ArgumentParser:
                 "--resume", action="store_true", help="go on from the latest checkpoint, if any"
             )
 
+    sub = verb(
+        "plan",
+        _plan,
+        "Predict memory, bytes and time of a training step on any number of ranks.",
+        overrides=True,
+    )
+    sub.add_argument("config", type=Path, help="TOML file of a run whose features are prepared")
+    sub.add_argument("--ranks", type=int, default=0, help="ranks of the job (default: of this job)")
+    sub.add_argument("--ranks-per-host", type=int, default=0, help="default: all on one host")
+    sub.add_argument("--memory", default="", help="of each rank, e.g. 80GB")
+    sub.add_argument("--bandwidth", default="", help="out of each host, e.g. 200Gbit")
+    sub.add_argument(
+        "--cores", type=int, default=0, help="CPU cores of a host, shared by its ranks; 0: enough"
+    )
+    sub.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure this machine first (under horovodrun or mpirun its messages, too) and keep "
+        "the figures in WORK/plan.json",
+    )
+    sub.add_argument("--constants", type=Path, help="figures of another machine (a plan.json)")
+
     sub = verb("evaluate", _evaluate, "Evaluate a run beside its baselines; ranks share the work.")
     sub.add_argument("run", type=Path, help="directory of a run (WORK/run)")
     sub.add_argument("--split", choices=["validation", "test"], default="test")
@@ -249,6 +271,54 @@ def _train(options: argparse.Namespace, rest: list[str]) -> Answer:
         facts,
         f"{facts['steps']} steps on {facts['world_size']} ranks; best {best}\nwrote {facts['run']}",
     )
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> Answer:
+    config = _load(options, rest)
+    from dataclasses import asdict
+
+    from hvdrec.parallel import ranks
+    from hvdrec.parallel.plan import Cluster
+    from hvdrec.training.planning import (
+        CONSTANTS_FILE,
+        calibrate,
+        constants_for,
+        make_plan,
+        parse_quantity,
+        render_plan,
+    )
+
+    for name in ("ranks", "ranks_per_host", "cores"):
+        if getattr(options, name) < 0:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} {getattr(options, name)}: must not be negative")
+    bits = {"Gbit": 1e9, "Mbit": 1e6, "Tbit": 1e12}
+    sizes = {"GB": 1e9, "MB": 1e6, "TB": 1e12}
+    memory = parse_quantity(options.memory, sizes, "--memory") if options.memory else 0.0
+    bandwidth = parse_quantity(options.bandwidth, bits, "--bandwidth") if options.bandwidth else 0.0
+    if options.calibrate:
+        world = ranks.init()
+        constants = ranks.together(lambda: calibrate(config))
+        if world.is_first:
+            constants.save(Path(config.paths.work) / CONSTANTS_FILE)
+    else:
+        constants = constants_for(config, options.constants)
+    count = options.ranks or ranks.current().size
+    cluster = Cluster(count, options.ranks_per_host or count, memory, bandwidth, options.cores)
+    planned = make_plan(config, cluster, constants)
+    plan = planned.plan
+    facts = {
+        "cluster": asdict(cluster),
+        "constants": asdict(constants),
+        "tables": [asdict(each) for each in plan.tables],
+        "memory_per_rank": plan.memory,
+        "fits": plan.fits,
+        "smallest_ranks": planned.smallest,
+        "bytes_sent_per_step": {**plan.bytes_sent, "total": plan.total_bytes},
+        "seconds_per_step": {**plan.seconds, "total": plan.step_seconds},
+        "rows_per_second": config.train.batch_size / plan.step_seconds,
+    }
+    return Answer(facts, render_plan(config, planned))
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:

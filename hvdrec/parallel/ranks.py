@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -66,6 +67,17 @@ def init() -> World:
 def current() -> World:
     """Return the place of this process; before `init`, that of a process alone."""
     return _world or World()
+
+
+@contextmanager
+def alone() -> Iterator[World]:
+    """Let this process work as if it had no other ranks; all of them may do so at a time."""
+    global _world  # noqa: PLW0603 -- see init
+    before, _world = _world, None
+    try:
+        yield current()
+    finally:
+        _world = before
 
 
 def barrier() -> None:

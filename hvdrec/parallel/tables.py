@@ -17,37 +17,20 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
-from hvdrec.errors import UserError
 from hvdrec.models.tables import Block, Lists, Rows, Values
+from hvdrec.parallel.find import Found, find_rows
 from hvdrec.parallel.kernels import KERNELS, Kernel, KernelName, RowOptimizer
-from hvdrec.parallel.layout import Group, sorted_by_owner
+from hvdrec.parallel.layout import Group
 from hvdrec.parallel.ranks import World
-from hvdrec.schema import FIRST_CODE, MISSING, UNKNOWN, Schema
+from hvdrec.schema import FIRST_CODE, Schema
 
 Array = NDArray[Any]
 Moved = TypeVar("Moved", Values, Lists)
 
 INITIAL_DEVIATION = 0.01
 """Standard deviation of a table's first values: small, so that rare rows say little."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A batch's distinct rows of one group, and where its features find them.
-
-    rows: int64 [R], or int32 where they are to travel and fit: places in the arrays of the ranks
-    that hold them, rank by rank; counts: int32 [ranks], how many each rank has. The first is the
-    row of MISSING. single, values, lists: as in models.tables.Block, for each part of the batch.
-    """
-
-    rows: Tensor
-    counts: Tensor
-    single: tuple[str, ...]
-    values: tuple[Values, ...]
-    lists: tuple[Mapping[str, Lists], ...]
 
 
 @dataclass
@@ -75,7 +58,8 @@ class Asked:
 class DistributedTables:
     """The embedding tables of a model, over the ranks of a job.
 
-    With one rank, or where all tables are replicated, nothing is exchanged but what must be.
+    With one rank nothing is exchanged. sent_bytes: what this rank has sent to others in
+    training so far: row numbers, vectors and gradients, without the messages' own overhead.
     """
 
     def __init__(
@@ -96,6 +80,7 @@ class DistributedTables:
         """
         self.schema, self.groups, self.optimizer = schema, tuple(groups), optimizer
         self.world, self.device, self.step = world, torch.device(device), 0
+        self.sent_bytes = 0
         self._asks = 0
         self.kernels: tuple[Kernel, ...] = tuple(
             KERNELS[kernels[group.width]](group.local_rows, group.width, optimizer, dtype, device)
@@ -120,8 +105,6 @@ class DistributedTables:
                 return kernel.weight[start:stop], state
         raise KeyError(name)
 
-    # ------------------------------------------------------------------------------- a batch's rows
-
     def find(
         self,
         codes: Mapping[str, Tensor],
@@ -130,71 +113,15 @@ class DistributedTables:
         unknown_rate: float = 0.0,
         random: np.random.Generator | None = None,
     ) -> tuple[Found, ...]:
-        """List the distinct rows of a batch on the CPU; no rank waits for another here.
-
-        codes: name -> int64 [N] or [N, L], of all or some embedded features; parts: into how many
-        equal parts the batch will be cut; unknown_rate: the share of known single values that are
-        replaced by UNKNOWN, drawn from `random`.
-        """
-        arrays = {
-            feature.name: codes[feature.name].numpy()
-            for feature in self.schema.features
-            if feature.is_embedded and feature.name in codes
-        }
-        if unknown_rate and random is not None:
-            for feature in self.schema.features:
-                if feature.name in arrays and feature.kind == "categorical":
-                    code = arrays[feature.name]
-                    replaced = (random.random(code.shape) < unknown_rate) & (code != MISSING)
-                    arrays[feature.name] = np.where(replaced, UNKNOWN, code)
-        return tuple(self._find(group, arrays, parts) for group in self.groups)
-
-    def _find(self, group: Group, arrays: Mapping[str, Array], parts: int) -> Found:
-        keys: list[Array] = [np.zeros(1, np.int64)]
-        single: list[str] = []
-        masks: dict[str, Array] = {}
-        for feature in self.schema.features:
-            table = self.schema.vocabulary_of(feature) if feature.is_embedded else ""
-            if feature.name not in arrays or table not in group.rows:
-                continue
-            code = arrays[feature.name]
-            if code.size and (code.min() < 0 or code.max() >= group.rows[table]):
-                worst = int(code.min() if code.min() < 0 else code.max())
-                raise UserError(
-                    f"feature '{feature.name}': code {worst} is outside table '{table}' of "
-                    f"{group.rows[table]} rows; run hvdrec prepare again"
-                )
-            if feature.is_list:
-                masks[feature.name] = code != MISSING
-                keys.append(group.keys(table, code[masks[feature.name]]))
-            else:
-                single.append(feature.name)
-                keys.insert(len(single), group.keys(table, code))
-        places, distinct = pd.factorize(np.concatenate(keys))
-        order, counts = sorted_by_owner(group, distinct)
-        if group.is_sharded:
-            back = np.empty_like(order)
-            back[order] = np.arange(len(order))
-            places, distinct = back[places], distinct[order] % group.local_rows
-        travels_small = self.world.size > 1 and group.local_rows < 2**31
-        row_type = np.int32 if travels_small else np.int64
-        split = np.split(places, np.cumsum([len(part) for part in keys])[:-1])[1:]
-        count = len(next(iter(arrays.values()))) if arrays else 0
-        grid = np.stack(split[: len(single)]) if single else np.empty((0, count), np.int64)
-        cuts = [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-        lists: list[dict[str, Lists]] = [{} for _ in cuts]
-        for name, place in zip(masks, split[len(single) :], strict=True):
-            ends = np.concatenate([[0], np.cumsum(masks[name].sum(1))])
-            for part, (start, stop) in zip(lists, cuts, strict=True):
-                part[name] = _lists(
-                    place[ends[start] : ends[stop]], ends[start : stop + 1], len(distinct)
-                )
-        return Found(
-            torch.from_numpy(distinct.astype(row_type)),
-            torch.from_numpy(counts.astype(np.int32)),
-            tuple(single),
-            tuple(_values(grid[:, i:j].reshape(-1), len(distinct)) for i, j in cuts),
-            tuple(lists),
+        """List the distinct rows of a batch, see `find_rows`; no rank waits for another here."""
+        return find_rows(
+            self.schema,
+            self.groups,
+            codes,
+            parts=parts,
+            unknown_rate=unknown_rate,
+            random=random,
+            travels=self.world.size > 1,
         )
 
     # --------------------------------------------------------------------------------- the exchange
@@ -267,10 +194,19 @@ class DistributedTables:
             union = np.unique(everyone)
             exchange.rows = torch.from_numpy(union.astype(np.int64)).to(self.device)
             order = np.searchsorted(union, exchange.found.rows.numpy())
+            if torch.is_grad_enabled():
+                self.sent_bytes += replicated_bytes(
+                    len(exchange.found.rows), len(union), group.width, self.world.size
+                )
             exchange.order = torch.from_numpy(order).to(self.device)
             return None
         wanted, exchange.counts = hvd.synchronize(exchange.handle)
         rows = wanted.long()
+        mine = self.world.rank
+        elsewhere = len(exchange.found.rows) - int(exchange.found.counts[mine])
+        answered = len(rows) - int(exchange.counts[mine])
+        if torch.is_grad_enabled():
+            self.sent_bytes += 4 * elsewhere * (1 + group.width) + 4 * answered * group.width
         if kernel.sums_duplicates:
             exchange.rows = rows.to(self.device)
             outgoing = kernel.fetch(exchange.rows)
@@ -367,6 +303,15 @@ class DistributedTables:
         return replace(given, **moved)
 
 
+def replicated_bytes(distinct: int, union: int, width: int, ranks: int) -> int:
+    """Return what a rank sends in a step for replicated tables of one width.
+
+    distinct: rows that it looks up; union: those that any rank does. Row numbers go round a ring
+    once, gradients are reduced over a ring.
+    """
+    return 4 * distinct * (ranks - 1) + 2 * 4 * union * width * (ranks - 1) // ranks
+
+
 def _received(handle: int) -> Tensor:
     """Wait for an exchange and return what came, without how much came from where."""
     import horovod.torch as hvd
@@ -374,37 +319,6 @@ def _received(handle: int) -> Tensor:
     result = hvd.synchronize(handle)
     found: Tensor = result[0] if isinstance(result, tuple) else result
     return found
-
-
-def _values(places: Array, rows: int) -> Values:
-    """Return values in both directions: their table rows, and which of them each row has."""
-    by_place = sparse.csc_matrix(
-        sparse.csr_matrix(
-            (np.empty(len(places), np.int8), places, np.arange(len(places) + 1)),
-            shape=(len(places), rows),
-        )
-    )
-    return Values(
-        torch.from_numpy(places),
-        torch.from_numpy(by_place.indices.astype(np.int64)),
-        torch.from_numpy(by_place.indptr[:-1].astype(np.int64)),
-    )
-
-
-def _lists(places: Array, ends: Array, rows: int) -> Lists:
-    """Return lists in both directions: entries' places, and where each batch row's begin."""
-    starts = ends - ends[0]
-    matrix = sparse.csr_matrix(
-        (np.empty(len(places), np.int8), places, starts), shape=(len(ends) - 1, rows)
-    )
-    by_place = matrix.tocsc()
-    return Lists(
-        torch.from_numpy(places),
-        torch.from_numpy(starts[:-1].astype(np.int64)),
-        torch.from_numpy(np.maximum(np.diff(ends), 1).astype(np.float32))[:, None],
-        torch.from_numpy(by_place.indices.astype(np.int64)),
-        torch.from_numpy(by_place.indptr[:-1].astype(np.int64)),
-    )
 
 
 # --------------------------------------------------------------------------------- the first values

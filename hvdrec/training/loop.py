@@ -298,6 +298,7 @@ def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
         learning_rate=job.trainee.optimizer.param_groups[0]["lr"],
         rows_per_second=round(sums.rows / (now - sums.started)),
         reader_wait=round(job.loader.waited_seconds, 3),
+        table_bytes_sent=job.trainee.tables.sent_bytes,
     )
     sums.losses.zero_()
     sums.steps = sums.rows = 0

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hvdrec.config import Config
 from hvdrec.loader import Batch
+from hvdrec.parallel.find import Found
 from hvdrec.parallel.gradients import PendingSum, begin_global_sum
-from hvdrec.parallel.tables import Asked, DistributedTables, Found
+from hvdrec.parallel.tables import Asked, DistributedTables
 
 
 @dataclass(frozen=True)
