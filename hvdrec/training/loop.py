@@ -80,15 +80,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     loader = ranks.together(lambda: _loader(config, world, device))
     fitted = ranks.together(lambda: Fitted.load(config.paths.of("features")))
     ranks.together(lambda: _check_codes(loader, config, fitted.sizes))
-    torch.manual_seed(config.seed)
-    model = Recommender(config, fitted.sizes, with_tables=False)
-    optimizer = make_optimizer(model, config.train)
     kernels = ranks.together(lambda: _kernels_before(run)) if resuming else {}
     tables = ranks.together(
         lambda: make_tables(
             config, fitted.sizes, world, device, kernels=kernels, is_new=not resuming
         )
     )
+    torch.manual_seed(config.seed)
+    model = Recommender(config, fitted.sizes, with_tables=False)
+    optimizer = make_optimizer(model, config.train)
     position = Position()
     if resuming:
         position = ranks.together(lambda: checkpoint.restore(run, model, optimizer, tables))

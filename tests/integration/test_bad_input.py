@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from hvdrec.artifacts import verify_artifact
+from hvdrec.artifacts import read_manifest, verify_artifact, write_manifest
 from tests.integration.conftest import Result, SmallRun, hvdrec, succeed
 
 Write = Callable[..., Path]
@@ -207,3 +208,42 @@ def test_overrides_name_their_choices(small_run: SmallRun) -> None:
     done = hvdrec("train", small_run.config, "--train.objective", "clicks")
     refused(done, "command line: ", "--train.objective", "retrieval", "joint", "clicks")
     refused(hvdrec("train", small_run.config, "--train.speed", "9"), "command line: ", "speed")
+
+
+def test_a_code_that_no_table_has(small_run: SmallRun, tmp_path: Path) -> None:
+    features = tmp_path / "features"
+    shutil.copytree(small_run.work / "features", features)
+    shard = sorted((features / "train").glob("*.parquet"))[-1]
+    table = pq.read_table(shard)
+    place = table.column_names.index("shop")
+    meta = read_manifest(features, "features").meta
+    change(shard, lambda t: t.set_column(place, "shop", pc.add(t["shop"], 90)))
+    write_manifest(features, "features", meta)  # as if it had been written so
+    done = hvdrec(
+        "train", small_run.config, "--paths.features", features, "--paths.run", tmp_path / "run"
+    )
+    refused(done, f"{shard.name}: column 'shop' holds code 107", "outside table 'shop' of 18 rows")
+    assert "run hvdrec prepare again" in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_tables_that_no_memory_holds(small_run: SmallRun, tmp_path: Path) -> None:
+    refused(
+        hvdrec(
+            *("train", small_run.config, "--paths.run", tmp_path / "run"),
+            *("--model.dimension", "2000000000"),
+        ),
+        "(62 rows of width 2000000000, replicated): the tables take",
+        "train on more ranks with parallel.placement = 'auto', or narrow it",
+    )
+
+
+def test_a_width_that_a_wished_kernel_cannot_hold(small_run: SmallRun, tmp_path: Path) -> None:
+    refused(
+        hvdrec(
+            *("train", small_run.config, "--paths.run", tmp_path / "run"),
+            *("--model.dimension", "6", "--parallel.kernel", "fbgemm"),
+        ),
+        "parallel.kernel = 'fbgemm': cannot hold table 'user_id': FBGEMM wants widths that are "
+        "multiples of 4, not 6; use 'torch' or 'auto'",
+    )
