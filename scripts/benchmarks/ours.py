@@ -1,24 +1,38 @@
 """hvdrec's side of the benchmarks: the training step as `hvdrec train` takes it, reader included.
 
-Prints one JSON line like the peers' programs. With ``--only-mlp`` the same MLP, optimizer and loss
-run on ready-made vectors, without tables and reader: the most that a step could reach.
+Prints one JSON line like the peers' programs; under horovodrun or mpirun the first rank does, for
+all of them. With ``--only-mlp`` the same MLP, optimizer and loss run on ready-made vectors, without
+tables and reader: the most that a step could reach.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import os
+import platform
 import resource
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
-from work import BATCH, FEATURES, NUMBERS, WIDTH, config_a, with_options
+from work import (
+    BATCH,
+    FEATURES,
+    NUMBERS,
+    WIDTH,
+    config_a,
+    config_b,
+    table_sizes,
+    with_options,
+)
 
 from hvdrec.config import Config
 from hvdrec.loader import ShardLoader
@@ -65,30 +79,51 @@ def endless(trainee: Trainee, loader: ShardLoader) -> Iterator[Step]:
 
 
 def run(trainee: Trainee, loader: ShardLoader, options: argparse.Namespace) -> dict[str, Any]:
-    """Train for the given time and return the figures."""
+    """Train for the given time and return the figures of all ranks together."""
     trainee.model.train()
+    world = ranks.current()
     batches = endless(trainee, loader)
-    number = 0
+    times = [time.perf_counter()]
     for number in range(options.warmup):
-        loss = take_step(trainee, next(batches), number, 0.0)
-    waited, started = loader.waited_seconds, time.perf_counter()
-    count = 0
-    while True:
-        loss = take_step(trainee, next(batches), number + count, 0.0)
-        count += 1
+        take_step(trainee, next(batches), number, 0.0)
+        times.append(time.perf_counter())
+    wanted = options.steps
+    if world.size > 1 and not wanted:
         # Ranks must agree on the end: they count steps, not seconds.
-        if (
-            count == options.steps
-            if options.steps
-            else time.perf_counter() - started > options.seconds
-        ):
-            break
+        half = options.warmup // 2
+        step_seconds = (times[-1] - times[half]) / (options.warmup - half)
+        wanted = ranks.broadcast_object(max(1, round(options.seconds / step_seconds)))
+    if options.meet:
+        meet(options.meet)
+    waited, started = loader.waited_seconds, time.perf_counter()
+    count = rows = 0
+    while count < wanted if wanted else time.perf_counter() - started < options.seconds:
+        step = next(batches)
+        loss = take_step(trainee, step, options.warmup + count, 0.0)
+        count += 1
+        rows += step.batch.rows
     seconds = time.perf_counter() - started
+    mine = facts(rows, count, seconds, float(loss.total))
+    mine["reader_wait"] = (loader.waited_seconds - waited) / seconds
+    everyone = ranks.gather_objects(mine)
     return {
-        **facts(count * trainee.config.train.batch_size, count, seconds, float(loss.total)),
-        "reader_wait": (loader.waited_seconds - waited) / seconds,
+        **mine,
+        "samples_per_second": sum(rank["samples_per_second"] for rank in everyone),
+        "peak_memory_mb": max(rank["peak_memory_mb"] for rank in everyone),
+        "reader_wait": max(rank["reader_wait"] for rank in everyone),
+        "ranks": world.size,
         "kernels": [kernel.name for kernel in trainee.tables.kernels],
     }
+
+
+def meet(folder: Path) -> None:
+    """Wait until another process, which was given the same folder, is as far as this one."""
+    (folder / str(os.getpid())).touch()
+    latest = time.monotonic() + 120
+    while len(list(folder.iterdir())) < 2:
+        if time.monotonic() > latest:
+            raise SystemExit(f"--meet {folder}: nobody else came within 120 s")
+        time.sleep(0.001)
 
 
 def run_mlp(options: argparse.Namespace) -> dict[str, Any]:
@@ -102,15 +137,15 @@ def run_mlp(options: argparse.Namespace) -> dict[str, Any]:
     network: Any = torch.nn.Sequential(*layers, torch.nn.Linear(widths[-1], 1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     forward = torch.compile(network) if options.compile else network
-    vectors = [torch.randn(BATCH, widths[0]) for _ in range(8)]
-    labels = [torch.randint(0, 2, (BATCH,)).float() for _ in range(8)]
+    vectors = [torch.randn(options.batch, widths[0]) for _ in range(8)]
+    labels = [torch.randint(0, 2, (options.batch,)).float() for _ in range(8)]
 
     def step(number: int) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
             logit = forward(vectors[number % 8]).squeeze(-1)
         loss = functional.binary_cross_entropy_with_logits(logit.float(), labels[number % 8])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return float(loss.detach())
 
@@ -120,50 +155,62 @@ def run_mlp(options: argparse.Namespace) -> dict[str, Any]:
     while time.perf_counter() - started < options.seconds:
         loss = step(count)
         count += 1
-    return facts(count * BATCH, count, time.perf_counter() - started, loss)
+    return facts(count * options.batch, count, time.perf_counter() - started, loss)
 
 
 def facts(samples: int, count: int, seconds: float, loss: float) -> dict[str, Any]:
     """Return what every program of the benchmarks prints."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "fbgemm-gpu-cpu", "horovod", "numpy", "hvdrec"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "samples_per_second": samples / seconds,
         "steps": count,
         "seconds": seconds,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "loss": loss,
-        "versions": {"torch": torch.__version__},
+        "versions": versions,
     }
 
 
 def main() -> None:
+    cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--work", choices=["a", "b"], default="a")
+    parser.add_argument("--data", type=Path, help="folder that work.py wrote")
+    parser.add_argument("--batch", type=int, default=0, help="of all ranks; default: the work's")
+    parser.add_argument("--seconds", type=float, default=5, help="timed, after the warm-up")
     parser.add_argument("--steps", type=int, default=0, help="steps instead of seconds")
-    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=10, help="steps that are not timed")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--hidden", default="400,400,400")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--hidden", default="400,400,400", help="widths of work (a)'s MLP")
+    parser.add_argument("--threads", type=int, default=cores, help="of each rank; default: cores")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--placement", default="auto")
     parser.add_argument("--kernel", default="auto")
-    parser.add_argument("--only-mlp", action="store_true")
+    parser.add_argument("--meet", type=Path, help="wait for the other process with this folder")
+    parser.add_argument("--only-mlp", action="store_true", help="work (a) without tables or reader")
     options = parser.parse_args()
     options.hidden = tuple(map(int, options.hidden.split(",")))
     if options.only_mlp:
+        options.batch = options.batch or BATCH
         print(json.dumps(run_mlp(options)))
         return
-    from dataclasses import replace
-
+    if options.data is None:
+        parser.error("--data is needed (but for --only-mlp)")
+    config = config_b(options.data)
+    if options.work == "a":
+        config = config_a(options.data, options.hidden)
     config = with_options(
-        config_a(options.data, options.hidden),
+        config,
         precision=options.precision,
         compiled=options.compile,
         placement=options.placement,
+        kernel=options.kernel,
+        batch=options.batch or config.train.batch_size,
     )
-    config = replace(config, parallel=replace(config.parallel, kernel=options.kernel))
-    sizes = json.loads((options.data / "features" / "sizes.json").read_text())
-    trainee, loader = trained(config, sizes, options.threads)
+    trainee, loader = trained(config, table_sizes(options.data), options.threads)
     result = run(trainee, loader, options)
     if ranks.current().is_first:
         print(json.dumps(result))

@@ -1,16 +1,23 @@
-"""The work that is measured: its data, its shards and hvdrec's configuration of it."""
+"""The work that is measured: its data, its shards and hvdrec's configuration of it.
+
+As a program it writes the data: of work (a) from nothing, of work (b) from encoded MovieLens-1M.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from hvdrec.config import Config, Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train
+from hvdrec.config import Config, Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train, load
+from hvdrec.features.fit import Fitted
 from hvdrec.schema import FIRST_CODE, Feature
 
 FEATURES = 8
@@ -20,25 +27,35 @@ BATCH = 4096
 BATCHES = 64
 EXPONENT = 1.05
 
+CONFIG_B = Path(__file__).parents[2] / "configs" / "movielens-1m-ranking.toml"
+BATCH_B = 8192
+WIDTH_B = 32
+HIDDEN_B = (256, 128)
+DROPOUT_B = 0.1
 
-def zipf_ids(random: np.random.Generator, rows: int, shape: tuple[int, ...]) -> np.ndarray:
+Ids = NDArray[np.int64]
+
+
+def zipf_ids(random: np.random.Generator, rows: int, shape: tuple[int, ...]) -> Ids:
     """Draw ids in 0..rows-1 with Zipf's frequencies, which id is frequent being random, too."""
     weights = np.arange(1, rows + 1, dtype=np.float64) ** -EXPONENT
     ends = np.cumsum(weights) / weights.sum()
     places = np.minimum(np.searchsorted(ends, random.random(shape)), rows - 1)
-    return random.permutation(rows)[places]
+    ids: Ids = random.permutation(rows)[places]
+    return ids
 
 
 def write_work_a(folder: Path, rows: int = 1_000_000, distinct_of: int = 0) -> None:
     """Write work (a): arrays for the peers, encoded shards for hvdrec.
 
     distinct_of: where it is given, ids are drawn as if the tables had so many rows and then spread
-    over all of them, so that tables of any size meet the same number of distinct ids.
+    over all of them at random, so that tables of any size meet the same number of distinct ids.
     """
     random = np.random.default_rng(0)
     shape = (BATCHES, BATCH)
-    drawn = distinct_of or rows
-    columns = [zipf_ids(random, drawn, shape) * (rows // drawn) for _ in range(FEATURES)]
+    columns = [zipf_ids(random, distinct_of or rows, shape) for _ in range(FEATURES)]
+    if distinct_of:
+        columns = [random.choice(rows, distinct_of, replace=False)[ids] for ids in columns]
     ids = np.stack(columns, axis=-1)
     dense = random.normal(size=(*shape, NUMBERS)).astype(np.float32)
     wish = dense[..., 0] + ((ids % 7) / 3 - 1).sum(-1)
@@ -99,8 +116,71 @@ def config_a(folder: Path, hidden: tuple[int, ...] = (400, 400, 400), batch: int
     )
 
 
-def with_options(config: Config, *, precision: str, compiled: bool, placement: str) -> Config:
+def config_b(folder: Path) -> Config:
+    """Return hvdrec's model of work (b): a DNN over MovieLens-1M's features but the histories."""
+    features = tuple(f for f in load(CONFIG_B).features if f.kind != "sequence")
+    return Config(
+        name="work-b",
+        features=features,
+        paths=Paths(work=str(folder), features=str(folder / "features")),
+        model=Model(
+            dimension=WIDTH_B,
+            tower=Tower(output=0),
+            ranker=Ranker(
+                hidden=HIDDEN_B,
+                dropout=DROPOUT_B,
+                direct=tuple(f.name for f in features if f.side != "scene"),
+            ),
+        ),
+        train=Train(objective="ranking", batch_size=BATCH_B, warmup_steps=0, epochs=10**6),
+    )
+
+
+def table_sizes(folder: Path) -> dict[str, int]:
+    """Return how many codes each table of a folder's shards has."""
+    told = folder / "features" / "sizes.json"
+    if told.is_file():
+        sizes: dict[str, int] = json.loads(told.read_text())
+        return sizes
+    return Fitted.load(folder / "features").sizes
+
+
+def write_work_b(folder: Path) -> None:
+    """Write the encoded training rows of ``folder/features`` as the peers of work (b) read them."""
+    names = [feature.name for feature in config_b(folder).features]
+    shards = sorted((folder / "features" / "train").glob("*.parquet"))
+    tables = [pq.read_table(shard, columns=[*names, "label"]) for shard in shards]
+    pq.write_table(pa.concat_tables(tables), folder / "work_b.parquet")
+    sizes = table_sizes(folder)
+    text = json.dumps({"sizes": {name: sizes[name] for name in names}})
+    (folder / "work_b.json").write_text(text)
+
+
+def with_options(
+    config: Config, *, precision: str, compiled: bool, placement: str, kernel: str, batch: int
+) -> Config:
     """Return a configuration with a benchmark's options."""
-    train = replace(config.train, precision=precision, compile=compiled)  # type: ignore[arg-type]
-    parallel = replace(config.parallel, placement=placement)  # type: ignore[arg-type]
-    return replace(config, train=train, parallel=parallel)
+    options: dict[str, Any] = {"precision": precision, "compile": compiled, "batch_size": batch}
+    parallel: dict[str, Any] = {"placement": placement, "kernel": kernel}
+    return replace(
+        config,
+        train=replace(config.train, **options),
+        parallel=replace(config.parallel, **parallel),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", choices=["a", "b"])
+    parser.add_argument("folder", type=Path, help="where to write; of b, it holds features/")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of a: ids of each table")
+    parser.add_argument("--distinct-of", type=int, default=0, help="of a: ids that occur; 0: all")
+    options = parser.parse_args()
+    if options.work == "a":
+        write_work_a(options.folder, options.rows, options.distinct_of)
+    else:
+        write_work_b(options.folder)
+
+
+if __name__ == "__main__":
+    main()

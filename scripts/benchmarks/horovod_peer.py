@@ -1,0 +1,96 @@
+"""Work (a) on Horovod's own means, without hvdrec: tables on every rank.
+
+``--tables dense``: dense gradients of whole tables, reduced with everything else. ``--tables
+sparse``: torch's sparse gradients through Horovod's DistributedOptimizer, which gathers row numbers
+and values from all ranks. Run it like a training: ``horovodrun -np 4 … python horovod_peer.py …``.
+Prints the line that every program of the benchmarks prints, from the first rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+WIDTH = 16
+
+
+class Network(nn.Module):
+    """Tables and an MLP over their vectors and the numbers."""
+
+    def __init__(self, tables: int, rows: int, numbers: int, *, sparse: bool) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, WIDTH, sparse=sparse) for _ in range(tables))
+        widths = [tables * WIDTH + numbers, 400, 400, 400]
+        layers: list[nn.Module] = []
+        for width, size in itertools.pairwise(widths):
+            layers += [nn.Linear(width, size), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        vectors = [table(ids[:, i]) for i, table in enumerate(self.tables)]
+        logit: Tensor = self.layers(torch.cat([*vectors, dense], dim=1))
+        return logit.squeeze(-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="directory with work_a.npz")
+    parser.add_argument("--tables", choices=["dense", "sparse"], required=True)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    hvd.init()
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    with np.load(options.data / "work_a.npz", allow_pickle=False) as data:
+        batch = data["ids"].shape[1] // hvd.size()
+        mine = slice(hvd.rank() * batch, (hvd.rank() + 1) * batch)
+        ids, dense, label = (
+            torch.from_numpy(data[name][:, mine]) for name in ("ids", "dense", "label")
+        )
+        rows = int(data["rows"])
+    sparse = options.tables == "sparse"
+    network = Network(ids.shape[2], rows, dense.shape[2], sparse=sparse)
+    hvd.broadcast_parameters(network.state_dict(), root_rank=0)
+    # Plain SGD of the tables: the cheapest optimizer there is.
+    optimizer: Any = torch.optim.SGD(network.parameters(), lr=0.01)
+    optimizer = hvd.DistributedOptimizer(optimizer, network.named_parameters(), op=hvd.Average)
+    total = options.warmup + options.steps
+    started = time.perf_counter()
+    for number in range(total):
+        if number == options.warmup:
+            started = time.perf_counter()
+        place = number % len(ids)
+        logit = network(ids[place], dense[place])
+        loss = functional.binary_cross_entropy_with_logits(logit, label[place])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    seconds = time.perf_counter() - started
+    if hvd.rank() == 0:
+        facts = {
+            "samples_per_second": options.steps * batch * hvd.size() / seconds,
+            "steps": options.steps,
+            "seconds": seconds,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "loss": float(loss.detach()),
+            "versions": {"torch": torch.__version__},
+        }
+        print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
