@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hvdrec.parallel.ranks import current
+from hvdrec.parallel.ranks import current, wait
 
 
 def global_sum(value: Tensor) -> Tensor:
@@ -22,7 +22,8 @@ def global_sum(value: Tensor) -> Tensor:
         return value.detach()
     import horovod.torch as hvd
 
-    total: Tensor = hvd.allreduce(value.detach().reshape(-1), op=hvd.Sum, name="global_sum")
+    mine = value.detach().reshape(-1)
+    total: Tensor = wait(hvd.allreduce_async(mine, op=hvd.Sum, name="global_sum"))
     return total.reshape(value.shape)
 
 
@@ -40,9 +41,7 @@ class PendingSum:
         """Return the sum."""
         if self.handle is None:
             return self.value
-        import horovod.torch as hvd
-
-        total: Tensor = hvd.synchronize(self.handle)
+        total: Tensor = wait(self.handle)
         return total
 
 
@@ -69,14 +68,15 @@ class _Gather(torch.autograd.Function):
         import horovod.torch as hvd
 
         ctx.start, ctx.count = start, rows.shape[0]
-        gathered: Tensor = hvd.allgather(rows.contiguous(), name="rows")
+        gathered: Tensor = wait(hvd.allgather_async(rows.contiguous(), name="rows"))
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         import horovod.torch as hvd
 
-        total: Tensor = hvd.allreduce(gradients[0].contiguous(), op=hvd.Sum, name="rows_grad")
+        mine = gradients[0].contiguous()
+        total: Tensor = wait(hvd.allreduce_async(mine, op=hvd.Sum, name="rows_grad"))
         return total[ctx.start : ctx.start + ctx.count], None
 
 
@@ -90,10 +90,10 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
         return rows, 0
     import horovod.torch as hvd
 
-    counts = hvd.allgather(torch.tensor([rows.shape[0]]), name="counts")
+    counts = wait(hvd.allgather_async(torch.tensor([rows.shape[0]]), name="counts"))
     start = int(counts[: current().rank].sum())
     if not rows.requires_grad:
-        return hvd.allgather(rows.contiguous(), name="plain_rows"), start
+        return wait(hvd.allgather_async(rows.contiguous(), name="plain_rows")), start
     gathered: Tensor = _Gather.apply(rows, start)  # type: ignore[no-untyped-call]
     return gathered, start
 
@@ -124,7 +124,7 @@ def sum_gradients(
     import horovod.torch as hvd
 
     operation = hvd.Sum if how == "step" else hvd.Adasum
-    hvd.grouped_allreduce_(gradients, op=operation, name="gradients")
+    wait(hvd.grouped_allreduce_async_(gradients, op=operation, name="gradients"))
 
 
 def average(tensors: Iterable[Tensor]) -> None:
@@ -132,7 +132,7 @@ def average(tensors: Iterable[Tensor]) -> None:
     if current().size > 1:
         import horovod.torch as hvd
 
-        hvd.grouped_allreduce_(list(tensors), op=hvd.Average, name="average")
+        wait(hvd.grouped_allreduce_async_(list(tensors), op=hvd.Average, name="average"))
 
 
 def broadcast_state(tensors: dict[str, Tensor]) -> None:

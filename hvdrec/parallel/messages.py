@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from hvdrec.parallel.ranks import current
+from hvdrec.parallel.ranks import current, wait
 
 SMALL, LARGE = 1 << 10, 1 << 22
 TURNS = 15
@@ -25,12 +25,12 @@ def time_messages() -> tuple[float, float]:
     others = (size - 1) / size
 
     def reduce(count: int) -> None:
-        hvd.allreduce(torch.zeros(count), op=hvd.Sum, name=f"trial/reduce/{count}")
+        wait(hvd.allreduce_async(torch.zeros(count), op=hvd.Sum, name=f"trial/reduce/{count}"))
 
     def spread(count: int) -> None:
         splits = torch.full((size,), count // size, dtype=torch.int32)
         values = torch.zeros(int(splits.sum()))
-        hvd.alltoall(values, splits=splits, name=f"trial/spread/{count}")
+        wait(hvd.alltoall_async(values, splits=splits, name=f"trial/spread/{count}"))
 
     small = (_median(reduce, SMALL) + _median(spread, SMALL)) / 2
     bytes_sent = 4 * LARGE * others * (2 + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """Set by horovodrun, Open MPI, and other MPI launchers: they tell that there is one, no more."""
+
+SPIN_SECONDS, SLEEP_SECONDS = 5e-5, 1e-4
+"""How long `wait` looks without a pause, and how long it pauses between two looks after that."""
 
 Array = NDArray[Any]
 
@@ -80,12 +84,27 @@ def alone() -> Iterator[World]:
         _world = before
 
 
+def wait(handle: int) -> Any:
+    """Wait for a collective that was begun and return its result, as ``hvd.synchronize`` does.
+
+    That one keeps a core busy until the result is there, which Horovod's own thread and other ranks
+    of the host may need: with two ranks to a core it made steps ten times longer.
+    """
+    import horovod.torch as hvd
+
+    began = time.perf_counter()
+    while not hvd.poll(handle):
+        if time.perf_counter() - began > SPIN_SECONDS:
+            time.sleep(SLEEP_SECONDS)
+    return hvd.synchronize(handle)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if current().size > 1:
         import horovod.torch as hvd
 
-        hvd.allreduce(torch.zeros(1), op=hvd.Sum, name="barrier")
+        wait(hvd.allreduce_async(torch.zeros(1), op=hvd.Sum, name="barrier"))
 
 
 def sum_arrays(array: Array) -> Array:
@@ -96,7 +115,8 @@ def sum_arrays(array: Array) -> Array:
 
     wide = np.ascontiguousarray(array, dtype=np.int64 if array.dtype.kind in "iub" else np.float64)
     # Horovod has no zero-dimensional tensors on every transport: always send one dimension.
-    total = hvd.allreduce(torch.from_numpy(wide.reshape(-1).copy()), op=hvd.Sum, name="sum_arrays")
+    mine = torch.from_numpy(wide.reshape(-1).copy())
+    total = wait(hvd.allreduce_async(mine, op=hvd.Sum, name="sum_arrays"))
     return np.asarray(total.numpy()).reshape(array.shape)
 
 
@@ -108,7 +128,7 @@ def gather_arrays(array: Array) -> Array:
 
     tail = array.shape[1:]
     flat = np.ascontiguousarray(array).reshape(array.shape[0], math.prod(tail))
-    gathered = hvd.allgather(torch.from_numpy(flat.copy()), name="gather_arrays")
+    gathered = wait(hvd.allgather_async(torch.from_numpy(flat.copy()), name="gather_arrays"))
     return np.asarray(gathered.numpy()).reshape(-1, *tail)
 
 

@@ -2,8 +2,8 @@
 
 A step goes like this: `find` lists the batch's distinct rows (on the reader's thread), `ask` sends
 their numbers to the ranks that hold them (while the step before computes), `fetch` brings the rows,
-the model runs, `gradients` brings theirs to where the rows are, and `update` takes the optimizer's
-step. Nothing in it costs more with a larger vocabulary.
+the model runs, `send_gradients` and `gradients` bring theirs to where the rows are, and `update`
+takes the optimizer's step. Nothing in it costs more with a larger vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hvdrec.models.tables import Block, Lists, Rows, Values
 from hvdrec.parallel.find import Found, find_rows
 from hvdrec.parallel.kernels import KERNELS, Kernel, KernelName, RowOptimizer
 from hvdrec.parallel.layout import Group
-from hvdrec.parallel.ranks import World
+from hvdrec.parallel.ranks import World, wait
 from hvdrec.schema import FIRST_CODE, Schema
 
 Array = NDArray[Any]
@@ -53,6 +53,14 @@ class Asked:
     """The rows of a batch, under way; `fetch` waits for them."""
 
     exchanges: tuple[_Exchange, ...]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Gradients of a batch's rows, under way: of each group this rank's own, and a handle."""
+
+    asked: Asked
+    gradients: tuple[tuple[Tensor, int | None], ...]
 
 
 class DistributedTables:
@@ -189,7 +197,7 @@ class DistributedTables:
 
         assert exchange.handle is not None
         if not group.is_sharded:
-            everyone = hvd.synchronize(exchange.handle).numpy()
+            everyone = wait(exchange.handle).numpy()
             # The same rows in the same order everywhere: their gradients can then be summed.
             union = np.unique(everyone)
             exchange.rows = torch.from_numpy(union.astype(np.int64)).to(self.device)
@@ -200,7 +208,7 @@ class DistributedTables:
                 )
             exchange.order = torch.from_numpy(order).to(self.device)
             return None
-        wanted, exchange.counts = hvd.synchronize(exchange.handle)
+        wanted, exchange.counts = wait(exchange.handle)
         rows = wanted.long()
         mine = self.world.rank
         elsewhere = len(exchange.found.rows) - int(exchange.found.counts[mine])
@@ -220,20 +228,25 @@ class DistributedTables:
         )
         return handle
 
-    def gradients(self, asked: Asked) -> tuple[Tensor, ...]:
-        """Return, of each group, the gradients [R, width] of the rows to update here.
-
-        They are summed over all ranks and have each row once, where the kernel needs that.
-        """
-        handles = []
+    def send_gradients(self, asked: Asked) -> Sent:
+        """Begin to bring the gradients of a batch's rows to where the rows are; does not wait."""
+        sent = []
         for group, _, exchange in self._each(asked):
             assert exchange.vectors is not None
             gradient = exchange.vectors.grad
             if gradient is None:
                 gradient = torch.zeros_like(exchange.vectors)
-            handles.append((gradient, self._send_back(group, exchange, gradient)))
+            sent.append((gradient, self._send_back(group, exchange, gradient)))
+        return Sent(asked, tuple(sent))
+
+    def gradients(self, sent: Sent) -> tuple[Tensor, ...]:
+        """Return, of each group, the gradients [R, width] of the rows to update here.
+
+        They are summed over all ranks and have each row once, where the kernel needs that.
+        """
         summed = []
-        for (_, _, exchange), (gradient, handle) in zip(self._each(asked), handles, strict=True):
+        exchanges = sent.asked.exchanges
+        for exchange, (gradient, handle) in zip(exchanges, sent.gradients, strict=True):
             assert exchange.rows is not None
             came = gradient if handle is None else _received(handle)
             if exchange.order is not None and exchange.counts is not None:
@@ -314,9 +327,7 @@ def replicated_bytes(distinct: int, union: int, width: int, ranks: int) -> int:
 
 def _received(handle: int) -> Tensor:
     """Wait for an exchange and return what came, without how much came from where."""
-    import horovod.torch as hvd
-
-    result = hvd.synchronize(handle)
+    result = wait(handle)
     found: Tensor = result[0] if isinstance(result, tuple) else result
     return found
 

@@ -73,8 +73,10 @@ def compute_gradients(
         total = ranking + factor * retrieval
         total.backward()  # type: ignore[no-untyped-call]
         sums += torch.stack([total, ranking, retrieval]).detach()
-    gradients = tables.gradients(step.asked)
+    # Both travel at a time.
+    sent = tables.send_gradients(step.asked)
     sum_gradients(model.parameters(), config.parallel.synchronization)
+    gradients = tables.gradients(sent)
     total, ranking, retrieval = sums.unbind()
     return StepLoss(total, ranking, retrieval), gradients
 
