@@ -251,8 +251,8 @@ class Train:
     """Parts into which a rank cuts its batch; their gradients are added before the step, so that
     larger batches fit. In-batch negatives are those of one part."""
     compile: bool = False
-    """Whether towers and ranker are compiled first (torch.compile): about a minute at the start,
-    faster steps after it. Needs a C++ compiler."""
+    """Whether towers and ranker are compiled first (torch.compile), which takes time at the start
+    and a C++ compiler. Where matrix products take most of a step it brings nothing."""
     threads: int = 0
     """CPU threads of a rank; 0: the machine's cores over the ranks on it."""
 

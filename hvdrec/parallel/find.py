@@ -102,11 +102,11 @@ def _find(
     split = np.split(places, np.cumsum([len(part) for part in keys])[:-1])[1:]
     count = len(next(iter(arrays.values()))) if arrays else 0
     grid = np.stack(split[: len(single)]) if single else np.empty((0, count), np.int64)
-    cuts = [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-    lists: list[dict[str, Lists]] = [{} for _ in cuts]
+    places_of = cuts(count, parts)
+    lists: list[dict[str, Lists]] = [{} for _ in places_of]
     for name, place in zip(masks, split[len(single) :], strict=True):
         ends = np.concatenate([[0], np.cumsum(masks[name].sum(1))])
-        for part, (start, stop) in zip(lists, cuts, strict=True):
+        for part, (start, stop) in zip(lists, places_of, strict=True):
             part[name] = _lists(
                 place[ends[start] : ends[stop]], ends[start : stop + 1], len(distinct)
             )
@@ -114,9 +114,14 @@ def _find(
         torch.from_numpy(distinct.astype(row_type)),
         torch.from_numpy(counts.astype(np.int32)),
         tuple(single),
-        tuple(_values(grid[:, i:j].reshape(-1), len(distinct)) for i, j in cuts),
+        tuple(_values(grid[:, i:j].reshape(-1), len(distinct)) for i, j in places_of),
         tuple(lists),
     )
+
+
+def cuts(rows: int, parts: int) -> list[tuple[int, int]]:
+    """Return where each of equal parts of a batch begins and ends."""
+    return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
 
 
 def _values(places: Array, rows: int) -> Values:

@@ -14,6 +14,7 @@ stay as they are, so weight decay acts on a row only in the steps that meet it):
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,11 +53,7 @@ class RowOptimizer:
 
     def state_width(self, width: int) -> int:
         """Return how many numbers of state a row of this width has."""
-        return sum(shape[1] if len(shape) > 1 else 1 for shape in self.shapes_of_one(width))
-
-    def shapes_of_one(self, width: int) -> list[tuple[int, ...]]:
-        """Return the shapes of the state of one row."""
-        return list(self.state_shapes(1, width).values())
+        return sum(math.prod(shape) for shape in self.state_shapes(1, width).values())
 
 
 class Kernel(Protocol):

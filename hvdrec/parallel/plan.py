@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hvdrec.errors import UserError
-from hvdrec.parallel.layout import Group
+from hvdrec.parallel.layout import Group, bytes_of_rows
 from hvdrec.parallel.tables import replicated_bytes
 
 
@@ -38,7 +38,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Constants:
-    """What a machine needs for its work, in seconds; the defaults are those of a small CPU host.
+    """What a machine needs for its work, in seconds; the defaults are guesses, not measured.
 
     step_seconds + row_seconds * rows: a rank's step on so many rows without other ranks, with
     `cores` cores of its own; message_seconds: a collective of no size; byte_seconds: a byte that a
@@ -192,10 +192,6 @@ def smallest_cluster(
 ) -> int | None:
     """Return the smallest of the numbers of ranks whose tables fit, or None."""
     for ranks in sorted(groups_of):
-        need = sum(
-            4 * group.local_rows * (group.width + state_widths[group.width])
-            for group in groups_of[ranks]
-        )
-        if need <= memory:
+        if bytes_of_rows(groups_of[ranks], state_widths) <= memory:
             return ranks
     return None

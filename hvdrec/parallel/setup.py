@@ -65,6 +65,24 @@ def make_tables(
     )
 
 
+def check_synchronization(config: Config, world: World, device: torch.device) -> None:
+    """Raise UserError if this job cannot do what parallel.synchronization asks for."""
+    if config.parallel.synchronization != "adasum" or world.size == 1:
+        return
+    import horovod.torch as hvd
+
+    if world.size & (world.size - 1):
+        raise UserError(
+            "parallel.synchronization = 'adasum': takes a power of two of ranks, not "
+            f"{world.size}; change their number or use 'step'"
+        )
+    if device.type == "cpu" and not hvd.mpi_enabled():
+        raise UserError(
+            "parallel.synchronization = 'adasum': on CPUs Horovod needs MPI for it; start the job "
+            "with mpirun or horovodrun --mpi, or use 'step'"
+        )
+
+
 def _choose(
     config: Config,
     groups: tuple[Group, ...],

@@ -27,7 +27,7 @@ from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state, global_sum
 from hvdrec.parallel.kernels import KernelName
 from hvdrec.parallel.ranks import World
-from hvdrec.parallel.setup import make_tables
+from hvdrec.parallel.setup import check_synchronization, make_tables
 from hvdrec.structure import to_dict
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
@@ -77,6 +77,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     ranks.together(lambda: _prepare(world, run, config, overwrite and not resuming))
     set_threads(config, world)
     device = ranks.together(lambda: pick_device(config, world))
+    ranks.together(lambda: check_synchronization(config, world, device))
     loader = ranks.together(lambda: _loader(config, world, device))
     fitted = ranks.together(lambda: Fitted.load(config.paths.of("features")))
     ranks.together(lambda: _check_codes(loader, config, fitted.sizes))

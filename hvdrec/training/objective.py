@@ -16,9 +16,10 @@ from hvdrec.config import Config, Train
 from hvdrec.loader import Batch
 from hvdrec.models.losses import binary_cross_entropy, in_batch_softmax
 from hvdrec.models.recommender import Output, Recommender
+from hvdrec.parallel.find import cuts
 from hvdrec.parallel.gradients import gather_rows, global_sum, sum_gradients
 from hvdrec.parallel.tables import DistributedTables
-from hvdrec.training.pipeline import Step, cuts
+from hvdrec.training.pipeline import Step
 
 Combine = Callable[[Mapping[str, Tensor]], Output]
 

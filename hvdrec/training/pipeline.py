@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvdrec.config import Config
 from hvdrec.loader import Batch
-from hvdrec.parallel.find import Found
+from hvdrec.parallel.find import Found, cuts
 from hvdrec.parallel.gradients import PendingSum, begin_global_sum
 from hvdrec.parallel.tables import Asked, DistributedTables
 
@@ -61,11 +61,6 @@ def preparer(
         )
 
     return prepare
-
-
-def cuts(rows: int, parts: int) -> list[tuple[int, int]]:
-    """Return where each of equal parts begins and ends."""
-    return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
 
 
 def steps(

@@ -180,3 +180,16 @@ def test_a_mistake_on_one_rank_ends_all(tmp_path: Path) -> None:
 
     said = run_program("together.py", [], 3).stdout
     assert said.count("rank 1: a file is missing") == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "launcher", "text"),
+    [(2, "horovodrun", "on CPUs Horovod needs MPI for it"), (3, "mpirun", "a power of two of")],
+)
+def test_adasum_where_it_cannot_run_is_refused(
+    small: Path, tmp_path: Path, ranks: int, launcher: str, text: str
+) -> None:
+    command = [HVDREC, "train", str(small), "--paths.run", str(tmp_path / "run")]
+    done = launch([*command, "--parallel.synchronization", "adasum"], ranks, launcher)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count(text) == 1
