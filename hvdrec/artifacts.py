@@ -21,7 +21,8 @@ from hvdrec import __version__
 from hvdrec.errors import UserError, choices
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMATS = {"bundle": 2}
+"""Format versions that are not 1, by kind of artifact."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Manifest:
     kind: str
     meta: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
-    format: int = FORMAT
+    format: int
     written_by: str = __version__
 
 
@@ -81,7 +82,7 @@ def write_manifest(directory: Path, kind: str, meta: Mapping[str, Any]) -> None:
     }
     manifest = {
         "kind": kind,
-        "format": FORMAT,
+        "format": FORMATS.get(kind, 1),
         "written_by": __version__,
         "meta": dict(meta),
         "files": files,
@@ -110,9 +111,10 @@ def read_manifest(path: Path, kind: str) -> Manifest:
         raise UserError(f"{file}: damaged manifest ({error}); write the artifact again") from None
     if manifest.kind != kind:
         raise UserError(f"{path}: is a '{manifest.kind}' artifact, expected '{kind}'")
-    if manifest.format > FORMAT:
+    known = FORMATS.get(kind, 1)
+    if manifest.format > known:
         raise UserError(
-            f"{file}: format {manifest.format} is newer than this hvdrec reads ({FORMAT}); upgrade"
+            f"{file}: format {manifest.format} is newer than this hvdrec reads ({known}); upgrade"
         )
     for name, facts in manifest.files.items():
         target = Path(path) / _safe_relative(name, file)

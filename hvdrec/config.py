@@ -300,6 +300,18 @@ class Export:
     """Held-out rows that enter as raw values and must score as in torch."""
     tolerance: float = 1e-5
     """Largest allowed difference of a score."""
+    embeddings: Literal["float32", "float16", "int8"] = "float32"
+    """How embeddings are stored; the AUC that the smaller ones cost is measured at export."""
+    ranker: Literal["float32", "int8"] = "float32"
+    """Weights of the ranker's inner layers; the AUC that int8 costs is measured at export."""
+    index: Literal["none", "hnsw"] = "none"
+    """Approximate index over the items, for large catalogues; its recall is measured."""
+    filters: tuple[str, ...] = ()
+    """Item features that a request may ask for: recommend(..., allowed={"genres": ["Drama"]})."""
+    seen: bool = True
+    """Store what each user met in the log, which recommend(..., skip_seen=True) leaves out."""
+    trending_days: float = 30.0
+    """The log's last days, whose most liked items answer a request of which nothing is known."""
 
 
 @dataclass(frozen=True)

@@ -251,16 +251,19 @@ def _item_tower(key_dtype: str) -> onnx.ModelProto:
 
 def _ranker() -> onnx.ModelProto:
     g = _Nodes()
-    product = g.node("Mul", "user_embedding", "item_embedding")
+    users = g.node("Gather", "user_embedding", "request")
+    product = g.node("Mul", users, "item_embedding")
     axis = g.constant([1], np.int64)
-    logit = g.node("ReduceSum", product, axis, keepdims=0)
+    inner = g.node("ReduceSum", product, axis, keepdims=0)
+    scene = g.node("Mul", g.number("temperature", "float"), g.constant(0.1))
     for name, dtype, table in (("hour", "int", HOURS), ("place", "string", PLACES)):
-        logit = g.node("Add", logit, g.node("Squeeze", g.vectors(name, dtype, table), axis))
-    warmth = g.node("Mul", g.number("temperature", "float"), g.constant(0.1))
-    g.node("Sigmoid", g.node("Add", logit, warmth), output="score")
+        scene = g.node("Add", scene, g.node("Squeeze", g.vectors(name, dtype, table), axis))
+    logit = g.node("Add", inner, g.node("Gather", scene, "request"))
+    g.node("Sigmoid", logit, output="score")
     inputs = {
         "user_embedding": ("vector", 2),
         "item_embedding": ("vector", 2),
+        "request": ("int", 1),
         "hour": ("int", 1),
         "place": ("string", 1),
         "temperature": ("float", 1),

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from hvdrec.artifacts import read_manifest, write_artifact, write_manifest
 from hvdrec.config import Config
 from hvdrec.errors import UserError
-from hvdrec.export import graphs
+from hvdrec.export.graphs import item_tower, user_tower
 from hvdrec.export.parity import largest_difference
+from hvdrec.export.ranker_graph import ranker
 from hvdrec.features.fit import Fitted
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
@@ -53,9 +54,9 @@ def export(
     with write_artifact(out, "bundle", meta, overwrite=overwrite) as draft:
         notify("compiling graphs")
         for name, make in (
-            ("user_tower", graphs.user_tower),
-            ("item_tower", graphs.item_tower),
-            ("ranker", graphs.ranker),
+            ("user_tower", user_tower),
+            ("item_tower", item_tower),
+            ("ranker", ranker),
         ):
             _save_graph(make(model, fitted), draft / f"{name}.onnx")
         notify("embedding users")

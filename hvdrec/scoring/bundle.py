@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hvdrec.scoring.errors import BundleError, choices, shown
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 REQUIRED = (
     "user_tower.onnx",
     "item_tower.onnx",

@@ -17,6 +17,10 @@ class RequestError(ScoringError):
     """A request with an unknown field or a value of the wrong type."""
 
 
+class StoreError(ScoringError):
+    """A store that cannot answer now; the request may be tried again."""
+
+
 def choices(names: Iterable[object]) -> str:
     """Return the legal choices as they stand in an error's line."""
     return "[" + ", ".join(str(name) for name in names) + "]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,49 +17,71 @@ from hvdrec.scoring.errors import BundleError, choices
 Array = NDArray[Any]
 TENSOR = {"string": "tensor(string)", "int": "tensor(int64)", "float": "tensor(double)"}
 VECTORS = "tensor(float)"
+ROWS = "tensor(int64)"
+LARGE_BYTES = 8 << 20
 
 
 class Graph:
-    """A graph with one output of rows; `run` is safe from many threads at once."""
+    """A graph with one output of rows; `run` is safe from many threads at once.
+
+    A large file is opened by the first run, or by `open`: its vocabularies take long to load.
+    """
 
     def __init__(self, file: Path, inputs: Mapping[str, str], output: str, threads: int) -> None:
-        """Open a graph that takes ``inputs`` (name: tensor type); BundleError if it does not."""
-        self.session = _session(file, threads)
+        """Take a graph with ``inputs`` (name: tensor type); BundleError if it is another one."""
+        self._file = file
+        self._inputs = dict(inputs)
         self._outputs = [output]
-        found = {value.name: value.type for value in self.session.get_inputs()}
-        if found != dict(inputs):
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._session: Any = None
+        try:
+            size = file.stat().st_size
+        except OSError as error:
             raise BundleError(
-                f"{file}: takes {_listed(found)}, the manifest says {_listed(inputs)}; "
-                "export the bundle again"
-            )
-        outputs = [value.name for value in self.session.get_outputs()]
-        if output not in outputs:
-            raise BundleError(
-                f"{file}: gives {choices(outputs)}, expected '{output}'; export the bundle again"
-            )
+                f"{file}: cannot be read ({error}); export the bundle again"
+            ) from None
+        if size < LARGE_BYTES:
+            self.open()
+
+    def open(self) -> Any:
+        """Return the session; BundleError if the file holds no graph or another one."""
+        with self._lock:
+            if self._session is None:
+                self._session = self._opened()
+            return self._session
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
         """Return the output, float32 [N] or [N, width]."""
-        output: Array = self.session.run(self._outputs, inputs)[0]
+        session = self._session or self.open()
+        output: Array = session.run(self._outputs, inputs)[0]
         return output
 
     def run_blocks(self, inputs: Mapping[str, Array], rows: int, block: int) -> Array:
-        """Return the output of ``rows`` rows, at most ``block`` at a time to bound the memory.
-
-        Inputs with one row go into every block as they are.
-        """
+        """Return the output of ``rows`` rows, at most ``block`` at a time to bound the memory."""
         if rows <= block:
             return self.run(inputs)
         parts = [
-            self.run(
-                {
-                    name: array[start : start + block] if len(array) > 1 else array
-                    for name, array in inputs.items()
-                }
-            )
+            self.run({name: array[start : start + block] for name, array in inputs.items()})
             for start in range(0, rows, block)
         ]
         return np.concatenate(parts)
+
+    def _opened(self) -> Any:
+        session = _session(self._file, self._threads)
+        found = {value.name: value.type for value in session.get_inputs()}
+        if found != self._inputs:
+            raise BundleError(
+                f"{self._file}: takes {_listed(found)}, the manifest says {_listed(self._inputs)}; "
+                "export the bundle again"
+            )
+        outputs = [value.name for value in session.get_outputs()]
+        if self._outputs[0] not in outputs:
+            raise BundleError(
+                f"{self._file}: gives {choices(outputs)}, expected '{self._outputs[0]}'; "
+                "export the bundle again"
+            )
+        return session
 
 
 def input_types(fields: Iterable[Field]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,19 @@ from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo, Field, read_array, read_bundle
 from hvdrec.scoring.errors import BundleError, RequestError, shown
-from hvdrec.scoring.graph import VECTORS, Graph, input_types
+from hvdrec.scoring.graph import ROWS, VECTORS, Graph, input_types
 from hvdrec.scoring.inputs import check_names, column, listed
 from hvdrec.scoring.retrieval import inner_products, largest
-from hvdrec.scoring.store import Titles
+from hvdrec.scoring.store import Store, Titles
 from hvdrec.scoring.tower import BLOCK_ROWS, Tower
 
 Array = NDArray[Any]
 Key = str | int
 Raw = Mapping[str, Any]
 Entries = Sequence[Key | Raw | None] | Array
+Request = tuple[Key | Raw | None, Entries, Raw | None]
+ALONE_ITEMS = 128
+"""A request of so many items is scored alone: the ranker folds one user into its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +44,49 @@ class Recommendation:
 class Scorer:
     """Scores and recommends items from a bundle; made by `load`, safe to share between threads."""
 
-    def __init__(self, info: BundleInfo, threads: int) -> None:
+    def __init__(
+        self, info: BundleInfo, threads: int, users: Store | None = None, items: Store | None = None
+    ) -> None:
         self.info = info
-        self._users = Tower(info, "user", threads)
-        self._items = Tower(info, "item", threads)
+        self._users = Tower(info, "user", threads, users)
+        self._items = Tower(info, "item", threads, items)
         self._titles = Titles(info, self.items)
         self._popularity = None if info.retrieval_width else _popularity(info, self.items)
         scene = info.side("scene")
         self._scene = {field.name: field for field in scene}
         self._defaults = {field.name: _default(info, field) for field in scene}
-        embeddings = {"user_embedding": VECTORS, "item_embedding": VECTORS}
+        pairs = {"user_embedding": VECTORS, "item_embedding": VECTORS, "request": ROWS}
         self._ranker = Graph(
-            info.path / "ranker.onnx", {**embeddings, **input_types(scene)}, "score", threads
+            info.path / "ranker.onnx", {**pairs, **input_types(scene)}, "score", threads
         )
+        self._one_request = np.zeros(BLOCK_ROWS, dtype=np.int64)
 
     @classmethod
-    def load(cls, path: str | Path, *, threads: int = 1, verify: bool = False) -> Scorer:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        threads: int = 1,
+        verify: bool = False,
+        users: Store | None = None,
+        items: Store | None = None,
+    ) -> Scorer:
         """Open a bundle.
 
         threads: of one graph run (a service with many request threads wants 1); verify: compare
-        every file's checksum. Raises BundleError if the bundle is missing, damaged or too new.
+        every file's checksum; users, items: where their embeddings come from instead of the
+        bundle's own arrays (retrieval is always over the bundle's). A tower with large
+        vocabularies is opened by the first request that needs it, or by `warm`. Raises BundleError
+        if the bundle is missing, damaged or too new.
         """
         _check_count("threads", threads)
-        return cls(read_bundle(Path(path), verify=verify), int(threads))
+        return cls(read_bundle(Path(path), verify=verify), int(threads), users, items)
+
+    def warm(self) -> None:
+        """Open what the first requests would wait for, and run each graph once."""
+        for tower in (self._users, self._items):
+            tower.compute([{}])
+        self.score(None, [None])
 
     @property
     def users(self) -> int:
@@ -99,8 +122,29 @@ class Scorer:
         entries = listed(items, "items")
         if not entries:
             return np.empty(0, dtype=np.float32)
-        inputs["item_embedding"] = self._items.embed(entries)
-        return self._ranker.run_blocks(inputs, rows=len(entries), block=BLOCK_ROWS)
+        return self._rank(inputs, self._items.embed(entries))
+
+    def score_many(self, requests: Sequence[Request]) -> list[Array]:
+        """Return what `score` returns, for each of many requests (user, items, scene).
+
+        Requests of few items share a run of the graphs; their scores may differ from those of
+        `score` in the last bits. Raises RequestError as `score` does, naming the request's place.
+        """
+        checked = [_checked(number, request) for number, request in enumerate(requests)]
+        out: dict[int, Array] = {}
+        for numbers in shared_runs([len(items) for _, items, _ in checked]):
+            together = [checked[number] for number in numbers]
+            try:
+                scores = self._score_together(together)
+            except RequestError:
+                for number, request in zip(numbers, together, strict=True):
+                    try:
+                        self._score_together([request])
+                    except RequestError as error:
+                        raise RequestError(f"requests[{number}]: {error}") from None
+                raise
+            out.update(zip(numbers, scores, strict=True))
+        return [out[number] for number in range(len(checked))]
 
     def score_rows(
         self,
@@ -130,6 +174,7 @@ class Scorer:
                     {
                         "user_embedding": self._users.embed(users[part]),
                         "item_embedding": self._items.embed(items[part]),
+                        "request": np.arange(len(users[part])),
                         **self._scene_columns(columns, part, len(users[part])),
                     }
                 )
@@ -164,8 +209,7 @@ class Scorer:
         rows = largest(retrieval, max(int(k), int(candidates)), excluded)
         if not rows.size:
             return []
-        inputs["item_embedding"] = self._items.store.take(rows)
-        scores = self._ranker.run_blocks(inputs, rows=len(rows), block=BLOCK_ROWS)
+        scores = self._rank(inputs, self._items.store.take(rows))
         # Rows are in the order of keys: equal scores are told apart by key.
         return [
             Recommendation(
@@ -194,6 +238,33 @@ class Scorer:
     def key_dtype(self, side: str) -> str:
         """Return the type of user or item keys: "string" or "int"."""
         return (self._users if side == "user" else self._items).store.dtype
+
+    def _score_together(self, requests: Sequence[Request]) -> list[Array]:
+        """Return the scores of requests that share a run of each graph."""
+        if len(requests) == 1:
+            return [self.score(*requests[0])]
+        scenes = [{} if scene is None else scene for _, _, scene in requests]
+        for scene in scenes:
+            check_names(scene, self._scene, "scene")
+        inputs = {
+            name: column(field, [scene.get(name, field.default) for scene in scenes])
+            for name, field in self._scene.items()
+        }
+        inputs["user_embedding"] = self._users.embed([user for user, _, _ in requests])
+        counts = [len(items) for _, items, _ in requests]
+        inputs["item_embedding"] = self._items.embed([i for _, items, _ in requests for i in items])
+        inputs["request"] = np.arange(len(requests)).repeat(counts)
+        return np.split(self._ranker.run(inputs), np.cumsum(counts)[:-1])
+
+    def _rank(self, inputs: dict[str, Array], items: Array) -> Array:
+        """Return the scores of items' embeddings [n, item_width] for one user in one scene."""
+        rows = len(items)
+        if rows <= BLOCK_ROWS:
+            return self._ranker.run(
+                {**inputs, "item_embedding": items, "request": self._one_request[:rows]}
+            )
+        blocks = [items[start : start + BLOCK_ROWS] for start in range(0, rows, BLOCK_ROWS)]
+        return np.concatenate([self._rank(inputs, block) for block in blocks])
 
     def _scene_inputs(self, scene: Raw | None) -> dict[str, Array]:
         inputs = dict(self._defaults)
@@ -227,6 +298,35 @@ class Scorer:
             return self._popularity.astype(np.float32)
         width = self.info.retrieval_width
         return inner_products(self._items.store.embeddings, embedding[:width])
+
+
+def shared_runs(counts: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the places of requests that are scored together, given how many items each has.
+
+    At most BLOCK_ROWS items are together, and a request of ALONE_ITEMS or more is alone.
+    """
+    together: list[int] = []
+    items = 0
+    for place, count in enumerate(counts):
+        if count >= ALONE_ITEMS:
+            yield [place]
+            continue
+        if items + count > BLOCK_ROWS:
+            yield together
+            together, items = [], 0
+        together.append(place)
+        items += count
+    if together:
+        yield together
+
+
+def _checked(number: int, request: Any) -> Request:
+    if not isinstance(request, tuple | list) or len(request) != 3:
+        raise RequestError(
+            f"requests[{number}] = {shown(request)}: must be three values, user, items and scene"
+        )
+    user, items, scene = request
+    return user, listed(items, f"requests[{number}].items"), scene
 
 
 def _check_count(name: str, value: Any) -> None:

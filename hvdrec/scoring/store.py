@@ -1,24 +1,44 @@
-"""Stored embeddings, found by key, and titles: memory-mapped arrays that many threads read."""
+"""Stored embeddings, found by key: memory-mapped arrays that many threads read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo, read_array
-from hvdrec.scoring.errors import BundleError
+from hvdrec.scoring.errors import BundleError, choices
 
 Array = NDArray[Any]
 CACHED_KEYS = 100_000
+STORED_AS = {"<f4": "float32", "<f2": "float16", "|i1": "int8"}
+
+
+class Store(Protocol):
+    """Where embeddings come from: a bundle's own arrays, or a database that many services share."""
+
+    @property
+    def dtype(self) -> str:
+        """Return the type of a key: "string" or "int"."""
+
+    def __len__(self) -> int:
+        """Return the number of stored embeddings."""
+
+    def lookup(self, keys: Sequence[str | int | None]) -> tuple[Array, Array]:
+        """Return embeddings float32 [k, width], and bool [k]: whether a key is stored.
+
+        Keys are of the store's type, None is never stored. Rows of keys that are not stored hold
+        zeros. Raises StoreError where the store cannot answer. Safe from many threads.
+        """
 
 
 class EmbeddingStore:
     """Users' or items' embeddings with their keys, sorted; nothing is read before it is asked for.
 
-    keys: int64 [n], or UTF-8 in a fixed-width byte array [n]; embeddings: float32 [n, width].
+    keys: int64 [n], or UTF-8 in a fixed-width byte array [n]; embeddings: [n, width] of float32,
+    float16, or int8 with a float32 scale for each row.
     """
 
     def __init__(self, info: BundleInfo, side: str, width: int) -> None:
@@ -31,16 +51,27 @@ class EmbeddingStore:
                 f"{info.path}/{side}s/keys.npy: is {self.keys.dtype} of shape {self.keys.shape}, "
                 "expected bytes or int64 of one dimension; export the bundle again"
             )
+        kind = STORED_AS.get(self.embeddings.dtype.str)
         if (
-            self.embeddings.shape != (len(self.keys), width)
-            or self.embeddings.dtype != np.dtype("<f4")
+            kind is None
+            or self.embeddings.shape != (len(self.keys), width)
             or not self.embeddings.flags.c_contiguous
         ):
             raise BundleError(
                 f"{info.path}/{side}s/embeddings.npy: is {self.embeddings.dtype} of shape "
-                f"{self.embeddings.shape}, expected float32 of ({len(self.keys)}, {width}), rows "
-                "first; export the bundle again"
+                f"{self.embeddings.shape}, expected one of {choices(STORED_AS.values())} of "
+                f"({len(self.keys)}, {width}), rows first; export the bundle again"
             )
+        self.scales: Array | None = None
+        if kind == "int8":
+            self.scales = read_array(info.path, f"{side}s/scales.npy")
+            if self.scales.shape != (len(self.keys),) or self.scales.dtype != np.dtype("<f4"):
+                raise BundleError(
+                    f"{info.path}/{side}s/scales.npy: is {self.scales.dtype} of shape "
+                    f"{self.scales.shape}, expected float32 of ({len(self.keys)},); "
+                    "export the bundle again"
+                )
+        self._as_stored = kind == "float32"
         self._plain: type = str if self.keys.dtype.kind == "S" else int
         # One byte more than the keys have, so that a longer key does not shrink to a stored one.
         self._asked_dtype = f"S{self.keys.dtype.itemsize + 1}"
@@ -82,7 +113,23 @@ class EmbeddingStore:
 
     def take(self, rows: Array) -> Array:
         """Return the embeddings of rows, float32 [k, width]."""
-        return self.embeddings.take(rows, axis=0)
+        taken = self.embeddings.take(rows, axis=0)
+        if self._as_stored:
+            return taken
+        taken = taken.astype(np.float32)
+        if self.scales is not None:
+            taken *= self.scales.take(rows)[:, None]
+        return taken
+
+    def lookup(self, keys: Sequence[str | int | None]) -> tuple[Array, Array]:
+        """Return embeddings float32 [k, width], zeros where a key is not stored, and bool [k]."""
+        rows = self.rows(keys)
+        found = rows >= 0
+        if found.all():
+            return self.take(rows), found
+        embeddings = np.zeros((len(rows), self.embeddings.shape[1]), dtype=np.float32)
+        embeddings[found] = self.take(rows[found])
+        return embeddings, found
 
     def key(self, row: int) -> str | int:
         """Return the key of a row."""

@@ -12,7 +12,7 @@ from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.errors import BundleError
 from hvdrec.scoring.graph import Graph, input_types
 from hvdrec.scoring.inputs import check_names, key_value, rows_to_inputs
-from hvdrec.scoring.store import EmbeddingStore
+from hvdrec.scoring.store import EmbeddingStore, Store
 
 Array = NDArray[Any]
 BLOCK_ROWS = 4096
@@ -21,10 +21,19 @@ BLOCK_ROWS = 4096
 class Tower:
     """Embeds users or items, given by key or by raw features."""
 
-    def __init__(self, info: BundleInfo, side: str, threads: int) -> None:
+    def __init__(
+        self, info: BundleInfo, side: str, threads: int, store: Store | None = None
+    ) -> None:
+        """Take one side of a bundle; ``store`` gives the embeddings instead of its own arrays."""
         self.key_name = info.user_key if side == "user" else info.item_key
         width = info.user_width if side == "user" else info.item_width
         self.store = EmbeddingStore(info, side, width)
+        self._shared = store
+        if store is not None and store.dtype != self.store.dtype:
+            raise BundleError(
+                f"{info.path}: {side} keys are {self.store.dtype}, the given store holds "
+                f"{store.dtype}; publish this bundle"
+            )
         self._side = side
         self._fields = info.side(side)
         self._known = tuple(dict.fromkeys([self.key_name, *(f.name for f in self._fields)]))
@@ -36,7 +45,7 @@ class Tower:
                     f"feature '{field.name}' is of type {field.dtype}; export the bundle again"
                 )
         file = info.path / f"{side}_tower.onnx"
-        self._graph = Graph(file, input_types(self._fields), "embedding", threads)
+        self.graph = Graph(file, input_types(self._fields), "embedding", threads)
 
     def embed(self, entries: Sequence[Any]) -> Array:
         """Return embeddings, float32 [n, width], of keys or mappings of raw features.
@@ -44,25 +53,25 @@ class Tower:
         A key that is not stored goes through the tower with everything else missing. Raises
         RequestError for an unknown field or a value of the wrong type.
         """
-        rows = self.store.cached_rows(entries)
+        rows = None if self._shared else self.store.cached_rows(entries)
         if rows is not None:
             return self.store.take(rows)
         keys = [None if _is_mapping(entry) else self.key(entry) for entry in entries]
-        rows = self.store.rows(keys)
-        computed = np.flatnonzero(rows < 0)
+        embeddings, found = (self._shared or self.store).lookup(keys)
+        computed = np.flatnonzero(~found)
         if not computed.size:
-            return self.store.take(rows)
+            return embeddings
         raw = [self._raw(entries[i], keys[i]) for i in computed.tolist()]
-        embedded = self._graph.run_blocks(
-            rows_to_inputs(self._fields, raw), rows=len(raw), block=BLOCK_ROWS
-        )
+        embedded = self.compute(raw)
         if computed.size == len(entries):
             return embedded
-        out = np.empty((len(entries), embedded.shape[1]), dtype=np.float32)
-        out[computed] = embedded
-        stored = np.flatnonzero(rows >= 0)
-        out[stored] = self.store.take(rows[stored])
-        return out
+        embeddings[computed] = embedded
+        return embeddings
+
+    def compute(self, rows: Sequence[Mapping[str, Any]]) -> Array:
+        """Return what the tower makes of rows of raw values, float32 [n, width]."""
+        inputs = rows_to_inputs(self._fields, rows)
+        return self.graph.run_blocks(inputs, rows=len(rows), block=BLOCK_ROWS)
 
     def key(self, key: Any) -> str | int | None:
         """Return a key in its type, None for a missing one; RequestError for another type."""

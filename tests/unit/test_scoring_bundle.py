@@ -75,12 +75,12 @@ def set_feature(**values: Any) -> Change:
     [
         (lambda m: m.update(kind="features"), "B: is a 'features' artifact, expected 'bundle'"),
         (
-            lambda m: m.update(format=2),
-            "B: format 2 is newer than this hvdrec reads (1); upgrade hvdrec",
+            lambda m: m.update(format=3),
+            "B: format 3 is newer than this hvdrec reads (2); upgrade hvdrec",
         ),
         (
             lambda m: m.update(format="1"),
-            "B: format '1' is not what this hvdrec reads (1); export the bundle again",
+            "B: format '1' is not what this hvdrec reads (2); export the bundle again",
         ),
         (lambda m: m.pop("meta"), "'meta' is missing"),
         (lambda m: m["meta"]["schema"].pop("user_key"), "'user_key' is missing"),
@@ -165,17 +165,17 @@ def test_changed_contents_are_found_on_request(bundle: Path) -> None:
         (
             "items/embeddings.npy",
             np.zeros((4, 3)),
-            "is float64 of shape (4, 3), expected float32 of (4, 3), rows first",
+            "is float64 of shape (4, 3), expected one of [float32, float16, int8] of (4, 3)",
         ),
         (
             "items/embeddings.npy",
             np.zeros((3, 3), np.float32),
-            "is float32 of shape (3, 3), expected float32 of (4, 3), rows first",
+            "is float32 of shape (3, 3), expected one of [float32, float16, int8] of (4, 3)",
         ),
         (
             "items/embeddings.npy",
             np.zeros((4, 3), np.float32, order="F"),
-            "is float32 of shape (4, 3), expected float32 of (4, 3), rows first",
+            "is float32 of shape (4, 3), expected one of [float32, float16, int8] of (4, 3)",
         ),
         ("items/titles_offsets.npy", np.arange(5), "does not fit 4 items and their titles"),
         ("items/titles_offsets.npy", np.arange(4), "does not fit 4 items and their titles"),

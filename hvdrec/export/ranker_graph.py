@@ -1,0 +1,225 @@
+"""The ranker's ONNX graph, which computes once per request what all its candidates share.
+
+The ranker's first linear layer reads [user, item, user * item, scene]. With its weights cut into
+those four parts it is, for one request,
+
+    user W_u + scene W_s + b  +  item (W_i + diag(user) W_p),
+
+so that user and scene enter once per request, and an item costs one product with a matrix made for
+the request, a fourth of the unfactored layer or less. Shapes: R requests, N items, U and I widths
+of representations, D of tower embeddings, H of the first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hvdrec.export.graphs import OPSET, example, export_function, joined, preprocessed
+from hvdrec.features.fit import Fitted
+from hvdrec.features.graph import output_name
+from hvdrec.models.recommender import Recommender
+
+Codes = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A ranker as a first linear layer, in its parts, and the rest."""
+
+    request: Callable[[Tensor, Codes], Tensor]
+    """user_embedding [R, U] and scene codes [R] -> what all items of a request share, [R, H]."""
+    item: NDArray[np.float32]
+    """[I, H]: weights of an item's representation."""
+    product: NDArray[np.float32]
+    """[D, H]: weights of user * item."""
+    rest: Callable[[Tensor], Tensor]
+    """The first layer's output [N, H] -> score [N], a probability."""
+
+
+def factored(model: Recommender) -> Factored | None:
+    """Return a model's ranker in parts; None where its first layer is not linear (cross layers)."""
+    if model.ranker is None:
+        return _inner_product(model)
+    if model.ranker.cross is not None:
+        return None
+    hidden, head = list(model.ranker.hidden), model.ranker.head
+    first, *after = [*hidden, head]
+    assert isinstance(first, nn.Linear)
+    rest = nn.Sequential(*after)
+    user, item, width = model.user_width(), model.item_width(), model.output_width
+    cuts = [user, item, width, first.in_features - user - item - width]
+    weights = torch.split(first.weight.detach(), cuts, dim=1)
+    shared = torch.cat([weights[0], weights[3]], dim=1)
+    bias = first.bias.detach()
+
+    def request(users: Tensor, codes: Codes) -> Tensor:
+        scene = model.tables(model.schema.side("scene"), codes)
+        return functional.linear(torch.cat([users, *scene.values()], dim=-1), shared, bias)
+
+    return Factored(
+        request,
+        weights[1].T.contiguous().numpy(),
+        weights[2].T.contiguous().numpy(),
+        lambda first_output: rest(first_output).squeeze(-1).sigmoid(),
+    )
+
+
+def _inner_product(model: Recommender) -> Factored:
+    """Return the score of a model without a ranker: the towers' inner product over T."""
+    weight = np.full((model.output_width, 1), 1 / model.temperature, dtype=np.float32)
+    return Factored(
+        lambda users, codes: torch.zeros_like(users[:, :1]),
+        np.zeros((model.item_width(), 1), dtype=np.float32),
+        weight,
+        lambda first_output: first_output.squeeze(-1).sigmoid(),
+    )
+
+
+def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
+    """Return the graph that scores pairs of representations in the scenes of requests.
+
+    ``user_embedding`` float32 [R, U], raw scene features [R], ``item_embedding`` float32 [N, I],
+    ``request`` int64 [N], the row of the user and the scene that an item is paired with
+    -> ``score`` float32 [N], a probability.
+    """
+    return preprocessed(fitted, model.schema.side("scene"), core(model))
+
+
+def core(model: Recommender) -> onnx.ModelProto:
+    """Return the same graph over the codes of scene features, without their preprocessing."""
+    examples = {
+        "user_embedding": torch.zeros(3, model.user_width()),
+        **{output_name(f.name): example(f) for f in model.schema.side("scene")},
+    }
+    parts = factored(model)
+    if parts is None:
+        return _unfactored(model, examples)
+    shared = export_function(
+        model,
+        lambda inputs: parts.request(inputs["user_embedding"], _codes(model, inputs)),
+        examples,
+        "shared",
+        rows="requests",
+    )
+    rest = export_function(
+        model,
+        lambda inputs: parts.rest(inputs["first"]),
+        {"first": torch.zeros(3, parts.product.shape[1])},
+        "score",
+    )
+    first = _first_layer(parts, model.user_width(), shared.ir_version)
+    return joined(joined(shared, first), rest)
+
+
+def _codes(model: Recommender, inputs: dict[str, Tensor]) -> Codes:
+    return {f.name: inputs[output_name(f.name)] for f in model.schema.side("scene")}
+
+
+def _unfactored(model: Recommender, examples: dict[str, Tensor]) -> onnx.ModelProto:
+    """Return the ranker as it is, over users and scenes that are gathered for each item."""
+
+    def score(inputs: dict[str, Tensor]) -> Tensor:
+        codes = _codes(model, inputs)
+        return model.rank(inputs["user_embedding"], inputs["item_embedding"], codes).sigmoid()
+
+    items = {"item_embedding": torch.zeros(3, model.item_width())}
+    whole = export_function(model, score, {**examples, **items}, "score")
+    graph = whole.graph
+    gathers = []
+    for value in graph.input:
+        if value.name not in examples:
+            continue
+        for node in graph.node:
+            node.input[:] = [
+                f"{name}/paired" if name == value.name else name for name in node.input
+            ]
+        gathers.append(
+            helper.make_node("Gather", [value.name, "request"], [f"{value.name}/paired"])
+        )
+        value.type.tensor_type.shape.dim[0].dim_param = "requests"
+    kept = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*gathers, *kept])
+    graph.input.append(helper.make_tensor_value_info("request", TensorProto.INT64, ["rows"]))
+    return whole
+
+
+def _first_layer(parts: Factored, user_width: int, ir_version: int) -> onnx.ModelProto:
+    """Return the graph of the first layer behind `Factored.request`.
+
+    ``user_embedding`` [R, U], ``shared`` [R, H], ``item_embedding`` [N, I], ``request`` int64 [N]
+    -> ``first`` [N, H].
+    """
+    width, hidden = parts.product.shape
+    item_width = len(parts.item)
+    constants: dict[str, NDArray[Any]] = {
+        "item_weight": parts.item,
+        "product_weight": parts.product,
+        "zero": np.array([0], dtype=np.int64),
+        "one": np.array(1, dtype=np.int64),
+        "width": np.array([width], dtype=np.int64),
+        "axis": np.array([1], dtype=np.int64),
+        "column": np.array([width, 1], dtype=np.int64),
+        "below": np.array([0, 0, item_width - width, 0], dtype=np.int64),
+    }
+    node = helper.make_node
+    one_request = [
+        node("Slice", ["user_embedding", "zero", "width", "axis"], ["user"]),
+        node("Reshape", ["user", "column"], ["user_column"]),
+        node("Mul", ["user_column", "product_weight"], ["of_products"]),
+        node("Pad", ["of_products", "below"], ["of_items"]),
+        node("Add", ["item_weight", "of_items"], ["folded"]),
+        node("MatMul", ["item_embedding", "folded"], ["folded_terms"]),
+        node("Add", ["folded_terms", "shared"], ["first_of_one"]),
+    ]
+    many_requests = [
+        node("Slice", ["user_embedding", "zero", "width", "axis"], ["users"]),
+        node("Gather", ["users", "request"], ["paired_users"]),
+        node("Slice", ["item_embedding", "zero", "width", "axis"], ["items"]),
+        node("Mul", ["paired_users", "items"], ["products"]),
+        node("MatMul", ["products", "product_weight"], ["product_terms"]),
+        node("MatMul", ["item_embedding", "item_weight"], ["item_terms"]),
+        node("Gather", ["shared", "request"], ["paired_shared"]),
+        node("Sum", ["product_terms", "item_terms", "paired_shared"], ["first_of_many"]),
+    ]
+    branches = {
+        "then_branch": _branch(one_request, "first_of_one", hidden),
+        "else_branch": _branch(many_requests, "first_of_many", hidden),
+    }
+    graph = helper.make_graph(
+        [
+            node("Shape", ["user_embedding"], ["requests"], start=0, end=1),
+            node("Squeeze", ["requests"], ["count"]),
+            node("Equal", ["count", "one"], ["is_one"]),
+            node("If", ["is_one"], ["first"], **branches),
+        ],
+        "first_layer",
+        [
+            _float("user_embedding", "requests", user_width),
+            _float("shared", "requests", hidden),
+            _float("item_embedding", "rows", item_width),
+            helper.make_tensor_value_info("request", TensorProto.INT64, ["rows"]),
+        ],
+        [_float("first", "rows", hidden)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
+
+
+def _branch(nodes: list[onnx.NodeProto], output: str, width: int) -> onnx.GraphProto:
+    return helper.make_graph(nodes, output, [], [_float(output, "rows", width)])
+
+
+def _float(name: str, rows: str, width: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width])
