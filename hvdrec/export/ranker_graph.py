@@ -169,13 +169,12 @@ def _first_layer(parts: Factored, user_width: int, ir_version: int) -> onnx.Mode
         "one": np.array(1, dtype=np.int64),
         "width": np.array([width], dtype=np.int64),
         "axis": np.array([1], dtype=np.int64),
-        "column": np.array([width, 1], dtype=np.int64),
         "below": np.array([0, 0, item_width - width, 0], dtype=np.int64),
     }
     node = helper.make_node
     one_request = [
         node("Slice", ["user_embedding", "zero", "width", "axis"], ["user"]),
-        node("Reshape", ["user", "column"], ["user_column"]),
+        node("Transpose", ["user"], ["user_column"], perm=[1, 0]),
         node("Mul", ["user_column", "product_weight"], ["of_products"]),
         node("Pad", ["of_products", "below"], ["of_items"]),
         node("Add", ["item_weight", "of_items"], ["folded"]),
