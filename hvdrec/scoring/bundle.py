@@ -1,30 +1,38 @@
-"""Reading a bundle's manifest and arrays, without trusting either."""
+"""Reading a bundle's manifest and arrays, without trusting either.
+
+Nothing is read but regular files that lie in the bundle; files that no manifest lists may lie
+beside them and are not looked at.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.errors import BundleError, choices, shown
+from hvdrec.scoring.errors import BundleError, ReplacedError, choices, shown
+from hvdrec.scoring.external import external_locations
 
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 16 << 20
 FORMAT = 2
+GRAPHS = ("user_tower.onnx", "item_tower.onnx", "ranker.onnx")
 REQUIRED = (
-    "user_tower.onnx",
-    "item_tower.onnx",
-    "ranker.onnx",
+    *GRAPHS,
     "users/keys.npy",
     "users/embeddings.npy",
     "items/keys.npy",
     "items/embeddings.npy",
 )
+Stamp = tuple[int, int, int, int]
 SIDES = ("user", "item", "scene")
 DTYPES = ("string", "int", "float")
 KINDS = ("categorical", "categorical_list", "sequence", "numeric", "hashed")
@@ -63,6 +71,12 @@ class BundleInfo:
     item_width: int
     retrieval_width: int
     manifest: Mapping[str, Any]
+    version: str = ""
+    """First 12 hexadecimal digits of the SHA-256 of manifest.json: what the whole bundle is."""
+    model: str = ""
+    """The same of the graphs' checksums: embeddings of one model fit each other."""
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    """Of each file, what changes when another one takes its place."""
 
     def side(self, side: str) -> tuple[Field, ...]:
         """Return the fields of one side."""
@@ -76,17 +90,24 @@ class BundleInfo:
 def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
     """Read and check a bundle's manifest.
 
-    Checks kind, format, and that every listed file lies in the directory with its size; with
-    ``verify`` also the SHA-256 of each. Raises BundleError.
+    Checks kind, format, that every listed file lies in the directory with its size, and that the
+    graphs ask for no other file; with ``verify`` also the SHA-256 of each file. Links in ``path``
+    are followed once, so that all files come from one directory. Raises BundleError.
     """
-    manifest = _read_manifest(path)
     try:
-        info = _info(path, manifest)
+        path = path.resolve()
+    except (OSError, RuntimeError, ValueError):
+        raise _no_bundle(path) from None
+    raw, stamp = _manifest_bytes(path)
+    manifest = _parsed(path, raw)
+    try:
         files = {
             str(name): (int(facts["bytes"]), str(facts["sha256"]))
             for name, facts in manifest["files"].items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        stamps = {MANIFEST: stamp}
+        info = _info(path, manifest, hashlib.sha256(raw).hexdigest()[:12], _model(files), stamps)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise BundleError(
             f"{path / MANIFEST}: damaged manifest ({reason}); export the bundle again"
@@ -95,31 +116,77 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
         if name not in files:
             raise BundleError(f"{path}: '{name}' is missing from the bundle; export it again")
     for name, (size, sha256) in files.items():
-        _check_file(path, name, size, sha256 if verify else None)
+        stamps[name] = _check_file(path, name, size, sha256 if verify else None)
+    for name in GRAPHS:
+        _check_graph(path, name, files)
     return info
+
+
+def check_unchanged(info: BundleInfo) -> None:
+    """Raise ReplacedError where a file is another one than `read_bundle` saw.
+
+    Called after everything is open: then no part of the bundle comes from another one that took
+    its place in between. Device, inode, size and time of the last change tell a directory renamed
+    into place as well as a file written over, on every system.
+    """
+    for name, stamp in info.stamps.items():
+        try:
+            found = stamp_of((info.path / name).stat())
+        except OSError:
+            found = None
+        if found != stamp:
+            raise ReplacedError(
+                f"{info.path / name}: was replaced while the bundle was read; load it again"
+            )
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Return what tells a file from another one in its place, and from itself before a change."""
+    # No ctime: that also changes when a hard link to the file goes.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_array(path: Path, name: str) -> NDArray[Any]:
     """Memory-map one of the bundle's arrays, read-only; BundleError if that cannot be."""
+    _located(path, name)
     try:
         array = np.load(path / name, mmap_mode="r", allow_pickle=False)
         # A plain view: indexing a numpy.memmap costs several times as much.
         return array.view(np.ndarray)  # type: ignore[no-any-return]
-    except (AttributeError, EOFError, OSError, ValueError) as error:
+    except (AttributeError, EOFError, MemoryError, OSError, OverflowError, ValueError) as error:
         raise BundleError(
             f"{path / name}: cannot be read ({_first_line(error)}); export the bundle again"
         ) from None
 
 
-def _read_manifest(path: Path) -> Mapping[str, Any]:
+def _no_bundle(path: Path) -> BundleError:
+    return BundleError(f"{path}: no bundle here ({MANIFEST} is missing); run hvdrec export")
+
+
+def _manifest_bytes(path: Path) -> tuple[bytes, Stamp]:
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        file.lstat()
+        status = _located(path, MANIFEST)
+        if status.st_size > MANIFEST_BYTES:
+            raise BundleError(
+                f"{file}: has {status.st_size} bytes, a manifest has at most {MANIFEST_BYTES}; "
+                "export the bundle again"
+            )
+        return file.read_bytes(), stamp_of(status)
     except (FileNotFoundError, NotADirectoryError):
+        raise _no_bundle(path) from None
+    except OSError as error:
         raise BundleError(
-            f"{path}: no bundle here ({MANIFEST} is missing); run hvdrec export"
+            f"{file}: cannot be read ({_first_line(error)}); check its permissions"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+
+
+def _parsed(path: Path, raw: bytes) -> Mapping[str, Any]:
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
         raise BundleError(
             f"{file}: damaged manifest ({_first_line(error)}); export the bundle again"
         ) from None
@@ -130,9 +197,10 @@ def _read_manifest(path: Path) -> Mapping[str, Any]:
         raise BundleError(f"{path}: is a {shown(kind)} artifact, expected 'bundle'")
     if isinstance(version, int) and version > FORMAT:
         raise BundleError(
-            f"{path}: format {version} is newer than this hvdrec reads ({FORMAT}); upgrade hvdrec"
+            f"{path}: format {shown(version)} is newer than this hvdrec reads ({FORMAT}); "
+            "upgrade hvdrec"
         )
-    if version != FORMAT:
+    if version != FORMAT or isinstance(version, bool):
         raise BundleError(
             f"{path}: format {shown(version)} is not what this hvdrec reads ({FORMAT}); "
             "export the bundle again"
@@ -140,7 +208,19 @@ def _read_manifest(path: Path) -> Mapping[str, Any]:
     return manifest
 
 
-def _info(path: Path, manifest: Mapping[str, Any]) -> BundleInfo:
+def _model(files: Mapping[str, tuple[int, str]]) -> str:
+    """Return the digest of the graphs' checksums, with their external data where they have some."""
+    parts = [files[name][1] for name in sorted(files) if name.startswith(GRAPHS)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
+def _info(
+    path: Path,
+    manifest: Mapping[str, Any],
+    version: str,
+    model: str,
+    stamps: Mapping[str, Stamp],
+) -> BundleInfo:
     meta = manifest["meta"]
     schema = meta["schema"]
     user_width, item_width, retrieval_width = (
@@ -161,6 +241,9 @@ def _info(path: Path, manifest: Mapping[str, Any]) -> BundleInfo:
         item_width=item_width,
         retrieval_width=retrieval_width,
         manifest=manifest,
+        version=version,
+        model=model,
+        stamps=stamps,
     )
 
 
@@ -187,23 +270,60 @@ def _integer(raw: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _check_file(path: Path, name: str, size: int, sha256: str | None) -> None:
+def _check_file(path: Path, name: str, size: int, sha256: str | None) -> Stamp:
     file = path / name
-    if "\0" in name or not file.resolve().is_relative_to(path.resolve()):
+    status = _located(path, name)
+    if status.st_size != size:
         raise BundleError(
-            f"{path}: file name {shown(name)} leaves the bundle; do not use this bundle"
-        )
-    if not file.is_file():
-        raise BundleError(f"{file}: is missing; export the bundle again")
-    if file.stat().st_size != size:
-        raise BundleError(
-            f"{file}: has {file.stat().st_size} bytes, the manifest says {size}; export it again"
+            f"{file}: has {status.st_size} bytes, the manifest says {size}; export it again"
         )
     if sha256 is not None:
-        with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        try:
+            with file.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise BundleError(
+                f"{file}: cannot be read ({_first_line(error)}); check its permissions"
+            ) from None
         if found != sha256:
             raise BundleError(f"{file}: contents differ from the manifest; export the bundle again")
+    return stamp_of(status)
+
+
+def _located(path: Path, name: str) -> os.stat_result:
+    """Return the status of a regular file of the bundle at ``path``, which has no links in it."""
+    file = path / name
+    try:
+        if not file.resolve().is_relative_to(path):
+            raise ValueError
+    except (OSError, RuntimeError, ValueError):  # no text for a path, links in a circle
+        raise BundleError(
+            f"{path}: file name {shown(name)} leaves the bundle; do not use this bundle"
+        ) from None
+    try:
+        status = file.stat()
+    except OSError:
+        raise BundleError(f"{file}: is missing; export the bundle again") from None
+    # Opening a pipe would wait for its writer, reading a device need not end.
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{file}: is no regular file; export the bundle again")
+    return status
+
+
+def _check_graph(path: Path, name: str, files: Mapping[str, object]) -> None:
+    """Raise BundleError where a graph asks for a file that the manifest does not list."""
+    try:
+        locations = external_locations(path / name)
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{path / name}: no readable graph ({_first_line(error)}); export the bundle again"
+        ) from None
+    for location in sorted(locations):
+        if location not in files:
+            raise BundleError(
+                f"{path / name}: asks for the file {shown(location)}, which the manifest does not "
+                "list; do not use this bundle"
+            )
 
 
 def _first_line(error: BaseException) -> str:

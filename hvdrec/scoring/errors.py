@@ -13,6 +13,10 @@ class BundleError(ScoringError):
     """A bundle that is missing, damaged or of another format."""
 
 
+class ReplacedError(BundleError):
+    """A bundle in whose place another one was put while it was read; loading again helps."""
+
+
 class RequestError(ScoringError):
     """A request with an unknown field or a value of the wrong type."""
 
