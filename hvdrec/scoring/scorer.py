@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, Field, read_array, read_bundle
-from hvdrec.scoring.errors import BundleError, RequestError, shown
+from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_array, read_bundle
+from hvdrec.scoring.errors import BundleError, RequestError, ScoringError, shown
 from hvdrec.scoring.graph import ROWS, VECTORS, Graph, input_types
 from hvdrec.scoring.inputs import check_names, column, listed
 from hvdrec.scoring.retrieval import inner_products, largest
 from hvdrec.scoring.store import Store, Titles
 from hvdrec.scoring.tower import BLOCK_ROWS, Tower
 
+if TYPE_CHECKING:
+    from hvdrec.scoring.watch import WatchedScorer
+
 Array = NDArray[Any]
 Key = str | int
 Raw = Mapping[str, Any]
 Entries = Sequence[Key | Raw | None] | Array
 Request = tuple[Key | Raw | None, Entries, Raw | None]
-ALONE_ITEMS = 128
+ALONE_ITEMS = 64
 """A request of so many items is scored alone: the ranker folds one user into its weights."""
 
 
@@ -80,7 +84,42 @@ class Scorer:
         if the bundle is missing, damaged or too new.
         """
         _check_count("threads", threads)
-        return cls(read_bundle(Path(path), verify=verify), int(threads), users, items)
+        info = read_bundle(Path(path), verify=verify)
+        scorer = cls(info, int(threads), users, items)
+        if verify:
+            from hvdrec.scoring.contents import check_contents
+
+            check_contents(info)
+        check_unchanged(info)
+        return scorer
+
+    @classmethod
+    def watch(
+        cls,
+        path: str | Path,
+        *,
+        interval: float = 1.0,
+        threads: int = 1,
+        users: Store | None = None,
+        items: Store | None = None,
+        on_reload: Callable[[Scorer], object] | None = None,
+        on_refused: Callable[[ScoringError], object] | None = None,
+    ) -> WatchedScorer:
+        """Open a bundle and follow its path: a new bundle there replaces the old one.
+
+        Every ``interval`` seconds a thread looks at the path, a directory that is replaced or a
+        link that is pointed elsewhere. A new bundle is verified, loaded and tried beside the old
+        one and swapped in; calls under way end on the old one. A broken one is refused, logged
+        once and handed to ``on_refused``; the old one stays. ``on_reload`` gets the new scorer.
+        threads, users, items: as in `load`. Raises what `load` raises, for the first bundle.
+        """
+        from hvdrec.scoring.watch import WatchedScorer
+
+        _check_count("threads", threads)
+        load = partial(cls.load, threads=threads, verify=True, users=users, items=items)
+        return WatchedScorer(
+            Path(path), load, interval=interval, on_reload=on_reload, on_refused=on_refused
+        )
 
     def warm(self) -> None:
         """Open what the first requests would wait for, and run each graph once."""
