@@ -115,10 +115,12 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
     for name in REQUIRED:
         if name not in files:
             raise BundleError(f"{path}: '{name}' is missing from the bundle; export it again")
-    for name, (size, sha256) in files.items():
-        stamps[name] = _check_file(path, name, size, sha256 if verify else None)
+    for name, (size, _) in files.items():
+        stamps[name] = _check_size(path, name, size)
     for name in GRAPHS:
         _check_graph(path, name, files)
+    for name, (_, sha256) in files.items() if verify else ():
+        _check_sum(path, name, sha256)
     return info
 
 
@@ -270,24 +272,27 @@ def _integer(raw: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _check_file(path: Path, name: str, size: int, sha256: str | None) -> Stamp:
-    file = path / name
+def _check_size(path: Path, name: str, size: int) -> Stamp:
     status = _located(path, name)
     if status.st_size != size:
         raise BundleError(
-            f"{file}: has {status.st_size} bytes, the manifest says {size}; export it again"
+            f"{path / name}: has {status.st_size} bytes, the manifest says {size}; export it again"
         )
-    if sha256 is not None:
-        try:
-            with file.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise BundleError(
-                f"{file}: cannot be read ({_first_line(error)}); check its permissions"
-            ) from None
-        if found != sha256:
-            raise BundleError(f"{file}: contents differ from the manifest; export the bundle again")
     return stamp_of(status)
+
+
+def _check_sum(path: Path, name: str, sha256: str) -> None:
+    try:
+        with (path / name).open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(
+            f"{path / name}: cannot be read ({_first_line(error)}); check its permissions"
+        ) from None
+    if found != sha256:
+        raise BundleError(
+            f"{path / name}: contents differ from the manifest; export the bundle again"
+        )
 
 
 def _located(path: Path, name: str) -> os.stat_result:

@@ -11,8 +11,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import Field
-from hvdrec.scoring.errors import BundleError, choices
+from hvdrec.scoring.bundle import Field, stamp_of
+from hvdrec.scoring.errors import BundleError, ReplacedError, choices
 
 Array = NDArray[Any]
 TENSOR = {"string": "tensor(string)", "int": "tensor(int64)", "float": "tensor(double)"}
@@ -36,12 +36,13 @@ class Graph:
         self._lock = threading.Lock()
         self._session: Any = None
         try:
-            size = file.stat().st_size
+            status = file.stat()
         except OSError as error:
             raise BundleError(
                 f"{file}: cannot be read ({error}); export the bundle again"
             ) from None
-        if size < LARGE_BYTES:
+        self._stamp = stamp_of(status)
+        if status.st_size < LARGE_BYTES:
             self.open()
 
     def open(self) -> Any:
@@ -69,6 +70,10 @@ class Graph:
 
     def _opened(self) -> Any:
         session = _session(self._file, self._threads)
+        if stamp_of(self._file.stat()) != self._stamp:
+            raise ReplacedError(
+                f"{self._file}: was replaced after the bundle was loaded; load it again"
+            )
         found = {value.name: value.type for value in session.get_inputs()}
         if found != self._inputs:
             raise BundleError(

@@ -1,0 +1,449 @@
+"""Following a bundle's path: what is taken, what is refused, what goes on meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from hvdrec.artifacts import write_manifest
+from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError
+from hvdrec.scoring import contents as contents_module
+from hvdrec.scoring.errors import ReplacedError
+from hvdrec.scoring.watch import WatchedScorer
+from tests.bundles import write_bundle
+from tests.other_bundle import point, put, write_other_bundle
+
+NEVER = 3600.0
+SECONDS = 60.0
+REQUEST: Any = ("1", ["10", "20", "never seen"], {"hour": 21})
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("ours") / "b")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_other_bundle(tmp_path_factory.mktemp("other") / "b")
+
+
+@pytest.fixture
+def path(ours: Path, tmp_path: Path) -> Path:
+    put(ours, tmp_path / "b")
+    return tmp_path / "b"
+
+
+def answers(scorer: Scorer | WatchedScorer) -> list[Any]:
+    """Return what every verb says, comparable."""
+    found = scorer.recommend("1", {"hour": 21}, k=3)
+    many = scorer.score_many([REQUEST, ("x", ["30"], None)])
+    return [scorer.score(*REQUEST).tolist(), [part.tolist() for part in many], found]
+
+
+def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def spoil(file: Path) -> bytes:
+    """Flip a bit of a file and return what it held."""
+    held = file.read_bytes()
+    file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+    return held
+
+
+def test_a_bundle_renamed_into_place_is_taken(path: Path, ours: Path, other: Path) -> None:
+    with Scorer.watch(path, interval=NEVER) as watched:
+        assert answers(watched) == answers(Scorer.load(ours))
+        assert not watched.look()
+        put(other, path)
+        assert watched.look()
+        assert not watched.look()
+        assert watched.reloads == 1
+        assert answers(watched) == answers(Scorer.load(other)) != answers(Scorer.load(ours))
+        assert watched.current.info.version == Scorer.load(other).info.version
+
+
+def test_a_link_pointed_elsewhere_is_followed(tmp_path: Path, ours: Path, other: Path) -> None:
+    link = tmp_path / "current"
+    point(link, ours)
+    with Scorer.watch(link, interval=NEVER) as watched:
+        assert watched.current.info.path == ours
+        point(link, other)
+        assert watched.look()
+        assert watched.current.info.path == other
+        assert answers(watched) == answers(Scorer.load(other))
+        point(link, ours)
+        assert watched.look()
+        assert answers(watched) == answers(Scorer.load(ours))
+
+
+def test_the_thread_looks_by_itself(path: Path, other: Path) -> None:
+    news: list[Scorer] = []
+    taken = threading.Event()
+
+    def on_reload(scorer: Scorer) -> None:
+        news.append(scorer)
+        taken.set()
+
+    with Scorer.watch(path, interval=0.01, on_reload=on_reload) as watched:
+        put(other, path)
+        assert taken.wait(SECONDS)
+        assert news == [watched.current]
+        assert answers(watched) == answers(Scorer.load(other))
+
+
+def test_a_broken_bundle_is_refused_once_and_taken_when_mended(
+    path: Path, ours: Path, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused: list[Any] = []
+    with Scorer.watch(path, interval=NEVER, on_refused=refused.append) as watched:
+        expected = answers(watched)
+        put(other, path)
+        embeddings = path / "items" / "embeddings.npy"
+        held = spoil(embeddings)
+        for _ in range(3):
+            assert not watched.look()
+        version = Scorer.load(ours).info.version
+        reason = f"{embeddings}: contents differ from the manifest; export the bundle again"
+        assert refusals(caplog) == [f"{path}: refused, bundle {version} stays: {reason}"]
+        assert [str(error) for error in refused] == [reason]
+        assert watched.last_error is refused[0]
+        assert isinstance(watched.last_error, BundleError)
+        assert (answers(watched), watched.reloads) == (expected, 0)
+
+        (path / "ranker.onnx").unlink()
+        assert not watched.look()
+        assert str(watched.last_error) == f"{path}/ranker.onnx: is missing; export the bundle again"
+        assert len(refusals(caplog)) == 1, "the manifest is the same"
+
+        shutil.copy(other / "ranker.onnx", path)
+        embeddings.write_bytes(held)
+        assert watched.look()
+        assert watched.last_error is None
+        assert answers(watched) == answers(Scorer.load(other))
+
+        put(ours, path)
+        (path / "manifest.json").write_text("{")
+        assert not watched.look()
+        assert len(refusals(caplog)) == 2
+
+
+def test_a_refusal_keeps_nothing_of_what_was_loaded(path: Path, other: Path) -> None:
+    with Scorer.watch(path, interval=NEVER) as watched:
+        put(other, path)
+        spoil(path / "users" / "embeddings.npy")
+        watched.look()
+        error = watched.last_error
+        assert error is not None
+        assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
+
+
+def test_a_bundle_that_is_gone_for_a_moment(
+    path: Path, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Scorer.watch(path, interval=NEVER) as watched:
+        expected = answers(watched)
+        shutil.rmtree(path)
+        assert not watched.look()
+        assert (refusals(caplog), watched.last_error) == ([], None)
+        for _ in range(3):
+            assert not watched.look()
+        assert len(refusals(caplog)) == 1
+        assert str(watched.last_error).startswith(f"{path}: no bundle here")
+        assert answers(watched) == expected
+        put(other, path)
+        assert watched.look()
+        assert answers(watched) == answers(Scorer.load(other))
+
+
+def test_a_bundle_copied_into_place_file_by_file(
+    path: Path, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = sorted(file.relative_to(other) for file in other.rglob("*") if file.is_file())
+    files.remove(Path("manifest.json"))
+    with Scorer.watch(path, interval=NEVER) as watched:
+        expected = answers(watched)
+        shutil.rmtree(path)
+        # Behind a manifest that came first, each look finds one file more.
+        for file in [Path("manifest.json"), *files]:
+            assert not watched.look()
+            assert answers(watched) == expected
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(other / file, path / file)
+        assert watched.look()
+        assert answers(watched) == answers(Scorer.load(other))
+        assert len(refusals(caplog)) == 1
+
+
+class Gate:
+    """A store of users that lets no lookup through before it is opened."""
+
+    dtype = "string"
+
+    def __init__(self) -> None:
+        self.asked, self.opened = threading.Event(), threading.Event()
+        self.opened.set()
+        self.fails = False
+
+    def __len__(self) -> int:
+        return 1
+
+    def lookup(self, keys: Sequence[str | int | None]) -> tuple[Any, Any]:
+        if self.fails:
+            raise StoreError("the store is down")
+        if keys == ["gate"]:
+            self.asked.set()
+            assert self.opened.wait(SECONDS)
+        found = np.array([key == "gate" for key in keys])
+        return np.repeat(found, 3).reshape(-1, 3).astype(np.float32), found
+
+
+def test_a_call_under_way_ends_on_the_old_bundle_which_then_goes(
+    path: Path, ours: Path, other: Path
+) -> None:
+    gate = Gate()
+    expected = Scorer.load(ours, users=gate).score("gate", ["10", "20"])
+    found: list[Any] = []
+    with Scorer.watch(path, interval=NEVER, users=gate) as watched:
+        gate.opened.clear()
+        gate.asked.clear()
+        old = weakref.ref(watched.current)
+        call = threading.Thread(target=lambda: found.append(watched.score("gate", ["10", "20"])))
+        call.start()
+        assert gate.asked.wait(SECONDS)
+        put(other, path)
+        assert watched.look()
+        gc.collect()
+        assert old() is not None
+        gate.opened.set()
+        call.join()
+        np.testing.assert_array_equal(found[0], expected)
+        gc.collect()
+        assert old() is None
+        assert watched.score("gate", ["10", "20"]).tolist() != expected.tolist()
+
+
+def test_a_store_that_does_not_answer_is_asked_again(path: Path, other: Path) -> None:
+    gate = Gate()
+    with Scorer.watch(path, interval=NEVER, users=gate) as watched:
+        put(other, path)
+        gate.fails = True
+        assert not watched.look()
+        assert not watched.look()
+        assert isinstance(watched.last_error, StoreError)
+        gate.fails = False
+        assert watched.look()
+        assert watched.last_error is None
+
+
+def change_ranker(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    graph = onnx.load(bundle / "ranker.onnx")
+    change(graph)
+    onnx.save(graph, bundle / "ranker.onnx")
+    meta = json.loads((bundle / "manifest.json").read_text())["meta"]
+    write_manifest(bundle, "bundle", meta)
+
+
+def fails_when_it_runs(graph: onnx.ModelProto) -> None:
+    # Splits the scores into two of the same size, which one score is not.
+    node = graph.graph.node[-1]
+    name, node.output[0] = node.output[0], "whole"
+    graph.graph.node.extend(
+        [
+            onnx.helper.make_node("Reshape", ["whole", "odd"], ["reshaped"]),
+            onnx.helper.make_node("Flatten", ["reshaped"], [name], axis=0),
+        ]
+    )
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array([7, 11]), "odd"))
+
+
+def gives_no_number(graph: onnx.ModelProto) -> None:
+    node = graph.graph.node[-1]
+    name, node.output[0] = node.output[0], "whole"
+    graph.graph.node.append(onnx.helper.make_node("Mul", ["whole", "nan"], [name]))
+    nan = np.array(np.nan, dtype=np.float32)
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(nan, "nan"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (fails_when_it_runs, "does not work ("),
+        (gives_no_number, "ranker.onnx: gives [nan, nan] for missing values, expected numbers of"),
+    ],
+)
+def test_a_graph_that_does_not_work_is_found_before_anyone_asks(
+    path: Path, other: Path, change: Callable[[onnx.ModelProto], None], reason: str
+) -> None:
+    with Scorer.watch(path, interval=NEVER) as watched:
+        expected = answers(watched)
+        put(other, path)
+        change_ranker(path, change)
+        Scorer.load(path, verify=True)  # nothing shows before it runs
+        assert not watched.look()
+        assert reason in str(watched.last_error)
+        assert "\n" not in str(watched.last_error)
+        assert answers(watched) == expected
+
+
+def test_a_bundle_replaced_while_it_is_read_is_no_mixture(
+    path: Path, ours: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the files are read before another bundle takes the place, half behind it."""
+    from hvdrec.scoring import scorer as module
+
+    plain = module.Titles
+
+    def replacing(*arguments: Any) -> Any:
+        monkeypatch.setattr(module, "Titles", plain)
+        put(other, path)
+        return plain(*arguments)
+
+    monkeypatch.setattr(module, "Titles", replacing)
+    with pytest.raises(ReplacedError, match=r"was replaced while the bundle was read"):
+        Scorer.load(path)
+    assert answers(Scorer.load(path)) == answers(Scorer.load(other))
+
+    put(ours, path)
+    monkeypatch.setattr(module, "Titles", replacing)
+    with Scorer.watch(path, interval=NEVER) as watched:  # loads again by itself
+        assert answers(watched) == answers(Scorer.load(other))
+        put(ours, path)
+        monkeypatch.setattr(module, "Titles", replacing)
+        assert not watched.look()
+        assert watched.last_error is None
+        assert watched.look()
+        assert answers(watched) == answers(Scorer.load(other))
+
+
+def test_a_link_pointed_elsewhere_while_it_is_followed(
+    tmp_path: Path, ours: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files come from the directory that the link led to when reading began."""
+    from hvdrec.scoring import scorer as module
+
+    link, plain = tmp_path / "current", module.Titles
+    point(link, ours)
+
+    def pointing(*arguments: Any) -> Any:
+        point(link, other)
+        return plain(*arguments)
+
+    monkeypatch.setattr(module, "Titles", pointing)
+    assert answers(Scorer.load(link)) == answers(Scorer.load(ours))
+
+
+def test_one_look_at_a_time(path: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    with Scorer.watch(path, interval=NEVER) as watched:
+        plain = contents_module.check_contents
+
+        def looking(info: Any) -> None:
+            seen.append(watched.look())
+            plain(info)
+
+        monkeypatch.setattr(contents_module, "check_contents", looking)
+        put(other, path)
+        assert watched.look()
+    assert seen == [False]
+
+
+def test_a_callback_that_fails_is_logged_and_harms_nothing(
+    path: Path, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("callback")
+
+    with Scorer.watch(path, interval=NEVER, on_reload=fails, on_refused=fails) as watched:
+        put(other, path)
+        assert watched.look()
+        (path / "manifest.json").write_text("[]")
+        assert not watched.look()
+        texts = [record.getMessage() for record in caplog.records]
+        assert texts.count(f"{path}: the callback failed") == 2
+        assert watched.reloads == 1
+
+
+def test_close_ends_the_thread_and_the_bundle_stays(path: Path, other: Path) -> None:
+    watched = Scorer.watch(path, interval=0.001)
+    thread = watched._thread
+    expected = answers(watched)
+    watched.close()
+    watched.close()
+    assert not thread.is_alive()
+    put(other, path)
+    assert answers(watched) == expected
+
+
+def test_close_from_a_callback(path: Path, other: Path) -> None:
+    closed = threading.Event()
+    watched: list[WatchedScorer] = []
+
+    def on_reload(_: Scorer) -> None:
+        watched[0].close()
+        closed.set()
+
+    watched.append(Scorer.watch(path, interval=0.001, on_reload=on_reload))
+    put(other, path)
+    assert closed.wait(SECONDS)
+    watched[0]._thread.join(SECONDS)
+    assert not watched[0]._thread.is_alive()
+
+
+def test_the_thread_ends_with_the_last_reference(path: Path) -> None:
+    watched = Scorer.watch(path, interval=0.001)
+    thread, scorer = watched._thread, weakref.ref(watched.current)
+    del watched
+    thread.join(SECONDS)
+    gc.collect()
+    assert not thread.is_alive()
+    assert scorer() is None
+
+
+def test_a_process_that_does_not_close_ends_quietly(path: Path) -> None:
+    program = (
+        "import os, sys; from hvdrec.scoring import Scorer\n"
+        "watched = Scorer.watch(sys.argv[1], interval=0.0001)\n"
+        "for n in range(20): os.utime(sys.argv[1] + '/manifest.json', ns=(n, n)); watched.look()\n"
+        "print(watched.score('1', ['10']).shape)"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1,)\n", "")
+
+
+def test_a_relative_path_is_that_of_the_beginning(
+    path: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    with Scorer.watch("b", interval=NEVER) as watched:
+        monkeypatch.chdir("/")
+        put(other, path)
+        assert watched.look()
+
+
+@pytest.mark.parametrize("interval", [0, -1.0, float("nan"), float("inf"), True, "1"])
+def test_intervals(path: Path, interval: Any) -> None:
+    with pytest.raises(RequestError, match=r"^interval = .*: must be seconds, more than 0$"):
+        Scorer.watch(path, interval=interval)
+
+
+def test_the_first_bundle_must_be_whole(path: Path) -> None:
+    spoil(path / "items" / "embeddings.npy")
+    with pytest.raises(BundleError, match=r"contents differ from the manifest"):
+        Scorer.watch(path)
+    assert "hvdrec-watch" not in [thread.name for thread in threading.enumerate()]
