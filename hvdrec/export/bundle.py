@@ -18,6 +18,7 @@ from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.export.graphs import item_tower, user_tower
 from hvdrec.export.parity import largest_difference
+from hvdrec.export.precision import make_smaller
 from hvdrec.export.ranker_graph import ranker
 from hvdrec.features.fit import Fitted
 from hvdrec.features.raw import rows_to_inputs
@@ -75,6 +76,9 @@ def export(
                 f"{difference:.3g}, export.tolerance allows {config.export.tolerance:g}"
             )
         meta["parity"] = {"rows": rows, "largest_difference": difference}
+        if (config.export.embeddings, config.export.ranker) != ("float32", "float32"):
+            notify("measuring what smaller numbers cost")
+            meta["precision"] = make_smaller(draft, config)
     notify(f"{out}: {meta['users']} users, {meta['items']} items")
     return meta
 

@@ -178,8 +178,7 @@ def _first_layer(parts: Factored, user_width: int, ir_version: int) -> onnx.Mode
         node("Mul", ["user_column", "product_weight"], ["of_products"]),
         node("Pad", ["of_products", "below"], ["of_items"]),
         node("Add", ["item_weight", "of_items"], ["folded"]),
-        node("MatMul", ["item_embedding", "folded"], ["folded_terms"]),
-        node("Add", ["folded_terms", "shared"], ["first_of_one"]),
+        node("Gemm", ["item_embedding", "folded", "shared"], ["first_of_one"]),
     ]
     many_requests = [
         node("Slice", ["user_embedding", "zero", "width", "axis"], ["users"]),

@@ -87,11 +87,12 @@ class EmbeddingStore:
 
     def cached_rows(self, keys: Sequence[Any]) -> Array | None:
         """Return the rows int64 [k] where all are plain keys that were found before, else None."""
-        if not set(map(type, keys)) <= {self._plain}:
+        # True == 1 == 1.0, but only text equals text.
+        if self._plain is int and not set(map(type, keys)) <= {int}:
             return None
         try:
             return np.fromiter(map(self._cache.__getitem__, keys), np.int64, len(keys))
-        except KeyError:
+        except (KeyError, TypeError):  # not found yet, or no key: a mapping, a list
             return None
 
     def rows(self, keys: Sequence[str | int | None]) -> Array:
