@@ -147,6 +147,16 @@ class Scorer:
         """Return the bundle's manifest as it was read."""
         return self.info.manifest
 
+    @property
+    def version(self) -> str:
+        """Return 12 hexadecimal digits that name the bundle's contents."""
+        return self.info.version
+
+    @property
+    def model(self) -> str:
+        """Return 12 hexadecimal digits that name its graphs: embeddings of one model fit it."""
+        return self.info.model
+
     def score(self, user: Key | Raw | None, items: Entries, scene: Raw | None = None) -> Array:
         """Return a probability for each item, float32 [n], in the order given.
 
@@ -292,6 +302,8 @@ class Scorer:
         inputs["user_embedding"] = self._users.embed([user for user, _, _ in requests])
         counts = [len(items) for _, items, _ in requests]
         inputs["item_embedding"] = self._items.embed([i for _, items, _ in requests for i in items])
+        if not any(counts):
+            return [np.empty(0, dtype=np.float32) for _ in requests]
         inputs["request"] = np.arange(len(requests)).repeat(counts)
         return np.split(self._ranker.run(inputs), np.cumsum(counts)[:-1])
 

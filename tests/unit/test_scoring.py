@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hvdrec.scoring import Recommendation, Scorer, tower
+from hvdrec.scoring.scorer import ALONE_ITEMS, shared_runs
 from tests.bundles import write_bundle
 
 
@@ -194,6 +195,34 @@ def test_many_rows_go_in_blocks(scorer: Scorer, monkeypatch: pytest.MonkeyPatch)
             scorer.score_rows(users, items, {"hour": hours}), rows, rtol=1e-6
         )
         np.testing.assert_allclose(scorer.score("1", items, {"hour": 21}), one_scene, rtol=1e-6)
+
+
+def test_score_many_gives_each_request_what_score_gives(scorer: Scorer) -> None:
+    requests: list[Any] = [
+        ("1", ["10", "20"], {"hour": 21, "place": "home"}),
+        ({"user_id": "2", "age": 40.0}, ["30"], None),
+        ("nobody", [], {"hour": 12}),
+        (None, np.array(["20", "nowhere", "10"]), {"place": None}),
+        ("2", ["10", {"item_id": "20", "genres": ["War"]}] * 50, {"temperature": -3.5}),
+    ]
+    found = scorer.score_many(requests)
+    assert [len(scores) for scores in found] == [2, 1, 0, 3, 100]
+    for scores, request in zip(found, requests, strict=True):
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, scorer.score(*request), rtol=1e-6)
+    assert scorer.score_many([]) == []
+    assert [len(scores) for scores in scorer.score_many([("1", [], None)] * 2)] == [0, 0]
+    # One by one the ranker ran for the four requests that have items, together twice.
+    assert [list(run) for run in shared_runs([2, 1, 0, 3, 100])] == [[4], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("counts", [[], [0, 0], [63] * 200, [64, 1, 4096, 2], [1] * 9000])
+def test_shared_runs_hold_each_request_once(counts: list[int]) -> None:
+    runs = list(shared_runs(counts))
+    assert sorted(place for run in runs for place in run) == list(range(len(counts)))
+    for run in runs:
+        assert len(run) == 1 or sum(counts[place] for place in run) <= tower.BLOCK_ROWS
+        assert len(run) == 1 or max(counts[place] for place in run) < ALONE_ITEMS
 
 
 def test_recommend_ranks_what_it_retrieves(scorer: Scorer) -> None:

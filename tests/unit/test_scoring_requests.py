@@ -177,6 +177,19 @@ def test_rows(scorers: dict[str, Scorer]) -> None:
     assert refusal(score_rows, "1", ["10"]) == "users = '1': must be a list, not str"
 
 
+def test_score_many_names_the_request(scorers: dict[str, Scorer]) -> None:
+    scorer = scorers["string"]
+    good = ("1", ["10"], None)
+    for bad, text in (
+        (("1", ["10"], {"hours": 1}), "requests[1]: scene field 'hours' does not exist"),
+        ((1, ["10"], None), "requests[1]: user_id = 1: the key is a string"),
+        (("1", "10", None), "requests[1].items = '10': must be a list"),
+        (("1", ["10"]), "requests[1] = ('1', ['10']): must be three values, user, items and scene"),
+        ("abc", "requests[1] = 'abc': must be three values"),
+    ):
+        assert refusal(scorer.score_many, [good, bad, good]).startswith(text)
+
+
 def test_an_embedding_that_is_not_finite(scorers: dict[str, Scorer]) -> None:
     assert refusal(scorers["string"].recommend, {"age": 1e300}) == (
         "user = {'age': 1e+300}: its embedding is not finite; check its numeric features"
