@@ -152,7 +152,8 @@ def read_array(path: Path, name: str) -> NDArray[Any]:
     """Memory-map one of the bundle's arrays, read-only; BundleError if that cannot be."""
     _located(path, name)
     try:
-        array = np.load(path / name, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # a header may tell of more bytes than there are numbers
+            array = np.load(path / name, mmap_mode="r", allow_pickle=False)
         # A plain view: indexing a numpy.memmap costs several times as much.
         return array.view(np.ndarray)  # type: ignore[no-any-return]
     except (AttributeError, EOFError, MemoryError, OSError, OverflowError, ValueError) as error:
