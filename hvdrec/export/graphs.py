@@ -136,11 +136,16 @@ def joined(front: onnx.ModelProto, core: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def preprocessed(
-    fitted: Fitted, features: Sequence[Feature], core: onnx.ModelProto
+    fitted: Fitted, features: Sequence[Feature], core: onnx.ModelProto, rows: str = "rows"
 ) -> onnx.ModelProto:
-    """Return a graph that takes raw values in place of the codes that the core takes."""
+    """Return a graph that takes ``rows`` raw values in place of the codes that the core takes."""
     if not features:
         return core
     front = build(fitted, [feature.name for feature in features])
     front = compose.add_prefix(front, "front/", rename_inputs=False, rename_outputs=False)
+    # Sizes of one name are one size to the runtime, which reuses memory by it.
+    for value in (*front.graph.input, *front.graph.output, *front.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param == "rows":
+                size.dim_param = rows
     return joined(front, core)

@@ -92,7 +92,7 @@ def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
     ``request`` int64 [N], the row of the user and the scene that an item is paired with
     -> ``score`` float32 [N], a probability.
     """
-    return preprocessed(fitted, model.schema.side("scene"), core(model))
+    return preprocessed(fitted, model.schema.side("scene"), core(model), "requests")
 
 
 def core(model: Recommender) -> onnx.ModelProto:
