@@ -1,0 +1,95 @@
+"""Two hundred reloads while threads ask without a pause: no failed and no mixed answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvdrec.scoring import Scorer
+from hvdrec.scoring.watch import WatchedScorer
+from tests.bundles import write_bundle
+from tests.other_bundle import point, put, write_other_bundle
+
+RELOADS = 200
+THREADS = 4
+SECONDS = 120.0
+SCENE = {"hour": 21, "place": "home"}
+
+Verb = Callable[[Any], Any]
+VERBS: list[Verb] = [
+    lambda scorer: scorer.score("1", ["10", "20", "never seen"], SCENE).tolist(),
+    lambda scorer: scorer.score("never seen", ["20"]).tolist(),
+    lambda scorer: scorer.score({"age": 30, "history": ["10"]}, ["10", {"year": 2000}]).tolist(),
+    lambda scorer: [
+        part.tolist()
+        for part in scorer.score_many([("1", ["10"], SCENE), ("2", ["20", "30"], None)])
+    ],
+    lambda scorer: scorer.recommend("2", SCENE, k=3),
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    return write_bundle(folder / "ours"), write_other_bundle(folder / "other")
+
+
+@pytest.mark.parametrize(
+    ("way", "reloads"), [("renamed", RELOADS), ("linked", RELOADS // 4)], ids=["renamed", "linked"]
+)
+def test_reloads_under_load(
+    pair: tuple[Path, Path], tmp_path: Path, way: str, reloads: int
+) -> None:
+    """Each answer is that of one bundle, and the bundle in use is the one last put there."""
+    allowed = [[verb(scorer) for verb in VERBS] for scorer in map(Scorer.load, pair)]
+    assert all(ours != other for ours, other in zip(*allowed, strict=True))
+    path = tmp_path / "b"
+
+    def replace(bundle: Path) -> None:
+        if way == "renamed":
+            put(bundle, path)
+        else:
+            point(path, bundle)
+
+    replace(pair[0])
+    reloaded, stop = threading.Semaphore(0), threading.Event()
+    wrong: list[Any] = []
+    answered = [0, 0]
+
+    def ask(watched: WatchedScorer) -> None:
+        while not stop.is_set():
+            for number, verb in enumerate(VERBS):
+                try:
+                    found = verb(watched)
+                except Exception as error:
+                    wrong.append(error)
+                    return
+                whose = [found == answers[number] for answers in allowed]
+                if not any(whose):
+                    wrong.append((number, found))
+                    return
+                answered[whose.index(True)] += 1
+
+    watched = Scorer.watch(path, interval=0.001, on_reload=lambda _: reloaded.release())
+    with watched:
+        threads = [threading.Thread(target=ask, args=(watched,)) for _ in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        try:
+            for turn in range(1, reloads + 1):
+                replace(pair[turn % 2])
+                assert reloaded.acquire(timeout=SECONDS), watched.last_error
+                assert watched.current.info.version == Scorer.load(pair[turn % 2]).info.version
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert wrong == []
+        assert watched.last_error is None
+        assert watched.reloads == reloads
+        assert [verb(watched) for verb in VERBS] == allowed[0]
+        assert min(answered) > reloads, "both bundles answered, often"
