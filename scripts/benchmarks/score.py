@@ -20,9 +20,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from synthetic import write_tables
 
 from hvdrec import config as configuration
 from hvdrec import samples
@@ -37,7 +37,6 @@ from hvdrec.models.recommender import Recommender
 from hvdrec.scoring import Scorer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "movielens-1m.toml"
-USERS, ITEMS, RATINGS = 6040, 3706, 100_000
 CANDIDATES = 500
 SCENE = {"hour": 21, "weekday": 4}
 Inputs = dict[str, np.ndarray]
@@ -131,7 +130,7 @@ def _in_turns(
 
 def _prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
     """Return a configuration whose samples and features are made, and a model of random weights."""
-    _write_tables(folder / "raw")
+    write_tables(folder / "raw")
     config = configuration.load(CONFIG)
     paths = replace(config.paths, raw=str(folder / "raw"), work=str(folder))
     config = replace(config, paths=paths, export=replace(config.export, parity_rows=200))
@@ -140,36 +139,6 @@ def _prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
     fitted = Fitted.load(config.paths.of("features"))
     torch.manual_seed(0)
     return config, Recommender(config, fitted.sizes).eval(), fitted
-
-
-def _write_tables(folder: Path) -> None:
-    random = np.random.default_rng(0)
-    folder.mkdir()
-    users, items = np.arange(1, USERS + 1).astype(str), np.arange(1, ITEMS + 1).astype(str)
-    genres = np.array(["Action", "Comedy", "Drama", "Horror", "Musical", "War"])
-    tables = {
-        "ratings": {
-            "user_id": random.choice(users, RATINGS),
-            "item_id": np.concatenate([items, random.choice(items, RATINGS - ITEMS)]),
-            "rating": random.choice([1, 2, 4, 5], RATINGS),
-            "timestamp": np.sort(random.integers(956_703_932, 1_046_454_590, RATINGS)),
-        },
-        "users": {
-            "user_id": users,
-            "gender": random.choice(["F", "M"], USERS),
-            "age": random.choice([1, 18, 25, 35, 45, 50, 56], USERS),
-            "occupation": random.integers(0, 21, USERS).astype(str),
-            "zip_code": random.integers(10_000, 10_400, USERS).astype(str),
-        },
-        "items": {
-            "item_id": items,
-            "title": [f"Film {item}" for item in items],
-            "genres": [list(random.choice(genres, 2, replace=False)) for _ in items],
-            "year": random.integers(1920, 2001, ITEMS),
-        },
-    }
-    for name, columns in tables.items():
-        pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
 
 def _exported(config: Config, model: Recommender, kind: str) -> Path:
