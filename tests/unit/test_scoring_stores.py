@@ -1,0 +1,410 @@
+"""The stores of embeddings: the same tests for the bundle's arrays and for what Redis replies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdrec.scoring.bundle import read_bundle
+from hvdrec.scoring.errors import StoreError
+from hvdrec.scoring.redis_layout import (
+    MARK,
+    Names,
+    SideInfo,
+    VersionInfo,
+    buckets_for,
+    compressed,
+    meta_fields,
+    pack,
+    parse_meta,
+    unpack,
+)
+from hvdrec.scoring.redis_server import FIRST_PAUSE, LONGEST_PAUSE, Pause, RedisServer
+from hvdrec.scoring.redis_store import Expected, Published, RedisStore, open_stores
+from hvdrec.scoring.store import EmbeddingStore, Store
+from tests.stores import WIDTH, StoreSuite, make_bundle
+
+
+class Replies:
+    """What a Redis server replies to the commands of a store; counts its round trips."""
+
+    label = "redis://test:6379/0"
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.hashes: dict[str, dict[bytes, bytes]] = {}
+        self.trips = 0
+
+    def run(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        self.trips += 1
+        return [getattr(self, name)(*arguments) for name, *arguments in commands]
+
+    def GET(self, key: str) -> bytes | None:
+        return self.values.get(key)
+
+    def HGETALL(self, key: str) -> dict[bytes, bytes]:
+        return self.hashes.get(key, {})
+
+    def HMGET(self, key: str, *fields: bytes) -> list[bytes | None]:
+        return [self.hashes.get(key, {}).get(field) for field in fields]
+
+    def HLEN(self, key: str) -> int:
+        return len(self.hashes.get(key, {}))
+
+
+NAMES = Names("test", "0123456789ab")
+
+
+def put(replies: Replies, name: str, stores: dict[str, EmbeddingStore], buckets: int) -> None:
+    """Put a version there as `publish` does, and make it the current one."""
+    sides = {
+        side: SideInfo(len(s), WIDTH, s.embeddings.dtype.name, s.dtype, buckets)
+        for side, s in stores.items()
+    }
+    version = VersionInfo(name, "bundle", "now", sides)
+    for key in NAMES.all_of(version):
+        replies.hashes[key] = {MARK: b"1"}
+    meta = {key.encode(): str(value).encode() for key, value in meta_fields(version).items()}
+    replies.hashes[NAMES.meta(name)] = meta
+    for side, store in stores.items():
+        rows = pack(sides[side], store.embeddings, store.scales)
+        for key, row in zip(store.keys.tolist(), rows, strict=True):
+            field = key if isinstance(key, bytes) else str(key).encode()
+            bucket = NAMES.bucket(name, side, sides[side].bucket_of(field))
+            replies.hashes[bucket][field] = row
+    replies.values[NAMES.current()] = name.encode()
+
+
+def array_stores(bundle: Path) -> dict[str, EmbeddingStore]:
+    info = read_bundle(bundle, verify=False)
+    return {side: EmbeddingStore(info, side, WIDTH) for side in ("user", "item")}
+
+
+def redis_stores(replies: Any, keys: str = "string") -> tuple[RedisStore, RedisStore]:
+    expected = {side: Expected(WIDTH, keys) for side in ("user", "item")}
+    published = Published(replies, NAMES, expected)
+    return RedisStore(published, "user"), RedisStore(published, "item")
+
+
+class TestArrays(StoreSuite):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def open_store(cls) -> StoreSuite.OpenStore:
+        def opened(bundle: Path, side: str) -> Store:
+            return array_stores(bundle)[side]
+
+        return opened
+
+
+class TestRedisReplies(StoreSuite):
+    @pytest.fixture(scope="class", params=[1, 7], ids="{} buckets".format)
+    @classmethod
+    def open_store(cls, request: pytest.FixtureRequest) -> StoreSuite.OpenStore:
+        def opened(bundle: Path, side: str) -> Store:
+            replies, stores = Replies(), array_stores(bundle)
+            put(replies, "v1", stores, buckets=request.param)
+            users, items = redis_stores(replies, stores[side].dtype)
+            return users if side == "user" else items
+
+        return opened
+
+
+class TestVersions:
+    @pytest.fixture
+    def replies(self, tmp_path: Path) -> Replies:
+        self.stores = array_stores(make_bundle(tmp_path / "bundle"))
+        replies = Replies()
+        put(replies, "v1", self.stores, buckets=3)
+        return replies
+
+    def put(self, replies: Replies, name: str, value: float) -> None:
+        for store in self.stores.values():
+            store.embeddings = np.full_like(store.embeddings, value)
+        put(replies, name, self.stores, buckets=2)
+
+    def test_one_round_trip_for_many_keys(self, replies: Replies) -> None:
+        users, _ = redis_stores(replies)
+        users.lookup(["a"])
+        assert replies.trips == 3  # which version, what is told of it, and the rows
+        users.lookup(["a", "b", "no such key", *map(str, range(60))])
+        assert replies.trips == 4
+
+    def test_the_look_up_after_a_switch_reads_the_new_version(self, replies: Replies) -> None:
+        users, _ = redis_stores(replies)
+        first = users.lookup(["a"])[0].tolist()
+        self.put(replies, "v2", 2.0)
+        # This one is told of the switch, with the rows of the version that it asked for.
+        assert users.lookup(["a"])[0].tolist() == first
+        assert users.lookup(["a"])[0].tolist() == [[2.0] * WIDTH]
+
+    def test_items_are_of_the_version_of_their_user(self, replies: Replies) -> None:
+        users, items = redis_stores(replies)
+        first = users.lookup(["a"])[0], items.lookup(["b"])[0].tolist()
+        self.put(replies, "v2", 2.0)
+        assert users.lookup(["a"])[0].tolist() == first[0].tolist()
+        assert items.lookup(["b"])[0].tolist() == first[1]
+        assert users.lookup(["a"])[0].tolist() == [[2.0] * WIDTH]
+        assert items.lookup(["b"])[0].tolist() == [[2.0] * WIDTH]
+
+    def test_items_alone_follow_the_switch_after_a_while(
+        self, replies: Replies, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [100.0]
+        monkeypatch.setattr("hvdrec.scoring.redis_store.time.monotonic", lambda: now[0])
+        users, items = redis_stores(replies)
+        users.lookup(["a"])
+        first = items.lookup(["b"])[0].tolist()
+        self.put(replies, "v2", 2.0)
+        for _ in range(3):
+            assert items.lookup(["b"])[0].tolist() == first
+        now[0] += 1.0
+        assert items.lookup(["b"])[0].tolist() == [[2.0] * WIDTH]
+
+    def test_a_version_that_expired_is_replaced_at_once(self, replies: Replies) -> None:
+        users, items = redis_stores(replies)
+        users.lookup(["a"])
+        self.put(replies, "v2", 2.0)
+        for key in [key for key in replies.hashes if ":v1:" in key]:
+            del replies.hashes[key]
+        assert items.lookup(["b", None])[0].tolist() == [[2.0] * WIDTH, [0.0] * WIDTH]
+        assert users.lookup(["a"])[0].tolist() == [[2.0] * WIDTH]
+        assert len(items) == len(self.stores["item"])
+
+    def test_a_bucket_that_is_missing_is_no_missing_key(self, replies: Replies) -> None:
+        users, _ = redis_stores(replies)
+        for number in range(3):
+            key = NAMES.bucket("v1", "user", number)
+            kept, replies.hashes[key] = replies.hashes[key], {}
+            with pytest.raises(StoreError, match=r"version v1 of .* is not whole; see that the "):
+                users.lookup([*map(str, range(60))])
+            with pytest.raises(StoreError, match="not whole"):
+                len(users)
+            replies.hashes[key] = kept
+        assert users.lookup(["1"])[1].all()
+
+    def test_nothing_published(self) -> None:
+        users, _ = redis_stores(Replies())
+        with pytest.raises(StoreError, match=r"^redis://test:6379/0: nothing is published under"):
+            users.lookup(["a"])
+        assert users.lookup([None])[1].tolist() == [False]  # asks nobody
+        assert bool(users)
+
+    @pytest.mark.parametrize(
+        ("field", "value", "reason"),
+        [
+            (b"format", b"2", "format '2' is not 1"),
+            (b"user.width", None, "'user.width' is missing"),
+            (b"user.width", b"4", "users have string keys and width 4, the bundle has string"),
+            (b"item.keys", b"int", "items have int keys and width 3"),
+            (b"item.dtype", b"object", "what it tells of items cannot be"),
+            (b"user.buckets", b"0", "what it tells of users cannot be"),
+            (b"user.rows", b"many", "invalid literal"),
+            (b"bundle", b"\xff", "codec can't decode"),
+        ],
+    )
+    def test_metadata_that_cannot_be(
+        self, replies: Replies, field: bytes, value: bytes | None, reason: str
+    ) -> None:
+        meta = replies.hashes[NAMES.meta("v1")]
+        if value is None:
+            del meta[field]
+        else:
+            meta[field] = value
+        users, _ = redis_stores(replies)
+        with pytest.raises(StoreError) as caught:
+            users.lookup(["a"])
+        assert str(caught.value).startswith(
+            "redis://test:6379/0: version v1 of model 0123456789ab cannot be read ("
+        )
+        assert reason in str(caught.value)
+
+    @pytest.mark.parametrize("damage", [b"", b"123", bytes(11), bytes(13), bytes(24)])
+    def test_a_row_of_another_length(self, replies: Replies, damage: bytes) -> None:
+        users, _ = redis_stores(replies)
+        for number in range(3):
+            bucket = replies.hashes[NAMES.bucket("v1", "user", number)]
+            if b"ab" in bucket:
+                bucket[b"ab"] = damage
+        with pytest.raises(StoreError) as caught:
+            users.lookup(["a", None, "ab", "b"])
+        assert str(caught.value) == (
+            "redis://test:6379/0: user 'ab' in version v1 of model 0123456789ab has "
+            f"{len(damage)} bytes, expected 12; run hvdrec publish"
+        )
+        assert users.lookup(["a", "b"])[1].all()
+
+
+def test_rows_as_bytes() -> None:
+    # By hand: 1 = 3f800000, -2 = c0000000 in float32; 3c00, c000 in float16.
+    full, half, small = (SideInfo(1, 2, d, "int", 1) for d in ("float32", "float16", "int8"))
+    row = np.array([[1.0, -2.0]], dtype=np.float32)
+    assert pack(full, row, None) == [bytes.fromhex("0000803f000000c0")]
+    assert pack(half, row.astype(np.float16), None) == [bytes.fromhex("003c00c0")]
+    stored, scales = np.array([[2, -127]], np.int8), np.array([0.5], np.float32)
+    assert pack(small, stored, scales) == [bytes.fromhex("0000003f0281")]
+    assert unpack(full, [bytes.fromhex("0000803f000000c0")] * 2).tolist() == [[1.0, -2.0]] * 2
+    assert unpack(half, [bytes.fromhex("003c00c0")]).tolist() == [[1.0, -2.0]]
+    assert unpack(small, [bytes.fromhex("0000003f0281")]).tolist() == [[1.0, -63.5]]
+    one = SideInfo(1, 1, "int8", "int", 1)
+    assert unpack(one, [bytes.fromhex("0000003f02")]).tolist() == [[1.0]]
+
+
+def test_compressed_as_at_export() -> None:
+    row = np.array([[12.7, -6.35, 0.04], [0.0, 0.0, 0.0]], dtype=np.float32)
+    stored, scales = compressed(SideInfo(2, 3, "int8", "int", 1), row)
+    assert scales is not None
+    assert stored.tolist() == [[127, -64, 0], [0, 0, 0]]
+    np.testing.assert_allclose(scales, [0.1, 1 / 127], rtol=1e-6)
+    assert compressed(SideInfo(2, 3, "float16", "int", 1), row)[0].dtype == np.float16
+
+
+def test_names_and_metadata() -> None:
+    # crc32(b"123456789") is the check value of CRC-32.
+    assert SideInfo(0, 1, "int8", "int", 1000).bucket_of(b"123456789") == 0xCBF43926 % 1000
+    assert [buckets_for(rows) for rows in (0, 1, 16384, 16385, 1_000_000)] == [1, 1, 1, 2, 62]
+    sides = {side: SideInfo(5, 2, "int8", "int", 2) for side in ("user", "item")}
+    version = VersionInfo("v", "b", "c", sides)
+    assert NAMES.all_of(version) == [
+        "test:{0123456789ab}:v:meta",
+        "test:{0123456789ab}:v:user:0",
+        "test:{0123456789ab}:v:user:1",
+        "test:{0123456789ab}:v:item:0",
+        "test:{0123456789ab}:v:item:1",
+    ]
+    fields = {k.encode(): str(v).encode() for k, v in meta_fields(version).items()}
+    assert parse_meta("v", fields) == version
+    for prefix in ("", "a b", "{a}", "a\n"):
+        with pytest.raises(StoreError, match=r"^prefix = .*: must be text without braces"):
+            Names(prefix, "0123456789ab")
+
+
+class TestPause:
+    def make(self) -> Pause:
+        self.now = 50.0
+        return Pause(lambda: self.now)
+
+    def refused(self, pause: Pause) -> bool:
+        try:
+            pause.admit()
+        except StoreError as error:
+            assert str(error).startswith("down; it is asked again in ")
+            return True
+        return False
+
+    def test_one_caller_tries_and_the_pauses_grow(self) -> None:
+        pause, lengths = self.make(), []
+        for _ in range(8):
+            pause.failed(pause.admit(), "down")
+            start = self.now
+            while self.refused(pause):
+                self.now += 0.005
+            lengths.append(self.now - start)
+            # The one that was let in is under way; the others wait on.
+            assert self.refused(pause)
+            self.now += LONGEST_PAUSE
+        expected = [min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) for n in range(8)]
+        np.testing.assert_allclose(lengths, expected, atol=0.011)
+
+    def test_callers_that_fail_together_count_once(self) -> None:
+        pause = self.make()
+        attempts = [pause.admit() for _ in range(10)]
+        for attempt in attempts:
+            pause.failed(attempt, "down")
+        self.now += FIRST_PAUSE
+        assert not self.refused(pause)
+
+    def test_an_answer_ends_it(self) -> None:
+        pause = self.make()
+        for _ in range(5):
+            pause.failed(pause.admit(), "down")
+            self.now += LONGEST_PAUSE
+        attempt = pause.admit()
+        assert self.refused(pause)
+        pause.succeeded()
+        assert not self.refused(pause)
+        pause.failed(attempt, "down")
+        self.now += FIRST_PAUSE
+        assert not self.refused(pause)
+
+
+@pytest.mark.parametrize(
+    ("url", "label"),
+    [
+        ("redis://:s3cret@host", "redis://host:6379/0"),
+        ("redis://name:s3cret@HOST:7000/3", "redis://host:7000/3"),
+        ("rediss://name:s3cret@[::1]:7000/3?ssl_cert_reqs=none", "rediss://[::1]:7000/3"),
+        ("redis://host/1?password=s3cret", "redis://host:6379/1"),
+        ("unix://name:s3cret@/run/redis.sock?db=2", "unix:///run/redis.sock"),
+    ],
+)
+def test_a_server_is_named_without_its_password(url: str, label: str) -> None:
+    server = RedisServer(url, 1.0)
+    assert server.label == label
+    assert server._text(Exception("AUTH s3cret failed")) == "AUTH *** failed"
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://:s3cret@host", "is of scheme 'http'; must be redis://HOST:PORT/DATABASE, rediss"),
+        ("localhost", "is of scheme ''"),
+        ("", "is of scheme ''"),
+        ("redis://:s3cret@host:s3cret", "cannot be read; must be redis://HOST"),
+        ("redis://[:s3cret@host", "cannot be read"),
+        ("redis://:s3cret@host/movies", "redis://host:6379/movies: the database must be a number"),
+        ("redis://:s3cret@host?s3cret=1", "redis://host:6379/0: the URL has an option that is not"),
+        ("redis://:s3cret@host?socket_timeout=s3cret", "or of the wrong type"),
+    ],
+)
+def test_a_url_that_cannot_be(url: str, reason: str) -> None:
+    with pytest.raises(StoreError) as caught:
+        RedisServer(url, 1.0)
+    assert reason in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("timeout", [0, -1, "1", True, float("nan")])
+def test_a_timeout_that_cannot_be(timeout: Any) -> None:
+    with pytest.raises(StoreError, match=r"^timeout = .*: must be seconds, more than 0$"):
+        RedisServer("redis://host", timeout)
+
+
+def test_stores_are_opened_without_the_server(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", key_dtype="int")
+    users, items = open_stores("redis://127.0.0.1:1/0", bundle)
+    assert (users.dtype, items.dtype) == ("int", "int")
+    assert users.model == items.model == read_bundle(bundle, verify=False).model
+    with pytest.raises(StoreError, match=r"^redis://127.0.0.1:1/0: cannot be reached \(.*\); "):
+        users.lookup([1])
+    with pytest.raises(StoreError, match=r"; it is asked again in 0\.0\d s$"):
+        items.lookup([1])
+
+
+def test_without_the_redis_package_one_line_names_the_extra() -> None:
+    program = (
+        "import sys; sys.modules['redis'] = None\n"
+        "from hvdrec.scoring.errors import StoreError\n"
+        "for name in ('redis_store', 'publish'):\n"
+        "    try: __import__('hvdrec.scoring.' + name)\n"
+        "    except StoreError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    line = "embeddings in Redis need the extra 'redis': pip install 'hvdrec[redis]'"
+    assert done.stdout.splitlines() == [line, line]
+
+
+def test_the_slim_module_alone_does_not_import_redis() -> None:
+    program = "import sys, hvdrec.scoring; print('redis' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
