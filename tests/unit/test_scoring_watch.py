@@ -306,24 +306,24 @@ def test_a_bundle_replaced_while_it_is_read_is_no_mixture(
     """Half of the files are read before another bundle takes the place, half behind it."""
     from hvdrec.scoring import scorer as module
 
-    plain = module.Titles
+    plain = module.Graph
 
     def replacing(*arguments: Any) -> Any:
-        monkeypatch.setattr(module, "Titles", plain)
+        monkeypatch.setattr(module, "Graph", plain)
         put(other, path)
         return plain(*arguments)
 
-    monkeypatch.setattr(module, "Titles", replacing)
+    monkeypatch.setattr(module, "Graph", replacing)
     with pytest.raises(ReplacedError, match=r"was replaced while the bundle was read"):
         Scorer.load(path)
     assert answers(Scorer.load(path)) == answers(Scorer.load(other))
 
     put(ours, path)
-    monkeypatch.setattr(module, "Titles", replacing)
+    monkeypatch.setattr(module, "Graph", replacing)
     with Scorer.watch(path, interval=NEVER) as watched:  # loads again by itself
         assert answers(watched) == answers(Scorer.load(other))
         put(ours, path)
-        monkeypatch.setattr(module, "Titles", replacing)
+        monkeypatch.setattr(module, "Graph", replacing)
         assert not watched.look()
         assert watched.last_error is None
         assert watched.look()
@@ -336,14 +336,14 @@ def test_a_link_pointed_elsewhere_while_it_is_followed(
     """All files come from the directory that the link led to when reading began."""
     from hvdrec.scoring import scorer as module
 
-    link, plain = tmp_path / "current", module.Titles
+    link, plain = tmp_path / "current", module.Graph
     point(link, ours)
 
     def pointing(*arguments: Any) -> Any:
         point(link, other)
         return plain(*arguments)
 
-    monkeypatch.setattr(module, "Titles", pointing)
+    monkeypatch.setattr(module, "Graph", pointing)
     assert answers(Scorer.load(link)) == answers(Scorer.load(ours))
 
 
