@@ -78,10 +78,10 @@ class Scorer:
         """Open a bundle.
 
         threads: of one graph run (a service with many request threads wants 1); verify: compare
-        every file's checksum; users, items: where their embeddings come from instead of the
-        bundle's own arrays (retrieval is always over the bundle's). A tower with large
-        vocabularies is opened by the first request that needs it, or by `warm`. Raises BundleError
-        if the bundle is missing, damaged or too new.
+        every file's checksum and read what the arrays hold; users, items: where their embeddings
+        come from instead of the bundle's own arrays (retrieval is always over the bundle's). A
+        tower with large vocabularies is opened by the first request that needs it, or by `warm`.
+        Raises BundleError if the bundle is missing, damaged or too new.
         """
         _check_count("threads", threads)
         info = read_bundle(Path(path), verify=verify)
