@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_array, read_bundle
-from hvdrec.scoring.errors import BundleError, RequestError, ScoringError, shown
+from hvdrec.scoring.errors import BundleError, ReplacedError, RequestError, ScoringError, shown
 from hvdrec.scoring.graph import ROWS, VECTORS, Graph, input_types
 from hvdrec.scoring.inputs import check_names, column, listed
 from hvdrec.scoring.retrieval import inner_products, largest
@@ -26,6 +25,7 @@ Array = NDArray[Any]
 Key = str | int
 Raw = Mapping[str, Any]
 Entries = Sequence[Key | Raw | None] | Array
+Stores = Callable[[BundleInfo], tuple[Store | None, Store | None]]
 Request = tuple[Key | Raw | None, Entries, Raw | None]
 ALONE_ITEMS = 64
 """A request of so many items is scored alone: the ranker folds one user into its weights."""
@@ -100,8 +100,7 @@ class Scorer:
         *,
         interval: float = 1.0,
         threads: int = 1,
-        users: Store | None = None,
-        items: Store | None = None,
+        stores: Stores | None = None,
         on_reload: Callable[[Scorer], object] | None = None,
         on_refused: Callable[[ScoringError], object] | None = None,
     ) -> WatchedScorer:
@@ -111,12 +110,22 @@ class Scorer:
         link that is pointed elsewhere. A new bundle is verified, loaded and tried beside the old
         one and swapped in; calls under way end on the old one. A broken one is refused, logged
         once and handed to ``on_refused``; the old one stays. ``on_reload`` gets the new scorer.
-        threads, users, items: as in `load`. Raises what `load` raises, for the first bundle.
+        threads: as in `load`; stores: gives the stores of users and items for a bundle, which is
+        asked anew for each, as another model has other embeddings. Raises what `load` raises, for
+        the first bundle.
         """
         from hvdrec.scoring.watch import WatchedScorer
 
         _check_count("threads", threads)
-        load = partial(cls.load, threads=threads, verify=True, users=users, items=items)
+
+        def load(path: Path) -> Scorer:
+            info = read_bundle(path, verify=False)
+            users, items = stores(info) if stores else (None, None)
+            scorer = cls.load(path, threads=threads, verify=True, users=users, items=items)
+            if scorer.model != info.model:
+                raise ReplacedError(f"{path}: was replaced while it was read; load it again")
+            return scorer
+
         return WatchedScorer(
             Path(path), load, interval=interval, on_reload=on_reload, on_refused=on_refused
         )

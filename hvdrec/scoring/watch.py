@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -38,6 +39,8 @@ LOG = logging.getLogger("hvdrec.scoring")
 LISTED_FILES = 4096
 """Files of a refused bundle that are looked at, so that a mended one is taken."""
 FIRST_TRIES = 3
+PAUSES = 10.0
+"""A bundle whose store does not answer is loaded again after so many times what loading took."""
 STOP_SECONDS = 10.0
 """How long the end of a process, or `close`, waits for a bundle that is being loaded."""
 
@@ -75,6 +78,7 @@ class WatchedScorer:
         self._last_error: ScoringError | None = None
         self._refused: str | None = None
         self._gone = False
+        self._ask_again = math.inf
         self._seen: object = _manifest_stamp(self._path)
         self._current = self._first()
         self._stop = threading.Event()
@@ -164,7 +168,7 @@ class WatchedScorer:
         manifest = _manifest_stamp(self._path)
         # A refused bundle may be mended in any of its files.
         stamp = manifest if self._refused is None else _all_stamps(self._path)
-        if stamp == self._seen:
+        if stamp == self._seen and time.monotonic() < self._ask_again:
             return False
         if manifest is None and not self._gone:
             # Between two renames there is nothing for a moment.
@@ -178,11 +182,15 @@ class WatchedScorer:
             return False  # what replaced it is seen by the next look
         except ScoringError as error:
             self._refuse(error)
-            # Whether the store answers does not show in the files: it is asked again.
-            self._seen = None if isinstance(error, StoreError) else files
+            self._seen, self._ask_again = files, math.inf
+            if isinstance(error, StoreError):
+                # That it answers now will not show in the files: it is asked again, at leisure.
+                now = time.monotonic()
+                self._ask_again = now + PAUSES * (now - started)
             return False
         old, self._current = self._current.info.version, scorer
         self._seen, self._refused, self._last_error = manifest, None, None
+        self._ask_again = math.inf
         self._reloads += 1
         LOG.info(
             "%s: bundle %s replaces %s, loaded in %.1f s",

@@ -19,8 +19,9 @@ import onnx
 import pytest
 
 from hvdrec.artifacts import write_manifest
-from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError
+from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError, watch
 from hvdrec.scoring import contents as contents_module
+from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.errors import ReplacedError
 from hvdrec.scoring.watch import WatchedScorer
 from tests.bundles import write_bundle
@@ -218,7 +219,7 @@ def test_a_call_under_way_ends_on_the_old_bundle_which_then_goes(
     gate = Gate()
     expected = Scorer.load(ours, users=gate).score("gate", ["10", "20"])
     found: list[Any] = []
-    with Scorer.watch(path, interval=NEVER, users=gate) as watched:
+    with Scorer.watch(path, interval=NEVER, stores=lambda _: (gate, None)) as watched:
         gate.opened.clear()
         gate.asked.clear()
         old = weakref.ref(watched.current)
@@ -237,17 +238,49 @@ def test_a_call_under_way_ends_on_the_old_bundle_which_then_goes(
         assert watched.score("gate", ["10", "20"]).tolist() != expected.tolist()
 
 
-def test_a_store_that_does_not_answer_is_asked_again(path: Path, other: Path) -> None:
+def test_a_store_that_does_not_answer_is_asked_again(
+    path: Path, other: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     gate = Gate()
-    with Scorer.watch(path, interval=NEVER, users=gate) as watched:
+    asked: list[str] = []
+
+    def stores(info: BundleInfo) -> tuple[Gate, None]:
+        asked.append(info.model)
+        return gate, None
+
+    with Scorer.watch(path, interval=NEVER, stores=stores) as watched:
         put(other, path)
         gate.fails = True
-        assert not watched.look()
-        assert not watched.look()
+        monkeypatch.setattr(watch, "PAUSES", 1e9)
+        for _ in range(3):
+            assert not watched.look()
         assert isinstance(watched.last_error, StoreError)
+        assert len(asked) == 2, "not at every look, which would read the bundle again and again"
+        gate.fails = False
+        (path / "note").touch()  # looked at, since something changed
+        monkeypatch.setattr(watch, "PAUSES", 0.0)
+        gate.fails = True
+        assert not watched.look()
         gate.fails = False
         assert watched.look()
-        assert watched.last_error is None
+        assert (watched.last_error, len(refusals(caplog))) == (None, 1)
+        assert watched.current.model == asked[-1] != asked[0]
+
+
+def test_stores_of_a_bundle_that_was_replaced_are_not_used(path: Path, other: Path) -> None:
+    """Else vectors of one model would meet graphs of another."""
+    gate = Gate()
+    opened: list[BundleInfo] = []
+
+    def stores(info: BundleInfo) -> tuple[Gate, None]:
+        opened.append(info)
+        if len(opened) == 1:
+            put(other, path)
+        return gate, None
+
+    with Scorer.watch(path, interval=NEVER, stores=stores) as watched:
+        assert [info.model for info in opened] == [opened[0].model, watched.current.model]
+        assert opened[0].model != watched.current.model
 
 
 def change_ranker(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
