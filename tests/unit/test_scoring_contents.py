@@ -1,0 +1,152 @@
+"""What verifying finds in arrays whose types and shapes are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdrec.artifacts import write_manifest
+from hvdrec.scoring import BundleError, contents
+from hvdrec.scoring.bundle import read_bundle
+from hvdrec.scoring.contents import check_contents
+from tests.bundles import write_bundle
+
+GENRES = "items/filters/genres"
+WHOLE: Mapping[str, Any] = {
+    "items/trending.npy": np.array([0, 3, 0, 1]),
+    f"{GENRES}/values.npy": np.array([b"Drama", b"War"]),
+    f"{GENRES}/offsets.npy": np.array([0, 2, 4]),
+    f"{GENRES}/rows.npy": np.array([0, 1, 1, 3], dtype=np.int32),
+    "items/filters/year/values.npy": np.array([1990, 2000]),
+    "items/filters/year/offsets.npy": np.array([0, 1, 2]),
+    "items/filters/year/rows.npy": np.array([3, 0], dtype=np.int32),
+    "users/seen_offsets.npy": np.array([0, 3, 3]),
+    "users/seen_rows.npy": np.array([2, 0, 3], dtype=np.int32),
+}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "b")
+
+
+def write(bundle: Path, arrays: Mapping[str, Any]) -> None:
+    for name, array in arrays.items():
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(bundle / name, array)
+    meta = json.loads((bundle / "manifest.json").read_text())["meta"]
+    write_manifest(bundle, "bundle", meta)
+
+
+def check(bundle: Path) -> None:
+    check_contents(read_bundle(bundle, verify=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 1 << 18])
+def test_a_whole_bundle_passes_in_blocks_of_any_size(
+    bundle: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "BLOCK_ROWS", rows)
+    write(bundle, WHOLE)
+    check(bundle)
+
+
+def test_empty_sides_pass(tmp_path: Path) -> None:
+    check(write_bundle(tmp_path / "b", users={}, items={}))
+    check(write_bundle(tmp_path / "int", users={}, items={}, key_dtype="int"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "text"),
+    [
+        ("items/trending.npy", lambda a: a[:3], "is not a count for each of 4 items"),
+        ("items/trending.npy", lambda a: a - 1, "is not a count for each of 4 items"),
+        ("items/trending.npy", lambda a: a / 1, "is float64 of shape (4,), expected int64 of one"),
+        (f"{GENRES}/values.npy", lambda a: a[::-1], "does not hold keys in ascending order, each"),
+        (f"{GENRES}/values.npy", lambda a: a[[0, 0]], "does not hold keys in ascending order"),
+        (f"{GENRES}/values.npy", lambda a: np.array([b"A", b"\xff"]), "holds keys that are no UTF"),
+        (f"{GENRES}/values.npy", lambda a: np.array([1.0, 2.0]), "is float64, expected bytes or"),
+        (f"{GENRES}/offsets.npy", lambda a: a + 1, "does not cut 4 values into 2 parts, one"),
+        (f"{GENRES}/offsets.npy", lambda a: a[[0, 2, 1]], "does not cut 4 values into 2 parts"),
+        (f"{GENRES}/offsets.npy", lambda a: a[[0, 2]], "does not cut 4 values into 2 parts"),
+        (f"{GENRES}/rows.npy", lambda a: a + 1, "holds rows that are not among 4 items"),
+        (f"{GENRES}/rows.npy", lambda a: a - 1, "holds rows that are not among 4 items"),
+        (f"{GENRES}/rows.npy", lambda a: a[[1, 0, 2, 3]], "does not ascend within a value"),
+        (f"{GENRES}/rows.npy", lambda a: a[[0, 0, 2, 3]], "does not ascend within a value"),
+        (f"{GENRES}/rows.npy", lambda a: a.astype(np.int64), "is int64 of shape (4,), expected in"),
+        ("users/seen_offsets.npy", lambda a: a[[0, 0, 0]], "does not cut 3 values into 2 parts"),
+        ("users/seen_offsets.npy", lambda a: a[:2], "does not cut 3 values into 2 parts"),
+        ("users/seen_rows.npy", lambda a: a + 1, "holds rows that are not among 4 items"),
+    ],
+)
+def test_what_leads_nowhere(
+    bundle: Path, name: str, change: Callable[[Any], Any], text: str
+) -> None:
+    write(bundle, {**WHOLE, name: change(WHOLE[name])})
+    with pytest.raises(BundleError) as caught:
+        check(bundle)
+    assert str(caught.value).startswith(f"{bundle}/{name}: {text}")
+    assert str(caught.value).endswith("; export the bundle again")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "items/titles.npy",
+        "items/titles_offsets.npy",
+        "users/seen_rows.npy",
+        "users/seen_offsets.npy",
+        f"{GENRES}/rows.npy",
+        f"{GENRES}/offsets.npy",
+    ],
+)
+def test_one_of_two_that_belong_together_is_missing(bundle: Path, name: str) -> None:
+    write(bundle, WHOLE)
+    (bundle / name).unlink()
+    write(bundle, {})
+    with pytest.raises(BundleError) as caught:
+        check(bundle)
+    assert str(caught.value) == f"{bundle}: '{name}' is missing from the bundle; export it again"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_keys_are_compared_across_blocks(
+    bundle: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "BLOCK_ROWS", rows)
+    for keys in ([b"10", b"10", b"30", b"40"], [b"10", b"30", b"20", b"40"]):
+        write(bundle, {"items/keys.npy": np.array(keys)})
+        with pytest.raises(BundleError, match=r"items/keys.npy: does not hold keys in ascending"):
+            check(bundle)
+
+
+def test_letters_do_not_join_across_keys(bundle: Path) -> None:
+    """Two halves of a letter, side by side in the file, are no text in either key."""
+    write(bundle, {"items/keys.npy": np.array([b"a\xc3", b"\xa4b", b"c", b"d"])})
+    with pytest.raises(BundleError, match=r"items/keys.npy: "):
+        check(bundle)
+    write(bundle, {"items/keys.npy": np.array(["aä".encode(), "bä".encode(), b"c", b"d"])})
+    check(bundle)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_int8_embeddings_are_judged_by_their_scales(bundle: Path, wrong: float) -> None:
+    arrays = {
+        "items/embeddings.npy": np.full((4, 3), -128, dtype=np.int8),
+        "items/scales.npy": np.ones(4, dtype=np.float32),
+    }
+    write(bundle, arrays)
+    check(bundle)
+    arrays["items/scales.npy"][2] = wrong
+    write(bundle, arrays)
+    with pytest.raises(BundleError, match=r"items/scales.npy: holds numbers that are not finite"):
+        check(bundle)
+    (bundle / "items/scales.npy").unlink()
+    write(bundle, {})
+    with pytest.raises(BundleError, match=r"'items/scales.npy' is missing from the bundle"):
+        check(bundle)
