@@ -54,14 +54,18 @@ CMD ["hvdrec", "serve", "/bundle", "--host", "0.0.0.0", "--port", "8080"]
 FROM build AS build-train
 ARG CUDA=
 WORKDIR /opt/hvdrec/source
-COPY pyproject.toml constraints.txt README.md ./
-COPY scripts ./scripts
-COPY hvdrec ./hvdrec
-COPY configs ./configs
 ENV HVDREC_VENV=/opt/hvdrec/environment HVDREC_CACHE=/tmp/cache PIP_NO_CACHE_DIR=1
+# What the environment is made of first: a change of the code does not build Horovod again.
+COPY pyproject.toml constraints.txt ./
+COPY scripts/install ./scripts/install
+COPY hvdrec/__init__.py ./hvdrec/__init__.py
 RUN scripts/install --extras train,fbgemm,serve,redis,index ${CUDA:+--cuda} \
     && "$HVDREC_VENV/bin/python" -m pip uninstall -qq -y cmake \
     && rm -rf /tmp/cache
+COPY README.md ./
+COPY scripts ./scripts
+COPY configs ./configs
+COPY hvdrec ./hvdrec
 
 FROM python AS train
 LABEL org.opencontainers.image.title="hvdrec train" \
