@@ -102,7 +102,7 @@ def expected_lasting(bundle: Path, version: str) -> set[str]:
     return {names.current(), names.meta(version), *buckets, "hvdrec:tiny:models"}
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
+def wait_until(is_so: Callable[[], object]) -> None:
     deadline = time.monotonic() + SECONDS
     while not is_so():
         assert time.monotonic() < deadline
@@ -552,10 +552,14 @@ def test_single_rows_while_versions_are_switched(server: RedisProcess, bundle: P
 # --------------------------------------------------------------------------------- under load
 
 
-def test_versions_switched_under_load(server: RedisProcess, tmp_path: Path) -> None:
+def test_versions_switched_under_load(
+    server: RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every answer is of one version, a user's and its items' of the same; none fails."""
+    # However busy the machine is.
+    monkeypatch.setattr("hvdrec.scoring.redis_store.REQUEST_SECONDS", SECONDS)
     bundles = [fill(make_bundle(tmp_path / str(n)), float(n)) for n in range(3)]
-    publish(bundles[0], server.url, keep=2)
+    publish(bundles[0], server.url, keep=SECONDS)
     users, items = stores_of(server, bundles[0])
     stop, seen, wrong = threading.Event(), set(), []
     rounds = [0] * 4
@@ -574,7 +578,7 @@ def test_versions_switched_under_load(server: RedisProcess, tmp_path: Path) -> N
         reading = [threads.submit(read, thread) for thread in range(len(rounds))]
         for number in range(1, 25):
             before = list(rounds)
-            publish(bundles[number % 3], server.url, keep=2)
+            publish(bundles[number % 3], server.url, keep=SECONDS)
             wait_until(
                 lambda before=before: (
                     all(now > was + 1 for now, was in zip(rounds, before, strict=True))  # type: ignore[misc]
@@ -654,8 +658,7 @@ def test_a_server_that_does_not_answer(tmp_path: Path, whole_bundle: Path) -> No
         assert str(caught.value) == (
             f"{server.url}: did not answer within 0.2 s; look at its load, or give it more time"
         )
-        with pytest.raises(StoreError, match=r"more time; it is asked again in 0\.\d\d s$"):
-            users.lookup(["a"])
+        wait_until(lambda: re.search(r"more time; it is asked again in \d\.\d\d s$", _line(users)))
         server.thaw()
         wait_until(lambda: _answers(users))
         check_lookup(users, rows, list(rows))
@@ -664,10 +667,16 @@ def test_a_server_that_does_not_answer(tmp_path: Path, whole_bundle: Path) -> No
 
 
 def _answers(store: RedisStore) -> bool:
+    return _line(store) == ""
+
+
+def _line(store: RedisStore) -> str:
+    """Return the line of a look-up's error; nothing where it is answered."""
     try:
-        return bool(store.lookup(["a"])[1].all())
-    except StoreError:
-        return False
+        assert store.lookup(["a"])[1].all()
+    except StoreError as error:
+        return str(error)
+    return ""
 
 
 def test_a_server_that_lost_everything(tmp_path: Path, whole_bundle: Path) -> None:
