@@ -1,0 +1,82 @@
+"""The bundle that a worker serves."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from hvdrec.scoring import Scorer
+from hvdrec.scoring.bundle import read_bundle
+from hvdrec.scoring.errors import ScoringError
+from hvdrec.scoring.scorer import Stores
+from hvdrec.scoring.watch import WatchedScorer
+from hvdrec.serving.metrics import Metrics
+from hvdrec.serving.options import Options
+from hvdrec.serving.problems import unavailable
+
+
+class Served:
+    """Which scorer answers now; none before `load` has ended."""
+
+    def __init__(self, options: Options, metrics: Metrics) -> None:
+        self._options = options
+        self._metrics = metrics
+        self._scorer: Scorer | None = None
+        self._watched: WatchedScorer | None = None
+
+    @property
+    def current(self) -> Scorer:
+        """Return the scorer in use, for one whole request; Problem before there is one."""
+        if self._watched is not None:
+            return self._watched.current
+        if self._scorer is None:
+            raise unavailable("the bundle is being loaded; try again")
+        return self._scorer
+
+    def load(self) -> None:
+        """Open and warm the bundle, and follow its path; raises ScoringError."""
+        if self._options.watch:
+            self._watched = Scorer.watch(
+                self._options.bundle,
+                stores=stores_from(self._options.redis),
+                on_reload=self._reloaded,
+                on_refused=self._refused,
+            )
+        else:
+            scorer = open_scorer(self._options)
+            scorer.warm()
+            self._scorer = scorer
+        self._tell(self.current)
+
+    def close(self) -> None:
+        """Stop following the path."""
+        if self._watched is not None:
+            self._watched.close()
+
+    def _reloaded(self, scorer: Scorer) -> None:
+        self._metrics.reloads.inc()
+        self._tell(scorer)
+
+    def _refused(self, error: ScoringError) -> None:
+        self._metrics.refused.inc()
+
+    def _tell(self, scorer: Scorer) -> None:
+        self._metrics.serves(scorer.info.name, scorer.version)
+
+
+def open_scorer(options: Options) -> Scorer:
+    """Open the bundle once; raises ScoringError."""
+    stores = stores_from(options.redis)
+    if stores is None:
+        return Scorer.load(options.bundle)
+    info = read_bundle(options.bundle, verify=False)
+    users, items = stores(info)
+    return Scorer.load(options.bundle, users=users, items=items)
+
+
+def stores_from(redis: str | None) -> Stores | None:
+    """Return what gives a bundle its stores of users and items; None for its own arrays."""
+    if redis is None:
+        return None
+    from hvdrec.scoring.redis_store import open_stores
+
+    return partial(open_stores, redis)

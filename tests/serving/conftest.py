@@ -1,0 +1,62 @@
+"""A service that the tests of its answers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from hvdrec.scoring import Scorer
+from tests.bundles import write_bundle
+from tests.serving.launch import Running, serving
+
+PATIENT = ("--max-wait", "30")
+"""For a machine that is busy: waiting is tested elsewhere."""
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle whose keys are strings."""
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "strings")
+
+
+@pytest.fixture(scope="session")
+def int_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle whose keys are integers."""
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "integers", key_dtype="int")
+
+
+@pytest.fixture(scope="session")
+def scorer(bundle: Path) -> Scorer:
+    """Return the scorer of the bundle with strings."""
+    return Scorer.load(bundle)
+
+
+@pytest.fixture(scope="session")
+def service(bundle: Path) -> Iterator[Running]:
+    """Serve the bundle with strings."""
+    with serving(bundle, *PATIENT, "--max-body", "20000", "--max-candidates", "100") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def int_service(int_bundle: Path) -> Iterator[Running]:
+    """Serve the bundle with integers."""
+    with serving(int_bundle, *PATIENT) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(service: Running) -> Iterator[httpx.Client]:
+    """Return a client of the service with strings."""
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def int_client(int_service: Running) -> Iterator[httpx.Client]:
+    """Return a client of the service with integers."""
+    with httpx.Client(base_url=int_service.url, timeout=60) as client:
+        yield client

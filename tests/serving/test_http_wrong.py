@@ -1,0 +1,184 @@
+"""Requests that cannot be answered: 4xx in one shape, which names the field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+JSON = {"content-type": "application/json"}
+ONE: dict[str, Any] = {"user": "1", "items": ["10"]}
+
+
+def check(answer: httpx.Response, status: int, field: str | None) -> str:
+    """Check an error's shape and return its text."""
+    told = answer.json()
+    assert set(told) == {"status", "error", "field"}
+    assert (answer.status_code, told["status"], told["field"]) == (status, status, field)
+    assert answer.headers["content-type"] == "application/json"
+    text: str = told["error"]
+    assert text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "text"),
+    [
+        ([], "body", "body = []: must be"),
+        ({}, "user", "user: is missing"),
+        ({"user": "1"}, "items", "items: is missing"),
+        ({**ONE, "usr": 1}, "usr", "field 'usr' does not exist; known: [user, items, scene]"),
+        ({**ONE, "items": "10"}, "items", "items = '10': must be a valid list"),
+        ({**ONE, "items": {"10": 1}}, "items", "items = {'10': 1}: must be a valid list"),
+        ({**ONE, "items": [10]}, "items", 'item_id = 10: the key is a string, not int; pass "10"'),
+        ({**ONE, "items": [["10"]]}, "items", "item_id = ['10']: the key is a string, not list"),
+        ({**ONE, "items": ["10"] * 101}, "items", "items: 101 of them; at most 100 are scored"),
+        ({**ONE, "items": [{"yaer": 1}]}, "items.yaer", "item field 'yaer' does not exist; known:"),
+        ({**ONE, "items": [{"year": "x"}]}, "items.year", "year = 'x': must be an integer"),
+        ({**ONE, "user": 1}, "user", 'user_id = 1: the key is a string, not int; pass "1"'),
+        ({**ONE, "user": True}, "user", "user_id = True: the key is a string, not bool"),
+        ({**ONE, "user": {"agee": 1}}, "user.agee", "user field 'agee' does not exist; known:"),
+        ({**ONE, "user": {"age": "old"}}, "user.age", "age = 'old': must be a number, not str"),
+        ({**ONE, "user": {"age": 1e31}}, "user.age", "age = 1e+31: must be within 1e+30 of 0"),
+        ({**ONE, "user": {"history": "10"}}, "user.history", "history = '10': must be a list"),
+        ({**ONE, "scene": []}, "scene", "scene = []: must be a valid dictionary"),
+        ({**ONE, "scene": {"hr": 1}}, "scene.hr", "scene field 'hr' does not exist; known: [hour"),
+        ({**ONE, "scene": {"hour": "9pm"}}, "scene.hour", "hour = '9pm': must be an integer"),
+        ({**ONE, "scene": {"hour": 1.5}}, "scene.hour", "hour = 1.5: must be an integer"),
+        ({**ONE, "scene": {"hour": 2**63}}, "scene.hour", "hour = 9223372036854775808: does not"),
+        ({**ONE, "scene": {"hour": 10**20}}, "scene.hour", "hour = 1e+20: must be an integer"),
+        ({**ONE, "scene": {"hour": True}}, "scene.hour", "hour = True: must be an integer"),
+        (
+            {**ONE, "scene": {"temperature": -2e30}},
+            "scene.temperature",
+            "temperature = -2e+30: must be within 1e+30 of 0",
+        ),
+    ],
+)
+def test_score(client: httpx.Client, body: Any, field: str, text: str) -> None:
+    assert check(client.post("/v1/score", json=body), 422, field).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "text"),
+    [
+        ({"k": 0}, "k", "k = 0: must be greater than or equal to 1"),
+        ({"k": "10"}, "k", "k = '10': must be a valid integer"),
+        ({"k": True}, "k", "k = True: must be a valid integer"),
+        ({"k": 1.5}, "k", "k = 1.5: must be a valid integer"),
+        ({"k": None}, "k", "k = None: must be a valid integer"),
+        ({"k": 101}, "k", "k = 101: at most 100 are ranked at a time"),
+        ({"k": 10**30}, "k", "k = 1e+30: must be a valid integer"),
+        ({"candidates": 101}, "candidates", "candidates = 101: at most 100 are ranked at a time"),
+        ({"exclude": "10"}, "exclude", "exclude = '10': must be a valid list"),
+        ({"exclude": [[]]}, "exclude", "item_id = []: the key is a string, not list"),
+        ({"allowed": ["Drama"]}, "allowed", "allowed = ['Drama']: must be a valid dictionary"),
+        ({"allowed": {"genres": "War"}}, "allowed.genres", "allowed.genres = 'War': must be a"),
+        ({"skip_seen": 1}, "skip_seen", "skip_seen = 1: must be a valid boolean"),
+        ({"diversity": 1.5}, "diversity", "diversity = 1.5: must be less than or equal to 1"),
+        ({"diversity": "high"}, "diversity", "diversity = 'high': must be a valid number"),
+        ({"items": ["10"]}, "items", "field 'items' does not exist; known: [user, scene, k,"),
+    ],
+)
+def test_recommend(client: httpx.Client, change: Any, field: str, text: str) -> None:
+    answer = client.post("/v1/recommend", json={"user": "1", **change})
+    assert check(answer, 422, field).startswith(text)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"user=1",
+        b'{"user": "1", "items": [NaN]}',
+        b'{"user": "1", "items": ["10"], "scene": {"temperature": Infinity}}',
+        b'{"user": "1", "items": ["10"], "scene": {"temperature": 1e400}}',
+        b'{"user": "\\ud800", "items": ["10"]}',
+        b'{"user": "\xff", "items": ["10"]}',
+        b'{"user": "1", "items": ["10"], "scene": {"hour": ' + b"9" * 5000 + b"}}",
+        b"[" * 5000,
+        b'{"user": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b"\x1f\x8b",
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/recommend"])
+def test_no_json(client: httpx.Client, path: str, content: bytes) -> None:
+    answer = client.post(path, content=content, headers=JSON)
+    assert check(answer, 400, "body").startswith("body: no valid JSON (")
+
+
+@pytest.mark.parametrize("depth", [900, 1000, 1020])
+def test_lists_within_lists(client: httpx.Client, depth: int) -> None:
+    for deep in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+        for name in ("user", "items", "scene", "exclude", "k"):
+            text = f'{{"user": "1", "{name}": {deep}}}'
+            for path in ("/v1/score", "/v1/recommend"):
+                answer = client.post(path, content=text, headers=JSON)
+                assert answer.status_code == 422, (name, path, answer.text)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "application/jsonp"},
+    ],
+)
+def test_another_type_of_body(client: httpx.Client, headers: dict[str, str]) -> None:
+    answer = client.post("/v1/score", content=json.dumps(ONE), headers=headers)
+    text = check(answer, 415, "content-type")
+    assert text == f"content-type = {headers.get('content-type', '')!r}: must be application/json"
+    # What a page elsewhere can make a browser send without asking is not taken either.
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_types_of_body_that_are_json(client: httpx.Client) -> None:
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+        headers = {"content-type": kind}
+        answer = client.post("/v1/score", content=json.dumps(ONE), headers=headers)
+        assert answer.status_code == 200
+
+
+def test_a_packed_body(client: httpx.Client) -> None:
+    headers = {**JSON, "content-encoding": "gzip"}
+    answer = client.post("/v1/score", content=b"\x1f\x8b", headers=headers)
+    check(answer, 415, "content-encoding")
+
+
+@pytest.mark.parametrize("size", [20_001, 100_000, 1_000_000])
+def test_a_body_that_is_too_long(client: httpx.Client, size: int) -> None:
+    def parts() -> Iterator[bytes]:
+        for start in range(0, size, 10_000):
+            yield b" " * min(10_000, size - start)
+
+    text = "body: has more than 20000 bytes; send fewer items at a time"
+    # With the length told at once, and in chunks without.
+    assert check(client.post("/v1/score", content=b" " * size, headers=JSON), 413, "body") == text
+    try:
+        answer = client.post("/v1/score", content=parts(), headers=JSON)
+    except httpx.WriteError:
+        assert size > 8 * 20_000  # by then the service has hung up
+    else:
+        assert check(answer, 413, "body") == text
+
+
+def test_a_body_as_long_as_may_be(client: httpx.Client) -> None:
+    content = json.dumps(ONE)
+    padded = content + " " * (20_000 - len(content))
+    assert client.post("/v1/score", content=padded, headers=JSON).status_code == 200
+
+
+def test_paths_and_methods(client: httpx.Client) -> None:
+    assert check(client.get("/v1/scores"), 404, None) == "/v1/scores: no such path"
+    answer = client.get("/v1/score")
+    assert check(answer, 405, None) == "GET /v1/score: no such method"
+    assert answer.headers["allow"] == "POST"
+    for path in ("/docs", "/redoc", "/v1/score/", "/../etc/passwd", "/page.html"):
+        assert client.get(path).status_code == 404
