@@ -7,6 +7,7 @@ scorer.recommend(user="1", scene={"hour": 21, "weekday": 4}, k=20)
 """
 
 from hvdrec.scoring.errors import BundleError, RequestError, ScoringError, StoreError
-from hvdrec.scoring.scorer import Recommendation, Scorer
+from hvdrec.scoring.recommend import Recommendation
+from hvdrec.scoring.scorer import Scorer
 
 __all__ = ["BundleError", "Recommendation", "RequestError", "Scorer", "ScoringError", "StoreError"]

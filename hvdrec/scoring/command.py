@@ -8,7 +8,8 @@ from typing import Any
 
 from hvdrec.scoring.bundle import Field
 from hvdrec.scoring.errors import RequestError, choices
-from hvdrec.scoring.scorer import Key, Raw, Scorer
+from hvdrec.scoring.recommend import Key
+from hvdrec.scoring.scorer import Raw, Scorer
 
 
 def parse_key(scorer: Scorer, side: str, text: str) -> Key:

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_array, read_bundle
+from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_bundle
 from hvdrec.scoring.errors import BundleError, ReplacedError, RequestError, ScoringError, shown
 from hvdrec.scoring.graph import ROWS, VECTORS, Graph, input_types
 from hvdrec.scoring.inputs import check_names, column, listed
-from hvdrec.scoring.retrieval import inner_products, largest
-from hvdrec.scoring.store import Store, Titles
+from hvdrec.scoring.recommend import Key, Recommendation, Retrieval
+from hvdrec.scoring.store import Store
 from hvdrec.scoring.tower import BLOCK_ROWS, Tower
 
 if TYPE_CHECKING:
     from hvdrec.scoring.watch import WatchedScorer
 
 Array = NDArray[Any]
-Key = str | int
 Raw = Mapping[str, Any]
 Entries = Sequence[Key | Raw | None] | Array
 Stores = Callable[[BundleInfo], tuple[Store | None, Store | None]]
 Request = tuple[Key | Raw | None, Entries, Raw | None]
 ALONE_ITEMS = 64
 """A request of so many items is scored alone: the ranker folds one user into its weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recommendation:
-    """A ranked item."""
-
-    item: Key
-    """Its key."""
-    score: float
-    """The ranker's probability in the scene."""
-    retrieval_score: float
-    """Inner product of the embeddings; the item's popularity where no tower was trained for it."""
-    title: str | None = None
-    """What it is called, where the bundle tells."""
 
 
 class Scorer:
@@ -54,8 +38,7 @@ class Scorer:
         self.info = info
         self._users = Tower(info, "user", threads, users)
         self._items = Tower(info, "item", threads, items)
-        self._titles = Titles(info, self.items)
-        self._popularity = None if info.retrieval_width else _popularity(info, self.items)
+        self._retrieval = Retrieval(info, self._users, self._items)
         scene = info.side("scene")
         self._scene = {field.name: field for field in scene}
         self._defaults = {field.name: _default(info, field) for field in scene}
@@ -135,6 +118,7 @@ class Scorer:
         for tower in (self._users, self._items):
             tower.compute([{}])
         self.score(None, [None])
+        self._retrieval.open()
 
     @property
     def users(self) -> int:
@@ -247,37 +231,40 @@ class Scorer:
         *,
         candidates: int = 500,
         exclude: Collection[Key] = (),
+        allowed: Mapping[str, Collection[Any]] | None = None,
+        skip_seen: bool = False,
+        diversity: float = 0.0,
     ) -> list[Recommendation]:
         """Return the k best items, best first, equal scores in the order of their keys.
 
         The ``candidates`` (at least k) items whose embeddings have the largest inner product with
-        the user's are retrieved, exactly, and ranked in the scene; ``exclude`` holds keys to leave
-        out. There are fewer than k where the catalogue ends. user and scene as in `score`.
+        the user's are retrieved, exactly or through the bundle's index, and ranked in the scene.
+        Where nothing is known of the user (None, a key that is not stored, raw values that are all
+        missing) the answer is what is trending, in that order. There are fewer than k where the
+        catalogue ends. user and scene as in `score`.
+
+        exclude: keys to leave out. allowed: an item needs one of the values in each named field,
+        {"genres": ["Drama", "War"]}; the fields are those of ``export.filters``. skip_seen: leave
+        out what the user, given by the key or with it, met in the log. diversity: in [0, 1); above
+        0, each next item is chosen by score and by how little it resembles those before it (maximal
+        marginal relevance). Raises RequestError for what does not fit.
         """
         _check_count("k", k)
         _check_count("candidates", candidates)
+        _check_share("diversity", diversity)
         inputs = self._scene_inputs(scene)
-        excluded = self._excluded(exclude)
-        embedding = inputs["user_embedding"] = self._users.embed([user])
-        if not np.isfinite(embedding).all():
-            raise RequestError(
-                f"user = {shown(user)}: its embedding is not finite; check its numeric features"
-            )
-        retrieval = self._retrieval_scores(embedding[0])
-        rows = largest(retrieval, max(int(k), int(candidates)), excluded)
-        if not rows.size:
+        count = max(int(k), int(candidates))
+        found = self._retrieval.candidates(
+            user, count, exclude=exclude, allowed=allowed, skip_seen=skip_seen
+        )
+        if not found.rows.size:
             return []
-        scores = self._rank(inputs, self._items.store.take(rows))
-        # Rows are in the order of keys: equal scores are told apart by key.
-        return [
-            Recommendation(
-                item=self._items.store.key(rows[i]),
-                score=float(scores[i]),
-                retrieval_score=float(retrieval[rows[i]]),
-                title=self._titles[rows[i]],
-            )
-            for i in np.lexsort((rows, -scores))[: int(k)]
-        ]
+        inputs["user_embedding"] = found.user_embedding
+        items = self._items.store.take(found.rows)
+        scores = self._rank(inputs, items)
+        vectors = items[:, : self.info.retrieval_width or None]
+        order = found.ordered(scores, vectors, int(k), float(diversity))
+        return self._retrieval.answer(found, scores, order)
 
     def embed_user(self, user: Key | Raw | None) -> Array:
         """Return a user's embedding, float32 [user_width]; user as in `score`."""
@@ -291,7 +278,7 @@ class Scorer:
     def title(self, item: Key) -> str | None:
         """Return a stored item's title, or None."""
         row = int(self._items.store.rows([self._items.key(item)])[0])
-        return self._titles[row] if row >= 0 else None
+        return self._retrieval.catalogue.titles[row] if row >= 0 else None
 
     def key_dtype(self, side: str) -> str:
         """Return the type of user or item keys: "string" or "int"."""
@@ -344,21 +331,6 @@ class Scorer:
             for name, field in self._scene.items()
         }
 
-    def _excluded(self, exclude: Collection[Key]) -> Array:
-        """Return the rows of keys that are to be left out; those not stored are nowhere anyway."""
-        keys = listed(list(exclude) if isinstance(exclude, Set) else exclude, "exclude")
-        rows = self._items.store.cached_rows(keys)
-        if rows is None:
-            rows = self._items.store.rows([self._items.key(key) for key in keys])
-        return rows[rows >= 0]
-
-    def _retrieval_scores(self, embedding: Array) -> Array:
-        """Return what candidates are chosen by, float32 [items]; more is better."""
-        if self._popularity is not None:
-            return self._popularity.astype(np.float32)
-        width = self.info.retrieval_width
-        return inner_products(self._items.store.embeddings, embedding[:width])
-
 
 def shared_runs(counts: Sequence[int]) -> Iterator[list[int]]:
     """Yield the places of requests that are scored together, given how many items each has.
@@ -394,19 +366,14 @@ def _check_count(name: str, value: Any) -> None:
         raise RequestError(f"{name} = {shown(value)}: must be a whole number from 1")
 
 
+def _check_share(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1:
+        raise RequestError(f"{name} = {shown(value)}: must be a number in [0, 1)")
+
+
 def _default(info: BundleInfo, field: Field) -> Array:
     try:
         return column(field, [field.default])
     except RequestError as error:
         raise BundleError(f"{info.path}: default of a scene field: {error}") from None
-
-
-def _popularity(info: BundleInfo, items: int) -> Array:
-    """Return what candidates are chosen by where no tower was trained for that, int64 [items]."""
-    counts = read_array(info.path, "items/popularity.npy")
-    if counts.shape != (items,) or counts.dtype.kind != "i":
-        raise BundleError(
-            f"{info.path}/items/popularity.npy: is {counts.dtype} of shape {counts.shape}, "
-            f"expected int64 of ({items},); export the bundle again"
-        )
-    return counts

@@ -137,6 +137,11 @@ class EmbeddingStore:
         key = self.keys[row]
         return bytes(key).decode() if self._plain is str else int(key)
 
+    def keys_of(self, rows: Array) -> list[str | int]:
+        """Return the keys of rows."""
+        keys: list[Any] = self.keys[rows].tolist()
+        return [key.decode() for key in keys] if self._plain is str else keys
+
     def _search(self, keys: Sequence[Any]) -> Array:
         """Return the rows of keys by binary search; -1 where there is none."""
         if self._plain is int:
@@ -156,31 +161,3 @@ class EmbeddingStore:
                 if "\0" in key and rows[i] >= 0 and self.key(rows[i]) != key:
                     rows[i] = -1
         return rows
-
-
-class Titles:
-    """What items are called, where the bundle tells: a UTF-8 blob and its offsets int64 [n + 1]."""
-
-    def __init__(self, info: BundleInfo, items: int) -> None:
-        self._offsets: Array | None = None
-        if not info.holds("items/titles.npy"):
-            return
-        self._blob = read_array(info.path, "items/titles.npy")
-        self._offsets = read_array(info.path, "items/titles_offsets.npy")
-        if (
-            self._blob.dtype != np.uint8
-            or self._offsets.dtype != np.dtype("<i8")
-            or self._offsets.shape != (items + 1,)
-            or self._offsets[-1] != self._blob.size
-        ):
-            raise BundleError(
-                f"{info.path}/items/titles_offsets.npy: does not fit {items} items and their "
-                "titles; export the bundle again"
-            )
-
-    def __getitem__(self, row: int) -> str | None:
-        """Return the title of an item's row; None where it has none."""
-        if self._offsets is None:
-            return None
-        start, stop = self._offsets[row : row + 2].tolist()
-        return bytes(self._blob[start:stop]).decode() or None

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo
+from hvdrec.scoring.bundle import BundleInfo, Field
 from hvdrec.scoring.errors import BundleError
 from hvdrec.scoring.graph import Graph, input_types
-from hvdrec.scoring.inputs import check_names, key_value, rows_to_inputs
+from hvdrec.scoring.inputs import MISSING, check_names, key_value, rows_to_inputs
 from hvdrec.scoring.store import EmbeddingStore, Store
 
 Array = NDArray[Any]
 BLOCK_ROWS = 4096
+MadeOf = Literal["stored", "features", "nothing"]
 
 
 class Tower:
@@ -68,6 +69,29 @@ class Tower:
         embeddings[computed] = embedded
         return embeddings
 
+    def embed_one(self, entry: Any) -> tuple[Array, MadeOf]:
+        """Return `embed` of one entry, float32 [1, width], and what it is made of.
+
+        "stored": the embedding of a stored key; "features": raw values that tell something;
+        "nothing": no key, a key that is not stored, or raw values that are all missing.
+        """
+        if not _is_mapping(entry):
+            key = self.key(entry)
+            embeddings, found = (self._shared or self.store).lookup([key])
+            if found[0]:
+                return embeddings, "stored"
+            return self.compute([self._raw(entry, key)]), "nothing"
+        inputs = rows_to_inputs(self._fields, [self._raw(entry, None)])
+        told = {field.name for field in self._fields if _tells(field, inputs[field.name])}
+        if told == {self.key_name} and self.row(entry) < 0:
+            told = set()
+        return self.graph.run(inputs), "features" if told else "nothing"
+
+    def row(self, entry: Any) -> int:
+        """Return the bundle's row of a key, or of the key among raw values; -1 if it has none."""
+        key = self.key(entry.get(self.key_name) if _is_mapping(entry) else entry)
+        return int(self.store.rows([key])[0])
+
     def compute(self, rows: Sequence[Mapping[str, Any]]) -> Array:
         """Return what the tower makes of rows of raw values, float32 [n, width]."""
         inputs = rows_to_inputs(self._fields, rows)
@@ -85,6 +109,13 @@ class Tower:
             self.key(entry.get(self.key_name))
         raw: Mapping[str, Any] = entry
         return raw
+
+
+def _tells(field: Field, values: Array) -> bool:
+    """Return whether a graph's input holds anything but missing values."""
+    if field.dtype == "float":
+        return not np.isnan(values).all()
+    return bool((values != MISSING[field.dtype]).any())
 
 
 def _is_mapping(entry: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hvdrec.scoring.bundle import MANIFEST, Stamp, check_unchanged, stamp_of
+from hvdrec.scoring.bundle import MANIFEST, Stamp, check_unchanged, read_array, stamp_of
 from hvdrec.scoring.errors import (
     BundleError,
     ReplacedError,
@@ -25,15 +25,8 @@ from hvdrec.scoring.errors import (
 )
 
 if TYPE_CHECKING:
-    from hvdrec.scoring.scorer import (
-        Array,
-        Entries,
-        Key,
-        Raw,
-        Recommendation,
-        Request,
-        Scorer,
-    )
+    from hvdrec.scoring.recommend import Key, Recommendation
+    from hvdrec.scoring.scorer import Array, Entries, Raw, Request, Scorer
 
 LOG = logging.getLogger("hvdrec.scoring")
 LISTED_FILES = 4096
@@ -268,14 +261,14 @@ def _end(stop: threading.Event, thread: threading.Thread) -> None:
 
 
 def _try_out(scorer: Scorer) -> None:
-    """Run every graph once and retrieve once; BundleError where that gives what it should not.
+    """Run every graph once and retrieve; BundleError where that gives what it should not.
 
     So a graph that fails, or whose vectors do not fit the stored ones, is found before anyone asks.
     """
     scorer.warm()
     info = scorer.info
-    stored = [found.item for found in scorer.recommend(None, k=1)]
-    items = [None, *stored]
+    found = [*scorer.recommend(None, k=1), *scorer.recommend(_first_user(scorer), k=1)]
+    items = [None, *(recommendation.item for recommendation in found)]
     outputs = (
         ("user_tower.onnx", scorer.embed_user(None), (info.user_width,)),
         ("item_tower.onnx", scorer.embed_items(items), (len(items), info.item_width)),
@@ -287,6 +280,12 @@ def _try_out(scorer: Scorer) -> None:
                 f"{info.path / name}: gives {shown(output.tolist())} for missing values, expected "
                 f"numbers of shape {shape}; export the bundle again"
             )
+
+
+def _first_user(scorer: Scorer) -> Key | None:
+    """Return a stored user's key, or None where there is no user."""
+    keys = read_array(scorer.info.path, "users/keys.npy")[:1].tolist()
+    return next((key.decode() if isinstance(key, bytes) else key for key in keys), None)
 
 
 def _manifest_stamp(path: Path) -> Stamp | None:

@@ -261,10 +261,14 @@ def test_k_beyond_the_catalogue_gives_what_there_is(scorer: Scorer) -> None:
 
 
 def test_equal_scores_come_in_the_order_of_keys(scorer: Scorer) -> None:
-    # Nothing is known of the user: every inner product is 0.
-    assert [r.item for r in scorer.recommend({})] == ["10", "20", "30", "40"]
-    assert [r.item for r in scorer.recommend({}, k=2, candidates=2)] == ["10", "20"]
-    assert [r.item for r in scorer.recommend({}, k=2, candidates=2, exclude=["10"])] == ["20", "30"]
+    # Of an age of 0 alone, every inner product is 0.
+    user = {"age": 0.0}
+    assert [r.item for r in scorer.recommend(user)] == ["10", "20", "30", "40"]
+    assert [r.item for r in scorer.recommend(user, k=2, candidates=2)] == ["10", "20"]
+    assert [r.item for r in scorer.recommend(user, k=2, candidates=2, exclude=["10"])] == [
+        "20",
+        "30",
+    ]
 
 
 def test_without_trained_retrieval_candidates_are_the_most_popular(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""Approximate retrieval: a graph of near neighbours (HNSW) that is walked towards the user.
+
+Malkov and Yashunin: Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical
+Navigable Small World Graphs, 2016; built and read by faiss, which the extra ``index`` installs.
+Its vectors are int8, to find their neighbourhood: what it finds is scored with the bundle's own
+embeddings. Where lengths differ, the walk does not lead to the largest inner products, but to the
+nearest vectors: then the index holds one entry more, which makes all lengths equal (Bachrach et
+al.: Speeding Up the Xbox Recommender System Using a Euclidean Transformation for Inner-Product
+Spaces, 2014).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdrec.scoring.bundle import BundleInfo, stamp_of
+from hvdrec.scoring.errors import BundleError, ReplacedError
+from hvdrec.scoring.retrieval import ExactSearch, largest, remaining
+
+Array = NDArray[Any]
+LOG = logging.getLogger("hvdrec.scoring")
+INDEX = "items/index.faiss"
+COST = 40
+"""To find one item in the index takes as long as going through so many vectors."""
+SPARE = 1.5
+"""What is asked of the index beyond the expected number where only some items are allowed."""
+
+
+class IndexSearch:
+    """Retrieval over a bundle's index, and over all its vectors where that is quicker or better.
+
+    Safe from many threads. Without faiss all is searched exactly, after a warning.
+    """
+
+    def __init__(self, info: BundleInfo, exact: ExactSearch, width: int) -> None:
+        """Take a bundle's index over ``exact``'s vectors; it is opened by the first search."""
+        self._file = info.path / INDEX
+        self._stamp = info.stamps.get(INDEX)
+        self._exact = exact
+        self._width = width
+        self._lock = threading.Lock()
+        self._index: Any = None
+        self._has_library = True
+
+    @property
+    def is_exact(self) -> bool:
+        """Return whether what it finds is certain to be the best."""
+        return not self._has_library
+
+    def open(self) -> None:
+        """Open the index, memory-mapped; BundleError if it is damaged or another one."""
+        with self._lock:
+            if self._index is None and self._has_library:
+                self._index = self._opened()
+
+    def search(
+        self, query: Array, count: int, excluded: Array, allowed: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Return rows near a query and their inner products; see `Search.search`.
+
+        What the index gives beyond what is excluded or not allowed is enough, or else the rows that
+        are left are all gone through: a filter loses no item.
+        """
+        if self._index is None:
+            self.open()
+        kept = None if allowed is None else remaining(allowed, excluded)
+        total = len(self._exact)
+        left = total if kept is None else int(np.count_nonzero(kept))
+        asked = count + len(excluded)
+        if kept is not None:
+            asked = int(SPARE * count * total / max(1, left)) + 1
+        found = self._found(query, min(asked, total), left)
+        if kept is not None:
+            found = found[kept[found]]
+        elif excluded.size:
+            found = found[~np.isin(found, excluded)]
+        if len(found) < count:
+            return self._exact.search(query, count, excluded, allowed)
+        found.sort()
+        scores = self._exact.products_of(found, query)
+        best = largest(scores, count)
+        return found[best], scores[best]
+
+    def _found(self, query: Array, asked: int, left: int) -> Array:
+        """Return at least ``asked`` rows int64 of the index; none where it would take too long."""
+        index = self._index
+        if index is None:
+            return np.empty(0, dtype=np.int64)
+        # What the walk has met is there anyway, and counts once it is scored.
+        asked = max(asked, min(index.hnsw.efSearch, len(self._exact)))
+        if asked * COST > left:
+            return np.empty(0, dtype=np.int64)
+        long = np.zeros((1, index.d), dtype=np.float32)
+        long[0, : self._width] = query
+        rows = index.search(long, asked)[1][0]
+        kept: Array = rows[rows >= 0]
+        return kept
+
+    def _opened(self) -> Any:
+        try:
+            import faiss
+        except ImportError:
+            self._has_library = False
+            LOG.warning(
+                "%s: faiss is not installed, all items are gone through instead; "
+                "pip install 'hvdrec[index]'",
+                self._file,
+            )
+            return None
+        try:
+            index = faiss.read_index(str(self._file), faiss.IO_FLAG_MMAP_IFC)
+            status = self._file.stat()
+        except (OSError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise BundleError(
+                f"{self._file}: no readable index ({reason}); export the bundle again"
+            ) from None
+        if self._stamp is not None and stamp_of(status) != self._stamp:
+            raise ReplacedError(
+                f"{self._file}: was replaced after the bundle was loaded; load it again"
+            )
+        total = len(self._exact)
+        if (
+            not isinstance(index, faiss.IndexHNSW)
+            or index.metric_type != faiss.METRIC_INNER_PRODUCT
+            or index.ntotal != total
+            or index.d not in (self._width, self._width + 1)
+        ):
+            raise BundleError(
+                f"{self._file}: is no HNSW index of {total} items and width {self._width}; "
+                "export the bundle again"
+            )
+        return index
