@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = verb(name, run, text, overrides=True)
         sub.add_argument("config", type=Path, help="TOML file of the run")
         _overwrite(sub)
+        if name == "prepare":
+            _workers(sub)
         if name == "train":
             sub.add_argument(
                 "--resume", action="store_true", help="go on from the latest checkpoint, if any"
@@ -154,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", type=Path, help="directory of the bundle (default paths.bundle)")
     sub.add_argument("--checkpoint", choices=["best", "latest"], default="best")
     sub.add_argument("--parity-rows", type=int, help="held-out rows to compare with torch")
+    _workers(sub)
     _overwrite(sub)
 
     sub = verb("recommend", bundle.recommend, "Retrieve and rank items for a user in a scene.")
@@ -177,6 +180,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _overwrite(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote")
+
+
+def _workers(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that share the work, where it is not run under mpirun (default: one for "
+        "each core, at most 8); what is written does not depend on them",
+    )
 
 
 def _without_help(given: list[str]) -> list[str]:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from hvdrec.artifacts import read_manifest, write_artifact, write_manifest
 from hvdrec.config import Config
 from hvdrec.errors import UserError
+from hvdrec.export.embed import key_array, write_side
 from hvdrec.export.graphs import item_tower, user_tower
 from hvdrec.export.parity import largest_difference
 from hvdrec.export.precision import make_smaller
 from hvdrec.export.ranker_graph import ranker
 from hvdrec.features.fit import Fitted
-from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
-from hvdrec.schema import Feature
 from hvdrec.structure import to_dict
+from hvdrec.workers import ALONE, Workers
 
-BLOCK = 8192
 EXTERNAL_DATA_BYTES = 1 << 30
 
 
@@ -38,12 +35,14 @@ def export(
     metrics: dict[str, Any],
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda _: None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Write the bundle of a trained model and return what its manifest says.
 
     The stored embeddings are computed by the bundle's own towers from raw values. Before the
     bundle is published, held-out rows enter it as raw values and must score as in torch to
-    within ``export.tolerance``; otherwise UserError, and nothing is published.
+    within ``export.tolerance``; otherwise UserError, and nothing is published. The workers share
+    the embedding; where they are on several hosts, all must see the directory of the bundle.
     """
     samples, features = config.paths.of("samples"), config.paths.of("features")
     read_manifest(samples, "samples")
@@ -62,10 +61,10 @@ def export(
             _save_graph(make(model, fitted), draft / f"{name}.onnx")
         notify("embedding users")
         users = pq.read_table(samples / "users_all.parquet")
-        meta["users"] = _write_side(draft, "user", users, config)
+        meta["users"] = write_side(draft, "user", users, config, workers)
         notify("embedding items")
         items = pq.read_table(samples / "items.parquet")
-        meta["items"] = _write_side(draft, "item", items, config)
+        meta["items"] = write_side(draft, "item", items, config, workers)
         _write_catalogue(draft / "items", items, features, config)
         notify("proving that the bundle scores as torch does")
         write_manifest(draft, "bundle", meta)
@@ -127,42 +126,10 @@ def _save_graph(graph: onnx.ModelProto, file: Path) -> None:
     )
 
 
-def _write_side(draft: Path, side: str, table: pa.Table, config: Config) -> int:
-    """Embed all users (items) and write keys, sorted, with embeddings in the same order."""
-    schema = config.schema
-    key = schema.user_key if side == "user" else schema.item_key
-    features = schema.side("user" if side == "user" else "item")
-    keys = _key_array(table[key])
-    order = np.argsort(keys, kind="stable")
-    session = onnxruntime.InferenceSession(
-        str(draft / f"{side}_tower.onnx"), providers=["CPUExecutionProvider"]
-    )
-    folder = draft / f"{side}s"
-    folder.mkdir()
-    np.save(folder / "keys.npy", keys[order], allow_pickle=False)
-    embeddings = [
-        session.run(["embedding"], inputs)[0] for inputs in _blocks(table.take(order), features)
-    ]
-    np.save(folder / "embeddings.npy", np.concatenate(embeddings), allow_pickle=False)
-    return len(keys)
-
-
-def _blocks(table: pa.Table, features: tuple[Feature, ...]) -> Iterator[dict[str, NDArray[Any]]]:
-    for start in range(0, table.num_rows, BLOCK):
-        yield rows_to_inputs(features, table.slice(start, BLOCK))
-
-
-def _key_array(column: pa.ChunkedArray) -> NDArray[Any]:
-    """Return keys as they are stored: UTF-8 in a fixed-width byte array, or int64."""
-    if pa.types.is_integer(column.type):
-        return np.asarray(column.to_numpy(), dtype=np.int64)
-    return np.array([key.encode() for key in column.to_pylist()], dtype=np.bytes_)
-
-
 def _write_catalogue(folder: Path, items: pa.Table, features: Path, config: Config) -> None:
     """Write what is known of items beside their embeddings: titles and popularity."""
     keys = items[config.schema.item_key]
-    order = np.argsort(_key_array(keys), kind="stable")
+    order = np.argsort(key_array(keys), kind="stable")
     counts = pq.read_table(features / "items.parquet", columns=["train_count"])["train_count"]
     # Rows of the encoded catalogue are those of the samples' catalogue.
     np.save(folder / "popularity.npy", counts.to_numpy()[order], allow_pickle=False)

@@ -1,112 +1,72 @@
-"""Encoding samples into shards, by running the preprocessing graph."""
+"""Encoding samples into shards, by running the preprocessing graph.
+
+A shard is a task of its own: which rows it holds, and in which row groups, follows from the samples
+and the configuration alone, so that it is the same whoever writes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.artifacts import read_manifest, write_artifact
 from hvdrec.config import Config
 from hvdrec.errors import UserError
-from hvdrec.features.fit import ARROW_TYPES, Fitted, check_columns, check_file, fit, one_line
-from hvdrec.features.graph import build, build_positions, output_name
-from hvdrec.features.raw import flat_to_input, one_chunk
-from hvdrec.schema import MISSING, Feature, Schema
+from hvdrec.features.encoder import Encoder, Rows
+from hvdrec.features.fit import Fitted, check_columns, check_file, fit, one_line
+from hvdrec.features.graph import build
+from hvdrec.features.raw import one_chunk
+from hvdrec.schema import Feature, Schema, Side
 from hvdrec.structure import to_dict
+from hvdrec.workers import ALONE, Workers
 
 SPLITS = ("train", "validation", "test")
 USERS, ITEMS = "users_train.parquet", "items.parquet"
 
 
-class Encoder:
-    """Encodes raw columns by running the graph over their distinct values."""
+@dataclass(frozen=True)
+class _Source:
+    """What all tasks share: samples, and the draft of the artifact with what was fitted."""
 
-    def __init__(self, fitted: Fitted) -> None:
-        self.fitted = fitted
-        self._sessions = {
-            feature.name: _session(build(fitted, [feature.name]))
-            for feature in fitted.schema.features
-        }
-
-    def encode(self, feature: Feature, column: pa.ChunkedArray) -> pa.Array:
-        """Return a raw column's codes: int32, float32 for a number, list<int32> for lists.
-
-        Lists are cut as the graph cuts them; their missing entries are dropped.
-        """
-        array = one_chunk(column)
-        if not feature.is_list:
-            return pa.array(self._codes(feature, array))
-        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-        codes = self._codes(feature, array.flatten())
-        if lengths.max(initial=0) > feature.max_length:
-            kept, lengths = _cut(lengths, feature)
-            codes = codes[kept]
-        present = codes != MISSING
-        # How many entries are present before each row's end.
-        ends = np.concatenate([[0], np.cumsum(present)])[np.cumsum(lengths, dtype=np.int64)]
-        offsets = np.concatenate([[0], ends]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes[present]))
-
-    def _codes(self, feature: Feature, values: pa.Array) -> NDArray[Any]:
-        """Return scalars' codes [N]; a list's entries go through the graph as lists of one."""
-        session = self._sessions[feature.name]
-
-        def run(inputs: NDArray[Any]) -> NDArray[Any]:
-            shaped = inputs[:, None] if feature.is_list else inputs
-            codes: NDArray[Any] = session.run([output_name(feature.name)], {feature.name: shaped})[
-                0
-            ].reshape(-1)
-            return codes.astype(np.int32) if feature.is_embedded else codes
-
-        return _of_distinct(run, values)
+    samples: Path
+    draft: Path
 
 
-class _Rows:
-    """Finds keys in a table of users or items by one hash table, made once."""
+@dataclass(frozen=True)
+class _Shard:
+    """A shard to write: the rows of a split from `start` on, in row groups of the given sizes."""
 
-    def __init__(self, keys: pa.ChunkedArray, file: Path) -> None:
-        if keys.type not in (pa.string(), pa.int64()):
-            raise UserError(
-                f"{file}: the key is {keys.type}, must be string or int64; make the samples again"
-            )
-        if not len(keys):
-            raise UserError(f"{file}: holds no rows; make the samples again")
-        self.keys = keys
-        self._file = file
-        self._session = _session(build_positions(keys.to_pylist(), string=_is_string(keys.type)))
+    source: _Source
+    split: str
+    number: int
+    start: int
+    groups: tuple[int, ...]
 
-    def index(self, column: pa.ChunkedArray, where: str) -> pa.Array:
-        """Return int64 row numbers; UserError for a key that no row has, or of another type."""
-        if column.type != self.keys.type:
-            raise UserError(
-                f"{where} is {column.type} in the samples, {self.keys.type} in {self._file}; "
-                "make the samples again"
-            )
+    @property
+    def file(self) -> Path:
+        return self.source.draft / self.split / f"shard-{self.number:05d}.parquet"
 
-        def run(inputs: NDArray[Any]) -> NDArray[Any]:
-            positions: NDArray[Any] = self._session.run(None, {"key": inputs})[0]
-            return positions
 
-        array = one_chunk(column)
-        found = _of_distinct(run, array)
-        strangers = np.flatnonzero(found < 0)
-        if len(strangers):
-            stranger = array[int(strangers[0])].as_py()
-            raise UserError(
-                f"{where} '{stranger}' of a sample is in no row of {self._file}; "
-                "make the samples again"
-            )
-        return pa.array(found)
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a table of users or items to encode."""
+
+    source: _Source
+    file: str
+    side: Side
+    start: int
+    rows: int
 
 
 def encode(
@@ -117,14 +77,16 @@ def encode(
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda _: None,
     progress: Callable[[int], None] | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Fit the features, encode all splits and return the artifact's meta.
 
     samples: directory that `hvdrec.samples.make` wrote; out: directory to write. `progress` is told
-    the rows that were written since it was last told. Memory grows with a row group, the keys and
-    the vocabularies, not with the samples. Raises UserError for samples that are not there, that do
-    not have the configured features in their declared types, or whose keys are unknown; nothing is
-    then written.
+    the rows that were written since it was last told. The workers share the encoding and write
+    their shards; where they are on several hosts, all must see both directories. Memory grows, for
+    each worker, with a row group, the keys and the vocabularies, not with the samples. Raises
+    UserError for samples that are not there, that do not have the configured features in their
+    declared types, or whose keys are unknown; nothing is then written.
     """
     read_manifest(samples, "samples")
     schema = config.schema
@@ -137,30 +99,28 @@ def encode(
         graph = build(fitted, [feature.name for feature in schema.features])
         onnx.save(graph, str(draft / "preprocess.onnx"))
         meta["sizes"] = fitted.sizes
-        encoder = Encoder(fitted)
-        users = _Rows(pq.read_table(samples / USERS, columns=[schema.user_key])[0], samples / USERS)
-        items = _Rows(pq.read_table(samples / ITEMS, columns=[schema.item_key])[0], samples / ITEMS)
-        counts = np.zeros(len(items.keys), dtype=np.int64)
-
-        def encode_rows(rows: pa.Table) -> pa.Table:
-            if progress is not None:
-                progress(rows.num_rows)
-            return _encode_rows(encoder, rows, users, items, samples)
-
-        for split in SPLITS:
-            notify(f"encoding {split}")
-            files = sorted((samples / split).glob("*.parquet"))
-            sizes = even_sizes(_count(files), config.encode.shard_rows)
-            meta["rows"][split], meta["shards"][split] = sum(sizes), sizes
-            (draft / split).mkdir()
-            batches = _batches(files, _sample_columns(schema), config.encode.row_group_rows)
-            taken = _write_shards(draft / split, batches, sizes, config, encode_rows)
-            if split == "train":
-                counts += np.bincount(taken, minlength=len(counts))
-        notify("encoding users and items")
-        rows = config.encode.row_group_rows
-        _write_side(encoder, samples / USERS, draft / "users.parquet", schema, "user", rows)
-        _write_side(encoder, samples / ITEMS, draft / "items.parquet", schema, "item", rows, counts)
+        source = _Source(samples.absolute(), draft.absolute())
+        counts = np.zeros(pq.read_metadata(samples / ITEMS).num_rows, dtype=np.int64)
+        try:
+            for split in SPLITS:
+                notify(f"encoding {split}")
+                shards = _shards(source, split, config)
+                meta["shards"][split] = [sum(shard.groups) for shard in shards]
+                meta["rows"][split] = sum(meta["shards"][split])
+                (draft / split).mkdir()
+                with closing(workers.map(_write_shard, shards)) as written:
+                    for shard, (taken, times) in zip(shards, written, strict=True):
+                        _require_seen(shard)
+                        if split == "train":
+                            counts[taken] += times
+                        if progress is not None:
+                            progress(sum(shard.groups))
+            notify("encoding users and items")
+            rows = config.encode.row_group_rows
+            _write_side(source, USERS, draft / "users.parquet", "user", rows, workers)
+            _write_side(source, ITEMS, draft / "items.parquet", "item", rows, workers, counts)
+        finally:
+            _state.cache_clear()
     return meta
 
 
@@ -188,35 +148,78 @@ def _sample_columns(schema: Schema) -> list[str]:
     return [*dict.fromkeys([schema.user_key, schema.item_key, *names, "label", "weight"])]
 
 
-def _write_shards(
-    folder: Path,
-    batches: Iterator[pa.RecordBatch],
-    sizes: Sequence[int],
-    config: Config,
-    encode_rows: Callable[[pa.Table], pa.Table],
-) -> NDArray[np.int64]:
-    """Write a split's shards in even row groups; return the item index of each positive row."""
-    kinds = _encoded_types(config.schema.features)
+def _shards(source: _Source, split: str, config: Config) -> list[_Shard]:
+    """Return a split's shards, of even sizes, in even row groups."""
+    total = _count(sorted((source.samples / split).glob("*.parquet")))
+    shards, start = [], 0
+    for number, size in enumerate(even_sizes(total, config.encode.shard_rows)):
+        groups = tuple(even_sizes(size, config.encode.row_group_rows))
+        shards.append(_Shard(source, split, number, start, groups))
+        start += size
+    return shards
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a worker needs for its tasks, made at the first of them."""
+
+    encoder: Encoder
+    users: Rows
+    items: Rows
+
+
+@lru_cache(maxsize=1)
+def _state(source: _Source) -> _State:
+    for directory in (source.samples, source.draft):
+        if not directory.is_dir():
+            raise UserError(
+                f"{socket.gethostname()}: {directory}: cannot be seen there; all hosts of the job "
+                "must share the directories of samples and features"
+            )
+    fitted = Fitted.load(source.draft)
+    keys = {USERS: fitted.schema.user_key, ITEMS: fitted.schema.item_key}
+    users, items = (
+        Rows(pq.read_table(source.samples / name, columns=[key])[0], source.samples / name)
+        for name, key in keys.items()
+    )
+    return _State(Encoder(fitted), users, items)
+
+
+def _write_shard(shard: _Shard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Write a shard; return the item indices of its positive rows, and how often each occurs."""
+    state, samples = _state(shard.source), shard.source.samples
+    schema = state.encoder.fitted.schema
+    kinds = _encoded_types(schema.features)
     kinds |= {"user_index": pa.int64(), "item_index": pa.int64()}
     kinds |= {"label": pa.float32(), "weight": pa.float32()}
-    groups = [even_sizes(size, config.encode.row_group_rows) for size in sizes]
-    tables = _regroup(batches, [rows for shard in groups for rows in shard if rows])
+    files = sorted((samples / shard.split).glob("*.parquet"))
     positives = [np.empty(0, np.int64)]
-    for number, shard in enumerate(groups):
-        with _writer(folder / f"shard-{number:05d}.parquet", kinds) as write:
-            for rows in shard:
-                if not rows:
-                    write(pa.schema(list(kinds.items())).empty_table())
-                    continue
-                encoded = encode_rows(next(tables))
-                write(encoded)
-                index, label = encoded["item_index"].to_numpy(), encoded["label"].to_numpy()
-                positives.append(index[label > 0])
-    return np.concatenate(positives)
+    with (
+        closing(_tables(files, _sample_columns(schema), shard.start, shard.groups)) as tables,
+        _writer(shard.file, kinds) as write,
+    ):
+        for table in tables:
+            if not table.num_rows:
+                write(pa.schema(list(kinds.items())).empty_table())
+                continue
+            encoded = _encode_rows(state.encoder, table, state.users, state.items, samples)
+            write(encoded)
+            index, label = encoded["item_index"].to_numpy(), encoded["label"].to_numpy()
+            positives.append(index[label > 0])
+    taken, times = np.unique(np.concatenate(positives), return_counts=True)
+    return taken, times
+
+
+def _require_seen(shard: _Shard) -> None:
+    if not shard.file.is_file():
+        raise UserError(
+            f"{shard.file}: a worker has written it, but it is not there; all hosts of the job "
+            "must share the directory of features"
+        )
 
 
 def _encode_rows(
-    encoder: Encoder, rows: pa.Table, users: _Rows, items: _Rows, samples: Path
+    encoder: Encoder, rows: pa.Table, users: Rows, items: Rows, samples: Path
 ) -> pa.Table:
     schema = encoder.fitted.schema
     columns = {f.name: encoder.encode(f, rows[f.name]) for f in schema.features}
@@ -229,30 +232,47 @@ def _encode_rows(
 
 
 def _write_side(
-    encoder: Encoder,
-    source: Path,
+    source: _Source,
+    name: str,
     file: Path,
-    schema: Schema,
-    side: Any,
+    side: Side,
     row_group_rows: int,
+    workers: Workers,
     counts: NDArray[np.int64] | None = None,
 ) -> None:
     """Encode a table of users or items; the row of a key stays its row. counts: train_count."""
-    features = schema.side(side)
+    schema = _state(source).encoder.fitted.schema
     key = schema.user_key if side == "user" else schema.item_key
-    kinds = {"key": pq.read_schema(source).field(key).type, **_encoded_types(features)}
+    kinds = {"key": pq.read_schema(source.samples / name).field(key).type}
+    kinds |= _encoded_types(schema.side(side))
     if counts is not None:
         kinds["train_count"] = pa.int64()
+    total = pq.read_metadata(source.samples / name).num_rows
+    starts = range(0, total, row_group_rows)
+    parts = [_Part(source, name, side, s, min(row_group_rows, total - s)) for s in starts]
+    with (
+        closing(workers.map(_encode_part, parts)) as encoded,
+        _writer(file, kinds) as write,
+    ):
+        for part, table in zip(parts, encoded, strict=True):
+            if counts is None:
+                write(table)
+            else:
+                times = pa.array(counts[part.start : part.start + part.rows])
+                write(table.append_column("train_count", times))
+
+
+def _encode_part(part: _Part) -> pa.Table:
+    """Return the keys and codes of some users or items."""
+    encoder = _state(part.source).encoder
+    schema = encoder.fitted.schema
+    features = schema.side(part.side)
+    key = schema.user_key if part.side == "user" else schema.item_key
     names = [*dict.fromkeys([key, *(feature.name for feature in features)])]
-    start = 0
-    with _writer(file, kinds) as write:
-        for batch in _batches([source], names, row_group_rows):
-            rows = pa.Table.from_batches([batch])
-            columns = {f.name: encoder.encode(f, rows[f.name]) for f in features}
-            if counts is not None:
-                columns["train_count"] = pa.array(counts[start : start + len(rows)])
-            write(pa.table({"key": rows[key], **columns}))
-            start += len(rows)
+    with closing(_tables([part.source.samples / part.file], names, part.start, [part.rows])) as t:
+        rows = next(t)
+    columns = {feature.name: encoder.encode(feature, rows[feature.name]) for feature in features}
+    return pa.table({"key": one_chunk(rows[key]), **columns})
 
 
 def _encoded_types(features: Sequence[Feature]) -> dict[str, pa.DataType]:
@@ -276,67 +296,52 @@ def _writer(file: Path, kinds: Mapping[str, pa.DataType]) -> Iterator[Callable[[
         yield write
 
 
-def _batches(files: Sequence[Path], names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as source:
-                yield from source.iter_batches(rows, columns=names)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"{file}: damaged ({one_line(error)}); make the samples again"
-            ) from None
-
-
 def _count(files: Sequence[Path]) -> int:
     return sum(pq.read_metadata(file).num_rows for file in files)
 
 
-def _regroup(batches: Iterator[pa.RecordBatch], sizes: Sequence[int]) -> Iterator[pa.Table]:
-    """Yield the batches' rows in order, as tables of the given sizes, of which none is 0."""
+def _tables(
+    files: Sequence[Path], names: list[str], start: int, sizes: Sequence[int]
+) -> Generator[pa.Table, None, None]:
+    """Yield the files' rows from `start` on, in order, as tables of the given sizes."""
+    batches = _batches(files, names, start, max(1, *sizes))
     pending: list[pa.RecordBatch] = []
     held = 0
     for size in sizes:
         while held < size:
             pending.append(next(batches))
             held += pending[-1].num_rows
+        if not size:
+            yield pa.table({})
+            continue
         table = pa.Table.from_batches(pending)
         yield table.slice(0, size)
         pending, held = table.slice(size).to_batches(), held - size
 
 
-def _session(model: onnx.ModelProto) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def _of_distinct(run: Callable[[NDArray[Any]], NDArray[Any]], values: pa.Array) -> NDArray[Any]:
-    """Return what a function of raw inputs gives for each value.
-
-    Strings cost a Python object each, so that of them only the distinct ones are run.
-    """
-    if not _is_string(values.type):
-        return run(flat_to_input(values))
-    encoded = values.dictionary_encode()
-    # The entry behind the distinct values stands for null.
-    distinct = pa.concat_arrays([encoded.dictionary, pa.nulls(1, values.type)])
-    indices = pc.fill_null(encoded.indices, len(distinct) - 1).to_numpy(zero_copy_only=False)
-    codes: NDArray[Any] = run(flat_to_input(distinct))[indices]
-    return codes
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(kind == ARROW_TYPES["string"])
-
-
-def _cut(lengths: NDArray[Any], feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return which flat positions of ragged rows are kept, and the rows' new lengths."""
-    kept = np.minimum(lengths, feature.max_length)
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    if feature.kind == "sequence":
-        starts = starts + lengths - kept
-    ends = np.cumsum(kept, dtype=np.int64)
-    positions = np.arange(kept.sum()) + np.repeat(starts - (ends - kept), kept)
-    return positions, kept
+def _batches(
+    files: Sequence[Path], names: list[str], start: int, rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield the files' rows from `start` on, at most `rows` at a time; others are passed over."""
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as source:
+                metadata = source.metadata
+                groups: list[int] = []
+                for group in range(metadata.num_row_groups):
+                    length = metadata.row_group(group).num_rows
+                    if groups or start < length:
+                        groups.append(group)
+                    else:
+                        start -= length
+                # Workers are what runs at the same time here, not threads.
+                found = source.iter_batches(rows, groups, names, use_threads=False)
+                for batch in found if groups else ():
+                    passed = min(start, batch.num_rows)
+                    start -= passed
+                    if passed < batch.num_rows:
+                        yield batch.slice(passed)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"{file}: damaged ({one_line(error)}); make the samples again"
+            ) from None

@@ -22,8 +22,11 @@ class Answer:
 
 def is_first_rank() -> bool:
     """Return whether this process talks; asks only what is already loaded."""
-    module = sys.modules.get("hvdrec.parallel.ranks")
-    return module is None or bool(module.current().is_first)
+    ranks = sys.modules.get("hvdrec.parallel.ranks")
+    workers = sys.modules.get("hvdrec.parallel.workers")
+    return (ranks is None or bool(ranks.current().is_first)) and (
+        workers is None or bool(workers.is_first())
+    )
 
 
 def notify(line: str) -> None:

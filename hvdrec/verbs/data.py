@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvdrec.text import table
 from hvdrec.verbs import Answer, load_config, notify
+
+if TYPE_CHECKING:
+    from hvdrec.workers import Workers
 
 
 def doctor(options: argparse.Namespace, rest: list[str]) -> Answer:
@@ -40,6 +44,14 @@ def samples(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def prepare(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from hvdrec.parallel.workers import open_workers
+
+    with open_workers(options.workers) as workers:
+        # The other ranks of an MPI job have then done their part.
+        return Answer({}, "") if workers is None else _prepare(options, rest, workers)
+
+
+def _prepare(options: argparse.Namespace, rest: list[str], workers: Workers) -> Answer:
     from tqdm import tqdm
 
     from hvdrec.features.encode import encode
@@ -54,6 +66,7 @@ def prepare(options: argparse.Namespace, rest: list[str]) -> Answer:
             overwrite=options.overwrite,
             notify=notify if bar.disable else bar.set_description,
             progress=bar.update,
+            workers=workers,
         )
     sizes = [[name, size] for name, size in meta["sizes"].items()]
     shards = [[split, meta["rows"][split], len(meta["shards"][split])] for split in meta["rows"]]

@@ -12,6 +12,7 @@ from hvdrec.verbs import Answer, load_config, notify
 
 if TYPE_CHECKING:
     from hvdrec.config import Config
+    from hvdrec.workers import Workers
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> Answer:
@@ -109,6 +110,14 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def export(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from hvdrec.parallel.workers import open_workers
+
+    with open_workers(options.workers) as workers:
+        # The other ranks of an MPI job have then done their part.
+        return Answer({}, "") if workers is None else _export(options, rest, workers)
+
+
+def _export(options: argparse.Namespace, rest: list[str], workers: Workers) -> Answer:
     from dataclasses import replace
 
     from hvdrec.evaluation.report import jsonable
@@ -128,6 +137,7 @@ def export(options: argparse.Namespace, rest: list[str]) -> Answer:
         metrics=checkpoint_metrics(options.run, options.checkpoint),
         overwrite=options.overwrite,
         notify=notify,
+        workers=workers,
     )
     out = config.paths.of("bundle")
     parity = meta["parity"]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hvdrec.artifacts import read_manifest, write_artifact
 from hvdrec.config import Config, Encode, Samples
 from hvdrec.errors import UserError
-from hvdrec.features.encode import Encoder, encode
+from hvdrec.features.encode import encode
+from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import HASH_PRIME, Fitted, fit, hash_coefficients
 from hvdrec.features.graph import build, output_name
 from hvdrec.features.raw import rows_to_inputs

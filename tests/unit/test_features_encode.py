@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hvdrec.artifacts import write_artifact, write_manifest
 from hvdrec.config import Config, Encode, Samples
 from hvdrec.errors import UserError
-from hvdrec.features.encode import SPLITS, Encoder, encode, even_sizes
+from hvdrec.features.encode import SPLITS, encode, even_sizes
+from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs

@@ -1,0 +1,95 @@
+"""The stored embeddings: all users and items, through the bundle's own towers."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hvdrec.config import Config
+from hvdrec.errors import UserError
+from hvdrec.features.raw import rows_to_inputs
+from hvdrec.schema import Feature
+from hvdrec.workers import Workers
+
+BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows to embed: raw columns, as an Arrow stream."""
+
+    tower: Path
+    features: tuple[Feature, ...]
+    rows: bytes
+
+
+def write_side(draft: Path, side: str, table: pa.Table, config: Config, workers: Workers) -> int:
+    """Embed all users (items) and write keys, sorted, with embeddings in the same order.
+
+    draft: the bundle's directory with the towers, which all workers must see. Each worker that
+    helps holds the tower whole, with its tables.
+    """
+    schema = config.schema
+    key = schema.user_key if side == "user" else schema.item_key
+    features = schema.side("user" if side == "user" else "item")
+    keys = key_array(table[key])
+    order = np.argsort(keys, kind="stable")
+    folder = draft / f"{side}s"
+    folder.mkdir()
+    np.save(folder / "keys.npy", keys[order], allow_pickle=False)
+    tower = draft / f"{side}_tower.onnx"
+    names = [*dict.fromkeys([key, *(feature.name for feature in features)])]
+    blocks = _blocks(tower.absolute(), features, table.select(names).take(order))
+    try:
+        with closing(workers.map(_embed, blocks)) as embeddings:
+            np.save(folder / "embeddings.npy", np.concatenate([*embeddings]), allow_pickle=False)
+    finally:
+        _session.cache_clear()
+    return len(keys)
+
+
+def key_array(column: pa.ChunkedArray) -> NDArray[Any]:
+    """Return keys as they are stored: UTF-8 in a fixed-width byte array, or int64."""
+    if pa.types.is_integer(column.type):
+        return np.asarray(column.to_numpy(), dtype=np.int64)
+    return np.array([key.encode() for key in column.to_pylist()], dtype=np.bytes_)
+
+
+def _blocks(tower: Path, features: tuple[Feature, ...], table: pa.Table) -> Iterator[_Block]:
+    for start in range(0, table.num_rows, BLOCK):
+        part = table.slice(start, BLOCK)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, part.schema) as writer:
+            writer.write_table(part)
+        yield _Block(tower, features, sink.getvalue().to_pybytes())
+
+
+def _embed(block: _Block) -> NDArray[np.float32]:
+    """Return the embeddings [rows, width] of a block."""
+    with pa.ipc.open_stream(block.rows) as stream:
+        inputs = rows_to_inputs(block.features, stream.read_all())
+    embeddings: NDArray[np.float32] = _session(block.tower).run(["embedding"], inputs)[0]
+    return embeddings
+
+
+@lru_cache(maxsize=1)
+def _session(tower: Path) -> Any:
+    if not tower.is_file():
+        raise UserError(
+            f"{socket.gethostname()}: {tower}: cannot be seen there; all hosts of the job must "
+            "share the directory of the bundle"
+        )
+    options = onnxruntime.SessionOptions()
+    # Sums may be taken in another order by another number of threads.
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(tower), options, providers=["CPUExecutionProvider"])
