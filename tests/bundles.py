@@ -52,6 +52,9 @@ STORED_ITEMS: dict[str, Row] = {
 }
 TITLES = {"10": "Ten", "20": "Zwölf", "30": "", "40": "Forty"}
 POPULARITY = {"10": 5, "20": 2, "30": 7, "40": 0}
+TRENDING = {"10": 1, "20": 4, "30": 1, "40": 0}
+SEEN = {"1": ["30", "10"], "2": []}
+FILTERS = ("genres", "year")
 
 
 def features(key_dtype: str) -> list[Row]:
@@ -81,6 +84,9 @@ def write_bundle(
     users: Mapping[str, Row] = STORED_USERS,
     items: Mapping[str, Row] = STORED_ITEMS,
     titles: Mapping[str, str] | None = TITLES,
+    trending: Mapping[str, int] | None = TRENDING,
+    seen: Mapping[str, Sequence[str]] | None = SEEN,
+    filters: Sequence[str] = FILTERS,
 ) -> Path:
     """Write the bundle to ``path`` and return it; key_dtype "string" or "int"."""
     meta = {
@@ -103,10 +109,18 @@ def write_bundle(
         onnx.save(_user_tower(key_dtype), str(draft / "user_tower.onnx"))
         onnx.save(_item_tower(key_dtype), str(draft / "item_tower.onnx"))
         onnx.save(_ranker(), str(draft / "ranker.onnx"))
-        _write_side(draft, "user", users, key_dtype)
+        user_order = _write_side(draft, "user", users, key_dtype)
         order = _write_side(draft, "item", items, key_dtype)
         popularity = np.array([POPULARITY.get(key, 0) for key in order], dtype=np.int64)
         np.save(draft / "items" / "popularity.npy", popularity)
+        if trending is not None:
+            counts = np.array([trending.get(key, 0) for key in order], dtype=np.int64)
+            np.save(draft / "items" / "trending.npy", counts)
+        if seen is not None:
+            met = [[order.index(i) for i in seen.get(u, ()) if i in order] for u in user_order]
+            _write_lists(draft / "users" / "seen_{}.npy", met)
+        for name in filters:
+            _write_filter(draft / "items" / "filters" / name, [items[key][name] for key in order])
         if titles is not None:
             texts = [titles.get(key, "").encode() for key in order]
             offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
@@ -133,6 +147,28 @@ def _write_side(draft: Path, side: str, rows: Mapping[str, Row], key_dtype: str)
         embeddings[i] = session.run(["embedding"], inputs)[0][0]
     np.save(folder / "embeddings.npy", embeddings)
     return order
+
+
+def _write_lists(file: Path, lists: Sequence[Sequence[int]]) -> None:
+    """Write rows in lists: ascending in each, one list behind the other, and where each begins."""
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+    np.save(str(file).format("offsets"), offsets)
+    rows = [row for entries in lists for row in sorted(entries)]
+    np.save(str(file).format("rows"), np.array(rows, dtype=np.int32))
+
+
+def _write_filter(folder: Path, values: Sequence[Any]) -> None:
+    """Write which rows have each value of an item feature; values: one or a list per row."""
+    folder.mkdir(parents=True)
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    distinct = sorted({value for entries in lists for value in entries if value != MISSING_INT})
+    if folder.name == "year":
+        np.save(folder / "values.npy", np.array(distinct, dtype=np.int64))
+    else:
+        texts = [value.encode() for value in distinct]
+        np.save(folder / "values.npy", np.array(texts, dtype=np.bytes_ if texts else "S1"))
+    rows = [[row for row, entries in enumerate(lists) if value in entries] for value in distinct]
+    _write_lists(folder / "{}.npy", rows)
 
 
 def _raw_input(value: Any, raw: Row) -> NDArray[Any]:

@@ -282,7 +282,8 @@ def test_bundle_without_users_or_titles(tmp_path: Path) -> None:
     scorer = Scorer.load(write_bundle(tmp_path / "b", users={}, titles=None))
     assert scorer.users == 0
     np.testing.assert_allclose(scorer.embed_user("1"), [1.0, 1.0, 0.0])
-    assert [(r.item, r.title) for r in scorer.recommend("1", k=1)] == [("30", None)]
+    found = scorer.recommend("1", k=1)  # a key that is not stored: what is trending
+    assert [(r.item, r.title, r.source) for r in found] == [("20", None, "trending")]
 
 
 def test_bundle_without_items(tmp_path: Path) -> None:
