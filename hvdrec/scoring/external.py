@@ -55,7 +55,7 @@ def _locations(data: mmap.mmap) -> Iterator[str]:
         if kind == "StringStringEntryProto":
             entry = {number: data[begin:end] for number, begin, end in _fields(data, start, stop)}
             if entry.get(1) == LOCATION:
-                yield entry.get(2, b"").decode(errors="replace")
+                yield os.fsdecode(entry.get(2, b""))
             continue
         held = HOLDERS[kind]
         for number, begin, end in _fields(data, start, stop):

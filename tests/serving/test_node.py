@@ -84,12 +84,12 @@ def requests(key: Callable[[str], Any]) -> list[dict[str, Any]]:
     ]
     scored = [{"user": u, "items": items, "scene": s} for u in users for s in scenes]
     scored += [{"user": users[0], "items": []}, {"user": users[0], "items": items[:1]}]
-    known = [user for user in users if user not in (None, {})]
     recommended = [
         {"user": user, "scene": scene, "k": k}
-        for user in known
+        for user in [*users, {"user_id": key("99")}, {"age": None, "history": []}]
         for scene, k in zip(scenes, (1, 2, 4, 10), strict=True)
     ]
+    recommended.append({"user": None, "k": 2, "exclude": [key("10")]})
     recommended.append({"user": users[0], "k": 2, "exclude": [key("20"), key("77")]})
     recommended.append({"user": users[1], "k": 2, "candidates": 1})
     return scored + recommended
@@ -116,7 +116,8 @@ def agree(example: Path, bundle: Path, key: Callable[[str], Any]) -> None:
             np.testing.assert_array_max_ulp(theirs, ours, ULPS)
             continue
         assert [r["item"] for r in answer["items"]] == [r.item for r in ours]
-        assert [r["title"] for r in answer["items"]] == [r.title for r in ours]
+        for name in ("title", "source"):
+            assert [r[name] for r in answer["items"]] == [getattr(r, name) for r in ours]
         for name in ("score", "retrieval_score"):
             np.testing.assert_allclose(
                 [r[name] for r in answer["items"]], [getattr(r, name) for r in ours], rtol=1e-6
@@ -129,6 +130,18 @@ def test_keys_that_are_text(example: Path, tmp_path: Path) -> None:
 
 def test_keys_that_are_integers(example: Path, tmp_path: Path) -> None:
     agree(example, write_bundle(tmp_path / "b", key_dtype="int"), int)
+
+
+def test_what_is_trending(example: Path, tmp_path: Path) -> None:
+    """Of equal ones the more popular comes first, then the first key: 40, 30, 10, 20."""
+    bundle = write_bundle(tmp_path / "b")
+    np.save(bundle / "items" / "trending.npy", np.array([1, 1, 1, 9]))
+    np.save(bundle / "items" / "popularity.npy", np.array([5, 5, 7, 0]))
+    write_manifest(bundle, "bundle", json.loads((bundle / "manifest.json").read_text())["meta"])
+    agree(example, bundle, str)
+    _, [answer], _ = node(example, bundle, [{"user": "99", "k": 4}])
+    assert [r["item"] for r in answer["items"]] == ["40", "30", "10", "20"]
+    assert {r["source"] for r in answer["items"]} == {"trending"}
 
 
 def test_candidates_by_popularity(example: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def test_whatever_onnx_reads_of_a_damaged_graph_is_found(
     except Exception:
         model = onnx.ModelProto()
     expected = {
-        entry.value
+        os.fsdecode(entry.value)
         for tensor in model.graph.initializer
         for entry in tensor.external_data
         if entry.key == "location"

@@ -74,7 +74,7 @@ export class Bundle {
 
   /**
    * Return the k best items of the candidates: those with the largest inner product of embeddings,
-   * over all items, that are not excluded.
+   * over all items, that are not excluded. Of a user of whom nothing is known: what is trending.
    */
   async recommend(user, scene = {}, k = 10, { candidates = 500, exclude = [] } = {}) {
     for (const [name, value] of Object.entries({ k, candidates })) {
@@ -87,22 +87,42 @@ export class Bundle {
     const left = new Set(exclude.map((key) => this.stored.item.row(this.plainKey('item', key))));
     const users = await this.embed('user', [user]);
     if (!users.every(Number.isFinite)) throw wrong('user', user, 'its embedding is not finite');
-    const retrieval = this.retrieval(users);
-    let rows = [...retrieval.keys()].filter((row) => !left.has(row));
-    // Of equal scores the first rows are taken: the sort is stable.
-    rows.sort((a, b) => retrieval[b] - retrieval[a]);
-    rows = rows.slice(0, Math.max(k, candidates)).sort((a, b) => a - b);
+    const source = this.source(user);
+    const foundBy = source === 'trending' ? this.counts('trending') : this.retrieval(users);
+    let rows = [...foundBy.keys()].filter((row) => !left.has(row));
+    if (source === 'trending') {
+      const popularity = this.counts('popularity');
+      rows.sort((a, b) => foundBy[b] - foundBy[a] || popularity[b] - popularity[a]);
+      rows = rows.slice(0, k);
+    } else {
+      // Of equal ones the first rows are taken: the sort is stable.
+      rows.sort((a, b) => foundBy[b] - foundBy[a]);
+      rows = rows.slice(0, Math.max(k, candidates)).sort((a, b) => a - b);
+    }
     if (!rows.length) return [];
     const scores = await this.rank(inputs, users, this.stored.item.take(rows), rows.length);
-    return [...rows.keys()]
-      .sort((a, b) => scores[b] - scores[a])
-      .slice(0, k)
-      .map((place) => ({
-        item: this.stored.item.key(rows[place]),
-        score: scores[place],
-        retrieval_score: retrieval[rows[place]],
-        title: this.titles?.at(rows[place]) ?? null,
-      }));
+    const places = [...rows.keys()];
+    if (source !== 'trending') places.sort((a, b) => scores[b] - scores[a]);
+    return places.slice(0, k).map((place) => ({
+      item: this.stored.item.key(rows[place]),
+      score: scores[place],
+      retrieval_score: foundBy[rows[place]],
+      title: this.titles?.at(rows[place]) ?? null,
+      source,
+    }));
+  }
+
+  /** Return what is known of a user: "stored", "features", or nothing but what is "trending". */
+  source(user) {
+    const stored = (key) => this.stored.user.row(this.plainKey('user', key)) >= 0;
+    if (!isObject(user)) return stored(user) ? 'stored' : 'trending';
+    const tells = this.fields.user.filter(({ name }) => {
+      const entries = Array.isArray(user[name]) ? user[name] : [user[name]];
+      return entries.some((entry) => !isMissing(entry) && entry !== '');
+    });
+    const others = tells.filter(({ name }) => name !== this.key.user);
+    if (others.length) return 'features';
+    return tells.length && stored(user[this.key.user]) ? 'features' : 'trending';
   }
 
   /** Return embeddings [n * width] of keys (stored, or unknown to the tower) or raw features. */
@@ -147,7 +167,7 @@ export class Bundle {
   /** Return what candidates are chosen by, one number for each item; more is better. */
   retrieval(user) {
     const width = this.meta.retrieval_width;
-    if (!width) return Float32Array.from(this.array('items/popularity.npy').numbers(), Number);
+    if (!width) return this.counts('popularity');
     const stored = this.stored.item;
     const found = new Float32Array(stored.length);
     const block = Math.max(1, Math.floor(BLOCK_BYTES / (4 * stored.width)));
@@ -161,6 +181,13 @@ export class Bundle {
       }
     }
     return found;
+  }
+
+  /** Return how often each item was liked, of late ("trending") or at all ("popularity"). */
+  counts(name) {
+    const file = `items/${name}.npy`;
+    if (name === 'trending' && !this.holds(file)) return this.counts('popularity');
+    return Float64Array.from(this.array(file).numbers(), Number);
   }
 
   /** Return the scene's inputs [1]: what is left out takes its default, null is missing. */
