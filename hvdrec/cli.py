@@ -12,6 +12,7 @@ from typing import NoReturn
 from hvdrec import __version__
 from hvdrec.errors import SharedError, UserError
 from hvdrec.scoring.errors import ScoringError
+from hvdrec.serving import add_arguments
 from hvdrec.verbs import Answer, bundle, data, is_first_rank, model
 
 Verb = Callable[[argparse.Namespace, list[str]], Answer]
@@ -168,6 +169,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-k", type=int, default=10, help="how many (default 10)")
     sub.add_argument("--candidates", type=int, default=500, help="items to rank (default 500)")
     sub.add_argument("--exclude", nargs="*", default=[], metavar="ITEM", help="items to leave out")
+    sub.add_argument(
+        "--allowed",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="only items with one of these values (fields of export.filters)",
+    )
+    sub.add_argument("--skip-seen", action="store_true", help="leave out what the user met before")
+    sub.add_argument(
+        "--diversity",
+        type=float,
+        default=0.0,
+        help="from 0 (off) to below 1: prefer items unlike those before them",
+    )
 
     sub = verb(
         "score", bundle.score, "Score the rows of a Parquet file of raw values, into another."
@@ -175,6 +190,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=Path)
     sub.add_argument("input", type=Path, help="Parquet file with raw user, item and scene columns")
     sub.add_argument("output", type=Path, help="Parquet file: the input's columns and `score`")
+
+    sub = verb(
+        "serve",
+        bundle.serve,
+        "Serve a bundle over HTTP until SIGTERM or SIGINT; a new bundle at its path is taken.",
+    )
+    add_arguments(sub)
+
+    sub = verb(
+        "publish",
+        bundle.publish,
+        "Write a bundle's embeddings to a Redis that many services share, as a new version.",
+    )
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--redis", metavar="URL", help="the server (default: $HVDREC_REDIS)")
+    sub.add_argument("--prefix", default="hvdrec", help="of the keys (default hvdrec)")
+    sub.add_argument(
+        "--keep",
+        type=float,
+        default=600.0,
+        help="seconds that the version before stays (default 600)",
+    )
     return parser
 
 

@@ -47,6 +47,21 @@ def parse_scene(scorer: Scorer, pairs: Sequence[str]) -> dict[str, Any]:
     return scene
 
 
+def parse_allowed(scorer: Scorer, pairs: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the filter that pairs such as ``genres=Drama`` tell; a field may come repeatedly."""
+    fields = {field.name: field for field in scorer.info.side("item")}
+    allowed: dict[str, list[Any]] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise RequestError(f"allowed '{pair}': write FIELD=VALUE, for example genres=Drama")
+        field = fields.get(name)
+        # What is no item field, or no filter, `recommend` refuses with the choices.
+        value = text if field is None else _parse_scalar(field, text)
+        allowed.setdefault(name, []).append(value)
+    return allowed
+
+
 def _parse(field: Field, text: str) -> Any:
     if text == "":
         return None

@@ -30,10 +30,18 @@ class Tower:
         width = info.user_width if side == "user" else info.item_width
         self.store = EmbeddingStore(info, side, width)
         self._shared = store
+        self._source: Store = self.store if store is None else store
         if store is not None and store.dtype != self.store.dtype:
             raise BundleError(
                 f"{info.path}: {side} keys are {self.store.dtype}, the given store holds "
                 f"{store.dtype}; publish this bundle"
+            )
+        # Embeddings fit only the graphs of the model that made them.
+        model = getattr(store, "model", info.model)
+        if model != info.model:
+            raise BundleError(
+                f"{info.path}: is of model {info.model}, the given store's {side}s are of model "
+                f"{model}; open the store for this bundle"
             )
         self._side = side
         self._fields = info.side(side)
@@ -54,11 +62,11 @@ class Tower:
         A key that is not stored goes through the tower with everything else missing. Raises
         RequestError for an unknown field or a value of the wrong type.
         """
-        rows = None if self._shared else self.store.cached_rows(entries)
+        rows = None if self._shared is not None else self.store.cached_rows(entries)
         if rows is not None:
             return self.store.take(rows)
         keys = [None if _is_mapping(entry) else self.key(entry) for entry in entries]
-        embeddings, found = (self._shared or self.store).lookup(keys)
+        embeddings, found = self._source.lookup(keys)
         computed = np.flatnonzero(~found)
         if not computed.size:
             return embeddings
@@ -77,7 +85,7 @@ class Tower:
         """
         if not _is_mapping(entry):
             key = self.key(entry)
-            embeddings, found = (self._shared or self.store).lookup([key])
+            embeddings, found = self._source.lookup([key])
             if found[0]:
                 return embeddings, "stored"
             return self.compute([self._raw(entry, key)]), "nothing"

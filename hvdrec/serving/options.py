@@ -109,7 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="stay with the bundle as it is, whatever lies at its path later",
     )
-    add("--redis", metavar="URL", help="take embeddings from this Redis (hvdrec publish)")
+    add(
+        "--redis",
+        metavar="URL",
+        default=os.environ.get("HVDREC_REDIS"),
+        help="take embeddings from this Redis, where hvdrec publish wrote them (default: "
+        "$HVDREC_REDIS, else those of the bundle)",
+    )
 
 
 def from_arguments(arguments: argparse.Namespace) -> Options:

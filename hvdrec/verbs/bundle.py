@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from hvdrec.errors import UserError
 from hvdrec.text import table
 from hvdrec.verbs import Answer
 
 
 def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
     from hvdrec.scoring import Scorer
-    from hvdrec.scoring.command import parse_key, parse_scene, parse_user
+    from hvdrec.scoring.command import parse_allowed, parse_key, parse_scene, parse_user
 
     scorer = Scorer.load(options.bundle)
     scene = parse_scene(scorer, options.scene)
@@ -20,8 +24,14 @@ def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
         k=options.k,
         candidates=options.candidates,
         exclude=[parse_key(scorer, "item", key) for key in options.exclude],
+        allowed=parse_allowed(scorer, options.allowed) or None,
+        skip_seen=options.skip_seen,
+        diversity=options.diversity,
     )
     rows = [[i, r.item, r.title or "", f"{r.score:.4f}"] for i, r in enumerate(found, start=1)]
+    text = table(["", "item", "title", "score"], rows)
+    if found and found[0].source == "trending":
+        text += "\nnothing is known of this user: these are the trending items"
     facts = {
         "user": options.user,
         "scene": scene,
@@ -31,11 +41,12 @@ def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
                 "title": r.title,
                 "score": r.score,
                 "retrieval_score": r.retrieval_score,
+                "source": r.source,
             }
             for r in found
         ],
     }
-    return Answer(facts, table(["", "item", "title", "score"], rows))
+    return Answer(facts, text)
 
 
 def score(options: argparse.Namespace, rest: list[str]) -> Answer:
@@ -43,3 +54,47 @@ def score(options: argparse.Namespace, rest: list[str]) -> Answer:
 
     facts = score_table(options.bundle, options.input, options.output)
     return Answer(facts, f"scored {facts['rows']} rows\nwrote {options.output}")
+
+
+def publish(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from dataclasses import asdict
+
+    from hvdrec.scoring.publish import publish as write
+
+    url = options.redis or os.environ.get("HVDREC_REDIS", "")
+    if not url:
+        raise UserError("--redis: give the server's URL, or set HVDREC_REDIS (redis://HOST:6379/0)")
+    with _progress() as progress:
+        done = write(
+            options.bundle, url, prefix=options.prefix, keep=options.keep, progress=progress
+        )
+    text = (
+        f"{done.users} users, {done.items} items as version {done.version} of model {done.model}\n"
+        f"published to {done.server} in {done.seconds:.1f} s"
+    )
+    return Answer(asdict(done), text)
+
+
+def serve(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from hvdrec.serving import from_arguments
+    from hvdrec.serving import serve as run
+
+    run(from_arguments(options))
+    return Answer({}, "stopped")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Yield what shows how many rows of how many are done; shows nothing where there is no tqdm."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:  # the slim install has none
+        yield lambda rows, total: None
+        return
+    with tqdm(unit="row", unit_scale=True, leave=False, disable=None) as bar:
+
+        def show(rows: int, total: int) -> None:
+            bar.total = total
+            bar.update(rows - bar.n)
+
+        yield show
