@@ -425,6 +425,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("evaluate.batch_size", config.evaluate.batch_size),
         ("evaluate.beta", config.evaluate.beta),
         ("export.parity_rows", config.export.parity_rows),
+        ("export.trending_days", config.export.trending_days),
         *((f"evaluate.k[{i}]", k) for i, k in enumerate(config.evaluate.k)),
         *((f"samples.history[{i}].length", h.length) for i, h in enumerate(config.samples.history)),
         *((f"model.tower.hidden[{i}]", w) for i, w in enumerate(config.model.tower.hidden)),
@@ -449,6 +450,8 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("model.ranker.cross_layers", config.model.ranker.cross_layers),
         ("samples.negatives.per_positive", config.samples.negatives.per_positive),
     ]
+    listed = ("categorical", "categorical_list", "hashed")
+    filters = [f.name for f in config.features if f.side == "item" and f.kind in listed]
     names = [feature.name for feature in config.features]
     sided = [feature.name for feature in config.features if feature.side != "scene"]
     return [
@@ -476,6 +479,19 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
                 f"known: {choices(sided)}",
             )
             for name in config.model.ranker.direct
+        ),
+        *(
+            (
+                name in filters and config.export.filters.count(name) == 1,
+                f"export.filters: '{name}' is no item feature of values, or is there twice; "
+                f"known: {choices(filters)}",
+            )
+            for name in config.export.filters
+        ),
+        (
+            config.export.index == "none" or train.objective != "ranking",
+            f"export.index = '{config.export.index}': an index is over towers that were trained to "
+            "retrieve; set train.objective = 'joint' or 'retrieval', or leave it at 'none'",
         ),
         (
             config.model.tower.output > 0

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hvdrec.artifacts import read_manifest, write_artifact, write_manifest
 from hvdrec.config import Config
 from hvdrec.errors import UserError
-from hvdrec.export.embed import key_array, write_side
+from hvdrec.export.catalogue import write_catalogue
+from hvdrec.export.embed import write_side
 from hvdrec.export.graphs import item_tower, user_tower
+from hvdrec.export.index import require_index_library, write_index
 from hvdrec.export.parity import largest_difference
 from hvdrec.export.precision import make_smaller
 from hvdrec.export.ranker_graph import ranker
@@ -47,6 +47,7 @@ def export(
     samples, features = config.paths.of("samples"), config.paths.of("features")
     read_manifest(samples, "samples")
     read_manifest(features, "features")
+    require_index_library(config)
     fitted = Fitted.load(features)
     out = config.paths.of("bundle")
     model = model.cpu().eval()
@@ -65,7 +66,8 @@ def export(
         notify("embedding items")
         items = pq.read_table(samples / "items.parquet")
         meta["items"] = write_side(draft, "item", items, config, workers)
-        _write_catalogue(draft / "items", items, features, config)
+        notify("counting what is popular, trending and seen")
+        write_catalogue(draft, users, items, config, notify)
         notify("proving that the bundle scores as torch does")
         write_manifest(draft, "bundle", meta)
         rows, difference = largest_difference(draft, config, model, fitted)
@@ -78,6 +80,9 @@ def export(
         if (config.export.embeddings, config.export.ranker) != ("float32", "float32"):
             notify("measuring what smaller numbers cost")
             meta["precision"] = make_smaller(draft, config)
+        if config.export.index != "none":
+            index = write_index(draft, meta["retrieval_width"], notify)
+            meta |= {} if index is None else {"index": index}
     notify(f"{out}: {meta['users']} users, {meta['items']} items")
     return meta
 
@@ -124,19 +129,3 @@ def _save_graph(graph: onnx.ModelProto, file: Path) -> None:
         save_as_external_data=graph.ByteSize() > EXTERNAL_DATA_BYTES,
         location=f"{file.name}.data",
     )
-
-
-def _write_catalogue(folder: Path, items: pa.Table, features: Path, config: Config) -> None:
-    """Write what is known of items beside their embeddings: titles and popularity."""
-    keys = items[config.schema.item_key]
-    order = np.argsort(key_array(keys), kind="stable")
-    counts = pq.read_table(features / "items.parquet", columns=["train_count"])["train_count"]
-    # Rows of the encoded catalogue are those of the samples' catalogue.
-    np.save(folder / "popularity.npy", counts.to_numpy()[order], allow_pickle=False)
-    if "title" in items.column_names:
-        titles = [(title or "").encode() for title in items["title"].take(order).to_pylist()]
-        offsets = np.zeros(len(titles) + 1, dtype=np.int64)
-        np.cumsum([len(title) for title in titles], out=offsets[1:])
-        blob = np.frombuffer(b"".join(titles), dtype=np.uint8)
-        np.save(folder / "titles.npy", blob, allow_pickle=False)
-        np.save(folder / "titles_offsets.npy", offsets, allow_pickle=False)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, stamp_of
+from hvdrec.scoring.bundle import Stamp, stamp_of
 from hvdrec.scoring.errors import BundleError, ReplacedError
 from hvdrec.scoring.retrieval import ExactSearch, largest, remaining
 
@@ -37,14 +38,26 @@ class IndexSearch:
     Safe from many threads. Without faiss all is searched exactly, after a warning.
     """
 
-    def __init__(self, info: BundleInfo, exact: ExactSearch, width: int) -> None:
-        """Take a bundle's index over ``exact``'s vectors; it is opened by the first search."""
-        self._file = info.path / INDEX
-        self._stamp = info.stamps.get(INDEX)
+    def __init__(
+        self,
+        file: Path,
+        exact: ExactSearch,
+        width: int,
+        *,
+        stamp: Stamp | None = None,
+        index: Any = None,
+    ) -> None:
+        """Take the index of ``exact``'s vectors; queries have ``width`` entries.
+
+        The first search opens the file, which must not be another one than its ``stamp`` tells;
+        ``index`` is one that is open already.
+        """
+        self._file = file
+        self._stamp = stamp
         self._exact = exact
         self._width = width
         self._lock = threading.Lock()
-        self._index: Any = None
+        self._index = index
         self._has_library = True
 
     @property

@@ -75,7 +75,8 @@ class Retrieval:
         exact = ExactSearch(items.store.embeddings, items.store.scales)
         self.search: Search = exact
         if self._width and info.holds(INDEX):
-            self.search = IndexSearch(info, exact, self._width)
+            stamp = info.stamps.get(INDEX)
+            self.search = IndexSearch(info.path / INDEX, exact, self._width, stamp=stamp)
 
     def open(self) -> None:
         """Open what the first requests would wait for."""
