@@ -37,6 +37,7 @@ class Workers:
     """This process and `helpers` others, which an executor reaches.
 
     For the first `head_start` seconds, from the first task on, this process works by itself.
+    are_gone: set where helpers may have ended, so that nobody waits for them.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Workers:
     ) -> None:
         self._executor, self.helpers = executor, helpers if executor is not None else 0
         self._head_start, self._began = head_start, None if head_start else 0.0
+        self.are_gone = False
 
     def map(
         self, function: Callable[[Task], Result], tasks: Iterable[Task]
@@ -83,7 +85,9 @@ class Workers:
                 "a worker process has died, perhaps for lack of memory; give fewer --workers"
             ) from None
         finally:
-            wait([future for future in under_way if not future.cancel()])
+            running = [future for future in under_way if not future.cancel()]
+            if not self.are_gone:
+                wait(running)
 
 
 ALONE = Workers()

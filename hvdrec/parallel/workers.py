@@ -7,6 +7,8 @@ else. Horovod is not needed for that and is not started.
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -83,13 +85,33 @@ def _led(world: Intracomm) -> Iterator[Workers]:
     message: str | None = "the first rank failed"
     try:
         with MPICommExecutor(world, root=0) as executor:
-            yield Workers(cast("MPIPoolExecutor", executor), world.Get_size() - 1)
+            workers = Workers(cast("MPIPoolExecutor", executor), world.Get_size() - 1)
+            with _tidied_when_ended(workers):
+                yield workers
         message = None
     except UserError as error:
         message = str(error)
         raise
     finally:
         world.bcast(message, root=0)
+
+
+@contextmanager
+def _tidied_when_ended(workers: Workers) -> Iterator[None]:
+    """Let a block clean up after itself when the launcher ends the job, as if it had failed."""
+
+    def end(number: int, frame: object) -> None:
+        workers.are_gone = True
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if workers.are_gone:
+            # The others may be gone, too: no farewell between ranks.
+            os._exit(128 + signal.SIGTERM)
 
 
 def _follow(world: Intracomm) -> None:

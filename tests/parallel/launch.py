@@ -14,6 +14,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 LAUNCHERS = {
     "horovodrun": [str(BIN / "horovodrun"), "--gloo", "--network-interfaces", "lo"],
+    "horovodrun-mpi": [str(BIN / "horovodrun"), "--mpi", "--mpi-args=--oversubscribe"],
     "mpirun": [str(BIN / "mpirun"), "--oversubscribe", "--allow-run-as-root", "--bind-to", "none"],
 }
 

@@ -82,7 +82,7 @@ def test_the_first_error_by_order_is_raised_after_the_results_before_it() -> Non
     with local_workers(2) as workers:
         results = workers.map(refuse_threes, [1, 2, 3, 4, 6])
         assert [next(results), next(results)] == [1, 2]
-        with pytest.raises(UserError, match="^3 is refused$"):
+        with pytest.raises(UserError, match=r"^3 is refused$"):
             next(results)
 
 

@@ -1,0 +1,30 @@
+"""Embed the users of a trained run in blocks of a few rows, on any number of ranks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from hvdrec.config import load
+from hvdrec.export import embed
+from hvdrec.parallel.workers import open_workers
+
+
+def main() -> None:
+    config, bundle, out = load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
+    with open_workers(int(sys.argv[4])) as workers:
+        if workers is None:
+            return
+        out.mkdir()
+        shutil.copy(bundle / "user_tower.onnx", out)
+        embed.BLOCK = 7
+        users = pq.read_table(config.paths.of("samples") / "users_all.parquet")
+        assert embed.write_side(out, "user", users, config, workers) == users.num_rows
+        print(f"{workers.helpers} helpers", flush=True)
+
+
+if __name__ == "__main__":
+    main()
