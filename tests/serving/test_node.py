@@ -90,6 +90,14 @@ def requests(key: Callable[[str], Any]) -> list[dict[str, Any]]:
         for scene, k in zip(scenes, (1, 2, 4, 10), strict=True)
     ]
     recommended.append({"user": None, "k": 2, "exclude": [key("10")]})
+    for user in (*users[:3], {"user_id": key("1"), "age": 20}):
+        recommended.append({"user": user, "k": 4, "skip_seen": True})
+        recommended.append({"user": user, "k": 4, "allowed": {"genres": ["War", "no such"]}})
+        both = {"genres": ["Drama", "War"], "year": [1990, 2000, 1]}
+        recommended.append({"user": user, "k": 4, "allowed": both})
+        recommended.append(
+            {"user": user, "k": 4, "allowed": {"genres": ["War", "Drama"]}, "skip_seen": True}
+        )
     recommended.append({"user": users[0], "k": 2, "exclude": [key("20"), key("77")]})
     recommended.append({"user": users[1], "k": 2, "candidates": 1})
     return scored + recommended
@@ -99,7 +107,8 @@ def expected(scorer: Scorer, request: dict[str, Any]) -> Any:
     scene = request.get("scene", {})
     if "items" in request:
         return scorer.score(request["user"], request["items"], scene)
-    options = {name: request[name] for name in ("candidates", "exclude") if name in request}
+    names = ("candidates", "exclude", "allowed", "skip_seen")
+    options = {name: request[name] for name in names if name in request}
     return scorer.recommend(request["user"], scene, request["k"], **options)
 
 
@@ -195,11 +204,16 @@ def test_integers_beyond_what_a_json_number_holds(example: Path, tmp_path: Path)
         ('{"user": 1, "items": ["10"]}', "user_id = 1: must be a string"),
         ('{"user": "1", "items": [{"genres": "War"}]}', 'genres = "War": must be a list'),
         ('{"user": "1", "items": "10"}', 'items = "10": must be a list'),
+        (
+            '{"user": "1", "allowed": {"age": [3]}}',
+            "allowed field 'age' does not exist; known: [",
+        ),
+        ('{"user": "1", "allowed": {"genres": "War"}}', 'allowed.genres = "War": must be a list'),
         ('{"user": "1", "k": 0}', "k = 0: must be a whole number from 1"),
         (
             '{"usr": "1"}',
             "request field 'usr' does not exist; "
-            "known: [user, items, scene, k, candidates, exclude]",
+            "known: [user, items, scene, k, candidates, exclude, allowed, skip_seen]",
         ),
         ("{", "no JSON request ("),
     ],

@@ -32,7 +32,7 @@ export class Bundle {
   static async #opened(folder, { verify = false, threads = 1 }) {
     const bundle = new Bundle();
     const { root, manifest } = readManifest(folder, verify);
-    Object.assign(bundle, { root, manifest, meta: manifest.meta });
+    Object.assign(bundle, { root, manifest, meta: manifest.meta, arrays: {} });
     const { user_key, item_key, features } = manifest.meta.schema;
     bundle.key = { user: user_key, item: item_key };
     bundle.fields = { user: [], item: [], scene: [] };
@@ -60,7 +60,8 @@ export class Bundle {
   }
 
   array(name) {
-    return new NpyFile(path.join(this.root, name));
+    this.arrays[name] ??= new NpyFile(path.join(this.root, name));
+    return this.arrays[name];
   }
 
   /** Return the probability of each item, Float32Array [n]; keys or objects of raw features. */
@@ -74,9 +75,13 @@ export class Bundle {
 
   /**
    * Return the k best items of the candidates: those with the largest inner product of embeddings,
-   * over all items, that are not excluded. Of a user of whom nothing is known: what is trending.
+   * over all items, that are not left out. Of a user of whom nothing is known: what is trending.
+   *
+   * exclude: keys; allowed: an item needs one of the values in each field, { genres: ['Drama'] };
+   * skip_seen: leave out what the user met in the log.
    */
-  async recommend(user, scene = {}, k = 10, { candidates = 500, exclude = [] } = {}) {
+  async recommend(user, scene = {}, k = 10, options = {}) {
+    const { candidates = 500, exclude = [], allowed = {}, skip_seen = false } = options;
     for (const [name, value] of Object.entries({ k, candidates })) {
       if (!Number.isInteger(value) || value < 1) {
         throw wrong(name, value, 'must be a whole number from 1');
@@ -85,11 +90,14 @@ export class Bundle {
     if (!Array.isArray(exclude)) throw wrong('exclude', exclude, 'must be a list');
     const inputs = this.sceneInputs(scene);
     const left = new Set(exclude.map((key) => this.stored.item.row(this.plainKey('item', key))));
+    if (skip_seen) this.seen(user).forEach((row) => left.add(row));
+    const kept = this.allowed(allowed);
     const users = await this.embed('user', [user]);
     if (!users.every(Number.isFinite)) throw wrong('user', user, 'its embedding is not finite');
     const source = this.source(user);
     const foundBy = source === 'trending' ? this.counts('trending') : this.retrieval(users);
-    let rows = [...foundBy.keys()].filter((row) => !left.has(row));
+    const stays = (row) => !left.has(row) && kept.every((some) => some.has(row));
+    let rows = [...foundBy.keys()].filter(stays);
     if (source === 'trending') {
       const popularity = this.counts('popularity');
       rows.sort((a, b) => foundBy[b] - foundBy[a] || popularity[b] - popularity[a]);
@@ -183,6 +191,40 @@ export class Bundle {
     return found;
   }
 
+  /** Return the rows of the items that a user met in the log. */
+  seen(user) {
+    if (!this.holds('users/seen_offsets.npy')) {
+      throw wrong('skip_seen', true, 'the bundle does not hold what users have seen');
+    }
+    const key = isObject(user) ? user[this.key.user] : user;
+    const row = this.stored.user.row(this.plainKey('user', key));
+    return row < 0 ? [] : this.list('users/seen_offsets.npy', 'users/seen_rows.npy', row);
+  }
+
+  /** Return, of each field that is asked for, the rows of the items with one of the values. */
+  allowed(wanted) {
+    if (!isObject(wanted)) throw wrong('allowed', wanted, 'must be an object of fields');
+    const folder = (name) => `items/filters/${name}`;
+    const known = this.fields.item.filter(({ name }) => this.holds(`${folder(name)}/values.npy`));
+    this.checkNames('allowed', wanted, known.map(({ name }) => name));
+    return Object.entries(wanted).map(([name, values]) => {
+      if (!Array.isArray(values)) throw wrong(`allowed.${name}`, values, 'must be a list');
+      const field = known.find((one) => one.name === name);
+      const all = new Keys(this.array(`${folder(name)}/values.npy`));
+      const places = values.map((value) => all.row(scalar(field, value)));
+      const lists = places
+        .filter((place) => place >= 0)
+        .map((place) => this.list(`${folder(name)}/offsets.npy`, `${folder(name)}/rows.npy`, place));
+      return new Set(lists.flatMap((rows) => [...rows]));
+    });
+  }
+
+  /** Return one of many lists of rows that stand one behind the other. */
+  list(offsets, rows, place) {
+    const [start, stop] = Array.from(this.array(offsets).numbers(place, 2), Number);
+    return this.array(rows).numbers(start, stop - start);
+  }
+
   /** Return how often each item was liked, of late ("trending") or at all ("popularity"). */
   counts(name) {
     const file = `items/${name}.npy`;
@@ -217,24 +259,17 @@ export class Bundle {
   }
 }
 
-/** Embeddings of one side with their keys, which ascend: read from the files as they are asked. */
-class Embeddings {
-  constructor(bundle, side) {
-    this.keys = bundle.array(`${side}s/keys.npy`);
-    this.vectors = bundle.array(`${side}s/embeddings.npy`);
-    this.length = this.keys.shape[0];
-    this.width = this.vectors.shape[1];
-    this.text = this.keys.descr.startsWith('|S');
-    const scaled = this.vectors.descr === '|i1';
-    this.scales = scaled ? bundle.array(`${side}s/scales.npy`).numbers() : null;
-    if (this.vectors.shape[0] !== this.length || this.width !== bundle.meta[`${side}_width`]) {
-      throw new BundleError(`${bundle.root}/${side}s: keys and embeddings do not fit each other`);
-    }
+/** Values that ascend, each once: integers, or text in bytes of a fixed width. */
+class Keys {
+  constructor(array) {
+    this.array = array;
+    this.length = array.shape[0];
+    this.text = array.descr.startsWith('|S');
   }
 
   key(row) {
-    if (!this.text) return this.keys.numbers(row, 1)[0];
-    const bytes = this.keys.bytes(row, 1);
+    if (!this.text) return this.array.numbers(row, 1)[0];
+    const bytes = this.array.bytes(row, 1);
     let end = bytes.length;
     while (end && !bytes[end - 1]) end--;
     return bytes.subarray(0, end).toString('utf8');
@@ -258,6 +293,20 @@ class Embeddings {
     if (this.text) return Buffer.compare(Buffer.from(this.key(row), 'utf8'), wanted);
     const found = this.key(row);
     return found < wanted ? -1 : Number(found > wanted);
+  }
+}
+
+/** Embeddings of one side with their keys: read from the files as they are asked for. */
+class Embeddings extends Keys {
+  constructor(bundle, side) {
+    super(bundle.array(`${side}s/keys.npy`));
+    this.vectors = bundle.array(`${side}s/embeddings.npy`);
+    this.width = this.vectors.shape[1];
+    const scaled = this.vectors.descr === '|i1';
+    this.scales = scaled ? bundle.array(`${side}s/scales.npy`).numbers() : null;
+    if (this.vectors.shape[0] !== this.length || this.width !== bundle.meta[`${side}_width`]) {
+      throw new BundleError(`${bundle.root}/${side}s: keys and embeddings do not fit each other`);
+    }
   }
 
   take(rows) {

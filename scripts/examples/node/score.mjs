@@ -11,7 +11,7 @@
 import readline from 'node:readline';
 import { Bundle, BundleError } from './bundle.mjs';
 
-const KNOWN = ['user', 'items', 'scene', 'k', 'candidates', 'exclude'];
+const KNOWN = 'user items scene k candidates exclude allowed skip_seen'.split(' ');
 
 async function answer(bundle, text) {
   let request;
