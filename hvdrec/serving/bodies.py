@@ -42,7 +42,7 @@ class RecommendBody(Body):
     exclude: list[Any] = []
     allowed: dict[str, list[Any]] | None = None
     skip_seen: bool = False
-    diversity: float = Field(default=0.0, ge=0, le=1)
+    diversity: float = Field(default=0.0, ge=0, lt=1)
 
 
 B = TypeVar("B", bound=Body)

@@ -132,7 +132,7 @@ class Description:
                 "description": "0: the best items; towards 1, items that differ from each other.",
                 "type": "number",
                 "minimum": 0,
-                "maximum": 1,
+                "exclusiveMaximum": 1,
                 "default": 0.0,
             },
         }

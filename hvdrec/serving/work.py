@@ -74,6 +74,11 @@ def _score(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
 
 def _recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
     asked = checked(RecommendBody, values, max_candidates)
+    for name, wanted in (asked.allowed or {}).items():
+        for value in wanted:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                text = f"allowed.{name} = {shown(value)}: does not fit 64 bits"
+                raise Problem(422, text, f"allowed.{name}")
     check_numbers(scorer.info, "user", [asked.user])
     check_numbers(scorer.info, "scene", [asked.scene])
     items = _scored(

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 
 COMMAND = [str(Path(sys.executable).with_name("hvdrec")), "serve"]
 LIMIT = 60.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def serving(bundle: Path, *options: str) -> Iterator[Running]:
                 process.wait(LIMIT)
 
 
-def wait_for(condition):  # type: ignore[no-untyped-def]
+def wait_for(condition: Callable[[], T | None]) -> T:
     """Return what a condition gives as soon as that is true; fail if that takes too long."""
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:

@@ -35,11 +35,16 @@ def test_score_without_a_scene_takes_its_defaults(client: httpx.Client, scorer: 
 @pytest.mark.parametrize("user", USERS)
 def test_recommend(client: httpx.Client, scorer: Scorer, user: Any) -> None:
     body: dict[str, Any] = {"user": user, "scene": {"hour": 21}, "k": 3, "candidates": 4}
-    options = {"exclude": ["30"], "skip_seen": True, "diversity": 0.25}
+    options: dict[str, Any] = {
+        "exclude": ["30"],
+        "allowed": {"genres": ["Drama", "War"]},
+        "skip_seen": True,
+        "diversity": 0.25,
+    }
     answer = client.post("/v1/recommend", json={**body, **options})
     assert answer.status_code == 200
     assert answer.headers["bundle-version"] == scorer.version
-    expected = scorer.recommend(user, {"hour": 21}, 3, candidates=4, **options)  # type: ignore[arg-type]
+    expected = scorer.recommend(user, {"hour": 21}, 3, candidates=4, **options)
     found = answer.json()["items"]
     assert [set(item) for item in found] == [
         {"item", "score", "retrieval_score", "title", "source"}
@@ -77,6 +82,7 @@ def test_bundle(client: httpx.Client, scorer: Scorer) -> None:
     hour = {"name": "hour", "side": "scene", "dtype": "int", "list": False, "default": 12}
     assert [f for f in told["fields"] if f["name"] == "hour"] == [hour]
     assert told["examples"]["users"] == ["1", "2"]
+    assert told["filters"] == ["genres", "year"]
     assert set(told["examples"]["items"]) == {"10", "20", "30", "40"}
     assert told["limits"]["max_candidates"] == 100
 
