@@ -7,7 +7,6 @@ beside them and are not looked at.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Mapping
@@ -186,6 +185,8 @@ def _manifest_bytes(path: Path) -> tuple[bytes, Stamp]:
 
 
 def _parsed(path: Path, raw: bytes) -> Mapping[str, Any]:
+    import json  # here, for the sake of who imports much and loads little
+
     file = path / MANIFEST
     try:
         manifest = json.loads(raw.decode())

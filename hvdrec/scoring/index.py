@@ -11,7 +11,6 @@ Spaces, 2014).
 
 from __future__ import annotations
 
-import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from hvdrec.scoring.errors import BundleError, ReplacedError
 from hvdrec.scoring.retrieval import ExactSearch, largest, remaining
 
 Array = NDArray[Any]
-LOG = logging.getLogger("hvdrec.scoring")
 INDEX = "items/index.faiss"
 COST = 40
 """To find one item in the index takes as long as going through so many vectors."""
@@ -119,7 +117,9 @@ class IndexSearch:
             import faiss
         except ImportError:
             self._has_library = False
-            LOG.warning(
+            import logging
+
+            logging.getLogger("hvdrec.scoring").warning(
                 "%s: faiss is not installed, all items are gone through instead; "
                 "pip install 'hvdrec[index]'",
                 self._file,
