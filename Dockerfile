@@ -35,7 +35,11 @@ RUN python3.11 -m venv /installer \
     && /installer/bin/python -m pip --python /opt/hvdrec install --no-cache-dir \
         --prefer-binary --no-compile --no-build-isolation \
         --constraint constraints-serving.txt ".[serve,redis,index]" \
-    && /installer/bin/python -m pip --python /opt/hvdrec uninstall -y setuptools
+    && /installer/bin/python -m pip --python /opt/hvdrec uninstall -y setuptools \
+    # What no service runs: packages' own tests, and tools that convert models.
+    && cd /opt/hvdrec/lib/python3.11/site-packages \
+    && find . -type d -name tests -prune -exec rm -r {} + \
+    && rm -r onnxruntime/transformers onnxruntime/tools onnxruntime/quantization
 
 FROM python AS scoring
 LABEL org.opencontainers.image.title="hvdrec scoring" \
