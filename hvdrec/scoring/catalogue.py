@@ -265,7 +265,7 @@ class Postings:
         wanted: Any
         if isinstance(value, str):
             # Fixed-width bytes lose trailing NULs and cut what is longer: neither is stored.
-            wanted = value.encode(errors="replace")
+            wanted = value.encode(errors="surrogatepass")
             if len(wanted) > self._values.dtype.itemsize or wanted.endswith(b"\0"):
                 return -1
         elif -(2**63) <= value < 2**63:

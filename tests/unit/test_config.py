@@ -210,6 +210,25 @@ def test_unknown_keys_and_wrong_types(changes: dict[str, Any], text: str) -> Non
             "known: [user_id, item_id, history]",
         ),
         (
+            {"export": {"filters": ["item_id", "hour"]}},
+            "export.filters: 'hour' is no item feature of values, or is there twice; "
+            "known: [item_id]",
+        ),
+        (
+            {"export": {"filters": ["item_id", "item_id"]}},
+            "export.filters: 'item_id' is no item feature of values, or is there twice; "
+            "known: [item_id]",
+        ),
+        (
+            {"export": {"trending_days": 0.0}},
+            "export.trending_days = 0.0: must be greater than 0",
+        ),
+        (
+            {"export": {"index": "hnsw"}, "train": {"objective": "ranking"}},
+            "export.index = 'hnsw': an index is over towers that were trained to retrieve; "
+            "set train.objective = 'joint' or 'retrieval', or leave it at 'none'",
+        ),
+        (
             {"samples": {"history": [{"name": "user_id"}]}},
             "samples.history: no feature of kind 'sequence' is named 'user_id'",
         ),

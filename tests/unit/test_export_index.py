@@ -1,0 +1,148 @@
+"""Building an index at export: what is found, what the manifest says, and when none is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from hvdrec.config import Config, Export
+from hvdrec.errors import UserError
+from hvdrec.export import index as building
+from hvdrec.export.index import lengthened, lengths_differ, require_index_library, write_index
+from hvdrec.export.precision import compressed
+from hvdrec.scoring.index import INDEX, IndexSearch
+from hvdrec.scoring.retrieval import ExactSearch
+from tests.small_model import small_config
+
+WIDTH, NOTHING = 8, np.empty(0, dtype=np.int64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take long; the index is the same."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
+
+
+def write_vectors(
+    folder: Path, items: int, *, spread: float = 0.0, kind: str = "float32", dimensions: int = 3
+) -> None:
+    """Write embeddings of items and of 40 users, with one column that retrieval does not count.
+
+    They lie near ``dimensions`` axes, as trained ones do; spread: how much their lengths differ.
+    """
+    random = np.random.default_rng(0)
+    axes = random.normal(size=(dimensions, WIDTH))
+    for side, rows in (("users", 40), ("items", items)):
+        vectors = random.normal(size=(rows, dimensions)) @ axes
+        vectors += 0.1 * random.normal(size=vectors.shape)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors *= np.exp(random.normal(0, spread, (rows, 1)))
+        whole = np.hstack([vectors, random.normal(size=(rows, 1))]).astype(np.float32)
+        stored, scales = compressed(whole, kind)
+        (folder / side).mkdir()
+        np.save(folder / side / "embeddings.npy", stored)
+        if scales is not None:
+            np.save(folder / side / "scales.npy", scales)
+
+
+def share_found(folder: Path, at: int = 100) -> float:
+    """Return how much of the best, by a full sort, the written index finds for all users."""
+    items, users = (np.load(folder / side / "embeddings.npy") for side in ("items", "users"))
+    search = IndexSearch(folder / INDEX, ExactSearch(items), WIDTH)
+    search.open()
+    assert search._index.ntotal == len(items)
+    hits = 0
+    for user in users[:, :WIDTH]:
+        best = np.argsort(-(items[:, :WIDTH].astype(np.float64) @ user))[:at]
+        hits += len(np.intersect1d(best, search.search(user, at, NOTHING)[0]))
+    return hits / (at * len(users))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_the_measured_recall_is_that_of_the_written_index(tmp_path: Path, spread: float) -> None:
+    write_vectors(tmp_path, 8000, spread=spread)
+    said: list[str] = []
+    facts = write_index(tmp_path, WIDTH, said.append)
+    assert facts is not None
+    assert facts["recall"] == pytest.approx(share_found(tmp_path))
+    assert facts["recall"] >= 0.99
+    assert (facts["kind"], facts["at"], facts["queries"]) == ("hnsw", 100, 40)
+    assert facts["parameters"]["lengths_made_equal"] == (spread > 0)
+    assert said[0] == "index: 0 % of 8000 items"
+    assert "of the 100 nearest; takes" in said[-1]
+
+
+def test_the_same_embeddings_give_the_same_file(tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_vectors(tmp_path / name, 5000)
+        write_index(tmp_path / name, WIDTH)
+        files.append((tmp_path / name / INDEX).read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_an_index_over_smaller_numbers(tmp_path: Path, kind: str) -> None:
+    write_vectors(tmp_path, 5000, kind=kind)
+    facts = write_index(tmp_path, WIDTH)
+    assert facts is not None and facts["recall"] > 0.9
+
+
+def test_effort_grows_until_the_goal_is_reached_or_all_is_as_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In every direction alike, and few links: hard to walk through.
+    write_vectors(tmp_path, 12_000, dimensions=WIDTH)
+    monkeypatch.setattr(building, "LINKS", 2)
+    monkeypatch.setattr(building, "GOAL", 0.5)
+    first = write_index(tmp_path, WIDTH)
+    monkeypatch.setattr(building, "GOAL", 1.1)
+    said: list[str] = []
+    last = write_index(tmp_path, WIDTH, said.append)
+    assert first is not None and last is not None
+    efforts = [facts["parameters"]["search_effort"] for facts in (first, last)]
+    assert efforts[0] < efforts[1] == 280, "400 times the cost of 40 is more than 12,000"
+    assert first["recall"] < last["recall"]
+    assert "short of 1.1" in said[-1]
+
+
+def test_few_items_need_no_index(tmp_path: Path) -> None:
+    write_vectors(tmp_path, 3999)
+    said: list[str] = []
+    assert write_index(tmp_path, WIDTH, said.append) is None
+    assert said == ["index: none is needed, going through 3999 items is quicker"]
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_lengths_are_made_equal_and_products_stay() -> None:
+    vectors = np.array([[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]], dtype=np.float32)
+    longer = lengthened(vectors)
+    assert longer.dtype == np.float32
+    np.testing.assert_allclose(longer[:, 2] ** 2, [75, 100, 0], rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(longer, axis=1), 10.0, rtol=1e-6)
+    assert longer[:, :2].tolist() == vectors.tolist()
+    assert lengths_differ(vectors)
+    assert not lengths_differ(np.array([[3.0, 4.0], [5.0004, 0.0]], dtype=np.float32))
+    assert not lengths_differ(np.empty((0, 2), dtype=np.float32))
+
+
+def test_a_missing_library_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    config: Config = small_config()
+    require_index_library(config)
+    with pytest.raises(UserError) as caught:
+        require_index_library(replace(config, export=Export(index="hnsw")))
+    assert str(caught.value) == (
+        "export.index = 'hnsw': faiss is not installed; pip install 'hvdrec[index]', "
+        "or export with export.index = 'none'"
+    )

@@ -1,0 +1,273 @@
+"""Exact search and the index behind the same face, against plain sums in float64."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdrec.export.precision import compressed, restored
+from hvdrec.scoring import index as indexing
+from hvdrec.scoring import retrieval
+from hvdrec.scoring.bundle import stamp_of
+from hvdrec.scoring.errors import BundleError, ReplacedError
+from hvdrec.scoring.index import IndexSearch
+from hvdrec.scoring.retrieval import ExactSearch, Search, inner_products
+
+NOTHING = np.empty(0, dtype=np.int64)
+KINDS = ["float32", "float16", "int8"]
+Array = np.ndarray[Any, Any]
+
+
+def expected_rows(scores: Array, count: int, excluded: Array, allowed: Array | None) -> list[int]:
+    """Return the best rows by a full sort, the first ones of equals."""
+    left = [row for row in range(len(scores)) if row not in set(excluded.tolist())]
+    left = [row for row in left if allowed is None or allowed[row]]
+    return sorted(sorted(left, key=lambda row: (-scores[row], row))[:count])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    # Small whole numbers: sums are exact in every type, and equal scores are common.
+    vectors=st.lists(st.tuples(*[st.integers(-3, 3)] * 3), max_size=40),
+    query=st.tuples(*[st.integers(-3, 3)] * 2),
+    count=st.integers(1, 45),
+    excluded=st.lists(st.integers(0, 39), max_size=10),
+    allowed=st.none() | st.lists(st.booleans(), min_size=40, max_size=40),
+    kind=st.sampled_from(KINDS),
+    block=st.sampled_from([1, 3, 4096]),
+)
+def test_exact_search(
+    vectors: list[tuple[int, ...]],
+    query: tuple[int, ...],
+    count: int,
+    excluded: list[int],
+    allowed: list[bool] | None,
+    kind: str,
+    block: int,
+) -> None:
+    exact = np.array(vectors, dtype=np.float64).reshape(-1, 3)
+    rows_out = np.array([row for row in excluded if row < len(exact)], dtype=np.int64)
+    mask = None if allowed is None else np.array(allowed[: len(exact)], dtype=bool)
+    kept = None if mask is None else mask.copy()
+    scales = np.full(len(exact), 0.5, np.float32) if kind == "int8" else None
+    scores = exact[:, :2] @ np.array(query) * (0.5 if kind == "int8" else 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "BLOCK_ROWS", block)
+        patch.setattr(retrieval, "GROUP_ROWS", 4)
+        search = ExactSearch(exact.astype(kind), scales)
+        rows, found = search.search(np.array(query, np.float32), count, rows_out, mask)
+    assert rows.tolist() == expected_rows(scores, count, rows_out, mask)
+    assert found.dtype == np.float32
+    assert found.tolist() == scores[rows].tolist()
+    assert mask is None or kept is None or mask.tolist() == kept.tolist(), "the caller's own"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 6e4])
+@pytest.mark.parametrize("length", [1e-30, 1e-3, 1.0, 1e3, 1e30])
+def test_products_of_smaller_numbers_are_those_of_the_numbers_they_stand_for(
+    kind: str, size: float, length: float
+) -> None:
+    random = np.random.default_rng(0)
+    stored, scales = compressed((random.uniform(-1, 1, (9000, 8)) * size).astype("f4"), kind)
+    query = (random.normal(size=8) * length).astype(np.float32)
+    numbers = restored(stored, scales).astype(np.float64)
+    error = np.abs(inner_products(stored, query, scales) - numbers @ query.astype(np.float64))
+    assert (error <= 4e-7 * (np.abs(numbers) @ np.abs(query.astype(np.float64)))).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [16, 12])
+def test_a_search_holds_little_beside_the_scores(kind: str, width: int) -> None:
+    vectors = np.random.default_rng(0).normal(size=(200_000, 16)).astype(np.float32)
+    search = ExactSearch(*compressed(vectors, kind))
+    tracemalloc.start()
+    try:
+        search.search(np.ones(width, np.float32), 10, NOTHING)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Scores take 800 kB, which of them are contenders 200 kB, a block as float32 260 kB.
+    assert peak < 1_500_000
+
+
+# ---------------------------------------------------------------------------------- the index
+
+COUNT, ITEMS, WIDTH = 20, 3000, 8
+
+
+def clustered(rows: int, seed: int) -> Array:
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).normal(size=(30, WIDTH))
+    vectors = centres[random.integers(0, 30, rows)] + random.normal(0, 0.3, (rows, WIDTH))
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray((vectors / lengths).astype(np.float32))
+
+
+VECTORS, QUERIES = clustered(ITEMS, 1), clustered(50, 2)
+
+
+def build(vectors: Array = VECTORS, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
+    kind: Any = faiss.ScalarQuantizer.QT_8bit
+    index = faiss.IndexHNSWSQ(vectors.shape[1], kind, 8, metric)
+    index.train(vectors)
+    index.add(vectors)
+    index.hnsw.efSearch = 60
+    return index
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("index") / "index.faiss"
+    faiss.write_index(build(), str(file))
+    return file
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index is asked even where going through all vectors would be quicker."""
+    monkeypatch.setattr(indexing, "COST", 0)
+
+
+def search_of(file: Path) -> IndexSearch:
+    return IndexSearch(file, ExactSearch(VECTORS), WIDTH)
+
+
+def share_found(search: Search, count: int = COUNT) -> float:
+    exact = ExactSearch(VECTORS)
+    hits = [
+        len(np.intersect1d(search.search(q, count, NOTHING)[0], exact.search(q, count, NOTHING)[0]))
+        for q in QUERIES
+    ]
+    return sum(hits) / (count * len(QUERIES))
+
+
+@pytest.mark.usefixtures("always")
+def test_the_index_finds_what_the_exact_search_finds(file: Path) -> None:
+    search = search_of(file)
+    assert not search.is_exact
+    assert share_found(search) > 0.97
+    rows, scores = search.search(QUERIES[0], COUNT, NOTHING)
+    assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
+    # Scores are those of the stored vectors, not of the index's smaller ones.
+    np.testing.assert_allclose(scores, VECTORS[rows] @ QUERIES[0], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("always")
+@settings(max_examples=60, deadline=None)
+@given(
+    query=st.integers(0, len(QUERIES) - 1),
+    count=st.sampled_from([1, 5, 40, ITEMS, 2 * ITEMS]),
+    seed=st.integers(0, 2**20),
+    share=st.sampled_from([0.0, 0.001, 0.01, 0.3, 1.0]),
+    excluded=st.sampled_from([0, 1, 100, ITEMS]),
+    is_filtered=st.booleans(),
+)
+def test_a_filter_loses_no_item(
+    file: Path, query: int, count: int, seed: int, share: float, excluded: int, is_filtered: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    # What is left out is what lies nearest: the index gives too little then.
+    nearest = np.argsort(-(VECTORS @ QUERIES[query]))
+    out = nearest[:excluded] if excluded < ITEMS else random.permutation(ITEMS)
+    allowed = random.random(ITEMS) < share if is_filtered else None
+    rows, scores = search_of(file).search(QUERIES[query], count, out, allowed)
+    possible = set(range(ITEMS)) - set(out.tolist())
+    if allowed is not None:
+        possible &= set(np.flatnonzero(allowed).tolist())
+    assert set(rows.tolist()) <= possible
+    assert len(rows) == len(set(rows.tolist())) == min(count, len(possible))
+    np.testing.assert_allclose(scores, VECTORS[rows] @ QUERIES[query], rtol=1e-6)
+
+
+def test_few_items_are_gone_through_without_the_index(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = search_of(file)
+    search.open()
+    monkeypatch.setattr(search._index, "search", lambda *_: pytest.fail("the index was asked"))
+    # Finding one takes as long as going through 40: 100 of 3000, or 20 of less than 2400.
+    assert share_found(search, 100) == 1.0
+    rows, _ = search.search(QUERIES[0], COUNT, NOTHING, np.arange(ITEMS) < 2000)
+    assert len(rows) == COUNT
+
+
+@pytest.mark.usefixtures("always")
+def test_many_threads_find_the_same(file: Path) -> None:
+    search = search_of(file)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: search.search(QUERIES[i % 50], 5, NOTHING), range(400)))
+    for i, (rows, scores) in enumerate(found):
+        expected = search.search(QUERIES[i % 50], 5, NOTHING)
+        assert rows.tolist() == expected[0].tolist()
+        assert scores.tobytes() == expected[1].tobytes()
+
+
+def test_without_the_library_all_is_gone_through_after_a_warning(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    search = search_of(file)
+    with caplog.at_level(logging.WARNING, "hvdrec.scoring"):
+        assert share_found(search) == 1.0
+    assert search.is_exact
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}: faiss is not installed, all items are gone through instead; "
+        "pip install 'hvdrec[index]'"
+    ]
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def scrambled(data: bytes) -> bytes:
+    """Return an index whose links lead anywhere."""
+    middle = len(data) // 2
+    return data[:middle] + b"\x7f" * 4000 + data[middle + 4000 :]
+
+
+@pytest.mark.parametrize("damage", [cut, scrambled, lambda _: b"", lambda _: b"no index" * 99])
+def test_a_damaged_index(file: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    copy = tmp_path / "index.faiss"
+    copy.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(BundleError, match=r"index\.faiss: no readable index .*export the bundle"):
+        search_of(copy).open()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: build(VECTORS[:-1]),
+        lambda: build(np.hstack([VECTORS, VECTORS])),
+        lambda: build(metric=faiss.METRIC_L2),
+        lambda: faiss.IndexFlatIP(WIDTH),
+    ],
+    ids=["items", "width", "metric", "kind"],
+)
+def test_another_index(tmp_path: Path, make: Callable[[], Any]) -> None:
+    file = tmp_path / "index.faiss"
+    faiss.write_index(make(), str(file))
+    with pytest.raises(BundleError, match=r"is no HNSW index of 3000 items and width 8; export"):
+        search_of(file).open()
+
+
+def test_an_index_that_was_replaced_after_the_bundle_was_loaded(file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "index.faiss"
+    copy.write_bytes(b"before")
+    search = IndexSearch(copy, ExactSearch(VECTORS), WIDTH, stamp=stamp_of(copy.stat()))
+    (tmp_path / "new").write_bytes(file.read_bytes())
+    (tmp_path / "new").rename(copy)
+    with pytest.raises(ReplacedError, match="was replaced after the bundle was loaded"):
+        search.open()
