@@ -39,7 +39,8 @@ RUN python3.11 -m venv /installer \
     # What no service runs: packages' own tests, and tools that convert models.
     && cd /opt/hvdrec/lib/python3.11/site-packages \
     && find . -type d -name tests -prune -exec rm -r {} + \
-    && rm -r onnxruntime/transformers onnxruntime/tools onnxruntime/quantization
+    && rm -r onnxruntime/transformers onnxruntime/tools onnxruntime/quantization \
+    && strip --strip-unneeded uvloop/*.so httptools/parser/*.so
 
 FROM python AS scoring
 LABEL org.opencontainers.image.title="hvdrec scoring" \
