@@ -8,7 +8,8 @@ server (uvicorn with uvloop and httptools, no access log) and are driven in turn
 client, a process of its own that keeps a few connections busy.
 
 `scorer` is `Scorer.score` for the same request in a loop on one thread, without HTTP: what a
-service could reach at most on one core. The bundle is that of score.py: the model of
+service could reach at most on one core. `cpu_us` is the server's processor time for a request,
+which other processes on the machine change least. The bundle is that of score.py: the model of
 configs/movielens-1m.toml with random weights; `int8` is the service over the same bundle with an
 int8 ranker.
 """
@@ -26,8 +27,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 CANDIDATES, CONNECTIONS = 500, 8
 WARM_UP = 0.3
@@ -44,34 +48,42 @@ def measure(turns: int = 5, seconds: float = 2.0) -> dict[str, Any]:
         asked = _request(bundles["float32"])
         body.write_text(json.dumps(asked))
         answer.write_text(json.dumps(_answer(bundles["float32"], asked)))
-        rates: dict[str, list[float]] = {}
-        latencies: dict[str, list[float]] = {}
+        found: dict[str, dict[str, list[float]]] = {}
         with contextlib.ExitStack() as running:
-            ports = {
+            servers = {
                 "service": running.enter_context(_service(bundles["float32"])),
                 "int8": running.enter_context(_service(bundles["int8"])),
                 "bare": running.enter_context(_bare(answer, "declared")),
                 "bare_undeclared": running.enter_context(_bare(answer, "undeclared")),
             }
             for _ in range(turns):
-                for server, port in ports.items():
-                    busy = _client("--load", port, body, CONNECTIONS, seconds)
-                    alone = _client("--load", port, body, 1, seconds / 4)
-                    rates.setdefault(server, []).append(busy["rate"])
-                    latencies.setdefault(server, []).append(alone["p50_ms"])
+                for program, server in servers.items():
+                    before = server.cpu_seconds()
+                    busy = _client("--load", server.port, body, CONNECTIONS, seconds)
+                    spent = server.cpu_seconds() - before
+                    alone = _client("--load", server.port, body, 1, seconds / 4)
+                    figures = {
+                        "requests_per_second": busy["rate"],
+                        "cpu_us": 1e6 * spent / busy["requests"],
+                        "one_connection_ms": alone["p50_ms"],
+                    }
+                    for figure, value in figures.items():
+                        found.setdefault(figure, {}).setdefault(program, []).append(value)
                 scorer = _client("--scorer", bundles["float32"], body, seconds / 2)
-                rates.setdefault("scorer", []).append(scorer["rate"])
-    rate = {server: statistics.median(values) for server, values in rates.items()}
+                found["requests_per_second"].setdefault("scorer", []).append(scorer["rate"])
+    medians = {
+        figure: {name: statistics.median(values) for name, values in by_name.items()}
+        for figure, by_name in found.items()
+    }
+    rate = medians["requests_per_second"]
     return {
         "share_of_bare": rate["service"] / rate["bare"],
         "share_of_bare_undeclared": rate["service"] / rate["bare_undeclared"],
         "share_of_scorer": rate["service"] / rate["scorer"],
+        "scorer_share_of_bare": rate["scorer"] / rate["bare"],
         "int8_share_of_bare": rate["int8"] / rate["bare"],
-        "requests_per_second": rate,
-        "one_connection_ms": {
-            server: statistics.median(values) for server, values in latencies.items()
-        },
-        "turns_requests_per_second": rates,
+        **medians,
+        "turns_requests_per_second": found["requests_per_second"],
         "candidates": CANDIDATES,
         "connections": CONNECTIONS,
         "turns": turns,
@@ -107,9 +119,22 @@ def _answer(bundle: Path, asked: dict[str, Any]) -> dict[str, list[float]]:
 # ---------------------------------------------------------------------------------- the processes
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that answers."""
+
+    port: int
+    process: psutil.Process
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it has used."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
 @contextlib.contextmanager
-def _running(command: list[str], listening: str) -> Iterator[int]:
-    """Run a server and yield its port, which a line of its standard error tells."""
+def _running(command: list[str], listening: str) -> Iterator[Server]:
+    """Run a server and yield it; a line of its standard error tells its port."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
@@ -119,7 +144,7 @@ def _running(command: list[str], listening: str) -> Iterator[int]:
             raise SystemExit(f"{command}: {line}{process.stderr.read()}")
         port = int(found[1])
         _wait_for(port)
-        yield port
+        yield Server(port, psutil.Process(process.pid))
     finally:
         process.terminate()
         process.wait(30)
@@ -127,17 +152,18 @@ def _running(command: list[str], listening: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _service(bundle: Path) -> Iterator[int]:
+def _service(bundle: Path) -> Iterator[Server]:
     command = [str(Path(sys.executable).with_name("hvdrec")), "serve", str(bundle)]
-    with _running([*command, "--port", "0", "--max-wait", "30"], r"http://127.0.0.1:(\d+)") as port:
-        yield port
+    command += ["--port", "0", "--max-wait", "30"]
+    with _running(command, r"http://127.0.0.1:(\d+)") as server:
+        yield server
 
 
 @contextlib.contextmanager
-def _bare(answer: Path, written: str) -> Iterator[int]:
+def _bare(answer: Path, written: str) -> Iterator[Server]:
     program = Path(__file__).with_name("bare_service.py")
-    with _running([sys.executable, str(program), str(answer), written], r"(\d+)") as port:
-        yield port
+    with _running([sys.executable, str(program), str(answer), written], r"(\d+)") as server:
+        yield server
 
 
 def _wait_for(port: int, limit: float = 60.0) -> None:
@@ -210,7 +236,11 @@ async def load(port: int, body: bytes, connections: int, seconds: float) -> Figu
         transport.abort()
     if wrong:
         raise SystemExit(f"an answer that is not 200: {wrong[0]!r}")
-    return {"rate": count / elapsed, "p50_ms": 1e3 * statistics.median(took[before:])}
+    return {
+        "rate": count / elapsed,
+        "requests": len(took),
+        "p50_ms": 1e3 * statistics.median(took[before:]),
+    }
 
 
 def score_alone(bundle: Path, body: bytes, seconds: float) -> Figures:
