@@ -154,10 +154,20 @@ def _parser() -> argparse.ArgumentParser:
         overrides=True,
     )
     sub.add_argument("run", type=Path, help="directory of a run (WORK/run)")
-    sub.add_argument("--to", type=Path, help="directory of the bundle (default paths.bundle)")
+    sub.add_argument("--to", help="directory or URL of the bundle (default paths.bundle)")
     sub.add_argument("--checkpoint", choices=["best", "latest"], default="best")
     sub.add_argument("--parity-rows", type=int, help="held-out rows to compare with torch")
     _workers(sub)
+    _overwrite(sub)
+
+    sub = verb(
+        "fetch",
+        bundle.fetch,
+        "Copy a bundle from a URL into a directory, where it is served: verified, whole or not "
+        "at all. A bundle that is there already is left as it is.",
+    )
+    sub.add_argument("source", help="URL or directory of a bundle: s3://bucket/name")
+    sub.add_argument("to", type=Path, help="directory to write")
     _overwrite(sub)
 
     sub = verb("recommend", bundle.recommend, "Retrieve and rank items for a user in a scene.")

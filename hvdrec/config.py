@@ -9,16 +9,20 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 from hvdrec.errors import UserError, choices
 from hvdrec.schema import Feature, Schema
+from hvdrec.storage import Place, is_url, place
 from hvdrec.structure import from_dict
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Directories of a run, relative to the current directory. An empty one lies in `work`."""
+    """Directories of a run, relative to the current directory. An empty one lies in `work`.
+
+    features and bundle may be URLs of a store that fsspec knows: s3://bucket/features.
+    """
 
     raw: str = "data"
     """Where the raw tables are."""
@@ -33,9 +37,15 @@ class Paths:
     bundle: str = ""
     """What is served (default WORK/bundle)."""
 
-    def of(self, stage: Literal["samples", "features", "run", "bundle"]) -> Path:
-        """Return the directory of a stage."""
-        return Path(getattr(self, stage) or Path(self.work) / stage)
+    @overload
+    def of(self, stage: Literal["samples", "run"]) -> Path: ...
+
+    @overload
+    def of(self, stage: Literal["features", "bundle"]) -> Place: ...
+
+    def of(self, stage: Literal["samples", "features", "run", "bundle"]) -> Place:
+        """Return the place of a stage."""
+        return place(getattr(self, stage) or str(Path(self.work) / stage))
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,12 @@ class Loader:
     """Reading threads of a rank."""
     prefetch: int = 4
     """Batches held ready."""
+    cache_dir: str = ""
+    """Directory on a disk of each host in which Petastorm keeps row groups that were read, for
+    later epochs and runs: for shards that are far away. Nobody else may write there. Empty:
+    none."""
+    cache_gb: float = 10.0
+    """Size of that cache (10^9 bytes), shared by the ranks of a host; the oldest go first."""
 
 
 @dataclass(frozen=True)
@@ -421,6 +437,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("loader.shuffle_rows", loader.shuffle_rows),
         ("loader.workers", loader.workers),
         ("loader.prefetch", loader.prefetch),
+        ("loader.cache_gb", loader.cache_gb),
         ("model.dimension", config.model.dimension),
         ("evaluate.batch_size", config.evaluate.batch_size),
         ("evaluate.beta", config.evaluate.beta),
@@ -453,12 +470,21 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
     listed = ("categorical", "categorical_list", "hashed")
     filters = [f.name for f in config.features if f.side == "item" and f.kind in listed]
     names = [feature.name for feature in config.features]
+    paths = [(key, getattr(config.paths, key)) for key in ("raw", "work", "samples", "run")]
     sided = [feature.name for feature in config.features if feature.side != "scene"]
     return [
         (bool(config.features), "features: none are declared; add at least one [[features]] table"),
         *((value > 0, f"{key} = {value}: must be greater than 0") for key, value in positive),
         *((value >= 0, f"{key} = {value}: must not be negative") for key, value in not_negative),
         *((0 <= value < 1, f"{key} = {value}: must be in [0, 1)") for key, value in shares),
+        *(
+            (
+                not is_url(path),
+                f"paths.{key} = '{path}': must be a directory; only paths.features and "
+                "paths.bundle may be URLs",
+            )
+            for key, path in paths
+        ),
         (
             0 <= config.evaluate.threshold <= 1,
             f"evaluate.threshold = {config.evaluate.threshold}: must be in [0, 1]",

@@ -18,15 +18,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdrec.errors import UserError, choices
 from hvdrec.order import Plan, Progress, Window, plan_epoch
-from hvdrec.row_groups import read_row_groups
+from hvdrec.row_groups import (
+    RowGroupCache,
+    Source,
+    find_shards,
+    list_row_groups,
+    read_row_groups,
+)
 from hvdrec.schema import KEY_COLUMNS, MISSING, Feature, Schema
+from hvdrec.storage import Place, Url, read_metadata, version
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
@@ -83,16 +89,18 @@ class ShardLoader:
     has no rows left gets padding. See `order` for which rows come when. Without `shuffle` a rank
     gets its contiguous part of the rows in the order of the files.
 
-    directory: its `*.parquet` files are the shards, in the order of their names; window_rows: rows
-    that are shuffled together; workers: reading threads; prefetch: batches held ready; columns:
-    names of the features to read (default: all); pin_memory: into page-locked memory, where CUDA is
-    there. `rows` counts the rows of all ranks, `waited_seconds` the time the consumer has waited.
+    directory: here or by URL; its `*.parquet` files are the shards, in the order of their names;
+    window_rows: rows that are shuffled together; workers: reading threads; prefetch: batches held
+    ready; columns: names of the features to read (default: all); pin_memory: into page-locked
+    memory, where CUDA is there; cache_dir, cache_gb: where row groups that were read are kept, and
+    how much of them. `rows` counts the rows of all ranks, `waited_seconds` the time the consumer
+    has waited.
     Raises UserError for a directory without shards, a shard that cannot be read or lacks a column.
     """
 
     def __init__(
         self,
-        directory: Path,
+        directory: Place,
         schema: Schema,
         *,
         batch_size: int,
@@ -105,6 +113,8 @@ class ShardLoader:
         prefetch: int = 4,
         columns: Collection[str] | None = None,
         pin_memory: bool = False,
+        cache_dir: str = "",
+        cache_gb: float = 10.0,
     ) -> None:
         names = [feature.name for feature in schema.features]
         for column in columns or ():
@@ -118,13 +128,20 @@ class ShardLoader:
         self._shuffle, self._window_rows = shuffle, window_rows
         self._workers, self._prefetch = workers, prefetch
         self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._groups, self._group_rows = _row_groups(Path(directory), self._columns)
+        self._files = find_shards(directory)
+        self._groups, self._group_rows = list_row_groups(self._files, self._columns)
         self.rows = sum(self._group_rows)
+        cache = None
+        if cache_dir:
+            versions = {path: version(file) for path, file in self._files.items()}
+            cache = RowGroupCache(Path(cache_dir), int(1e9 * cache_gb), versions)
+        filesystem = directory.filesystem if isinstance(directory, Url) else None
+        self._source = Source(filesystem, cache)
 
     def code_ranges(self, column: str) -> Iterator[tuple[str, int, int]]:
         """Yield (file, lowest, highest) of an encoded column, from the shards' own statistics."""
         for file in dict.fromkeys(file for file, _ in self._groups):
-            metadata = pq.read_metadata(file)
+            metadata = read_metadata(self._files[file])
             place = next(
                 i
                 for i in range(metadata.num_columns)
@@ -250,7 +267,7 @@ class ShardLoader:
         wanted = [self._groups[fragment.group] for window in plan.windows for fragment in window]
         if not wanted:
             return
-        tables = read_row_groups(wanted, self._columns, self._workers, stopped)
+        tables = read_row_groups(wanted, self._columns, self._workers, stopped, self._source)
         with closing(tables):
             for number, window in enumerate(plan.windows):
                 order = plan.order(number)[plan.skip if number == 0 else 0 :]
@@ -360,33 +377,3 @@ def _pad(out: Array, lists: pa.ListArray, *, at_end: bool) -> None:
     taken = places >= (width - lengths)[:, None] if at_end else places < lengths[:, None]
     out[...] = MISSING
     out[taken] = values
-
-
-def _row_groups(directory: Path, columns: Sequence[str]) -> tuple[list[tuple[str, int]], list[int]]:
-    """Return (file, index) and rows of each row group of the shards, in canonical order."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; run hvdrec prepare")
-    files = sorted(directory.glob("*.parquet"))
-    if not files:
-        raise UserError(f"{directory}: holds no shards; run hvdrec prepare")
-    groups: list[tuple[str, int]] = []
-    rows: list[int] = []
-    for file in files:
-        try:
-            metadata = pq.read_metadata(file)
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{file}: no readable Parquet ({reason}); run hvdrec prepare again"
-            ) from None
-        found = metadata.schema.to_arrow_schema().names
-        for column in columns:
-            if column not in found:
-                raise UserError(
-                    f"{file}: column '{column}' is missing; the shard has {choices(found)}; "
-                    "run hvdrec prepare again"
-                )
-        for index in range(metadata.num_row_groups):
-            groups.append((str(file.resolve()), index))
-            rows.append(metadata.row_group(index).num_rows)
-    return groups, rows

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,6 +28,7 @@ from hvdrec.loader import ShardLoader, table_arrays
 from hvdrec.models.recommender import Recommender
 from hvdrec.models.tables import Rows
 from hvdrec.parallel import ranks
+from hvdrec.storage import Place, read_metadata, read_table, read_tables
 
 Array = NDArray[Any]
 RowsOf = Callable[[Mapping[str, Tensor]], Rows]
@@ -146,6 +145,8 @@ def score_split(
         workers=config.loader.workers,
         prefetch=config.loader.prefetch,
         pin_memory=device.type == "cuda",
+        cache_dir=config.loader.cache_dir,
+        cache_gb=config.loader.cache_gb,
     )
     parts: list[tuple[Array, ...]] = []
     with torch.inference_mode():
@@ -175,7 +176,7 @@ def embed_side(
 ) -> Array:
     """Return tower embeddings float32 [n, D] of all users (items); ranks share the work."""
     world = ranks.current()
-    table = pq.read_table(config.paths.of("features") / f"{side}s.parquet")
+    table = read_table(config.paths.of("features") / f"{side}s.parquet")
     start, stop = _part(table.num_rows, world.rank, world.size)
     features = config.schema.side("user" if side == "user" else "item")
     represent = model.represent_users if side == "user" else model.represent_items
@@ -193,17 +194,10 @@ def embed_side(
     return ranks.gather_arrays(np.concatenate(found))
 
 
-def read_interactions(features: Path, splits: list[str]) -> Interactions:
+def read_interactions(features: Place, splits: list[str]) -> Interactions:
     """Read the key columns of splits."""
     columns = ["user_index", "item_index", "label", "weight"]
-    table = ds.dataset(
-        [
-            file
-            for split in splits
-            for file in sorted(map(str, (features / split).glob("*.parquet")))
-        ],
-        format="parquet",
-    ).to_table(columns=columns)
+    table = pa.concat_tables([read_tables(features / split, columns) for split in splits])
     return Interactions(*(table[name].to_numpy() for name in columns))
 
 
@@ -240,7 +234,7 @@ class _Retrieval:
             seen = seen.where(seen.label > 0)
         held_out = read_interactions(features, [split])
         # What is excluded cannot be found: an item taken again is no target.
-        count = pq.read_metadata(features / "items.parquet").num_rows
+        count = read_metadata(features / "items.parquet").num_rows
         again = np.isin(held_out.pairs(count), seen.pairs(count))
         hit = (held_out.label > 0) & ~again
         everyone = np.unique(held_out.user[hit])
@@ -272,7 +266,7 @@ def _baselines(config: Config, scores: Scores | None, top: _Retrieval | None) ->
     """Return the report of every baseline, from the training rows alone."""
     features = config.paths.of("features")
     users, items = (
-        pq.read_metadata(features / f"{side}s.parquet").num_rows for side in ("user", "item")
+        read_metadata(features / f"{side}s.parquet").num_rows for side in ("user", "item")
     )
     train = read_interactions(features, ["train"])
     fitted = fit_baselines(train.user, train.item, train.label, train.weight, users, items)

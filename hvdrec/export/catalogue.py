@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.export.embed import key_array
 from hvdrec.samples.split import SPLITS
+from hvdrec.storage import read_table
 
 Array = NDArray[Any]
 DAY = 86_400
@@ -48,7 +48,7 @@ def write_catalogue(
     folder = draft / "items"
     encoded = config.paths.of("features") / "items.parquet"
     # Rows of the encoded catalogue are those of the samples' catalogue.
-    counts = pq.read_table(encoded, columns=["train_count"])["train_count"].to_numpy()
+    counts = read_table(encoded, ["train_count"])["train_count"].to_numpy()
     popularity = counts[item_order].astype(np.int64)
     _save(folder / "popularity.npy", popularity)
     if "title" in items.column_names:

@@ -10,7 +10,6 @@ import numpy as np
 import onnxruntime
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -22,6 +21,7 @@ from hvdrec.loader import table_arrays
 from hvdrec.models.recommender import Recommender
 from hvdrec.schema import Feature
 from hvdrec.scoring import Scorer
+from hvdrec.storage import Place, read_table, read_tables
 
 Arrays = Mapping[str, NDArray[Any]]
 Row = dict[str, Any]
@@ -44,8 +44,8 @@ def largest_difference(
     step = max(1, -(-raw.num_rows // config.export.parity_rows))
     chosen = np.arange(0, raw.num_rows, step)
     raw = raw.take(chosen)
-    encoded = ds.dataset(str(features / "test"), format="parquet").to_table().take(chosen)
-    catalogue = pq.read_table(features / "items.parquet")
+    encoded = read_tables(features / "test").take(chosen)
+    catalogue = read_table(features / "items.parquet")
 
     scorer = Scorer.load(bundle)
     schema = config.schema
@@ -137,8 +137,8 @@ def _unseen(config: Config, name: str) -> Any:
     return UNSEEN_KEY[known.get(name, "string")]
 
 
-def _preprocessed(graph: Path, features: Sequence[Feature], table: pa.Table) -> Arrays:
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+def _preprocessed(graph: Place, features: Sequence[Feature], table: pa.Table) -> Arrays:
+    session = onnxruntime.InferenceSession(graph.read_bytes(), providers=["CPUExecutionProvider"])
     names = [output_name(feature.name) for feature in features]
     outputs = session.run(names, rows_to_inputs(tuple(features), table))
     return {feature.name: array for feature, array in zip(features, outputs, strict=True)}

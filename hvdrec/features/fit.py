@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from hvdrec.errors import UserError, choices
 from hvdrec.schema import FIRST_CODE, MISSING_INT, Feature, Schema
+from hvdrec.storage import Place, read_table
 from hvdrec.structure import from_dict, to_dict
 
 HASH_PRIME = 2**31 - 1
@@ -86,7 +87,7 @@ class Fitted:
         (directory / FITTED_FILE).write_text(text + "\n")
 
     @staticmethod
-    def load(directory: Path) -> Fitted:
+    def load(directory: Place) -> Fitted:
         """Read what `save` wrote; UserError if it is missing or damaged."""
         file = directory / FITTED_FILE
         try:
@@ -216,9 +217,9 @@ def _fit_one(source: duckdb.DuckDBPyRelation, feature: Feature) -> FittedFeature
     return FittedFeature(feature, mean=mean, deviation=deviation)
 
 
-def _read_vocabulary(file: Path) -> list[Any]:
+def _read_vocabulary(file: Place) -> list[Any]:
     try:
-        values: list[Any] = pq.read_table(file)["value"].to_pylist()
+        values: list[Any] = read_table(file)["value"].to_pylist()
     except FileNotFoundError:
         raise UserError(f"{file}: is missing; run hvdrec prepare") from None
     except (OSError, KeyError, pa.ArrowInvalid) as error:

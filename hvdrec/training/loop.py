@@ -28,6 +28,7 @@ from hvdrec.parallel.gradients import broadcast_state, global_sum
 from hvdrec.parallel.kernels import KernelName
 from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import check_synchronization, make_tables
+from hvdrec.storage import read_table
 from hvdrec.structure import to_dict
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
@@ -205,6 +206,8 @@ def _loader(config: Config, world: World, device: torch.device) -> ShardLoader:
         workers=config.loader.workers,
         prefetch=config.loader.prefetch,
         pin_memory=device.type == "cuda",
+        cache_dir=config.loader.cache_dir,
+        cache_gb=config.loader.cache_gb,
     )
 
 
@@ -232,10 +235,8 @@ def _log_probability(config: Config, device: torch.device) -> Tensor | None:
     """Return the log of each item's share of the positive training rows, or None if unused."""
     if config.train.objective == "ranking" or not config.train.logq:
         return None
-    import pyarrow.parquet as pq
-
     file = config.paths.of("features") / "items.parquet"
-    counts = pq.read_table(file, columns=["train_count"])["train_count"].to_numpy()
+    counts = read_table(file, ["train_count"])["train_count"].to_numpy()
     share = np.maximum(counts, 1) / max(counts.sum(), 1)
     return torch.from_numpy(np.log(share)).to(device, torch.float32)
 

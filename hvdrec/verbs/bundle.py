@@ -12,6 +12,16 @@ from hvdrec.text import table
 from hvdrec.verbs import Answer
 
 
+def fetch(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from hvdrec.artifacts import fetch_artifact
+    from hvdrec.storage import place
+
+    source, to = place(options.source), options.to
+    is_new = fetch_artifact(source, to, "bundle", overwrite=options.overwrite)
+    facts = {"path": str(to), "source": str(source), "fetched": is_new}
+    return Answer(facts, f"wrote {to}" if is_new else f"{to}: holds this bundle already")
+
+
 def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
     from hvdrec.scoring import Scorer
     from hvdrec.scoring.command import parse_allowed, parse_key, parse_scene, parse_user

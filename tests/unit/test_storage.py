@@ -1,0 +1,444 @@
+"""Artifacts in a store that fsspec reaches, here one in memory that can be made to go away."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from hvdrec import storage
+from hvdrec.artifacts import (
+    DRAFT_MANIFEST,
+    MANIFEST,
+    fetch_artifact,
+    read_manifest,
+    verify_artifact,
+    write_artifact,
+)
+from hvdrec.config import Config, Paths
+from hvdrec.errors import UserError
+from hvdrec.loader import Batch, ShardLoader
+from hvdrec.schema import Feature
+from hvdrec.storage import Url, place, read_tables, retried
+from tests.unit.test_loader import SCHEMA, numbers, shard, tensors, write_shards
+
+
+class Store(MemoryFileSystem):
+    """A store in memory that tells what was done, and does not answer `away` requests."""
+
+    protocol = "away"
+    root_marker = ""
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    done: ClassVar[list[tuple[str, str]]] = []
+    away = 0
+    lock = threading.Lock()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> Any:
+        return super()._strip_protocol(path.removeprefix("away://"))
+
+    @classmethod
+    def answer(cls, what: str, path: str) -> None:
+        with cls.lock:
+            if cls.away:
+                cls.away -= 1
+                raise ConnectionResetError(errno.ECONNRESET, "the store is away")
+            cls.done.append((what, path.rsplit("/", 1)[-1]))
+
+    def info(self, path: str, **options: Any) -> Any:
+        self.answer("info", path)
+        return super().info(path, **options)
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        self.answer("open" if mode == "rb" else "put", path)
+        return super()._open(path, mode, **options)
+
+    def rm_file(self, path: str) -> None:
+        self.answer("remove", path)
+        super()._rm(path)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Store]]:
+    fsspec.register_implementation("away", Store, clobber=True)
+    Store.store.clear()
+    Store.pseudo_dirs[:] = [""]
+    Store.done.clear()
+    monkeypatch.setattr(Store, "away", 0)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.002)
+    yield Store
+    Store.clear_instance_cache()
+
+
+def make(path: Any, kind: str = "bundle", text: str = "hello", **options: bool) -> Any:
+    with write_artifact(path, kind, {"rows": 3}, **options) as draft:
+        (draft / "part").mkdir()
+        (draft / "part/a.txt").write_text(text)
+        (draft / "b.bin").write_bytes(b"\x00\x01")
+    return path
+
+
+# ------------------------------------------------------------------------------------------ places
+
+
+def test_what_a_text_names(tmp_path: Path) -> None:
+    assert place("runs/a") == Path("runs/a")
+    assert place(f"file://{tmp_path}/a b") == tmp_path / "a b"
+    assert place("s3://bucket/a/") == Url("s3://bucket/a")
+    assert str(place("s3://bucket/a") / "train" / "x.parquet") == "s3://bucket/a/train/x.parquet"
+    assert (place("s3://bucket/a") / "b").name == "b"
+
+
+def test_which_stages_may_lie_at_a_url() -> None:
+    features = (Feature("user_id"), Feature("item_id", side="item"))
+    paths = Paths(work="w", features="s3://b/features", bundle="gs://b/bundle")
+    config = Config("run", features, paths=paths)
+    assert config.paths.of("features") == Url("s3://b/features")
+    assert config.paths.of("bundle") == Url("gs://b/bundle")
+    assert config.paths.of("samples") == Path("w/samples")
+    for key in ("raw", "work", "samples", "run"):
+        with pytest.raises(UserError, match=rf"^paths\.{key} = 's3://b/x': must be a directory; "):
+            Config("run", features, paths=Paths(**{key: "s3://b/x"}))
+
+
+def test_a_client_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", absent)
+    with pytest.raises(
+        UserError, match=r"^s3:.*is absent; install hvdrec\[s3\]$"
+    ):
+        Url("s3://b/x").is_file()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"^nowhere://b/x: no store can be reached by it"):
+        Url("nowhere://b/x").is_file()
+
+
+# ----------------------------------------------------------------------------------------- retries
+
+
+def failing(times: int, error: Callable[[], Exception]) -> Callable[[], int]:
+    left = [times]
+
+    def act() -> int:
+        if left[0]:
+            left[0] -= 1
+            raise error()
+        return 7
+
+    return act
+
+
+@pytest.mark.usefixtures("store")
+def test_what_passes_is_tried_again_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="hvdrec.storage"):
+        assert retried(failing(3, lambda: ConnectionError("gone")), "s3://b/x") == 7
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 4
+    assert lines[0] == "s3://b/x: no answer (gone); again in 0.001 s"
+    assert lines[2] == "s3://b/x: no answer (gone); again in 0.002 s"
+    assert lines[3].startswith("s3://b/x: there again after ")
+    caplog.clear()
+    assert retried(failing(0, RuntimeError), "s3://b/x") == 7
+    assert caplog.records == []
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (FileNotFoundError("x"), FileNotFoundError, "x"),
+        (ValueError("x"), ValueError, "x"),
+        (OSError("Couldn't deserialize thrift"), OSError, "thrift"),
+        (OSError(errno.ENOSPC, "full"), OSError, "full"),
+        (PermissionError(errno.EACCES, "no"), UserError, "s3://b: the store refuses"),
+    ],
+)
+def test_what_stays_is_not_tried_again(error: Exception, kind: type, text: str) -> None:
+    calls = 0
+
+    def act() -> None:
+        nonlocal calls
+        calls += 1
+        raise error
+
+    with pytest.raises(kind, match=text):
+        retried(act, "s3://b")
+    assert calls == 1
+
+
+@pytest.mark.usefixtures("store")
+def test_in_the_end_a_store_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE", 0.01)
+    with pytest.raises(UserError, match=r"^s3://b: cannot be reached, for 0 s by now \(gone\); "):
+        retried(failing(1000, lambda: ConnectionError("gone")), "s3://b")
+
+
+@pytest.mark.usefixtures("store")
+def test_who_has_stopped_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 100.0)
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(ConnectionError):
+        retried(failing(1, lambda: ConnectionError("gone")), "s3://b", stopped=stopped)
+
+
+# --------------------------------------------------------------------------------------- artifacts
+
+
+def test_an_artifact_in_a_store_is_as_one_in_a_directory(
+    store: type[Store], tmp_path: Path
+) -> None:
+    here, there = make(tmp_path / "here"), make(Url("away://b/there"))
+    assert read_manifest(there, "bundle") == read_manifest(here, "bundle")
+    assert (there / "part/a.txt").read_text() == "hello"
+    assert there.is_dir()
+    assert set(there.sizes()) == {MANIFEST, "b.bin", "part/a.txt"}
+
+
+def test_the_manifest_comes_last_and_goes_first(store: type[Store]) -> None:
+    url = make(Url("away://b/x"))
+    puts = [name for what, name in store.done if what == "put"]
+    assert puts == [DRAFT_MANIFEST, "b.bin", "a.txt", MANIFEST]
+    store.done.clear()
+    with write_artifact(url, "bundle", overwrite=True) as draft:
+        (draft / "c.bin").write_bytes(b"new")
+    changes = [f"{what} {name}" for what, name in store.done if what in ("put", "remove")]
+    changes[3:5] = sorted(changes[3:5])
+    assert changes == [
+        f"put {DRAFT_MANIFEST}",
+        f"remove {MANIFEST}",
+        "put c.bin",
+        "remove a.txt",
+        "remove b.bin",
+        f"put {MANIFEST}",
+        f"remove {DRAFT_MANIFEST}",
+    ]
+    assert set(url.sizes()) == {MANIFEST, "c.bin"}
+
+
+def test_what_others_have_put_there_stays(store: type[Store]) -> None:
+    url = make(Url("away://b/x"))
+    (url / "notes/mine.txt").write_bytes(b"mine")
+    make(url, text="again", overwrite=True)
+    assert (url / "notes/mine.txt").read_bytes() == b"mine"
+    (Url("away://b/other") / "mine.txt").write_bytes(b"mine")
+    for overwrite, text in ((False, "already exists; pass --overwrite"), (True, "no hvdrec artif")):
+        with pytest.raises(UserError, match=text):
+            make(Url("away://b/other"), overwrite=overwrite)
+    with pytest.raises(UserError, match="holds a 'bundle' artifact; only"):
+        make(url, kind="features", overwrite=True)
+    with pytest.raises(UserError, match="already exists; pass --overwrite"):
+        make(url)
+
+
+def test_an_upload_that_breaks_off_leaves_no_artifact_and_can_be_made_again(
+    store: type[Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = make(Url("away://b/x"))
+    put_file = Store.put_file
+
+    def break_off(self: Store, source: str, target: str, *more: Any, **options: Any) -> None:
+        if target.endswith("a.txt"):
+            raise RuntimeError("killed")
+        put_file(self, source, target, *more, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Store, "put_file", break_off)
+        make(url, text="new", overwrite=True)
+    with pytest.raises(UserError, match="no bundle artifact here"):
+        read_manifest(url, "bundle")
+    make(url, text="new")
+    assert (url / "part/a.txt").read_text() == "new"
+    assert set(url.sizes()) == {MANIFEST, "b.bin", "part/a.txt"}
+
+
+def test_an_error_before_the_end_puts_nothing_there(store: type[Store]) -> None:
+    with pytest.raises(RuntimeError), write_artifact(Url("away://b/x"), "bundle") as draft:
+        (draft / "a").write_text("a")
+        raise RuntimeError
+    assert Url("away://b/x").sizes() == {}
+
+
+def test_a_file_that_is_missing_or_short_is_named(store: type[Store]) -> None:
+    url = make(Url("away://b/x"))
+    (url / "b.bin").write_bytes(b"\x00")
+    with pytest.raises(UserError, match=r"away://b/x/b.bin: 1 bytes, manifest.json says 2"):
+        read_manifest(url, "bundle")
+    (url / "b.bin").remove()
+    with pytest.raises(UserError, match=r"away://b/x/b.bin: listed in manifest.json but missing"):
+        read_manifest(url, "bundle")
+
+
+# ------------------------------------------------------------------------------------------- fetch
+
+
+def test_fetching_brings_the_same_bytes_once(store: type[Store], tmp_path: Path) -> None:
+    url, to = make(Url("away://b/x")), tmp_path / "deep/to"
+    assert fetch_artifact(url, to, "bundle")
+    assert (to / MANIFEST).read_bytes() == (url / MANIFEST).read_bytes()
+    verify_artifact(to, "bundle")
+    store.done.clear()
+    assert not fetch_artifact(url, to, "bundle")
+    assert not [name for what, name in store.done if name == "a.txt"]
+    make(url, text="later", overwrite=True)
+    with pytest.raises(UserError, match="already exists; pass --overwrite"):
+        fetch_artifact(url, to, "bundle")
+    assert (to / "part/a.txt").read_text() == "hello"
+    assert fetch_artifact(url, to, "bundle", overwrite=True)
+    assert (to / "part/a.txt").read_text() == "later"
+    assert [path.name for path in to.parent.iterdir()] == ["to"]
+
+
+def test_a_copy_that_was_damaged_is_fetched_again(store: type[Store], tmp_path: Path) -> None:
+    url, to = make(Url("away://b/x")), tmp_path / "to"
+    fetch_artifact(url, to, "bundle")
+    (to / "part/a.txt").write_text("HELLO")
+    assert fetch_artifact(url, to, "bundle", overwrite=True)
+    assert (to / "part/a.txt").read_text() == "hello"
+
+
+def test_what_differs_from_its_manifest_is_not_fetched(store: type[Store], tmp_path: Path) -> None:
+    url = make(Url("away://b/x"))
+    (url / "part/a.txt").write_bytes(b"HELLO")
+    with pytest.raises(UserError, match=r"away://b/x/part/a.txt: contents differ from manifest"):
+        fetch_artifact(url, tmp_path / "to", "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_cannot_name_files_elsewhere(store: type[Store], tmp_path: Path) -> None:
+    url = make(Url("away://b/x"))
+    raw = json.loads((url / MANIFEST).read_text())
+    raw["files"]["../evil"] = raw["files"]["b.bin"]
+    (url / MANIFEST).write_bytes(json.dumps(raw).encode())
+    with pytest.raises(UserError, match=r"file name '\.\./evil' leaves the directory"):
+        fetch_artifact(url, tmp_path / "to", "bundle")
+    with pytest.raises(UserError, match=r"file name '\.\./evil' leaves the directory"):
+        make(url, overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------ shards
+
+
+@pytest.fixture
+def shards(store: type[Store], tmp_path: Path) -> tuple[Path, Url, int]:
+    """Return the same shards here and in the store, and how many rows they have."""
+    total = write_shards(tmp_path, [25, 0, 40, 7], 6)
+    url = Url("away://b/features/train")
+    for file in tmp_path.glob("*.parquet"):
+        (url / file.name).upload(file)
+    return tmp_path, url, total
+
+
+def batches(folder: Any, world: int = 2, **more: Any) -> list[Batch]:
+    loaders = [
+        ShardLoader(
+            folder, SCHEMA, batch_size=8, rank=rank, world_size=world, window_rows=20, **more
+        )
+        for rank in range(world)
+    ]
+    return [batch for loader in loaders for batch in loader.epoch(0)]
+
+
+def same(ours: list[Batch], theirs: list[Batch]) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(tensor, tensors(b)[name])
+        for a, b in zip(ours, theirs, strict=True)
+        for name, tensor in tensors(a).items()
+    )
+
+
+def test_shards_in_a_store_give_the_same_batches(shards: tuple[Path, Url, int]) -> None:
+    here, there, total = shards
+    found = batches(there)
+    assert same(found, batches(here))
+    assert sorted(numbers(found)) == list(range(total))
+    assert read_tables(there).equals(read_tables(here))
+    loaders = [ShardLoader(f, SCHEMA, batch_size=8, rank=0, world_size=1) for f in (here, there)]
+    ranges = [[(low, high) for _, low, high in each.code_ranges("user_id")] for each in loaders]
+    assert ranges[0] == ranges[1]
+
+
+def test_a_store_that_is_away_for_a_while_loses_no_row(
+    shards: tuple[Path, Url, int], store: type[Store], caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there, total = shards
+    loader = ShardLoader(there, SCHEMA, batch_size=8, rank=0, world_size=1, window_rows=20)
+    found: list[Batch] = []
+    for number, batch in enumerate(loader.epoch(0)):
+        found.append(batch)
+        if number % 3 == 0:
+            store.away = 6
+    assert sorted(numbers(found)) == list(range(total))
+    assert same(found, batches(here, 1))
+    assert any("the store is away" in record.getMessage() for record in caplog.records)
+    # Away when an epoch begins, too.
+    store.away = 5
+    assert sorted(numbers(list(loader.epoch(1)))) == list(range(total))
+
+
+def test_a_store_that_stays_away_is_told(
+    shards: tuple[Path, Url, int], store: type[Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PATIENCE", 0.05)
+    epoch = ShardLoader(shards[1], SCHEMA, batch_size=8, rank=0, world_size=1, window_rows=9).epoch(
+        0
+    )
+    next(epoch)
+    store.away = 10**9
+    with pytest.raises(UserError, match=r"train/shard-0000\d.parquet: cannot be reached, for 0 s"):
+        list(epoch)
+
+
+# ------------------------------------------------------------------------------------------- cache
+
+
+def test_row_groups_that_were_read_are_kept(
+    shards: tuple[Path, Url, int], store: type[Store], tmp_path: Path
+) -> None:
+    here, there, _ = shards
+    options = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 0.1}
+
+    def footers_and_reads() -> int:
+        store.done.clear()
+        assert same(batches(there, **options), batches(here))
+        return sum(what == "open" for what, _ in store.done)
+
+    first, second = footers_and_reads(), footers_and_reads()
+    groups = 5 + 0 + 7 + 2
+    # Each of the two ranks reads a window's row groups; some are read by both, and then kept.
+    assert first - second >= groups
+    assert same(batches(here, cache_dir=str(tmp_path / "local")), batches(here))
+    assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
+
+
+def test_shards_that_were_written_again_are_not_taken_from_the_cache(
+    tmp_path: Path,
+) -> None:
+    options = {"cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "train").mkdir()
+    write_shards(tmp_path / "train", [8], 4)
+    assert sorted(numbers(batches(tmp_path / "train", 1, **options))) == list(range(8))
+    import pyarrow.parquet as pq
+
+    pq.write_table(shard(100, 8), tmp_path / "train/shard-00000.parquet", row_group_size=4)
+    assert sorted(numbers(batches(tmp_path / "train", 1, **options))) == list(range(100, 108))
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, [8], 4)
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(UserError, match=r"^loader.cache_dir = '.*/file': cannot be used"):
+        batches(tmp_path, 1, cache_dir=str(tmp_path / "file"))
