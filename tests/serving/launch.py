@@ -41,8 +41,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, *options: str) -> Iterator[Running]:
-    """Serve a bundle on a free port, ready when this yields."""
+def serving(bundle: Path, *options: str, is_awaited: bool = True) -> Iterator[Running]:
+    """Serve a bundle on a free port; ready when this yields, if that is awaited."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:
@@ -54,7 +54,7 @@ def serving(bundle: Path, *options: str) -> Iterator[Running]:
                 wait_for(lambda: re.search(r"http://127.0.0.1:(\d+)", told(log, process)))[1]
             )
             running = Running(port, process, log)
-            wait_for(lambda: told(log, process) and is_ready(running.url))
+            wait_for(lambda: told(log, process) and (not is_awaited or is_ready(running.url)))
             yield running
         finally:
             if process.poll() is None:
