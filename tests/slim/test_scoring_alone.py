@@ -109,3 +109,12 @@ def test_a_verb_that_needs_more_says_so(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "not installed; this verb needs the extra 'train' (scripts/install)" in done.stderr
+
+
+def test_a_scorer_leaves_nothing_in_the_users_home(path: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from hvdrec.scoring import Scorer; Scorer.load(sys.argv[1]).score('1', ['10'])"
+    )
+    environment = {"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True, env=environment)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
