@@ -32,7 +32,7 @@ from hvdrec.scoring.errors import ScoringError
 from hvdrec.serving import answers, work
 from hvdrec.serving.bodies import read_body
 from hvdrec.serving.description import Description
-from hvdrec.serving.metrics import Metrics
+from hvdrec.serving.metrics import Metrics, remove_shared_folder
 from hvdrec.serving.options import Options
 from hvdrec.serving.problems import JSON, RETRY_SECONDS, Problem, unavailable
 from hvdrec.serving.served import Served
@@ -283,6 +283,7 @@ def _end_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
+        remove_shared_folder()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, name="hvdrec-parent", daemon=True).start()

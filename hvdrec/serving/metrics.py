@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ def shared_folder() -> Iterator[None]:
             yield
         finally:
             del os.environ[FOLDER]
+
+
+def remove_shared_folder() -> None:
+    """Remove the folder where the process that made it cannot any more."""
+    if folder := os.environ.get(FOLDER):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Metrics:

@@ -76,8 +76,7 @@ def test_workers_share_the_port_and_count_together(bundle: Path) -> None:
         # Whichever worker is asked tells of both.
         for _ in range(10):
             assert f"{counted}50.0\n" in httpx.get(f"{running.url}/metrics").text
-        maps = (Path(file.path) for worker in workers for file in worker.memory_maps())
-        folders = {file.parent for file in maps if "hvdrec-metrics-" in str(file)}
+        folders = folders_of(workers)
         assert len(folders) == 1
 
         workers[0].kill()
@@ -102,6 +101,12 @@ def workers_of(parent: psutil.Process) -> list[psutil.Process]:
     return [child for child in parent.children() if is_worker(child)]
 
 
+def folders_of(workers: list[psutil.Process]) -> set[Path]:
+    """Return the folders in which workers count together."""
+    maps = (Path(file.path) for worker in workers for file in worker.memory_maps())
+    return {file.parent for file in maps if "hvdrec-metrics-" in str(file)}
+
+
 def two(found: list[psutil.Process]) -> list[psutil.Process]:
     return found if len(found) == 2 else []
 
@@ -110,11 +115,14 @@ def two(found: list[psutil.Process]) -> list[psutil.Process]:
 def test_workers_end_with_the_process_that_started_them(bundle: Path, workers: str) -> None:
     with serving(bundle, *PATIENT, "--workers", workers) as running:
         family = psutil.Process(running.process.pid).children(recursive=True)
+        folders = folders_of(workers_of(psutil.Process(running.process.pid)))
+        assert len(folders) == int(workers) - 1
         running.process.kill()
         running.process.wait(60)
         psutil.wait_procs(family, timeout=60)
         assert not any(process.is_running() for process in family)
         assert not is_listening(running.port)
+        assert not any(folder.exists() for folder in folders)
 
 
 def test_a_new_bundle_takes_the_place_of_the_old_one(bundle: Path, tmp_path: Path) -> None:
