@@ -135,7 +135,9 @@ class Server:
 @contextlib.contextmanager
 def _running(command: list[str], listening: str) -> Iterator[Server]:
     """Run a server and yield it; a line of its standard error tells its port."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     try:
         line = process.stderr.readline()
