@@ -67,7 +67,8 @@ def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dic
     chosen = np.unique(np.linspace(0, len(users) - 1, min(QUERIES, len(users))).astype(np.int64))
     queries = restored(users[chosen], None if scales is None else scales[chosen])[:, :width]
     search = IndexSearch(draft / INDEX, exact, width, index=index)
-    recall = _tuned(index, search, exact, np.ascontiguousarray(queries), notify)
+    queries = np.ascontiguousarray(queries)
+    recall = _tuned(index, search, exact, queries, notify)
     import faiss
 
     faiss.write_index(index, str(draft / INDEX))

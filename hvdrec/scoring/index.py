@@ -24,7 +24,7 @@ from hvdrec.scoring.retrieval import ExactSearch, largest, remaining
 
 Array = NDArray[Any]
 INDEX = "items/index.faiss"
-COST = 40
+COST = 100
 """To find one item in the index takes as long as going through so many vectors."""
 SPARE = 1.5
 """What is asked of the index beyond the expected number where only some items are allowed."""
@@ -52,7 +52,7 @@ class IndexSearch:
         """
         self._file = file
         self._stamp = stamp
-        self._exact = exact
+        self.exact = exact
         self._width = width
         self._lock = threading.Lock()
         self._index = index
@@ -80,7 +80,7 @@ class IndexSearch:
         if self._index is None:
             self.open()
         kept = None if allowed is None else remaining(allowed, excluded)
-        total = len(self._exact)
+        total = len(self.exact)
         left = total if kept is None else int(np.count_nonzero(kept))
         asked = count + len(excluded)
         if kept is not None:
@@ -91,9 +91,9 @@ class IndexSearch:
         elif excluded.size:
             found = found[~np.isin(found, excluded)]
         if len(found) < count:
-            return self._exact.search(query, count, excluded, allowed)
+            return self.exact.search(query, count, excluded, allowed)
         found.sort()
-        scores = self._exact.products_of(found, query)
+        scores = self.exact.products_of(found, query)
         best = largest(scores, count)
         return found[best], scores[best]
 
@@ -102,13 +102,17 @@ class IndexSearch:
         index = self._index
         if index is None:
             return np.empty(0, dtype=np.int64)
-        # What the walk has met is there anyway, and counts once it is scored.
-        asked = max(asked, min(index.hnsw.efSearch, len(self._exact)))
+        # The walk goes on until it has met so many near ones, which are all scored then.
+        asked = max(asked, min(index.hnsw.efSearch, len(self.exact)))
         if asked * COST > left:
             return np.empty(0, dtype=np.int64)
+        import faiss
+
+        library: Any = faiss
+        effort = library.SearchParametersHNSW(efSearch=asked)
         long = np.zeros((1, index.d), dtype=np.float32)
         long[0, : self._width] = query
-        rows = index.search(long, asked)[1][0]
+        rows = index.search(long, asked, params=effort)[1][0]
         kept: Array = rows[rows >= 0]
         return kept
 
@@ -137,7 +141,7 @@ class IndexSearch:
             raise ReplacedError(
                 f"{self._file}: was replaced after the bundle was loaded; load it again"
             )
-        total = len(self._exact)
+        total = len(self.exact)
         if (
             not isinstance(index, faiss.IndexHNSW)
             or index.metric_type != faiss.METRIC_INNER_PRODUCT

@@ -69,6 +69,20 @@ def test_recommend(scorer: Scorer) -> None:
     ]
 
 
+def test_filters_trends_and_diversity(scorer: Scorer) -> None:
+    allowed = {"genres": np.array(["War"]), "year": [np.int64(1990), 2010]}
+    found = scorer.recommend("1", allowed=allowed, skip_seen=True)
+    assert [(r.item, r.source) for r in found] == [("20", "stored"), ("40", "stored")]
+    found = scorer.recommend(None, k=3)
+    assert [(r.item, r.retrieval_score, r.source) for r in found] == [
+        ("20", 4.0, "trending"),
+        ("30", 1.0, "trending"),
+        ("10", 1.0, "trending"),
+    ]
+    found = scorer.recommend("1", diversity=np.float32(0.5))
+    assert [r.item for r in found] == ["30", "10", "20", "40"]
+
+
 def test_errors_show_plain_values(scorer: Scorer) -> None:
     with pytest.raises(RequestError) as caught:
         scorer.score(np.int64(1), ["10"])  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from hvdrec.errors import UserError
 from hvdrec.export import index as building
 from hvdrec.export.index import lengthened, lengths_differ, require_index_library, write_index
 from hvdrec.export.precision import compressed
+from hvdrec.scoring import index as indexing
 from hvdrec.scoring.index import INDEX, IndexSearch
 from hvdrec.scoring.retrieval import ExactSearch
 from tests.small_model import small_config
@@ -24,8 +25,13 @@ WIDTH, NOTHING = 8, np.empty(0, dtype=np.int64)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine take long; the index is the same."""
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An index is worth while from 4000 items on, and one thread builds it.
+
+    Threads that wait for each other on a busy machine take long, and build the same.
+    """
+    monkeypatch.setattr(building, "COST", 40)
+    monkeypatch.setattr(indexing, "COST", 40)
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     yield

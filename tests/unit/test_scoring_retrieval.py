@@ -196,11 +196,20 @@ def test_few_items_are_gone_through_without_the_index(
 ) -> None:
     search = search_of(file)
     search.open()
-    monkeypatch.setattr(search._index, "search", lambda *_: pytest.fail("the index was asked"))
-    # Finding one takes as long as going through 40: 100 of 3000, or 20 of less than 2400.
+    asked: list[int] = []
+    index = search._index.search
+    monkeypatch.setattr(indexing, "COST", 40)
+    monkeypatch.setattr(
+        search._index, "search", lambda *a, **b: (asked.append(a[1]), index(*a, **b))[1]
+    )
+    # Finding one takes as long as going through 40: 100 of 3000, or 60 of less than 2400.
     assert share_found(search, 100) == 1.0
     rows, _ = search.search(QUERIES[0], COUNT, NOTHING, np.arange(ITEMS) < 2000)
     assert len(rows) == COUNT
+    assert asked == []
+    search.search(QUERIES[0], 75, NOTHING)
+    search.search(QUERIES[0], COUNT, NOTHING, np.arange(ITEMS) < 2500)
+    assert asked == [75, 60]
 
 
 @pytest.mark.usefixtures("always")
