@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if rest and not known.takes_overrides:
         parser.error(f"unknown argument '{rest[0]}'; see hvdrec {known.verb_name} --help")
     try:
+        _refuse_urls(known)
         answer: Answer = known.verb(known, rest)
     except (UserError, ScoringError) as error:
         _fail(str(error), is_shared=isinstance(error, SharedError))
@@ -54,6 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if is_first_rank():
         print(json.dumps(answer.facts, allow_nan=False) if known.json else answer.text)
     sys.exit(answer.status)
+
+
+def _refuse_urls(known: argparse.Namespace) -> None:
+    """Raise UserError for a URL in place of a directory; Path has taken a stroke from it."""
+    for name in ("bundle", "run"):
+        scheme, mark, rest = str(getattr(known, name, "")).partition(":/")
+        if mark and scheme.isalnum():
+            remedy = "hvdrec fetch copies a bundle" if name == "bundle" else "copy it"
+            raise UserError(
+                f"{scheme}://{rest}: must be a directory of this machine; {remedy} to one"
+            )
 
 
 def _fail(line: str, *, is_shared: bool = False) -> NoReturn:

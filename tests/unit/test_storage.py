@@ -24,6 +24,7 @@ from hvdrec.artifacts import (
     verify_artifact,
     write_artifact,
 )
+from hvdrec.cli import main
 from hvdrec.config import Config, Paths
 from hvdrec.errors import UserError
 from hvdrec.loader import Batch, ShardLoader
@@ -112,14 +113,23 @@ def test_which_stages_may_lie_at_a_url() -> None:
             Config("run", features, paths=Paths(**{key: "s3://b/x"}))
 
 
+@pytest.mark.parametrize(
+    "command", [["recommend", "s3://b/x", "--user", "1"], ["export", "s3://b/x"]]
+)
+def test_what_must_be_a_directory_is_said(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "error: s3://b/x: must be a directory of this machine; " in capsys.readouterr().err
+
+
 def test_a_client_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object, **__: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", absent)
-    with pytest.raises(
-        UserError, match=r"^s3:.*is absent; install hvdrec\[s3\]$"
-    ):
+    with pytest.raises(UserError, match=r"^s3:.*is absent; install hvdrec\[s3\]$"):
         Url("s3://b/x").is_file()
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"^nowhere://b/x: no store can be reached by it"):

@@ -1,0 +1,168 @@
+"""Features and bundles in an S3 store: a server of this machine's, which goes away now and then."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from diskcache import FanoutCache
+from moto.server import ThreadedMotoServer
+
+from hvdrec.artifacts import MANIFEST, read_manifest, verify_artifact
+from hvdrec.config import load
+from hvdrec.loader import ShardLoader
+from hvdrec.storage import Url
+from tests.integration.conftest import SmallRun, hvdrec, succeed
+from tests.integration.test_bad_input import refused
+
+
+class Server:
+    """A server that can be stopped and started again at its address; it forgets nothing."""
+
+    def __init__(self) -> None:
+        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        self._server.start()
+        _, self.port = self._server.get_host_and_port()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def start(self) -> None:
+        self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self._server.start()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
+        server = Server()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "tests")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own patience is not what is tested
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        fsspec.filesystem("s3", use_listings_cache=False).mkdir("hvdrec")
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def features(server: Server, small_run: SmallRun) -> Url:
+    """Return where the small run's features are, encoded into the store by two workers."""
+    url = "s3://hvdrec/small/features"
+    done = succeed("prepare", small_run.config, "--paths.features", url, "--workers", "2")
+    assert done["path"] == url
+    return Url(url)
+
+
+def test_shards_in_the_store_are_those_of_a_directory(features: Url, small_run: SmallRun) -> None:
+    here = read_manifest(small_run.work / "features", "features")
+    there = read_manifest(features, "features")
+    assert there.files == here.files
+    assert set(features.sizes()) == {MANIFEST, *there.files}
+
+
+def test_a_whole_run_on_the_store(features: Url, small_run: SmallRun, tmp_path: Path) -> None:
+    run, bundle = tmp_path / "run", "s3://hvdrec/small/bundle"
+    options = ["--paths.features", features, "--loader.cache-dir", tmp_path / "cache"]
+    trained = succeed("train", small_run.config, "--paths.run", run, *options)
+    assert trained["validation"] == small_run.train["validation"]
+    # Five shards of 960 training rows and one of 600, in row groups of at most 300.
+    assert len(FanoutCache(str(tmp_path / "cache"), 6)) == 5 * 4 + 2
+    report = succeed("evaluate", run)
+    assert report["ranking"] == small_run.report["ranking"]
+    assert report["retrieval"] == small_run.report["retrieval"]
+    exported = succeed("export", run, "--to", bundle)
+    assert exported["path"] == bundle
+    assert exported["parity"] == small_run.export["parity"]
+    refused(hvdrec("export", run, "--to", bundle), f"{bundle}: already exists; pass --overwrite")
+
+    to = tmp_path / "served"
+    assert succeed("fetch", bundle, to) == {"path": str(to), "source": bundle, "fetched": True}
+    assert succeed("fetch", bundle, to)["fetched"] is False
+    files = verify_artifact(to, "bundle").files
+    assert files == read_manifest(small_run.work / "bundle", "bundle").files
+    asked = ("--user", "u1", "--scene", "hour=23", "-k", "5")
+    ours, theirs = (
+        succeed("recommend", place, *asked)["items"] for place in (to, small_run.work / "bundle")
+    )
+    assert ours == theirs
+
+
+def test_rows_come_once_though_the_server_is_away_for_a_while(
+    server: Server, features: Url, small_run: SmallRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked_again = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "no answer" in record.getMessage():
+                asked_again.set()
+
+    def come_back() -> None:
+        assert asked_again.wait(120)
+        server.start()
+
+    loader = ShardLoader(
+        features / "train",
+        load(small_run.config).schema,
+        batch_size=100,
+        rank=0,
+        world_size=1,
+        window_rows=300,
+        prefetch=1,
+    )
+    listener, back = Listener(), threading.Thread(target=come_back)
+    logger = logging.getLogger("hvdrec.storage")
+    logger.addHandler(listener)
+    found: list[tuple[int, int, float, float]] = []
+    try:
+        for number, batch in enumerate(loader.epoch(0)):
+            if number == 3:
+                server.stop()
+                back.start()
+            columns = (batch.user_index, batch.item_index, batch.label, batch.features["age"])
+            found += zip(*(column[: batch.rows].tolist() for column in columns), strict=True)
+    finally:
+        logger.removeHandler(listener)
+        asked_again.set()
+        back.join()
+    here = ShardLoader(
+        small_run.work / "features/train",
+        load(small_run.config).schema,
+        batch_size=4800,
+        rank=0,
+        world_size=1,
+        shuffle=False,
+    )
+    [whole] = here.epoch(0)
+    columns = (whole.user_index, whole.item_index, whole.label, whole.features["age"])
+    expected = list(zip(*(column.tolist() for column in columns), strict=True))
+    assert len(found) == 4800
+    assert sorted(found) == sorted(expected)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(
+        re.match(r"hvdrec/small/features/train/.*: there again after .* s", line) for line in lines
+    )
+
+
+@pytest.mark.usefixtures("server")
+def test_what_is_not_in_the_store_is_told_in_one_line(small_run: SmallRun, tmp_path: Path) -> None:
+    url = "s3://hvdrec/nowhere"
+    done = hvdrec(
+        "train", small_run.config, "--paths.features", url, "--paths.run", tmp_path / "run"
+    )
+    refused(done, f"{url}: no features artifact here (manifest.json is missing)")
+    refused(hvdrec("fetch", url, tmp_path / "to"), f"{url}: no bundle artifact here")
+    assert list(tmp_path.iterdir()) == []
+    refused(
+        hvdrec("samples", small_run.config, "--paths.samples", url),
+        f"paths.samples = '{url}': must be a directory; only paths.features and paths.bundle may",
+    )
