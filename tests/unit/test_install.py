@@ -82,7 +82,10 @@ def test_help_names_every_option(tmp_path: Path) -> None:
             ["--extras", "train dev"],
             "--extras 'train dev': must be names separated by commas, e.g. train,dev",
         ),
-        (["--extras=train,gpu"], "unknown extra 'gpu'; known: [dev, fbgemm, index, redis, serve, spark, train]"),
+        (
+            ["--extras=train,gpu"],
+            "unknown extra 'gpu'; known: [dev, fbgemm, index, redis, s3, serve, spark, train]",
+        ),
     ],
 )
 def test_wrong_arguments_leave_nothing_behind(
