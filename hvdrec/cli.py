@@ -13,7 +13,7 @@ from hvdrec import __version__
 from hvdrec.errors import SharedError, UserError
 from hvdrec.scoring.errors import ScoringError
 from hvdrec.serving import add_arguments
-from hvdrec.verbs import Answer, bundle, data, is_first_rank, model
+from hvdrec.verbs import Answer, bundle, data, hosts, is_first_rank, model
 
 Verb = Callable[[argparse.Namespace, list[str]], Answer]
 
@@ -103,6 +103,27 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "doctor", data.doctor, "Show what this machine can do, and how to mend what is wrong."
+    )
+
+    sub = verb(
+        "hosts",
+        hosts.hosts,
+        "Check hosts before a launch: ssh without a password, the same versions and files, clocks, "
+        "and the network back to this host. One line for each problem.",
+    )
+    sub.add_argument(
+        "-H",
+        dest="hosts",
+        required=True,
+        metavar="HOST:SLOTS,...",
+        help="hosts, as horovodrun and mpirun take them",
+    )
+    sub.add_argument(
+        "paths",
+        nargs="*",
+        type=Path,
+        help="what every host must see alike: a configuration and with it its features, or any "
+        "other file or directory",
     )
 
     sub = verb(

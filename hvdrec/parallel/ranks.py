@@ -2,54 +2,84 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hvdrec.errors import SharedError, UserError
+from hvdrec.parallel import agreement
+from hvdrec.parallel.launcher import check_rendezvous, is_launched, unseen_processes
 
 T = TypeVar("T")
 
-LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Set by horovodrun, Open MPI, and other MPI launchers: they tell that there is one, no more."""
+SILENCE_VARIABLE = "HVDREC_SILENCE_SECONDS"
+"""Seconds after which a rank that gives no sign of life counts as lost; 0: never."""
+DEFAULT_SILENCE = 25.0
+GLOO_VARIABLE = "HOROVOD_GLOO_TIMEOUT_SECONDS"
+GLOO_SECONDS = 30.0
+"""Horovod's own limit for a message under Gloo, which tells less: it must not come first."""
 
 SPIN_SECONDS, SLEEP_SECONDS = 5e-5, 1e-4
 """How long `wait` looks without a pause, and how long it pauses between two looks after that."""
+SPEAK_SECONDS = 1.0
+"""Head start of the first rank in telling a mistake: a launcher ends it with whoever ends first."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` in the job, `local_rank` of `local_size` on a host."""
+    """This process's place: `rank` of `size` in the job, `local_rank` of `local_size` on a host.
+
+    hosts: the name of every rank's host.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    hosts: tuple[str, ...] = ()
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes files and talks to people."""
         return self.rank == 0
 
+    def place(self, *ranks: int) -> str:
+        """Return where ranks are, for people: ``rank 1 on hv2``."""
+        return agreement.places(ranks, self.hosts)
+
 
 _world: World | None = None
+
+
+def silence_seconds() -> float:
+    """Return after how many seconds a silent rank counts as lost; 0: never."""
+    text = os.environ.get(SILENCE_VARIABLE, str(DEFAULT_SILENCE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (seconds == 0 or 1 <= seconds < math.inf):
+        raise UserError(f"{SILENCE_VARIABLE} = {text}: must be 0 (never) or at least 1 second")
+    return seconds
 
 
 def init() -> World:
     """Start Horovod (once) and return this process's place in the job.
 
-    Raises UserError where Horovod is not installed.
+    Raises UserError where Horovod is not installed or does not start, and SharedError where the
+    hosts have different versions of what is in `agreement.versions`.
     """
     global _world  # noqa: PLW0603 -- one job per process, as in Horovod itself
     if _world is None:
@@ -59,12 +89,26 @@ def init() -> World:
             raise UserError(
                 f"horovod: cannot be imported ({error}); install it with scripts/install"
             ) from None
-        if not any(name in os.environ for name in LAUNCHER_VARIABLES):
+        if not is_launched():
             # A process alone needs no MPI runtime, which would want its daemon on the path.
             os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
             os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
-        hvd.init()
-        _world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+        os.environ.setdefault(GLOO_VARIABLE, f"{max(GLOO_SECONDS, silence_seconds() + 5):.0f}")
+        host = agreement.host_name()
+        check_rendezvous(host)
+        try:
+            hvd.init()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{host}: Horovod does not start ({error}); a host is down, a firewall is between "
+                "them, or a rank has ended: see the lines above, and hvdrec hosts"
+            ) from None
+        _world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), (host,))
+        _check_launcher(_world)
+        _world = replace(_world, hosts=tuple(gather_objects(host)))
+        told = agreement.different_versions(gather_objects(agreement.versions()), _world.hosts)
+        if told is not None:
+            _raise_shared(told)
     return _world
 
 
@@ -167,7 +211,42 @@ def together(action: Callable[[], T]) -> T:
     messages = gather_objects(message)
     failed = [rank for rank, text in enumerate(messages) if text is not None]
     if failed:
-        everywhere = len(set(messages)) == 1
-        who = "" if everywhere or len(messages) == 1 else f"rank {failed[0]}: "
-        raise SharedError(f"{who}{messages[failed[0]]}")
+        first = messages[failed[0]]
+        same = [rank for rank in failed if messages[rank] == first]
+        who = "" if len(same) == len(messages) else f"{current().place(*same)}: "
+        _raise_shared(f"{who}{first}")
     return result[0]
+
+
+def agree_on_config(config: Mapping[str, Any]) -> None:
+    """Raise SharedError, which names field and hosts, unless all ranks have one configuration."""
+    text = json.dumps(config, sort_keys=True)
+    if len(set(gather_objects(hashlib.sha256(text.encode()).hexdigest()))) > 1:
+        told = agreement.different_fields(gather_objects(json.loads(text)), current().hosts)
+        if told is not None:
+            _raise_shared(told)
+
+
+def agree_on_files(place: agreement.Place, remedy: str) -> None:
+    """Raise SharedError, which names the hosts, unless all ranks see the same file or artifact."""
+    seen = together(lambda: agreement.digest(place))
+    told = agreement.difference(gather_objects(seen), current().hosts)
+    if told is not None:
+        _raise_shared(f"{place}: is not the same on every host: {told}; {remedy}")
+
+
+def _check_launcher(world: World) -> None:
+    """Raise UserError where Horovod does not know of the processes that were started with it."""
+    unseen = unseen_processes(world.size)
+    if unseen is not None:
+        raise UserError(
+            f"{world.hosts[0]}: the launcher has started {unseen[1]} processes ({unseen[0]}), "
+            "Horovod sees one: use the mpirun of the MPI that it was built with, or horovodrun"
+        )
+
+
+def _raise_shared(text: str) -> NoReturn:
+    """Raise SharedError; the first rank is ahead of the others."""
+    if not current().is_first:
+        time.sleep(SPEAK_SECONDS)
+    raise SharedError(text)

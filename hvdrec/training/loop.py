@@ -28,6 +28,8 @@ from hvdrec.parallel.gradients import broadcast_state, global_sum
 from hvdrec.parallel.kernels import KernelName
 from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import check_synchronization, make_tables
+from hvdrec.parallel.shared import shared_directory
+from hvdrec.parallel.watch import watched
 from hvdrec.storage import read_table
 from hvdrec.structure import to_dict
 from hvdrec.training import checkpoint
@@ -70,17 +72,31 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
     Runs alone or on every rank of a Horovod job alike. Writes the run directory (see
     `checkpoint`); with `resume` it goes on from the latest checkpoint, if there is one, and with
     `overwrite` an earlier run is removed first. Raises UserError before anything is written if the
-    shards are missing or do not fit, or if the directory is taken.
+    shards are missing or do not fit, if the directory is taken, or if the hosts of the job have
+    other versions, configurations or features.
     """
     world = ranks.init()
-    run = config.paths.of("run")
-    resuming = ranks.together(lambda: _check(config, run, resume=resume, overwrite=overwrite))
-    ranks.together(lambda: _prepare(world, run, config, overwrite and not resuming))
+    with watched():
+        return _train(world, config, resume=resume, overwrite=overwrite)
+
+
+def _train(world: World, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+    run, features = config.paths.of("run"), config.paths.of("features")
+    ranks.agree_on_config(to_dict(config))
+    ranks.together(lambda: _check_features(config))
+    ranks.agree_on_files(features, "copy the same features to all of them, or share the directory")
+    resuming = ranks.broadcast_object(
+        ranks.together(
+            lambda: world.is_first and _check_run(config, run, resume=resume, overwrite=overwrite)
+        )
+    )
+    if resuming:
+        shared_directory(run, "a run is resumed where every rank sees its checkpoints")
     set_threads(config, world)
     device = ranks.together(lambda: pick_device(config, world))
     ranks.together(lambda: check_synchronization(config, world, device))
     loader = ranks.together(lambda: _loader(config, world, device))
-    fitted = ranks.together(lambda: Fitted.load(config.paths.of("features")))
+    fitted = ranks.together(lambda: Fitted.load(features))
     ranks.together(lambda: _check_codes(loader, config, fitted.sizes))
     kernels = ranks.together(lambda: _kernels_before(run)) if resuming else {}
     tables = ranks.together(
@@ -88,6 +104,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> d
             config, fitted.sizes, world, device, kernels=kernels, is_new=not resuming
         )
     )
+    if any(group.is_sharded for group in tables.groups):
+        shared_directory(run, "every rank writes its part of sharded tables there")
+    ranks.together(lambda: _prepare(world, run, config, overwrite and not resuming))
     torch.manual_seed(config.seed)
     model = Recommender(config, fitted.sizes, with_tables=False)
     optimizer = make_optimizer(model, config.train)
@@ -140,8 +159,8 @@ def metric_name(config: Config) -> str:
     return f"{name}@{config.evaluate.k[0]}" if name in ("recall", "ndcg") else name
 
 
-def _check(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Check what can be checked before anything is written; return whether the run is resumed."""
+def _check_features(config: Config) -> None:
+    """Raise UserError unless the features are there and are those of the configuration."""
     features = config.paths.of("features")
     manifest = read_manifest(features, "features")
     if manifest.meta["config"]["features"] != to_dict(config.features):
@@ -149,6 +168,14 @@ def _check(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
             f"{features}: was encoded with other [[features]] than the configuration now has; "
             "run hvdrec prepare again"
         )
+
+
+def _check_run(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Check the run's directory before anything is written; return whether the run is resumed.
+
+    For the first rank alone: who has looked for a file on a network file system before it was
+    written may not see it for a while.
+    """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     if checkpoint.has_checkpoint(run) and resume:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> Answer:
-    config = load_config(options, rest)
+    config = _load_config_together(options, rest)
     from hvdrec.training.loop import train
 
     facts = train(config, resume=options.resume, overwrite=options.overwrite)
@@ -76,23 +76,36 @@ def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from hvdrec.parallel import ranks
+    from hvdrec.parallel.watch import watched
+
+    ranks.init()
+    with watched():
+        return _evaluate(options)
+
+
+def _evaluate(options: argparse.Namespace) -> Answer:
     from hvdrec.artifacts import write_text
     from hvdrec.evaluation.evaluate import evaluate
     from hvdrec.evaluation.report import jsonable, render
     from hvdrec.parallel import ranks
+    from hvdrec.structure import to_dict
     from hvdrec.training.checkpoint import load_model, load_model_and_tables, read_config
     from hvdrec.training.machine import pick_device, set_threads
 
-    world = ranks.init()
+    world = ranks.current()
     config = ranks.together(lambda: read_config(options.run))
+    ranks.agree_on_config(to_dict(config))
+    ranks.agree_on_files(config.paths.of("features"), "evaluate the same features everywhere")
     set_threads(config, world)
-    device = pick_device(config, world)
+    device = ranks.together(lambda: pick_device(config, world))
     rows_of = None
     if world.size == 1:
         model, name = load_model(options.run, config, options.checkpoint)
         model.to(device)
     else:
         model, tables, name = load_model_and_tables(options.run, config, options.checkpoint, device)
+        ranks.agree_on_files(options.run / "checkpoints" / name, "evaluate the same run everywhere")
         rows_of = tables.rows_of
     report = evaluate(
         model,
@@ -165,6 +178,21 @@ def _export(options: argparse.Namespace, rest: list[str], workers: Workers) -> A
     )
     told = {key: meta[key] for key in kept if key in meta}
     return Answer(jsonable({"path": str(out), **told}), text)
+
+
+def _load_config_together(options: argparse.Namespace, rest: list[str]) -> Config:
+    """Return the configuration; in a job of several ranks, none goes on where one has none."""
+    from hvdrec.parallel.launcher import is_launched
+
+    config: Config
+    if is_launched():
+        from hvdrec.parallel import ranks
+
+        ranks.init()
+        config = ranks.together(lambda: load_config(options, rest))
+    else:
+        config = load_config(options, rest)
+    return config
 
 
 def _with_export_fields(config: Config, options: argparse.Namespace, rest: list[str]) -> Config:
