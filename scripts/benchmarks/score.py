@@ -46,9 +46,9 @@ def measure(turns: int = 5, seconds: float = 1.0) -> dict[str, Any]:
     """Return the figures of ``score``: ratios, and microseconds of one call."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="hvdrec-score-") as folder:
-        config, model, fitted = _prepared(Path(folder))
+        config, model, fitted = prepared(Path(folder))
         bundles = {
-            kind: _exported(config, model, kind) for kind in ("float32", "float16", "int8", "rank8")
+            kind: exported(config, model, kind) for kind in ("float32", "float16", "int8", "rank8")
         }
         return _measured(config, model, fitted, bundles, turns, seconds)
 
@@ -128,7 +128,7 @@ def _in_turns(
     return {name: statistics.median(values) for name, values in medians.items()}
 
 
-def _prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
+def prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
     """Return a configuration whose samples and features are made, and a model of random weights."""
     write_tables(folder / "raw")
     config = configuration.load(CONFIG)
@@ -141,7 +141,7 @@ def _prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
     return config, Recommender(config, fitted.sizes).eval(), fitted
 
 
-def _exported(config: Config, model: Recommender, kind: str) -> Path:
+def exported(config: Config, model: Recommender, kind: str) -> Path:
     smaller = {"ranker": "int8"} if kind == "rank8" else {"embeddings": kind}
     out = Path(config.paths.work) / f"bundle-{kind}"
     config = replace(

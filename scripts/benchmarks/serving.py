@@ -91,12 +91,12 @@ def measure(turns: int = 5, seconds: float = 2.0) -> dict[str, Any]:
 
 
 def _bundles(folder: Path) -> dict[str, Path]:
-    from score import _exported, _prepared
+    from score import exported, prepared
 
-    config, model, _ = _prepared(folder)
+    config, model, _ = prepared(folder)
     return {
-        "float32": _exported(config, model, "float32"),
-        "int8": _exported(config, model, "rank8"),
+        "float32": exported(config, model, "float32"),
+        "int8": exported(config, model, "rank8"),
     }
 
 
