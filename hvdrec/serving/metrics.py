@@ -13,14 +13,26 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from hvdrec.errors import UserError
+
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
 @contextlib.contextmanager
 def shared_folder() -> Iterator[None]:
-    """Let the processes that are started meanwhile count together, in a folder that goes after."""
-    with tempfile.TemporaryDirectory(prefix="hvdrec-metrics-") as folder:
+    """Let the processes that are started meanwhile count together, in a folder that goes after.
+
+    Raises UserError where no temporary directory can be written.
+    """
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="hvdrec-metrics-")
+    except OSError as error:
+        raise UserError(
+            f"--workers: the counters of several workers need a temporary directory ({error}); "
+            "let /tmp be written (in a container --tmpfs /tmp), set TMPDIR, or use one worker"
+        ) from None
+    with temporary as folder:
         os.environ[FOLDER] = folder  # prometheus_client reads it when it is imported
         try:
             yield

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from subprocess import run
 from typing import Any
@@ -16,7 +17,9 @@ import httpx
 import psutil
 import pytest
 
+from hvdrec.errors import UserError
 from hvdrec.scoring import Scorer
+from hvdrec.serving.metrics import shared_folder
 from tests.other_bundle import put, write_other_bundle
 from tests.serving.conftest import PATIENT
 from tests.serving.launch import Running, refused, serving, wait_for
@@ -166,6 +169,20 @@ def test_a_bundle_that_is_to_stay(bundle: Path, tmp_path: Path) -> None:
         assert ask(running).headers["bundle-version"] != version
         # What follows the path is a thread.
         assert psutil.Process(running.process.pid).num_threads() == threads + 1
+
+
+def test_workers_without_a_temporary_directory(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**_: object) -> object:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refused)
+    with (
+        pytest.raises(UserError, match="^--workers: .* need a temporary directory .*--tmpfs /tmp"),
+        shared_folder(),
+    ):
+        pass
 
 
 def test_a_port_that_is_taken(bundle: Path) -> None:
