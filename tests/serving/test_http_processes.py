@@ -179,7 +179,7 @@ def test_workers_without_a_temporary_directory(
 
     monkeypatch.setattr(tempfile, "TemporaryDirectory", refused)
     with (
-        pytest.raises(UserError, match="^--workers: .* need a temporary directory .*--tmpfs /tmp"),
+        pytest.raises(UserError, match=r"^--workers: .* need a temporary directory .*--tmpfs /tmp"),
         shared_folder(),
     ):
         pass
