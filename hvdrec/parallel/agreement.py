@@ -73,7 +73,7 @@ def places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     found = list(_by_host(ranks, hosts).items())
     parts = [f"{_numbers(numbers)} on {host}" for host, numbers in found[:NAMED_HOSTS]]
     if len(found) > NAMED_HOSTS:
-        parts.append(f"more on {len(found) - NAMED_HOSTS} other hosts")
+        parts.append(f"more on {_others(len(found) - NAMED_HOSTS)}")
     return ("rank " if len(ranks) == 1 else "ranks ") + " and ".join(parts)
 
 
@@ -137,8 +137,12 @@ def _in_brackets(ranks: Sequence[int], hosts: Sequence[str]) -> str:
         for host, numbers in found[:NAMED_HOSTS]
     ]
     if len(found) > NAMED_HOSTS:
-        parts.append(f"{len(found) - NAMED_HOSTS} other hosts")
+        parts.append(_others(len(found) - NAMED_HOSTS))
     return " and ".join(parts)
+
+
+def _others(count: int) -> str:
+    return "another host" if count == 1 else f"{count} other hosts"
 
 
 def _numbers(ranks: Sequence[int]) -> str:

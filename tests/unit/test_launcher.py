@@ -1,0 +1,77 @@
+"""What launchers tell, and the store where Gloo's ranks meet."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import pytest
+
+from hvdrec.errors import UserError
+from hvdrec.parallel import launcher
+from hvdrec.parallel.launcher import check_rendezvous, is_launched, unseen_processes
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*launcher.LAUNCHER_VARIABLES, *launcher.SIZE_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_processes_that_do_not_see_each_other_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_launched()
+    assert unseen_processes(1) is None
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    assert is_launched()
+    assert unseen_processes(4) is None
+    assert unseen_processes(1) == ("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert unseen_processes(1) is None
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Yield the port of a web server that is no store: it takes no PUT."""
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_another_program_at_the_rendezvous_is_named(
+    store: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(store))
+    said = rf"hv2: cannot meet the other ranks at 127.0.0.1, port {store} \(status 501\): another"
+    with pytest.raises(UserError, match=said):
+        check_rendezvous("hv2")
+
+
+def test_a_rendezvous_that_says_nothing_is_given_up(
+    store: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "RENDEZVOUS_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(silent.getsockname()[1]))
+        with pytest.raises(UserError, match=r"\(timed out\): another program"):
+            check_rendezvous("hv2")
+
+
+def test_horovods_own_store_is_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from horovod.runner.http.http_server import RendezvousServer
+
+    check_rendezvous("hv2")  # none is named
+    server = RendezvousServer()
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(server.start()))
+    try:
+        check_rendezvous("hv2")
+        assert server._httpd.cache["hvdrec"]["hv2"] == b"here"
+    finally:
+        server.stop()
