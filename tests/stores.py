@@ -53,7 +53,7 @@ def read_manifest_meta(bundle: Path) -> dict[str, Any]:
 
 def make_bundle(path: Path, key_dtype: str = "string", dtype: str = "float32") -> Path:
     """Write a bundle with random embeddings of awkward keys, users and items alike."""
-    write_bundle(path, key_dtype=key_dtype, titles=None)
+    write_bundle(path, key_dtype=key_dtype, titles=None, trending=None, seen=None, filters=())
     keys: Sequence[Key] = TEXT_KEYS if key_dtype == "string" else INT_KEYS
     for seed, side in enumerate(("user", "item")):
         values = np.random.default_rng(seed).standard_normal((len(keys), WIDTH))
