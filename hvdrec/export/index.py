@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.export.precision import restored
-from hvdrec.scoring.index import COST, INDEX, IndexSearch
+from hvdrec.scoring.index import COST, INDEX, INDEX_ROWS, IndexSearch
 from hvdrec.scoring.retrieval import ExactSearch
 
 Array = NDArray[Any]
 Notify = Callable[[str], None]
 LINKS = 16
 """Links of an item in each layer; twice as many in the lowest."""
-BUILD_EFFORT = 128
+BUILD_EFFORT = 256
 """Items that are looked at when the links of a new one are chosen."""
 SEARCH_EFFORTS = (100, 140, 200, 280, 400, 560, 800, 1130, 1600, 2260, 3200)
 GOAL = 0.99
@@ -62,16 +62,18 @@ def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dic
     vectors = np.ascontiguousarray(restored(exact.vectors, exact.scales)[:, :width])
     if lengths_differ(vectors):
         vectors = lengthened(vectors)
-    index = _built(vectors, notify)
+    index, rows = _built(vectors, notify)
     users, scales = _stored(draft / "users")
     chosen = np.unique(np.linspace(0, len(users) - 1, min(QUERIES, len(users))).astype(np.int64))
     queries = restored(users[chosen], None if scales is None else scales[chosen])[:, :width]
-    search = IndexSearch(draft / INDEX, exact, width, index=index)
+    search = IndexSearch(draft, exact, width)
+    search.use(index, rows)
     queries = np.ascontiguousarray(queries)
     recall = _tuned(index, search, exact, queries, notify)
     import faiss
 
     faiss.write_index(index, str(draft / INDEX))
+    np.save(draft / INDEX_ROWS, rows, allow_pickle=False)
     return {
         "kind": "hnsw",
         "library": f"faiss {faiss.__version__}",
@@ -108,7 +110,8 @@ def _stored(folder: Path) -> tuple[Array, Array | None]:
     return embeddings.view(np.ndarray), np.load(scales) if scales.exists() else None
 
 
-def _built(vectors: Array, notify: Notify) -> Any:
+def _built(vectors: Array, notify: Notify) -> tuple[Any, Array]:
+    """Return an index and, of each of its vectors, the row int32 in ``vectors``."""
     import faiss
 
     kind: Any = faiss.ScalarQuantizer.QT_8bit
@@ -119,7 +122,41 @@ def _built(vectors: Array, notify: Notify) -> Any:
         notify(f"index: {number * 100 // PARTS} % of {len(vectors)} items")
         if len(part):
             index.add(part)
-    return index
+    order = breadth_first(_lowest_links(index), index.hnsw.entry_point)
+    index.permute_entries(order.astype(np.int64))
+    return index, order
+
+
+def _lowest_links(index: Any) -> Array:
+    """Return the links int32 [vectors, 2 LINKS] of the layer that has all; -1 for none."""
+    import faiss
+
+    library: Any = faiss
+    hnsw = index.hnsw
+    links = library.rev_swig_ptr(hnsw.neighbors.data(), hnsw.neighbors.size())
+    starts = faiss.vector_to_array(hnsw.offsets)[:-1].astype(np.int64)
+    found: Array = links[starts[:, None] + np.arange(hnsw.nb_neighbors(0))]
+    return found
+
+
+def breadth_first(links: Array, start: int) -> Array:
+    """Return places int32 [n] in the order in which they are met from ``start``, each once.
+
+    links: int32 [n, most], -1 for none. What no link leads to comes last.
+    """
+    met = np.zeros(len(links), dtype=bool)
+    met[start] = True
+    front = np.array([start])
+    order = []
+    while len(front):
+        order.append(front)
+        linked = links[front].ravel()
+        linked = linked[linked >= 0]
+        linked = linked[~met[linked]]
+        front = linked[np.sort(np.unique(linked, return_index=True)[1])]
+        met[front] = True
+    found: Array = np.concatenate([*order, np.flatnonzero(~met)]).astype(np.int32)
+    return found
 
 
 def _tuned(

@@ -75,8 +75,7 @@ class Retrieval:
         exact = ExactSearch(items.store.embeddings, items.store.scales)
         self.search: Search = exact
         if self._width and info.holds(INDEX):
-            stamp = info.stamps.get(INDEX)
-            self.search = IndexSearch(info.path / INDEX, exact, self._width, stamp=stamp)
+            self.search = IndexSearch(info.path, exact, self._width, stamps=info.stamps)
 
     def open(self) -> None:
         """Open what the first requests would wait for."""

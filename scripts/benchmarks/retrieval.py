@@ -29,6 +29,7 @@ from hvdrec.scoring import Scorer
 ITEMS, USERS, WIDTH, K = 1_000_000, 1000, 64, 100
 CLUSTERS = 3000
 NEIGHBOURS = 10
+BOUTS = 6
 SCENE = {"hour": 21}
 Array = np.ndarray[Any, Any]
 
@@ -120,7 +121,7 @@ def spectrum(items: Array) -> dict[str, float]:
 
 def _measured(path: Path, users: int, turns: int) -> dict[str, Any]:
     indexed, exact = Scorer.load(path), Scorer.load(path)
-    indexed.warm()
+    indexed._retrieval.open()
     search = indexed._retrieval.search
     exact._retrieval.search = search.exact
     vectors, nothing = search.exact.vectors, np.empty(0, dtype=np.int64)
@@ -165,18 +166,27 @@ def _measured(path: Path, users: int, turns: int) -> dict[str, Any]:
 def _in_turns(
     calls: Mapping[str, Callable[[int], Any]], turns: int, users: int
 ) -> dict[str, float]:
-    """Return the median, over turns, of each call's median time in milliseconds."""
+    """Return the median, over turns, of each call's median time in milliseconds.
+
+    Short bouts of what goes through all items and of what asks the index take turns, in each the
+    calls one after the other, so that what else the machine does meets all alike.
+    """
+    kinds = {True: 40, False: 5}
     medians: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns):
-        for name, call in calls.items():
-            count = 200 if name.startswith("index") else 30
-            times = []
-            for number in range(count):
-                user = (turn * count + number) % users
-                start = time.perf_counter()
-                call(user)
-                times.append(time.perf_counter() - start)
-            medians[name].append(statistics.median(times) * 1e3)
+    user = 0
+    for _ in range(turns):
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(BOUTS):
+            for is_index, rounds in kinds.items():
+                for _ in range(rounds):
+                    for name, call in calls.items():
+                        if name.startswith("index") == is_index:
+                            user = (user + 1) % users
+                            start = time.perf_counter()
+                            call(user)
+                            times[name].append(time.perf_counter() - start)
+        for name, values in times.items():
+            medians[name].append(statistics.median(values) * 1e3)
     return {name: statistics.median(values) for name, values in medians.items()}
 
 

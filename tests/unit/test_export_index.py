@@ -14,10 +14,16 @@ import pytest
 from hvdrec.config import Config, Export
 from hvdrec.errors import UserError
 from hvdrec.export import index as building
-from hvdrec.export.index import lengthened, lengths_differ, require_index_library, write_index
+from hvdrec.export.index import (
+    breadth_first,
+    lengthened,
+    lengths_differ,
+    require_index_library,
+    write_index,
+)
 from hvdrec.export.precision import compressed
 from hvdrec.scoring import index as indexing
-from hvdrec.scoring.index import INDEX, IndexSearch
+from hvdrec.scoring.index import INDEX, INDEX_ROWS, IndexSearch
 from hvdrec.scoring.retrieval import ExactSearch
 from tests.small_model import small_config
 
@@ -63,7 +69,7 @@ def write_vectors(
 def share_found(folder: Path, at: int = 100) -> float:
     """Return how much of the best, by a full sort, the written index finds for all users."""
     items, users = (np.load(folder / side / "embeddings.npy") for side in ("items", "users"))
-    search = IndexSearch(folder / INDEX, ExactSearch(items), WIDTH)
+    search = IndexSearch(folder, ExactSearch(items), WIDTH)
     search.open()
     assert search._index.ntotal == len(items)
     hits = 0
@@ -128,6 +134,27 @@ def test_few_items_need_no_index(tmp_path: Path) -> None:
     assert write_index(tmp_path, WIDTH, said.append) is None
     assert said == ["index: none is needed, going through 3999 items is quicker"]
     assert not (tmp_path / INDEX).exists()
+
+
+def test_places_in_the_order_in_which_links_lead_to_them() -> None:
+    # 2 leads to 4 and 0, 4 to 2 and 5, 0 to 4 and 1; nothing leads to 3, which leads to 5.
+    links = np.array([[4, 1], [-1, -1], [4, 0], [5, -1], [2, 5], [5, -1]], dtype=np.int32)
+    order = breadth_first(links, 2)
+    assert (order.dtype, order.tolist()) == (np.int32, [2, 4, 0, 5, 1, 3])
+
+
+def test_neighbours_lie_near_each_other(tmp_path: Path) -> None:
+    write_vectors(tmp_path, 6000)
+    write_index(tmp_path, WIDTH)
+    rows = np.load(tmp_path / INDEX_ROWS)
+    assert sorted(rows.tolist()) == list(range(6000))
+    index = faiss.read_index(str(tmp_path / INDEX))
+    vectors = np.load(tmp_path / "items" / "embeddings.npy")[:, :WIDTH]
+    # A vector of the index is that of its row, to a step of int8.
+    np.testing.assert_allclose(index.reconstruct_n(0, 50), vectors[rows[:50]], atol=0.02)
+    near = np.linalg.norm(vectors[rows[1:]] - vectors[rows[:-1]], axis=1)
+    anyhow = np.linalg.norm(vectors[1:] - vectors[:-1], axis=1)
+    assert np.median(near) < 0.7 * np.median(anyhow)
 
 
 def test_lengths_are_made_equal_and_products_stay() -> None:

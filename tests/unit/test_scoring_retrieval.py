@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -127,11 +128,20 @@ def build(vectors: Array = VECTORS, metric: int = faiss.METRIC_INNER_PRODUCT) ->
     return index
 
 
+ROWS = np.random.default_rng(3).permutation(ITEMS).astype(np.int32)
+
+
+def write(path: Path, index: Any, rows: Any = ROWS) -> Path:
+    (path / "items").mkdir(parents=True, exist_ok=True)
+    faiss.write_index(index, str(path / "items" / "index.faiss"))
+    np.save(path / "items" / "index_rows.npy", rows)
+    return path
+
+
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("index") / "index.faiss"
-    faiss.write_index(build(), str(file))
-    return file
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an index in which items stand in another order."""
+    return write(tmp_path_factory.mktemp("index"), build(VECTORS[ROWS]))
 
 
 @pytest.fixture
@@ -140,8 +150,8 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexing, "COST", 0)
 
 
-def search_of(file: Path) -> IndexSearch:
-    return IndexSearch(file, ExactSearch(VECTORS), WIDTH)
+def search_of(path: Path) -> IndexSearch:
+    return IndexSearch(path, ExactSearch(VECTORS), WIDTH)
 
 
 def share_found(search: Search, count: int = COUNT) -> float:
@@ -154,8 +164,8 @@ def share_found(search: Search, count: int = COUNT) -> float:
 
 
 @pytest.mark.usefixtures("always")
-def test_the_index_finds_what_the_exact_search_finds(file: Path) -> None:
-    search = search_of(file)
+def test_the_index_finds_what_the_exact_search_finds(path: Path) -> None:
+    search = search_of(path)
     assert not search.is_exact
     assert share_found(search) > 0.97
     rows, scores = search.search(QUERIES[0], COUNT, NOTHING)
@@ -175,14 +185,14 @@ def test_the_index_finds_what_the_exact_search_finds(file: Path) -> None:
     is_filtered=st.booleans(),
 )
 def test_a_filter_loses_no_item(
-    file: Path, query: int, count: int, seed: int, share: float, excluded: int, is_filtered: bool
+    path: Path, query: int, count: int, seed: int, share: float, excluded: int, is_filtered: bool
 ) -> None:
     random = np.random.default_rng(seed)
     # What is left out is what lies nearest: the index gives too little then.
     nearest = np.argsort(-(VECTORS @ QUERIES[query]))
     out = nearest[:excluded] if excluded < ITEMS else random.permutation(ITEMS)
     allowed = random.random(ITEMS) < share if is_filtered else None
-    rows, scores = search_of(file).search(QUERIES[query], count, out, allowed)
+    rows, scores = search_of(path).search(QUERIES[query], count, out, allowed)
     possible = set(range(ITEMS)) - set(out.tolist())
     if allowed is not None:
         possible &= set(np.flatnonzero(allowed).tolist())
@@ -192,9 +202,9 @@ def test_a_filter_loses_no_item(
 
 
 def test_few_items_are_gone_through_without_the_index(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = search_of(file)
+    search = search_of(path)
     search.open()
     asked: list[int] = []
     index = search._index.search
@@ -213,8 +223,8 @@ def test_few_items_are_gone_through_without_the_index(
 
 
 @pytest.mark.usefixtures("always")
-def test_many_threads_find_the_same(file: Path) -> None:
-    search = search_of(file)
+def test_many_threads_find_the_same(path: Path) -> None:
+    search = search_of(path)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: search.search(QUERIES[i % 50], 5, NOTHING), range(400)))
     for i, (rows, scores) in enumerate(found):
@@ -224,15 +234,15 @@ def test_many_threads_find_the_same(file: Path) -> None:
 
 
 def test_without_the_library_all_is_gone_through_after_a_warning(
-    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    search = search_of(file)
+    search = search_of(path)
     with caplog.at_level(logging.WARNING, "hvdrec.scoring"):
         assert share_found(search) == 1.0
     assert search.is_exact
     assert [record.getMessage() for record in caplog.records] == [
-        f"{file}: faiss is not installed, all items are gone through instead; "
+        f"{path}/items/index.faiss: faiss is not installed, all items are gone through instead; "
         "pip install 'hvdrec[index]'"
     ]
 
@@ -248,9 +258,10 @@ def scrambled(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, scrambled, lambda _: b"", lambda _: b"no index" * 99])
-def test_a_damaged_index(file: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    copy = tmp_path / "index.faiss"
-    copy.write_bytes(damage(file.read_bytes()))
+def test_a_damaged_index(path: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    copy = Path(shutil.copytree(path, tmp_path / "b"))
+    file = copy / "items" / "index.faiss"
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(BundleError, match=r"index\.faiss: no readable index .*export the bundle"):
         search_of(copy).open()
 
@@ -266,17 +277,37 @@ def test_a_damaged_index(file: Path, tmp_path: Path, damage: Callable[[bytes], b
     ids=["items", "width", "metric", "kind"],
 )
 def test_another_index(tmp_path: Path, make: Callable[[], Any]) -> None:
-    file = tmp_path / "index.faiss"
-    faiss.write_index(make(), str(file))
+    write(tmp_path, make())
     with pytest.raises(BundleError, match=r"is no HNSW index of 3000 items and width 8; export"):
-        search_of(file).open()
+        search_of(tmp_path).open()
 
 
-def test_an_index_that_was_replaced_after_the_bundle_was_loaded(file: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "index.faiss"
-    copy.write_bytes(b"before")
-    search = IndexSearch(copy, ExactSearch(VECTORS), WIDTH, stamp=stamp_of(copy.stat()))
-    (tmp_path / "new").write_bytes(file.read_bytes())
-    (tmp_path / "new").rename(copy)
-    with pytest.raises(ReplacedError, match="was replaced after the bundle was loaded"):
-        search.open()
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS.astype(np.int64),
+        ROWS[:-1],
+        np.append(ROWS[:-1], ROWS[0]),
+        ROWS - 1,
+        ROWS + 1,
+        ROWS[None],
+    ],
+    ids=["type", "fewer", "one twice", "too low", "too high", "dimensions"],
+)
+def test_rows_that_are_not_all_the_items(tmp_path: Path, rows: Any) -> None:
+    write(tmp_path, build(), rows)
+    with pytest.raises(BundleError, match=r"index_rows\.npy: does not hold each row of 3000 items"):
+        search_of(tmp_path).open()
+
+
+@pytest.mark.parametrize("name", ["items/index.faiss", "items/index_rows.npy"])
+def test_an_index_that_was_replaced_after_the_bundle_was_loaded(
+    path: Path, tmp_path: Path, name: str
+) -> None:
+    copy = Path(shutil.copytree(path, tmp_path / "b"))
+    stamps = {name: stamp_of((copy / name).stat())}
+    IndexSearch(copy, ExactSearch(VECTORS), WIDTH, stamps=stamps).open()
+    (tmp_path / "new").write_bytes((copy / name).read_bytes())
+    (tmp_path / "new").rename(copy / name)
+    with pytest.raises(ReplacedError, match=f"{name}: was replaced after the bundle was loaded"):
+        IndexSearch(copy, ExactSearch(VECTORS), WIDTH, stamps=stamps).open()
