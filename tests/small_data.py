@@ -112,24 +112,24 @@ k = [5, 10]
 """
 
 
-def write_small_data(folder: Path, seed: int = 0) -> Path:
+def write_small_data(folder: Path, seed: int = 0, rows: int = ROWS) -> Path:
     """Write raw tables and ``small.toml`` into a folder; return the TOML file."""
     random = np.random.default_rng(seed)
     raw = folder / "raw"
     raw.mkdir(parents=True)
     taste, style = random.normal(size=(USERS, 2)), random.normal(size=(ITEMS, 2))
-    user, item = random.integers(0, USERS, ROWS), random.integers(0, ITEMS, ROWS)
-    hour = random.integers(0, 24, ROWS)
-    day = np.sort(random.integers(0, 90, ROWS))
+    user, item = random.integers(0, USERS, rows), random.integers(0, ITEMS, rows)
+    hour = random.integers(0, 24, rows)
+    day = np.sort(random.integers(0, 90, rows))
     wish = (taste[user] * style[item]).sum(1) * 1.5 + np.sin(hour / 24 * 2 * np.pi)
-    clicked = random.random(ROWS) < 1 / (1 + np.exp(-wish))
+    clicked = random.random(rows) < 1 / (1 + np.exp(-wish))
     shown = pa.table(
         {
             "user_id": pa.array([f"u{u}" for u in user]),
             "item_id": pa.array(item + 100),
-            "shown_at": pa.array(day * 86400 + hour * 3600 + np.arange(ROWS) % 3600),
+            "shown_at": pa.array(day * 86400 + hour * 3600 + np.arange(rows) % 3600),
             "shop": pa.array(
-                np.where(random.random(ROWS) < 0.1, None, item % 7).tolist(), pa.int64()
+                np.where(random.random(rows) < 0.1, None, item % 7).tolist(), pa.int64()
             ),
             "clicked": pa.array(clicked.astype(np.int64)),
         }

@@ -1,0 +1,135 @@
+"""Hosts for tests, and jobs on them as a user would start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+SCRIPT = str(Path(__file__).parent / "hosts.sh")
+TROUBLE = str(Path(__file__).parent / "trouble.py")
+HVDREC = "hvdrec"
+LIMIT = 60.0
+"""Seconds within which a job must end once something is wrong."""
+MPI_DEFAULTS = {
+    "plm_rsh_args": "-o BatchMode=yes -o ConnectTimeout=10",
+    "oob_tcp_keepalive_time": "5",
+    "oob_tcp_keepalive_intvl": "3",
+    "oob_tcp_keepalive_probes": "3",
+    "mpi_yield_when_idle": "1",  # all hosts share this machine's cores
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a job ended."""
+
+    status: int
+    output: str
+    """Standard output and standard error."""
+    ended: float
+
+    @property
+    def complaints(self) -> list[str]:
+        """The lines with which hvdrec complained."""
+        lines = [line for line in self.output.splitlines() if "hvdrec: error: " in line]
+        return [line[line.index("hvdrec: error: ") + 15 :] for line in lines]
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Hosts hv1, hv2, ... that hosts.sh has made."""
+
+    folder: Path
+    count: int
+
+    def run(self, host: int, command: Sequence[str], timeout: float = 200) -> Done:
+        """Run a command on a host."""
+        environment = {
+            **os.environ,
+            **{f"OMPI_MCA_{name}": value for name, value in MPI_DEFAULTS.items()},
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(self.folder),  # horovodrun remembers there which hosts have answered
+            "OMP_NUM_THREADS": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        }
+        done = subprocess.run(
+            [SCRIPT, "run", str(self.folder), str(host), *command],
+            env=environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, time.time())
+
+    def launch(self, launcher: str, hosts: int, command: Sequence[str], names: str = "") -> Done:
+        """Run a command on one rank of each of the first (or named) hosts, started on hv1."""
+        names = names or ",".join(f"hv{i}:1" for i in range(1, hosts + 1))
+        prefix = sys.prefix
+        start = {
+            "horovodrun --gloo": ["horovodrun", "--disable-cache", "--gloo"],
+            "horovodrun --mpi": ["horovodrun", "--mpi", f"--mpi-args=--prefix {prefix}"],
+            "mpirun": ["mpirun", "--prefix", prefix],
+        }[launcher]
+        return self.run(1, [*start, "-np", str(hosts), "-H", names, *command])
+
+    @contextmanager
+    def mounted(self, host: int, source: Path | None, target: Path) -> Iterator[None]:
+        """Let a host alone see something else at a path; nothing but an empty folder for None."""
+        what = ["-t", "tmpfs", "none"] if source is None else ["--bind", str(source)]
+        self._do(host, "mount", *what, str(target))
+        try:
+            yield
+        finally:
+            self._do(host, "umount", "--lazy", str(target))
+
+    def clear(self) -> None:
+        """End what still runs on the hosts, and let their networks be up."""
+        for host in range(1, self.count + 1):
+            self.run(host, ["bash", "-c", "kill -9 -1"])
+            self._do(host, "ip", "link", "set", "eth0", "up")
+        for host in range(1, self.count + 1):
+            other = host % self.count + 1
+            for _ in range(100):
+                if self.run(other, ["ssh", "-o", "BatchMode=yes", f"hv{host}", "true"]).status == 0:
+                    break
+                time.sleep(0.1)
+            else:
+                raise AssertionError(f"hv{host} does not answer")
+
+    def _do(self, host: int, *command: str) -> None:
+        done = self.run(host, command)
+        assert done.status == 0, done.output
+
+
+@contextmanager
+def hosts_up(count: int, folder: Path) -> Iterator[Hosts]:
+    """Make hosts that are gone again at the end."""
+    script = subprocess.Popen(
+        [SCRIPT, "up", str(count), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert script.stdin is not None
+    assert script.stdout is not None
+    assert script.stderr is not None
+    try:
+        if script.stdout.readline() != "up\n":
+            raise AssertionError(script.stderr.read())
+        yield Hosts(folder, count)
+    finally:
+        script.stdin.close()
+        script.wait(30)

@@ -1,0 +1,295 @@
+"""Whatever is wrong with a host or a rank is named and ends the job: the long form."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+import hvdrec
+from tests.hosts.machines import HVDREC, LIMIT, TROUBLE, Done, Hosts
+from tests.parallel.launch import BIN
+
+LAUNCHERS = ("horovodrun --gloo", "horovodrun --mpi", "mpirun")
+EVERY = pytest.mark.parametrize("launcher", LAUNCHERS)
+LOST = "no sign of life for 25 s; it is stopped, or its host or network is down"
+GONE = "has ended without a word; it was killed, or it crashed"
+
+
+@pytest.fixture
+def train(small: Path, tmp_path: Path) -> list[str]:
+    return [HVDREC, "train", str(small), "--paths.run", str(tmp_path / "run")]
+
+
+def expect(done: Done, since: float, line: str) -> None:
+    """Fail unless a job has failed soon, with exactly one line of hvdrec, which starts so."""
+    print(f"{done.ended - since:.1f} s: {done.complaints}")
+    assert done.status != 0
+    assert done.ended - since < LIMIT
+    assert len(done.complaints) == 1, done.output
+    assert done.complaints[0].startswith(line), done.output
+
+
+# ---------------------------------------------------------------------------- before training
+
+
+@EVERY
+def test_versions_differ(hosts: Hosts, train: list[str], tmp_path: Path, launcher: str) -> None:
+    torch = next(
+        Path(str(file.locate()))
+        for file in importlib.metadata.files("torch") or ()
+        if file.name == "METADATA" and ".dist-info" in str(file)
+    )
+    other_torch = tmp_path / "METADATA"
+    other_torch.write_text(re.sub(r"(?m)^Version: .*", "Version: 2.12.9", torch.read_text()))
+    init = Path(hvdrec.__file__)
+    other_init = tmp_path / "init.py"
+    other_init.write_text(re.sub(r"__version__ = .*", '__version__ = "0.0.9"', init.read_text()))
+    began = time.time()
+    with hosts.mounted(2, other_torch, torch), hosts.mounted(3, other_init, init):
+        done = hosts.launch(launcher, 3, train)
+    expect(done, began, f"different versions: hvdrec {hvdrec.__version__} (source ")
+    said = done.complaints[0]
+    assert " on hv1 (rank 0) and hv2 (rank 1), 0.0.9 (source " in said
+    assert "torch 2.13.0" in said
+    assert "on hv1 (rank 0) and hv3 (rank 2), 2.12.9 on hv2 (rank 1); install the same" in said
+    assert "Horovod" not in said
+    if launcher != "horovodrun --gloo":
+        assert done.status == 2
+    assert not (tmp_path / "run").exists()
+
+
+@EVERY
+def test_configurations_differ(
+    hosts: Hosts, small: Path, train: list[str], tmp_path: Path, launcher: str
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(small.read_text().replace("batch_size = 512", "batch_size = 256"))
+    began = time.time()
+    with hosts.mounted(2, other, small):
+        done = hosts.launch(launcher, 2, train)
+    expect(
+        done,
+        began,
+        "different configurations: train.batch_size is 512 on hv1 (rank 0), 256 on hv2 (rank 1); ",
+    )
+    with hosts.mounted(2, Path("/dev/null"), small):
+        began = time.time()
+        done = hosts.launch(launcher, 2, train)
+    expect(done, began, f"rank 1 on hv2: {small}: ")
+
+
+@EVERY
+def test_data_differ(
+    hosts: Hosts, small: Path, train: list[str], tmp_path: Path, launcher: str
+) -> None:
+    features = small.parent / "work/features"
+    with hosts.mounted(3, None, features):
+        began = time.time()
+        done = hosts.launch(launcher, 3, train)
+    expect(done, began, f"rank 2 on hv3: {features}: no features artifact here")
+    shard = features / "train/shard-00002.parquet"
+    with hosts.mounted(2, Path("/dev/null"), shard):
+        began = time.time()
+        done = hosts.launch(launcher, 3, train)
+    expect(done, began, f"rank 1 on hv2: {shard}: ")
+    manifest = features / "manifest.json"
+    other = tmp_path / "manifest.json"
+    other.write_text(manifest.read_text().replace('"kind"', ' "kind"', 1))
+    with hosts.mounted(3, other, manifest):
+        began = time.time()
+        done = hosts.launch(launcher, 3, train)
+    expect(done, began, f"{features}: is not the same on every host: ")
+    assert not (tmp_path / "run").exists()
+
+
+@EVERY
+def test_run_directories_are_not_shared(
+    hosts: Hosts, small: Path, tmp_path: Path, launcher: str
+) -> None:
+    shared = tmp_path / "runs"
+    shared.mkdir()
+    train = [HVDREC, "train", str(small), "--paths.run", str(shared / "run")]
+    with hosts.mounted(2, None, shared):
+        began = time.time()
+        done = hosts.launch(launcher, 2, [*train, "--parallel.placement", "sharded"])
+        expect(done, began, f"rank 1 on hv2: {shared / 'run'}: is not the directory of rank 0; ")
+        assert list(shared.iterdir()) == []
+        # The first rank alone writes replicated tables: no other needs to see them.
+        done = hosts.launch(launcher, 2, train)
+        assert done.status == 0, done.output
+        began = time.time()
+        done = hosts.launch(launcher, 2, [*train, "--resume"])
+        expect(done, began, f"rank 1 on hv2: {shared / 'run'}: is not the directory of rank 0; ")
+        began = time.time()
+        done = hosts.launch(launcher, 2, [HVDREC, "evaluate", str(shared / "run")])
+        expect(done, began, f"rank 1 on hv2: {shared / 'run'}: no run here")
+
+
+@pytest.mark.parametrize("port", [0, 1])
+def test_the_port_of_the_rendezvous_is_taken_or_closed(
+    hosts: Hosts, train: list[str], port: int
+) -> None:
+    """As where ranks are started by hand: horovodrun itself takes a port that is free."""
+    listen = (
+        "import socket, subprocess, sys;"
+        "taken = socket.create_server(('10.78.0.1', 0));"
+        "port = taken.getsockname()[1] if sys.argv[1] == '0' else 9;"
+        "sys.exit(subprocess.run(["
+        "'env', f'HOROVOD_GLOO_RENDEZVOUS_PORT={port}', *sys.argv[2:]]).returncode)"
+    )
+    by_hand = {
+        **{"HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.78.0.1", "HOROVOD_CONTROLLER": "gloo"},
+        **{"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HOROVOD_CPU_OPERATIONS": "gloo"},
+    }
+    began = time.time()
+    setting = [f"{name}={value}" for name, value in by_hand.items()]
+    command = [str(BIN / "python"), "-c", listen, str(port), *setting, *train]
+    expect(hosts.run(1, command), began, "hv1: cannot meet the other ranks at 10.78.0.1, port ")
+
+
+def test_a_port_of_open_mpi_is_taken(hosts: Hosts, train: list[str]) -> None:
+    listen = (
+        "import socket, subprocess, sys;"
+        "taken = socket.create_server(('', 20000));"
+        "sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    )
+    # On hv1, where the launcher runs too: one port for each rank's messages.
+    more = ["--mca", "btl_tcp_port_min_v4", "20000", "--mca", "btl_tcp_port_range_v4", "1"]
+    start = ["mpirun", "--prefix", str(BIN.parent), "-np", "2", "-H", "hv1:1,hv2:1", *more, *train]
+    began = time.time()
+    done = hosts.run(1, [str(BIN / "python"), "-c", listen, *start])
+    assert done.status != 0
+    assert done.ended - began < LIMIT
+    named = [line for line in done.output.splitlines() if "no port available" in line]
+    assert len(named) == 1
+    assert named[0].startswith("[hv1]")
+    assert "bind() failed" in named[0]
+
+
+# ---------------------------------------------------------------------------- ssh
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun --gloo", "mpirun"])
+@pytest.mark.parametrize("host", ["10.78.0.99", "10.78.0.98"])
+def test_a_host_cannot_be_reached(hosts: Hosts, train: list[str], launcher: str, host: str) -> None:
+    if host == "10.78.0.98":  # what is sent there gets no answer at all, not even a refusal
+        lost = ["ip", "neigh", "replace", host, "lladdr", "02:00:00:00:00:98", "dev", "eth0"]
+        assert hosts.run(1, lost).status == 0
+    began = time.time()
+    done = hosts.run(1, [HVDREC, "hosts", "-H", f"hv1:1,{host}:1"])
+    assert done.status == 2
+    assert done.ended - began < LIMIT
+    assert len(done.output.splitlines()) == 1
+    assert done.output.startswith(f"{host}: cannot be reached by ssh (ssh: connect to host {host}")
+    began = time.time()
+    done = hosts.launch(launcher, 2, train, names=f"hv1:1,{host}:1")
+    print(f"{done.ended - began:.1f} s")
+    assert done.status != 0
+    assert done.ended - began < LIMIT
+    assert f"ssh: connect to host {host} port 22: " in done.output
+
+
+@EVERY
+def test_ssh_asks_for_a_password(hosts: Hosts, train: list[str], launcher: str) -> None:
+    with hosts.mounted(2, Path("/dev/null"), hosts.folder / "ssh/authorized_keys"):
+        began = time.time()
+        done = hosts.run(1, [HVDREC, "hosts", "-H", "hv1:1,hv2:1"])
+        assert done.status == 2
+        assert len(done.output.splitlines()) == 1
+        assert done.output.startswith("hv2: ssh asks for a password (root@hv2: Permission denied")
+        done = hosts.launch(launcher, 2, train)
+    assert done.status != 0
+    assert done.ended - began < LIMIT
+    assert "root@hv2: Permission denied" in done.output
+
+
+def test_what_else_keeps_a_host_from_working_is_named(hosts: Hosts, small: Path) -> None:
+    package = Path(hvdrec.__file__).parent
+    with hosts.mounted(2, None, package / "parallel"), hosts.mounted(3, None, BIN):
+        done = hosts.run(1, [HVDREC, "hosts", "-H", "hv1:2,hv2:2,hv3:2", "--json"])
+    assert done.status == 2
+    first, second, third = json.loads(done.output)["hosts"]
+    assert first == {"host": "hv1", "slots": 2, "problems": []}
+    assert len(second["problems"]) == len(third["problems"]) == 1
+    assert second["problems"][0].startswith("hvdrec is not installed or another version (")
+    assert third["problems"][0].startswith(f"{BIN / 'python'}: is not there (")
+    with hosts.mounted(2, None, hosts.folder):
+        done = hosts.run(1, [HVDREC, "hosts", "-H", "hv2:1", str(small)])
+    assert done.output.startswith("hv2: ")
+
+
+# ---------------------------------------------------------------------------- in training
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("kind", "rank", "said"),
+    [
+        ("fail", 1, "RuntimeError: the sky has fallen"),
+        ("fail", 0, "RuntimeError: the sky has fallen"),
+        ("mistake", 2, "a shard is damaged; write it again"),
+        ("stopped", 1, LOST),
+        ("stopped", 0, LOST),
+    ],
+)
+def test_a_rank_in_trouble_ends_all(
+    hosts: Hosts, train: list[str], tmp_path: Path, launcher: str, kind: str, rank: int, said: str
+) -> None:
+    note = tmp_path / "note"
+    command = [str(BIN / "python"), TROUBLE, kind, str(rank), str(note), *train[1:]]
+    done = hosts.launch(launcher, 3, command)
+    expect(done, float(note.read_text()), f"rank {rank} on hv{rank + 1}: {said}")
+
+
+@EVERY
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_is_killed(
+    hosts: Hosts, train: list[str], tmp_path: Path, launcher: str, rank: int
+) -> None:
+    note = tmp_path / "note"
+    command = [str(BIN / "python"), TROUBLE, "killed", str(rank), str(note), *train[1:]]
+    done = hosts.launch(launcher, 3, command)
+    print(f"{done.ended - float(note.read_text()):.1f} s: {done.complaints}")
+    assert done.status != 0
+    assert done.ended - float(note.read_text()) < LIMIT
+    # The launcher may end the other ranks before one of them tells: then it names the rank.
+    told = [f"rank {rank} on hv{rank + 1}: {GONE}"] if done.complaints else []
+    assert done.complaints == told
+    by_launcher = (f"Process {rank} exit with status", f"process rank {rank} with PID ")
+    assert told or any(name in done.output for name in by_launcher)
+
+
+@EVERY
+def test_a_host_vanishes(hosts: Hosts, train: list[str], tmp_path: Path, launcher: str) -> None:
+    note = tmp_path / "note"
+    command = [str(BIN / "python"), TROUBLE, "cut", "2", str(note), *train[1:]]
+    done = hosts.launch(launcher, 3, command)
+    print(f"{done.ended - float(note.read_text()):.1f} s")
+    assert done.status != 0
+    assert done.ended - float(note.read_text()) < LIMIT
+    if launcher == "horovodrun --gloo":
+        assert [line[:15] for line in done.complaints] == ["rank 2 on hv3: "]
+        assert done.complaints[0].endswith(LOST)
+    else:  # Open MPI knows it first
+        assert re.search(r"lost communication with a remote daemon[^-]*node hv3", done.output)
+
+
+def test_where_nobody_watches_the_first_rank_says_so(
+    hosts: Hosts, train: list[str], tmp_path: Path
+) -> None:
+    """A rank that cannot connect to the first one is told of; the job goes on."""
+    blind = (
+        "import sys; from hvdrec import cli; from hvdrec.parallel import watch;"
+        "watch._addresses = lambda: ['10.78.0.99'];"
+        "cli.main(sys.argv[1:])"
+    )
+    done = hosts.launch("mpirun", 2, [str(BIN / "python"), "-c", blind, *train[1:]])
+    assert done.status == 0, done.output
+    warned = [line for line in done.output.splitlines() if "hvdrec: warning: " in line]
+    assert len(warned) == 1
+    assert "rank 1 on hv2 cannot connect to rank 0 on hv1 (10.78.0.99, port " in warned[0]
