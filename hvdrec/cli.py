@@ -176,7 +176,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, help="directory of a run (WORK/run)")
     sub.add_argument("--split", choices=["validation", "test"], default="test")
     sub.add_argument("--checkpoint", choices=["best", "latest"], default="best")
-    sub.add_argument("--no-baselines", action="store_true", help="the model alone")
+    sub.add_argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="popularity, means, item-item co-occurrence and EASE beside the model, fitted on the "
+        "training rows, their settings chosen on validation (default); or the model alone",
+    )
+    sub.add_argument(
+        "--ease-items",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="largest catalogue for which EASE is fitted (default 20000, which takes 6.4 GB and "
+        "minutes; twice the items take four times the memory and eight times the time; 0: never)",
+    )
     sub.add_argument("--output", type=Path, help="also write the JSON report to this file")
 
     sub = verb(

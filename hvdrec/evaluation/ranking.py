@@ -65,6 +65,25 @@ def ranking_metrics(
     }
 
 
+def order_metrics(score: Array, label: Array, weight: Array, user: Array) -> dict[str, float]:
+    """Return those of the ranking metrics that only the order of scores decides.
+
+    For scores that are no probabilities; all else as in `ranking_metrics`.
+    """
+    counted = weight > 0
+    score, label, weight, user = (a[counted] for a in (score, label, weight, user))
+    weight = weight.astype(np.float64)
+    per_user, users = gauc(score, label, weight, user)
+    return {
+        "auc": auc(score, label, weight),
+        "gauc": per_user,
+        "gauc_users": users,
+        "average_precision": average_precision(score, label, weight),
+        "base_rate": _ratio((weight * label).sum(), weight.sum()),
+        "rows": int(counted.sum()),
+    }
+
+
 def auc(score: Array, label: Array, weight: Array) -> float:
     """Return the area under the ROC curve; equal scores count half.
 

@@ -15,7 +15,7 @@ def render(report: Mapping[str, Any]) -> str:
     """Return the tables of a report.
 
     report: ``ranking`` and ``retrieval`` hold metrics by name; ``baselines`` holds the same two by
-    the baseline's name.
+    the baseline's name; ``notes`` are lines that follow.
     """
     baselines: Mapping[str, Any] = report.get("baselines") or {}
     parts = []
@@ -34,6 +34,8 @@ def render(report: Mapping[str, Any]) -> str:
         ]
         heading = f"{title}, {report['split']} split" if "split" in report else title
         parts.append(f"{heading}\n{table([kind, 'model', *named], rows)}")
+    if report.get("notes"):
+        parts.append("\n".join(report["notes"]))
     return "\n\n".join(parts)
 
 

@@ -22,6 +22,9 @@ BLOCK_SCORES = 2_000_000
 BLOCK_ITEMS = 65_536
 LOW_HALF = np.uint64(2**32 - 1)
 
+Columns = Callable[[int, int], Array]
+"""(start, stop) -> scores of users [start, stop), a row each, by some of the items."""
+
 
 @dataclass(frozen=True)
 class Csr:
@@ -67,8 +70,7 @@ def rank_catalogue(users: Array, items: Array, seen: Csr, k: int) -> Array:
 
     users: [u, d]; items: [i, d]; seen: items of each user that are left out. Products are summed in
     float64 and compared in float32, so that the order of summing, and with it the size of a block,
-    does not show. Equal scores are told apart by item index; -1 fills up where fewer than k items
-    are left. Raises UserError if a vector is not finite.
+    does not show. As `rank_scores` otherwise. Raises UserError if a vector is not finite.
     """
     for side, vectors in (("user", users), ("item", items)):
         if not np.isfinite(vectors).all():
@@ -76,17 +78,32 @@ def rank_catalogue(users: Array, items: Array, seen: Csr, k: int) -> Array:
                 f"{side} embeddings: some are NaN or infinite; the model has diverged: lower "
                 "train.learning_rate or set train.clip_norm"
             )
-    best = np.zeros((len(users), k), dtype=np.uint64)
-    width = max(1, min(len(items), BLOCK_ITEMS, BLOCK_SCORES))
+
+    def of_items(first: int, last: int) -> Columns:
+        columns = items[first:last].T.astype(np.float64)
+        return lambda start, stop: users[start:stop].astype(np.float64) @ columns
+
+    return rank_scores(of_items, len(users), len(items), seen, k)
+
+
+def rank_scores(
+    scores_of: Callable[[int, int], Columns], users: int, items: int, seen: Csr, k: int
+) -> Array:
+    """Return each user's k best items by any scores, best first, int64 [users, k].
+
+    scores_of: (first, last) -> the scores of items [first, last), which are then asked for by
+    blocks of users, [stop - start, last - first], and compared in float32; seen: items of each user
+    that are left out. Equal scores are told apart by item index; -1 fills up where fewer than k
+    items are left.
+    """
+    best = np.zeros((users, k), dtype=np.uint64)
+    width = max(1, min(items, BLOCK_ITEMS, BLOCK_SCORES))
     height = max(1, BLOCK_SCORES // width)
-    for first in range(0, len(items), width):
-        columns = items[first : first + width].T.astype(np.float64)
-        for start in range(0, len(users), height):
-            stop = min(start + height, len(users))
-            keys = _keys(
-                (users[start:stop].astype(np.float64) @ columns).astype(np.float32),
-                first,
-            )
+    for first in range(0, items, width):
+        columns = scores_of(first, min(first + width, items))
+        for start in range(0, users, height):
+            stop = min(start + height, users)
+            keys = _keys(columns(start, stop).astype(np.float32, copy=False), first)
             rows, known = seen.pairs(start, stop)
             inside = (known >= first) & (known < first + width)
             keys[rows[inside], known[inside] - first] = 0

@@ -76,6 +76,8 @@ def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
+    if options.ease_items < 0:
+        raise UserError(f"--ease-items {options.ease_items}: must not be negative")
     from hvdrec.parallel import ranks
     from hvdrec.parallel.watch import watched
 
@@ -111,7 +113,8 @@ def _evaluate(options: argparse.Namespace) -> Answer:
         model,
         config,
         options.split,
-        with_baselines=not options.no_baselines,
+        with_baselines=options.baselines,
+        ease_items=options.ease_items,
         rows_of=rows_of,
     )
     report = {"run": str(options.run), "checkpoint": name, **report}

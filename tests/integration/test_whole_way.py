@@ -34,7 +34,44 @@ def test_the_model_learns_what_no_baseline_can(small_run: SmallRun) -> None:
     best = max(found["ranking"]["auc"] for found in report["baselines"].values())
     assert report["ranking"]["auc"] > best + 0.03
     assert {"recall@5", "ndcg@10", "coverage@10"} <= report["retrieval"].keys()
-    assert {"popularity", "item_mean", "user_item_mean"} == report["baselines"].keys()
+    assert report["baselines"].keys() == {
+        "popularity",
+        "item_mean",
+        "user_item_mean",
+        "cooccurrence",
+        "ease",
+    }
+
+
+def test_settings_of_baselines_are_chosen_on_validation(small_run: SmallRun) -> None:
+    notes = small_run.report["notes"]
+    for name, setting in (("cooccurrence", "neighbours"), ("ease", "l2")):
+        found = small_run.report["baselines"][name]
+        assert {"auc", "gauc"} < found["ranking"].keys()
+        assert "log_loss" not in found["ranking"]
+        assert found["retrieval"].keys() == small_run.report["retrieval"].keys()
+        chosen = found["chosen"]
+        assert chosen["ranking"].keys() == {setting, "auc"}
+        assert chosen["retrieval"].keys() == {setting, "recall@5"}
+        value = chosen["retrieval"][setting]
+        assert any(n.startswith(f"{name}: {setting} = ") and f"{value:g} for" in n for n in notes)
+    # A report on validation shows the very metrics by which the choice was made.
+    again = succeed("evaluate", small_run.work / "run", "--split", "validation")["baselines"]
+    for name in ("cooccurrence", "ease"):
+        for kind, metric in (("ranking", "auc"), ("retrieval", "recall@5")):
+            assert again[name]["chosen"] == small_run.report["baselines"][name]["chosen"]
+            assert again[name][kind][metric] == again[name]["chosen"][kind][metric]
+
+
+def test_a_catalogue_too_large_for_ease_is_told(small_run: SmallRun) -> None:
+    done = hvdrec("evaluate", small_run.work / "run", "--ease-items", "39")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "ease: left out, fitting takes 0.0 GB for 40 items; --ease-items 40 would allow it"
+        in done.stdout.splitlines()
+    )
+    (header,) = [line for line in done.stdout.splitlines() if line.startswith("retrieval ")]
+    assert header.split() == ["retrieval", "model", "popularity", "item_mean", "cooccurrence"]
 
 
 def test_the_bundle_proved_that_it_scores_as_torch(small_run: SmallRun) -> None:

@@ -41,6 +41,12 @@ def test_render_sets_model_and_baselines_side_by_side() -> None:
     )
 
 
+def test_notes_follow_the_tables() -> None:
+    notes = ["ease: l2 = 300 for ranking", "second"]
+    text = render({"ranking": {"auc": 0.5}, "notes": notes})
+    assert text.endswith("auc      0.5000\n\nease: l2 = 300 for ranking\nsecond")
+
+
 def test_render_leaves_out_what_was_not_measured() -> None:
     text = render({"ranking": {"auc": 0.5}})
     assert text == "Ranking\nranking   model\n-------  ------\nauc      0.5000"
