@@ -49,6 +49,8 @@ def from_dict(kind: type[T], raw: Any, where: str = "") -> T:
 
 def _convert(kind: Any, raw: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return raw
     if dataclasses.is_dataclass(kind):
         return from_dict(cast(type[Any], kind), raw, where)
     if origin is Literal:
