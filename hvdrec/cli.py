@@ -28,8 +28,31 @@ from a log to ranked items:
   hvdrec recommend runs/movielens-1m/bundle --user 1 --scene hour=21 weekday=4 -k 10
 
 Every verb takes --json and then prints one JSON object on standard output.
+hvdrec tune CONFIG searches for better settings (hvdrec tune --help).
 Any field of a configuration can be overridden: hvdrec train CONFIG --train.batch-size 4096
 (hvdrec train CONFIG --help lists them all)."""
+
+TUNE_EPILOG = """\
+ranges and choices:
+  train.learning_rate=log:1e-4:1e-2     by its logarithm, both ends included
+  model.ranker.dropout=0:0.4            evenly; 0:0.4:0.1 in steps
+  model.dimension=16,32,64              choices, of any type
+  'model.ranker.hidden=[256,128],[400,400,400]'
+
+for example:
+  hvdrec tune configs/movielens-1m.toml --trials 30 --prune \\
+      --search train.embedding-learning-rate=log:0.05:0.8 model.ranker.dropout=0:0.4
+
+Searched are fields of [model] and [train], loader.shuffle_rows, parallel.synchronization and
+parallel.average_every: nothing that would change the samples or features, which all trials share.
+Run it alone, or under horovodrun or mpirun: then all ranks train each trial together.
+The first trial is the configuration as it stands, with what the command line overrides
+(--train.epochs 3). What counts is train.metric on the validation split; the test split is not read.
+
+Everything is in WORK/tune: trials.json, a log for each trial, and the checkpoints of the best one
+(hvdrec evaluate WORK/tune/trial-NNN). A search that was interrupted goes on with the same command,
+in the middle of a trial if it has a checkpoint; more trials are a larger --trials; --overwrite
+starts anew."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -149,6 +172,38 @@ def _parser() -> argparse.ArgumentParser:
             )
 
     sub = verb(
+        "tune",
+        model.tune,
+        "Search for the settings that give the best validation metric, with Optuna.",
+        overrides=True,
+    )
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = TUNE_EPILOG
+    sub.add_argument("config", type=Path, help="TOML file of a run whose features are prepared")
+    sub.add_argument(
+        "--search",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=RANGE",
+        help="what to search; may be left out when a search goes on",
+    )
+    sub.add_argument(
+        "--trials",
+        type=int,
+        default=20,
+        metavar="N",
+        help="trials in all, with those of before (default 20)",
+    )
+    sub.add_argument(
+        "--prune",
+        action="store_true",
+        help="end a trial that is worse than the median of the complete ones after as many epochs "
+        "(once there are five)",
+    )
+    _overwrite(sub)
+
+    sub = verb(
         "plan",
         model.plan,
         "Predict memory, bytes and time of a training step on any number of ranks.",
@@ -186,9 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--ease-items",
         type=int,
-        default=20_000,
+        default=10_000,
         metavar="N",
-        help="largest catalogue for which EASE is fitted (default 20000, which takes 6.4 GB and "
+        help="largest catalogue for which EASE is fitted (default 10000, which takes 1.6 GB and "
         "minutes; twice the items take four times the memory and eight times the time; 0: never)",
     )
     sub.add_argument("--output", type=Path, help="also write the JSON report to this file")

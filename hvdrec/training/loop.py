@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ class _Sums:
     started: float = 0.0
 
 
+Stop = Callable[[int, float], bool]
+"""(epoch from 0, validation metric) -> whether training ends here; the same on every rank."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """Everything that stays the same during training."""
@@ -64,26 +68,36 @@ class _Job:
     trainee: Trainee
     loader: ShardLoader
     log: TrainingLog
+    stop: Stop | None = None
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
     """Train a model on the encoded shards and return what the run came to.
 
     Runs alone or on every rank of a Horovod job alike. Writes the run directory (see
     `checkpoint`); with `resume` it goes on from the latest checkpoint, if there is one, and with
-    `overwrite` an earlier run is removed first. Raises UserError before anything is written if the
+    `overwrite` an earlier run is removed first; `stop` is asked after each validation. Raises
+    UserError before anything is written if the
     shards are missing or do not fit, if the directory is taken, or if the hosts of the job have
     other versions, configurations or features.
     """
     world = ranks.init()
     with watched():
-        return _train(world, config, resume=resume, overwrite=overwrite)
+        return _train(world, config, resume=resume, overwrite=overwrite, stop=stop)
 
 
-def _train(world: World, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any]:
+def _train(
+    world: World, config: Config, *, resume: bool, overwrite: bool, stop: Stop | None
+) -> dict[str, Any]:
     run, features = config.paths.of("run"), config.paths.of("features")
     ranks.agree_on_config(to_dict(config))
-    ranks.together(lambda: _check_features(config))
+    ranks.together(lambda: check_features(config))
     ranks.agree_on_files(features, "copy the same features to all of them, or share the directory")
     resuming = ranks.broadcast_object(
         ranks.together(
@@ -124,6 +138,7 @@ def _train(world: World, config: Config, *, resume: bool, overwrite: bool) -> di
             Trainee(config, model, tables, optimizer, _log_probability(config, device)),
             loader,
             log,
+            stop,
         )
         log.write(
             "start",
@@ -159,8 +174,8 @@ def metric_name(config: Config) -> str:
     return f"{name}@{config.evaluate.k[0]}" if name in ("recall", "ndcg") else name
 
 
-def _check_features(config: Config) -> None:
-    """Raise UserError unless the features are there and are those of the configuration."""
+def check_features(config: Config) -> None:
+    """Raise UserError unless a configuration's features are there and were encoded by it."""
     features = config.paths.of("features")
     manifest = read_manifest(features, "features")
     if manifest.meta["config"]["features"] != to_dict(config.features):
@@ -278,6 +293,8 @@ def _run_epochs(job: _Job, position: Position) -> Position:
         if epoch % train_config.validate_every == 0 or last:
             metrics, position = _validate(job, position)
         stop = position.stale >= train_config.patience
+        if metrics and job.stop is not None:
+            stop = job.stop(position.epoch, float(metrics[metric_name(job.config)])) or stop
         position = replace(position, epoch=epoch, past=(), finished=last or stop)
         _save(job, position, metrics)
     return position

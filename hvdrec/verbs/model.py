@@ -27,6 +27,28 @@ def train(options: argparse.Namespace, rest: list[str]) -> Answer:
     )
 
 
+def tune(options: argparse.Namespace, rest: list[str]) -> Answer:
+    config = _load_config_together(options, rest)
+    from hvdrec.structure import to_dict
+    from hvdrec.tuning.report import render
+    from hvdrec.tuning.run import FOLDER, Options, tune
+    from hvdrec.tuning.search import FILE, told_best
+
+    search = tune(
+        config,
+        Options(tuple(options.search), options.trials, options.prune, options.overwrite),
+        notify,
+    )
+    file = Path(config.paths.work) / FOLDER / FILE
+    facts = {
+        "path": str(file),
+        "metric": search.metric,
+        "best": told_best(search),
+        "trials": to_dict(search.trials),
+    }
+    return Answer(facts, render(search, str(file)))
+
+
 def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
     config = load_config(options, rest)
     from dataclasses import asdict

@@ -1,0 +1,1 @@
+"""A search over fields of a run's configuration, by the validation metric."""

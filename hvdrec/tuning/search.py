@@ -1,0 +1,261 @@
+"""A search: its trials so far, what to try next, and whether a trial is worth going on with.
+
+All that is known is in this value, which is written to disk whole; Optuna is asked anew each time.
+So what it proposes is a function of the trials before, and a search that was interrupted goes on
+as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hvdrec.artifacts import write_text
+from hvdrec.config import Config
+from hvdrec.errors import UserError
+from hvdrec.structure import from_dict, to_dict
+from hvdrec.tuning.space import Space, Values, as_overrides, as_toml, parse_space, size, values_of
+
+if TYPE_CHECKING:
+    import optuna
+
+FILE = "trials.json"
+ATTEMPTS = 1000
+"""Draws after which no combination counts as left that was not tried."""
+STUCK = 3
+"""Starts of a trial from the same step after which it is given up."""
+
+State = Literal["running", "complete", "pruned", "failed"]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation metric after an epoch; the first is 0."""
+
+    epoch: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a search.
+
+    values: plain values of the searched fields; value: the best validation metric, reached at
+    `step`; seconds: spent on it; starts: from which steps it was started; reason: why it failed.
+    """
+
+    number: int
+    values: dict[str, Any]
+    state: State = "running"
+    value: float | None = None
+    step: int = 0
+    seconds: float = 0.0
+    validations: tuple[Validation, ...] = ()
+    starts: tuple[int, ...] = ()
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The trial's directory."""
+        return f"trial-{self.number:03d}"
+
+    def validated(self, epoch: int, value: float) -> Trial:
+        """Return the trial with one more validation; later ones, of before, are forgotten."""
+        before = tuple(each for each in self.validations if each.epoch < epoch)
+        return replace(self, validations=(*before, Validation(epoch, value)))
+
+    def started(self, step: int) -> Trial:
+        """Return the trial started (again) from a step; failed if that leads nowhere."""
+        starts = (*self.starts, step)
+        last = starts[-STUCK:]
+        if len(last) == STUCK and len(set(last)) == 1:
+            reason = f"was started {STUCK} times from step {step} and got no further"
+            return replace(self, starts=starts, state="failed", reason=reason)
+        return replace(self, starts=starts)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search over a configuration.
+
+    config: that of the first trial; features: what tells the features from others; space: what is
+    searched, as it was given; metric: of validation; is_loss: whether lower is better.
+    """
+
+    config: Config
+    features: str
+    space: tuple[str, ...]
+    metric: str
+    is_loss: bool = False
+    trials: tuple[Trial, ...] = field(default=())
+
+    def parsed(self) -> Space:
+        """Return what is searched."""
+        return parse_space(self.space, self.config)
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial that came to its end; the first of equal ones."""
+        ranked = self.ranked()
+        return ranked[0] if ranked and ranked[0].state == "complete" else None
+
+    def ranked(self) -> list[Trial]:
+        """Return the trials: complete ones first, the best in front."""
+
+        def place(trial: Trial) -> tuple[bool, bool, float]:
+            value = 0.0 if trial.value is None else trial.value
+            worse = value if self.is_loss else -value
+            return trial.state != "complete", trial.value is None, worse
+
+        return sorted(self.trials, key=place)
+
+    def with_trial(self, trial: Trial) -> Search:
+        """Return the search with a trial added or replaced."""
+        return replace(
+            self, trials=(*self.trials[: trial.number], trial, *self.trials[trial.number + 1 :])
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``trials.json``, with what to do with the best one, for other programs."""
+        text = json.dumps({**to_dict(self), "best": told_best(self)}, indent=1)
+        write_text(folder / FILE, f"{text}\n")
+
+
+def load(folder: Path) -> Search | None:
+    """Return the search that was begun in a folder, or None."""
+    file = folder / FILE
+    try:
+        raw = json.loads(file.read_text())
+        return from_dict(Search, {key: raw[key] for key in raw if key != "best"})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); --overwrite starts anew") from None
+
+
+def told_best(search: Search) -> dict[str, Any] | None:
+    """Return which trial is the best, by what, and its values as options and as TOML."""
+    best = search.best
+    if best is None:
+        return None
+    return {
+        "trial": best.number,
+        search.metric: best.value,
+        "overrides": as_overrides(best.values),
+        "toml": as_toml(best.values),
+    }
+
+
+def first_difference(before: Config, now: Config) -> str | None:
+    """Return the first field that two configurations do not share: ``name = old, now new``."""
+    return _first_difference(to_dict(before), to_dict(now))
+
+
+def next_values(search: Search) -> dict[str, Any] | None:
+    """Return what to try next, none of it tried before; None where all has been.
+
+    First the configuration as it stands, then what the tree-structured Parzen estimator proposes
+    (Bergstra et al., "Algorithms for hyper-parameter optimization", NeurIPS 2011).
+    """
+    import optuna
+
+    space = search.parsed()
+    if not search.trials:
+        return values_of(search.config, space)
+    tried = [trial.values for trial in search.trials]
+    distributions = {name: each.distribution() for name, each in space.items()}
+    inside = [values for values in tried if _parameters(space, values) is not None]
+    if len(inside) >= size(space):
+        return None
+    for attempt in range(ATTEMPTS):
+        seed = _seed(search, attempt)
+        # Where the estimator insists on what is known already, chance does not.
+        sampler: optuna.samplers.BaseSampler = (
+            optuna.samplers.RandomSampler(seed=seed)
+            if attempt
+            else optuna.samplers.TPESampler(seed=seed)
+        )
+        asked = _study(search, space, sampler).ask(distributions)
+        values = {name: each.value_of(asked.params[name]) for name, each in space.items()}
+        if values not in tried:
+            return values
+    return None
+
+
+def is_hopeless(search: Search, trial: Trial) -> bool:
+    """Return whether a running trial is worse, at its best, than the median of the others then.
+
+    Nothing is stopped before five trials are complete (Optuna's MedianPruner).
+    """
+    import optuna
+
+    space = search.parsed()
+    parameters = _parameters(space, trial.values)
+    if parameters is None:
+        return False
+    study = _study(search, space, optuna.samplers.RandomSampler(seed=0))
+    study.enqueue_trial(parameters)
+    asked = study.ask({name: each.distribution() for name, each in space.items()})
+    for validation in trial.validations:
+        asked.report(validation.value, validation.epoch)
+    return asked.should_prune()
+
+
+def _study(
+    search: Search, space: Space, sampler: optuna.samplers.BaseSampler
+) -> optuna.study.Study:
+    """Return Optuna's view of the trials that have ended, in memory."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        sampler=sampler,
+        pruner=optuna.pruners.MedianPruner(),
+        direction="minimize" if search.is_loss else "maximize",
+    )
+    states = {
+        "complete": optuna.trial.TrialState.COMPLETE,
+        "pruned": optuna.trial.TrialState.PRUNED,
+        "failed": optuna.trial.TrialState.FAIL,
+    }
+    for trial in search.trials:
+        parameters = _parameters(space, trial.values)
+        if trial.state == "running" or parameters is None:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=states[trial.state],
+                    value=trial.value if trial.state == "complete" else None,
+                    params=parameters,
+                    distributions={name: each.distribution() for name, each in space.items()},
+                    intermediate_values={each.epoch: each.value for each in trial.validations},
+                )
+            )
+    return study
+
+
+def _parameters(space: Space, values: Values) -> dict[str, Any] | None:
+    """Return values as Optuna knows them; None where one of them is outside."""
+    found = {name: each.parameter_of(values[name]) for name, each in space.items()}
+    return None if any(each is None for each in found.values()) else found
+
+
+def _seed(search: Search, attempt: int) -> int:
+    return (search.config.seed * 1_000_003 + len(search.trials) * 1009 + attempt) % 2**32
+
+
+def _first_difference(before: Any, now: Any, where: str = "") -> str | None:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            inner = f"{where}.{key}" if where else str(key)
+            told = _first_difference(before.get(key), now.get(key), inner)
+            if told is not None:
+                return told
+        return None
+    return None if before == now else f"{where} = {json.dumps(before)}, now {json.dumps(now)}"
