@@ -120,7 +120,8 @@ class Samples:
     title: str = ""
     """Column of the item table that names an item to people; optional."""
     label: str = "label"
-    """SQL expression that gives 0 or 1 (or a boolean)."""
+    """SQL expression that gives 0 or 1 (or a boolean). With [[tasks]] it stays the main label: of
+    retrieval, histories, popularity, and of the metrics of the served score."""
     weight: str = ""
     """SQL expression of the sample's weight, not negative; empty means 1."""
     drop: str = ""
@@ -135,6 +136,31 @@ class Samples:
     """Sequences of what the user did before."""
     split: Split = Split()
     """Train, validation and test."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of several labels that one ranker predicts, each with a head of its own."""
+
+    name: str
+    """Name in reports and at scoring time, where its probability is the output 'score_NAME'."""
+    label: str
+    """SQL expression that gives 0 or 1 (or a boolean), or NULL where the row tells nothing: such a
+    row does not count for this task. Sampled negatives are 0."""
+    weight: float = 1.0
+    """Factor of its loss, which is the mean over the rows that tell."""
+    share: float = 1.0
+    """Its part in the served score, see model.ranker.combine; 0: trained along, not served."""
+
+    @property
+    def column(self) -> str:
+        """Column of samples and shards that holds its label."""
+        return f"label_{self.name}"
+
+    @property
+    def output(self) -> str:
+        """Output of the ranker's graph that holds its probability."""
+        return f"score_{self.name}"
 
 
 @dataclass(frozen=True)
@@ -194,6 +220,16 @@ class Ranker:
     """DCN-V2 cross layers over its input, beside the MLP; 0 for none."""
     direct: tuple[str, ...] = ()
     """User and item features embedded directly into the ranker, beside the towers' output."""
+    sharing: Literal["bottom", "mmoe"] = "bottom"
+    """What [[tasks]] share. bottom: the hidden layers. mmoe: experts, each with these hidden
+    layers, which every task mixes by a gate of its own (multi-gate mixture-of-experts)."""
+    experts: int = 4
+    """mmoe: how many experts."""
+    task_hidden: tuple[int, ...] = ()
+    """Widths of the hidden layers that each of the [[tasks]] has for itself behind the shared."""
+    combine: Literal["product", "sum"] = "product"
+    """How the served score is made of the tasks' probabilities p. product: of p ** share. sum:
+    their mean, weighted by the shares."""
 
 
 @dataclass(frozen=True)
@@ -344,6 +380,8 @@ class Config:
     """Directories."""
     samples: Samples = Samples()
     """Raw tables to samples."""
+    tasks: tuple[Task, ...] = ()
+    """Several labels for the ranker. None: samples.label alone."""
     encode: Encode = Encode()
     """Samples to shards."""
     loader: Loader = Loader()
@@ -369,6 +407,11 @@ class Config:
     def schema(self) -> Schema:
         """The features with the keys of users and items."""
         return Schema(self.features, self.samples.user, self.samples.item)
+
+    @property
+    def task_columns(self) -> tuple[str, ...]:
+        """The columns of the tasks' labels, in the order of the tasks."""
+        return tuple(task.column for task in self.tasks)
 
 
 def load(path: Path) -> Config:
@@ -420,6 +463,7 @@ def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
 def _requirements(config: Config) -> list[tuple[bool, str]]:
     """List what must hold between values, each with the line that says so."""
     train, split, loader = config.train, config.samples.split, config.loader
+    ranker = config.model.ranker
     positive: list[tuple[str, float]] = [
         ("train.batch_size", train.batch_size),
         ("train.epochs", train.epochs),
@@ -447,6 +491,8 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         *((f"samples.history[{i}].length", h.length) for i, h in enumerate(config.samples.history)),
         *((f"model.tower.hidden[{i}]", w) for i, w in enumerate(config.model.tower.hidden)),
         *((f"model.ranker.hidden[{i}]", w) for i, w in enumerate(config.model.ranker.hidden)),
+        *((f"model.ranker.task_hidden[{i}]", w) for i, w in enumerate(ranker.task_hidden)),
+        *((f"tasks[{i}].weight", task.weight) for i, task in enumerate(config.tasks)),
     ]
     shares: list[tuple[str, float]] = [
         ("model.unknown_rate", config.model.unknown_rate),
@@ -465,6 +511,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("train.checkpoint_every", train.checkpoint_every),
         ("train.threads", train.threads),
         ("model.ranker.cross_layers", config.model.ranker.cross_layers),
+        *((f"tasks[{i}].share", task.share) for i, task in enumerate(config.tasks)),
         ("samples.negatives.per_positive", config.samples.negatives.per_positive),
     ]
     listed = ("categorical", "categorical_list", "hashed")
@@ -536,5 +583,58 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
                 f"samples.history: no feature of kind 'sequence' is named '{history.name}'",
             )
             for history in config.samples.history
+        ),
+        *_requirements_of_tasks(config),
+    ]
+
+
+def _requirements_of_tasks(config: Config) -> list[tuple[bool, str]]:
+    """List what must hold of several labels and of the layers that they share."""
+    ranker, tasks = config.model.ranker, config.tasks
+    names = [task.name for task in tasks]
+    taken = {config.samples.user, config.samples.item, *(f.name for f in config.features)}
+    if not tasks:
+        return [
+            (
+                ranker.sharing == "bottom" and not ranker.task_hidden,
+                f"model.ranker: sharing = '{ranker.sharing}', task_hidden = "
+                f"{list(ranker.task_hidden)}: there are no [[tasks]] to share layers; add some or "
+                "leave both out",
+            )
+        ]
+    return [
+        *(
+            (
+                name.isidentifier() and name != "score" and names.count(name) == 1,
+                f"tasks[{i}].name = '{name}': must be letters, digits and underscores, not "
+                "'score', and occur once",
+            )
+            for i, name in enumerate(names)
+        ),
+        *(
+            (
+                column not in taken,
+                f"tasks[{i}].name = '{task.name}': its '{column}' is the name of a feature or key; "
+                "rename the task",
+            )
+            for i, task in enumerate(tasks)
+            for column in (task.column, task.output)
+        ),
+        (
+            any(task.share > 0 for task in tasks),
+            "tasks: every share is 0; give one a part in the served score",
+        ),
+        (
+            config.train.objective != "retrieval",
+            "tasks: train.objective = 'retrieval' trains no ranker, which alone has tasks; take "
+            "'ranking' or 'joint'",
+        ),
+        (
+            bool(ranker.hidden),
+            "model.ranker.hidden = []: tasks share hidden layers; give at least one width",
+        ),
+        (
+            ranker.sharing == "bottom" or ranker.experts > 1,
+            f"model.ranker.experts = {ranker.experts}: mmoe needs at least 2",
         ),
     ]

@@ -46,7 +46,8 @@ class Batch:
     """Rows as tensors; behind the first `rows` rows there is padding of weight zero.
 
     features: name -> int64 codes [N] or [N, max_length] (0 pads), or float32 [N]; user_index,
-    item_index: int64 [N]; label, weight: float32 [N]. Padding rows are zero everywhere.
+    item_index: int64 [N]; label, weight: float32 [N]; tasks: float32 [N, T] of further labels, NaN
+    where a row tells nothing, or None where none are read. Padding rows are zero everywhere.
     """
 
     features: dict[str, Tensor]
@@ -55,6 +56,7 @@ class Batch:
     label: Tensor
     weight: Tensor
     rows: int
+    tasks: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
         """Return some of the rows."""
@@ -79,6 +81,7 @@ class Batch:
             change(self.label),
             change(self.weight),
             self.rows,
+            None if self.tasks is None else change(self.tasks),
         )
 
 
@@ -91,7 +94,8 @@ class ShardLoader:
 
     directory: here or by URL; its `*.parquet` files are the shards, in the order of their names;
     window_rows: rows that are shuffled together; workers: reading threads; prefetch: batches held
-    ready; columns: names of the features to read (default: all); pin_memory: into page-locked
+    ready; columns: names of the features to read (default: all); tasks: columns of further labels
+    to read; pin_memory: into page-locked
     memory, where CUDA is there; cache_dir, cache_gb: where row groups that were read are kept, and
     how much of them. `rows` counts the rows of all ranks, `waited_seconds` the time the consumer
     has waited.
@@ -112,6 +116,7 @@ class ShardLoader:
         workers: int = 2,
         prefetch: int = 4,
         columns: Collection[str] | None = None,
+        tasks: Sequence[str] = (),
         pin_memory: bool = False,
         cache_dir: str = "",
         cache_gb: float = 10.0,
@@ -123,7 +128,8 @@ class ShardLoader:
         self.batch_size = batch_size
         self.waited_seconds = 0.0
         self._features = [f for f in schema.features if columns is None or f.name in columns]
-        self._columns = [*(feature.name for feature in self._features), *KEY_COLUMNS]
+        self._tasks = tuple(tasks)
+        self._columns = [*(f.name for f in self._features), *KEY_COLUMNS, *self._tasks]
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._shuffle, self._window_rows = shuffle, window_rows
         self._workers, self._prefetch = workers, prefetch
@@ -315,11 +321,14 @@ class ShardLoader:
             column[rows:] = 0
         tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
         user, item, label, weight = (tensors.pop(name) for name in KEY_COLUMNS)
-        return Batch(tensors, user, item, label, weight, rows)
+        labels = [tensors.pop(name) for name in self._tasks]
+        tasks = torch.stack(labels, dim=1) if labels else None
+        return Batch(tensors, user, item, label, weight, rows, tasks)
 
     def _allocated(self, rows: int, code_type: CodeType) -> Columns:
         keys = {name: np.empty(rows, kind) for name, kind in KEY_TYPES.items()}
-        return {**_allocated(self._features, rows, code_type), **keys}
+        tasks = {name: np.empty(rows, np.float32) for name in self._tasks}
+        return {**_allocated(self._features, rows, code_type), **keys, **tasks}
 
 
 def table_arrays(

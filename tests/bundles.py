@@ -9,7 +9,8 @@ What its graphs compute, with `USERS` ... `PLACES` for the vectors of a value:
   last three of the history + half of ITEMS[newest].
 - item: [g0, g1, (year - 2000) / 10], where [g0, g1] = ITEMS[item_id] + half the sum of GENRES over
   the first two genres + half of GENRES[first].
-- score: sigmoid(inner product + HOURS[hour] + PLACES[place] + temperature / 10).
+- score: sigmoid(inner product + HOURS[hour] + PLACES[place] + temperature / 10). With tasks there
+  is one such score for each, with what TASKS says added to the logit, and score is their product.
 
 A missing value counts nothing, an unknown one is UNKNOWN in the tables. Retrieval is by the first
 two entries.
@@ -55,6 +56,7 @@ POPULARITY = {"10": 5, "20": 2, "30": 7, "40": 0}
 TRENDING = {"10": 1, "20": 4, "30": 1, "40": 0}
 SEEN = {"1": ["30", "10"], "2": []}
 FILTERS = ("genres", "year")
+TASKS = {"click": 0.0, "love": -1.0}
 
 
 def features(key_dtype: str) -> list[Row]:
@@ -87,8 +89,12 @@ def write_bundle(
     trending: Mapping[str, int] | None = TRENDING,
     seen: Mapping[str, Sequence[str]] | None = SEEN,
     filters: Sequence[str] = FILTERS,
+    tasks: bool = False,
 ) -> Path:
-    """Write the bundle to ``path`` and return it; key_dtype "string" or "int"."""
+    """Write the bundle to ``path`` and return it; key_dtype "string" or "int".
+
+    tasks: the ranker predicts two labels, and its score is the product of both.
+    """
     meta = {
         "name": "tiny",
         "schema": {
@@ -105,10 +111,12 @@ def write_bundle(
         "parity": {"rows": 0, "largest_difference": 0.0},
         "config": {},
     }
+    if tasks:
+        meta |= {"tasks": [{"name": name, "share": 1.0} for name in TASKS], "combine": "product"}
     with write_artifact(path, "bundle", meta) as draft:
         onnx.save(_user_tower(key_dtype), str(draft / "user_tower.onnx"))
         onnx.save(_item_tower(key_dtype), str(draft / "item_tower.onnx"))
-        onnx.save(_ranker(), str(draft / "ranker.onnx"))
+        onnx.save(_ranker(tasks), str(draft / "ranker.onnx"))
         user_order = _write_side(draft, "user", users, key_dtype)
         order = _write_side(draft, "item", items, key_dtype)
         popularity = np.array([POPULARITY.get(key, 0) for key in order], dtype=np.int64)
@@ -236,7 +244,7 @@ class _Nodes:
         last = self.node("Unsqueeze", parts[1], self.constant([1], np.int64))
         return self.node("Concat", parts[0], last, output="embedding", axis=1)
 
-    def model(self, inputs: Mapping[str, tuple[str, int]], output: str) -> onnx.ModelProto:
+    def model(self, inputs: Mapping[str, tuple[str, int]], *outputs: str) -> onnx.ModelProto:
         """Return the model; inputs: name to (type, dimensions)."""
         kinds = {
             "string": TensorProto.STRING,
@@ -253,7 +261,7 @@ class _Nodes:
                 )
                 for name, (kind, dimensions) in inputs.items()
             ],
-            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None) for output in outputs],
             self.constants,
         )
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.ml", 3)]
@@ -285,7 +293,7 @@ def _item_tower(key_dtype: str) -> onnx.ModelProto:
     return g.model(inputs, "embedding")
 
 
-def _ranker() -> onnx.ModelProto:
+def _ranker(tasks: bool) -> onnx.ModelProto:
     g = _Nodes()
     users = g.node("Gather", "user_embedding", "request")
     product = g.node("Mul", users, "item_embedding")
@@ -295,7 +303,15 @@ def _ranker() -> onnx.ModelProto:
     for name, dtype, table in (("hour", "int", HOURS), ("place", "string", PLACES)):
         scene = g.node("Add", scene, g.node("Squeeze", g.vectors(name, dtype, table), axis))
     logit = g.node("Add", inner, g.node("Gather", scene, "request"))
-    g.node("Sigmoid", logit, output="score")
+    outputs = ["score"]
+    if tasks:
+        outputs += [f"score_{name}" for name in TASKS]
+        for name, added in TASKS.items():
+            moved = g.node("Add", logit, g.constant(added))
+            g.node("Sigmoid", moved, output=f"score_{name}")
+        g.node("Mul", *outputs[1:], output="score")
+    else:
+        g.node("Sigmoid", logit, output="score")
     inputs = {
         "user_embedding": ("vector", 2),
         "item_embedding": ("vector", 2),
@@ -304,7 +320,7 @@ def _ranker() -> onnx.ModelProto:
         "place": ("string", 1),
         "temperature": ("float", 1),
     }
-    return g.model(inputs, "score")
+    return g.model(inputs, *outputs)
 
 
 if __name__ == "__main__":

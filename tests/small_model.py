@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hvdrec.config import Config, Model, Parallel, Ranker, Samples, Tower, Train
+from hvdrec.config import Config, Model, Parallel, Ranker, Samples, Task, Tower, Train
 from hvdrec.loader import Batch
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.ranks import World
@@ -38,6 +38,7 @@ class Setting:
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     accumulate: int = 1
+    sharing: str = ""
 
     def config(self) -> Config:
         """Return the small configuration with this setting."""
@@ -53,6 +54,8 @@ class Setting:
             placement="auto" if mixed else self.placement,  # type: ignore[arg-type]
             shard_from_mb=8 * 4 * 4 / 1e6,
         )
+        if self.sharing:
+            config = with_tasks(config, sharing=self.sharing, experts=2, task_hidden=(3,))
         return replace(config, parallel=parallel)
 
 
@@ -73,7 +76,10 @@ SETTINGS = {
     "clipped": Setting("joint", "mixed", clip_norm=0.05),
     "clipped-fbgemm": Setting("joint", "mixed", kernel="fbgemm", clip_norm=0.05),
     "accumulated": Setting("ranking", "mixed", "rowwise-adagrad", accumulate=3),
+    "tasks-bottom": Setting("ranking", "mixed", sharing="bottom"),
+    "tasks-mmoe": Setting("joint", "mixed", "rowwise-adagrad", accumulate=2, sharing="mmoe"),
 }
+TASKS = (Task("like", "rating > 3"), Task("love", "rating = 5", weight=0.5, share=0.25))
 
 
 def small_config(objective: str = "joint", **train: object) -> Config:
@@ -97,6 +103,12 @@ def small_config(objective: str = "joint", **train: object) -> Config:
         ),
         train=Train(objective=objective, temperature=0.2, **train),  # type: ignore[arg-type]
     )
+
+
+def with_tasks(config: Config, **ranker: object) -> Config:
+    """Return a configuration with two tasks, and a ranker with other fields."""
+    shape = replace(config.model.ranker, **ranker)  # type: ignore[arg-type]
+    return replace(config, tasks=TASKS, model=replace(config.model, ranker=shape))
 
 
 def small_model(config: Config, seed: int = 0, *, with_tables: bool = True) -> Recommender:
@@ -134,7 +146,10 @@ def small_tables(
 
 
 def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
-    """Return random rows with unequal weights, and padding of weight zero behind them."""
+    """Return random rows with unequal weights, and padding of weight zero behind them.
+
+    Of the two tasks' labels each is unknown in some rows, the second one in most.
+    """
     random = np.random.default_rng(seed)
 
     def padded(drawn: np.ndarray) -> torch.Tensor:
@@ -146,6 +161,9 @@ def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
         return padded(random.integers(low, SIZES[name], (rows, *shape)))
 
     items = random.integers(0, 9, rows)
+    others = np.random.default_rng([seed, 1])
+    tasks = others.integers(0, 2, (rows, 2)).astype(np.float64)
+    tasks[others.random((rows, 2)) < (0.3, 0.7)] = np.nan
     return Batch(
         features={
             "user_id": codes("user_id", low=1),
@@ -162,6 +180,7 @@ def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
         label=padded(random.integers(0, 2, rows).astype(np.float64)),
         weight=padded(random.uniform(0.5, 2.0, rows)),
         rows=rows,
+        tasks=padded(tasks),
     )
 
 
@@ -176,4 +195,5 @@ def of_type(batch: Batch, dtype: torch.dtype) -> Batch:
         features={name: cast(tensor) for name, tensor in batch.features.items()},
         label=cast(batch.label),
         weight=cast(batch.weight),
+        tasks=None if batch.tasks is None else cast(batch.tasks),
     )

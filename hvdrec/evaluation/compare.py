@@ -26,6 +26,7 @@ from hvdrec.evaluation.item_item import (
     taken_items,
 )
 from hvdrec.evaluation.ranking import order_metrics
+from hvdrec.evaluation.tasks import task_baselines
 from hvdrec.parallel import ranks
 from hvdrec.storage import read_metadata
 
@@ -69,6 +70,9 @@ def _baselines(
         for name, vectors in fitted.item_vectors().items():
             everyone = np.ones((users, 1))
             found.setdefault(name, {})["retrieval"] = top.metrics(everyone, vectors, config)
+    if scores is not None and config.tasks:
+        for name, report in task_baselines(config, train, scores, users, items).items():
+            found[name]["tasks"] = report
     return found
 
 

@@ -16,6 +16,7 @@ from hvdrec.config import Config
 from hvdrec.evaluation.compare import compare
 from hvdrec.evaluation.held_out import Retrieval, Scores, part_of, ranking_report
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
+from hvdrec.evaluation.tasks import task_auc, task_report
 from hvdrec.loader import ShardLoader, table_arrays
 from hvdrec.models.recommender import Recommender
 from hvdrec.models.tables import Rows
@@ -38,7 +39,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the report of a model on a split: metrics, and the same ones of each baseline.
 
-    Ranking metrics where the model has a ranker, retrieval metrics over the whole catalogue where
+    Ranking metrics where the model has a ranker, under ``tasks`` those of each task, retrieval metrics over the whole catalogue where
     its towers were trained to retrieve. Every rank calls this and gets the same report. rows_of
     gives the table rows of a batch, where the model does not hold its tables itself; ease_items is
     the largest catalogue for which EASE is fitted. ``notes`` tells what people should know of the
@@ -53,6 +54,8 @@ def evaluate(
     if config.train.objective != "retrieval":
         scores = score_split(model, config, split, device, rows_of)
         report["ranking"] = ranking_report(scores.score, scores, config)
+        if config.tasks:
+            report["tasks"] = task_report(scores.task_scores, scores, config)
     top: Retrieval | None = None
     if config.train.objective != "ranking":
         top = Retrieval.of(config, split)
@@ -83,6 +86,9 @@ def validation_metric(
     else:
         scores = score_split(model, config, "validation", device, rows_of)
         metrics = ranking_report(scores.score, scores, config)
+        if config.tasks:
+            metrics["tasks"] = task_report(scores.task_scores, scores, config)
+            metrics["task_auc"] = task_auc(metrics["tasks"], config)
     return float(metrics[name]), metrics
 
 
@@ -108,6 +114,7 @@ def score_split(
         pin_memory=device.type == "cuda",
         cache_dir=config.loader.cache_dir,
         cache_gb=config.loader.cache_gb,
+        tasks=config.task_columns,
     )
     parts: list[tuple[Array, ...]] = []
     with torch.inference_mode():
@@ -115,12 +122,15 @@ def score_split(
             batch = host_batch.to(device)
             rows = rows_of(host_batch.features) if rows_of is not None else None
             logit = model(batch.features, rows).logit.float()
+            none = logit.new_empty(len(logit), 0)
             columns = (
-                logit.sigmoid(),
+                model.score(logit),
                 batch.label,
                 batch.weight,
                 batch.user_index,
                 batch.item_index,
+                logit.sigmoid() if config.tasks else none,
+                none if batch.tasks is None else batch.tasks,
             )
             parts.append(tuple(column[: batch.rows].cpu().numpy() for column in columns))
     return Scores(

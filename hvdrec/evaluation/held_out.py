@@ -31,7 +31,8 @@ Array = NDArray[Any]
 class Scores:
     """A split's rows with their scores, in the order of the shards, whole on every rank.
 
-    score: float32 [n] probabilities; label, weight: float32 [n]; user, item: int64 [n] indices.
+    score: float32 [n] probabilities; label, weight: float32 [n]; user, item: int64 [n] indices;
+    task_scores, task_labels: float32 [n, T], labels are NaN where a row tells nothing of a task.
     """
 
     score: Array
@@ -39,6 +40,8 @@ class Scores:
     weight: Array
     user: Array
     item: Array
+    task_scores: Array
+    task_labels: Array
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from typing import Any
 
 from hvdrec.text import table
 
+OF_TASKS = ("auc", "gauc", "log_loss", "calibration", "base_rate", "rows")
 TITLES = {"ranking": "Ranking", "retrieval": "Retrieval over the whole catalogue"}
 
 
 def render(report: Mapping[str, Any]) -> str:
     """Return the tables of a report.
 
-    report: ``ranking`` and ``retrieval`` hold metrics by name; ``baselines`` holds the same two by
-    the baseline's name; ``notes`` are lines that follow.
+    report: ``ranking`` and ``retrieval`` hold metrics by name, ``tasks`` holds those of each task;
+    ``baselines`` holds the same by the baseline's name; ``notes`` are lines that follow.
     """
     baselines: Mapping[str, Any] = report.get("baselines") or {}
     parts = []
@@ -34,9 +35,27 @@ def render(report: Mapping[str, Any]) -> str:
         ]
         heading = f"{title}, {report['split']} split" if "split" in report else title
         parts.append(f"{heading}\n{table([kind, 'model', *named], rows)}")
+        if kind == "ranking" and report.get("tasks"):
+            parts.append(_tasks(report, baselines))
     if report.get("notes"):
         parts.append("\n".join(report["notes"]))
     return "\n\n".join(parts)
+
+
+def _tasks(report: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
+    """Return one row per task: its metrics, and the AUC of each baseline of its own label."""
+    others = {name: found["tasks"] for name, found in baselines.items() if "tasks" in found}
+    rows = [
+        [
+            task,
+            *(_shown(metrics[name]) for name in OF_TASKS),
+            *(_shown(found[task]["auc"]) for found in others.values()),
+        ]
+        for task, metrics in report["tasks"].items()
+    ]
+    heading = f"Tasks, {report['split']} split" if "split" in report else "Tasks"
+    columns = ["task", *OF_TASKS, *(f"auc of {name}" for name in others)]
+    return f"{heading}\n{table(columns, rows)}"
 
 
 def jsonable(value: Any) -> Any:

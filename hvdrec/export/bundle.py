@@ -115,9 +115,17 @@ def _meta(
         "item_width": model.item_width(),
         # Towers that were never trained to retrieve give candidates by popularity instead.
         "retrieval_width": 0 if config.train.objective == "ranking" else model.output_width,
+        **_tasks(config),
         "metrics": metrics,
         "config": to_dict(config),
     }
+
+
+def _tasks(config: Config) -> dict[str, Any]:
+    if not config.tasks:
+        return {}
+    tasks = [{"name": task.name, "share": task.share} for task in config.tasks]
+    return {"tasks": tasks, "combine": config.model.ranker.combine}
 
 
 def _save_graph(graph: onnx.ModelProto, file: Path) -> None:

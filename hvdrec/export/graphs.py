@@ -20,18 +20,19 @@ from hvdrec.schema import Feature
 
 OPSET = 20
 Function = Callable[[dict[str, Tensor]], Tensor]
+Functions = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
 
 class _Core(nn.Module):
     """A part of the model as a function of positional tensors, which is what the exporter wants."""
 
-    def __init__(self, model: Recommender, function: Function, names: Sequence[str]) -> None:
+    def __init__(self, model: Recommender, function: Functions, names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
         self._function = function
         self._names = list(names)
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return self._function(dict(zip(self._names, tensors, strict=True)))
 
 
@@ -71,6 +72,17 @@ def export_function(
     rows: str = "rows",
 ) -> onnx.ModelProto:
     """Export a function of named tensors whose rows (and list lengths) are of any number."""
+    return export_functions(model, lambda inputs: (function(inputs),), examples, [output], rows)
+
+
+def export_functions(
+    model: Recommender,
+    function: Functions,
+    examples: dict[str, Tensor],
+    outputs: Sequence[str],
+    rows: str = "rows",
+) -> onnx.ModelProto:
+    """Export a function that returns a tensor for each of the outputs; see `export_function`."""
     row_count = torch.export.Dim(rows, min=1)
     shapes = tuple(
         {0: row_count, 1: torch.export.Dim.DYNAMIC}
@@ -88,26 +100,29 @@ def export_function(
             dynamo=True,
             dynamic_shapes=(shapes,),
             input_names=list(examples),
-            output_names=[f"{output}/exported"],
+            output_names=[f"{output}/exported" for output in outputs],
             opset_version=OPSET,
             verbose=False,
         )
         assert program is not None
         file = Path(folder) / "core.onnx"
         program.save(str(file))
-        return _named(onnx.load(str(file)), output)
+        return _named(onnx.load(str(file)), outputs)
 
 
-def _named(core: onnx.ModelProto, output: str) -> onnx.ModelProto:
-    """Give the output its name, which the exporter may also use inside, and all else a prefix."""
-    core = compose.add_prefix(core, f"{output}/", rename_inputs=False, rename_outputs=False)
+def _named(core: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Give outputs their names, which the exporter may also use inside, and all else a prefix."""
+    core = compose.add_prefix(core, f"{outputs[0]}/", rename_inputs=False, rename_outputs=False)
+    final = {f"{output}/exported": output for output in outputs}
     for node in core.graph.node:
-        node.output[:] = [output if name == f"{output}/exported" else name for name in node.output]
+        node.input[:] = [final.get(name, name) for name in node.input]
+        node.output[:] = [final.get(name, name) for name in node.output]
         # Traces of where the model's code lay on the exporting machine.
         del node.metadata_props[:]
     for value in (*core.graph.input, *core.graph.output):
         del value.metadata_props[:]
-    core.graph.output[0].name = output
+    for value in core.graph.output:
+        value.name = final[value.name]
     return core
 
 

@@ -37,7 +37,8 @@ def largest_difference(
     Rows are spread evenly over the test split and go through `Scorer.score` one by one, three
     times: as they are (torch reads the encoded shards); with the item given by its key (torch reads
     the encoded catalogue); and spoiled with unknown keys, missing and NaN values (torch reads what
-    the preprocessing graph makes of them).
+    the preprocessing graph makes of them). Where there are tasks, the probability of each is
+    compared along with the score, through `Scorer.score_tasks`.
     """
     samples, features = config.paths.of("samples"), config.paths.of("features")
     raw: pa.Table = ds.dataset(str(samples / "test"), format="parquet").to_table()
@@ -79,36 +80,39 @@ def largest_difference(
 
 
 def _scores(scorer: Scorer, config: Config, rows: Sequence[Row], *, by_key: bool) -> NDArray[Any]:
-    """Score raw rows one by one, as a service would."""
+    """Score raw rows one by one, as a service would: float64 [n, 1 + T] of T tasks."""
     schema = config.schema
     users = [schema.user_key, *(feature.name for feature in schema.side("user"))]
     items = [schema.item_key, *(feature.name for feature in schema.side("item"))]
     scene = [feature.name for feature in schema.side("scene")]
-    return np.array(
-        [
-            scorer.score(
-                user={name: row[name] for name in users},
-                items=[row[schema.item_key] if by_key else {name: row[name] for name in items}],
-                scene={name: row[name] for name in scene},
-            )[0]
-            for row in rows
-        ],
-        dtype=np.float64,
-    )
+    scores = np.empty((len(rows), 1 + len(scorer.tasks)), dtype=np.float64)
+    for number, row in enumerate(rows):
+        request = (
+            {name: row[name] for name in users},
+            [row[schema.item_key] if by_key else {name: row[name] for name in items}],
+            {name: row[name] for name in scene},
+        )
+        scores[number, 0] = scorer.score(*request)[0]
+        if scorer.tasks:
+            by_task = scorer.score_tasks(*request)
+            scores[number, 1:] = [by_task[task][0] for task in scorer.tasks]
+    return scores
 
 
 def _torch_scores(model: Recommender, codes: Arrays, block: int = 4096) -> NDArray[Any]:
-    """Return torch's probabilities of encoded rows."""
+    """Return torch's probabilities of encoded rows, float64 [n, 1 + T] of T tasks."""
     count = len(next(iter(codes.values())))
-    scores = []
+    scores = [np.empty((0, 1 + len(model.tasks)))]
     with torch.inference_mode():
         for start in range(0, count, block):
             part = {
                 name: torch.tensor(array[start : start + block]) for name, array in codes.items()
             }
             user, item = model.represent_users(part), model.represent_items(part)
-            scores.append(model.rank(user, item, part).sigmoid().double().numpy())
-    return np.concatenate(scores) if scores else np.empty(0)
+            logit = model.rank(user, item, part)
+            columns = [model.score(logit), *(logit.sigmoid().unbind(-1) if model.tasks else ())]
+            scores.append(torch.stack(columns, dim=1).double().numpy())
+    return np.concatenate(scores)
 
 
 def _spoiled(config: Config, number: int, row: Row) -> Row:

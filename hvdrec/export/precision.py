@@ -33,15 +33,16 @@ MEASURED_ROWS = 200_000
 def make_smaller(draft: Path, config: Config) -> dict[str, Any]:
     """Rewrite a draft's embeddings and ranker as ``export`` says, and return what that costs.
 
-    The result is ``auc_float32``, ``auc``, ``auc_loss`` over ``rows`` of the validation split.
-    Raises UserError where the ranker has no layer that could be int8.
+    The result is ``auc_float32``, ``auc``, ``auc_loss`` over ``rows`` of the validation split, and
+    under ``tasks`` the same of each task's own probability and label. Raises UserError where the
+    ranker has no layer that could be int8.
     """
     kinds = config.export
     rows = _validation_rows(config)
     if not rows.num_rows:
         raise UserError("export: there are no validation rows to measure smaller numbers on")
     before = _Measured(draft, config, rows)
-    reference = before.scores(draft / "ranker.onnx", "float32")
+    reference = before.scores(draft / "ranker.onnx", "float32")  # of the score, then of each task
     if kinds.ranker == "int8":
         quantize_ranker(draft / "ranker.onnx")
     for side in ("users", "items"):
@@ -51,7 +52,12 @@ def make_smaller(draft: Path, config: Config) -> dict[str, Any]:
         if scales is not None:
             np.save(file.with_name("scales.npy"), scales, allow_pickle=False)
     smaller = before.scores(draft / "ranker.onnx", kinds.embeddings)
-    full, reached = before.auc(reference), before.auc(smaller)
+    (full, reached), *of_tasks = zip(before.aucs(reference), before.aucs(smaller), strict=True)
+    names = [task.name for task in config.tasks]
+    tasks = {
+        name: {"auc_float32": f, "auc": r, "auc_loss": f - r}
+        for name, (f, r) in zip(names, of_tasks, strict=True)
+    }
     return {
         "embeddings": kinds.embeddings,
         "ranker": kinds.ranker,
@@ -60,6 +66,7 @@ def make_smaller(draft: Path, config: Config) -> dict[str, Any]:
         "auc_float32": full,
         "auc": reached,
         "auc_loss": full - reached,
+        **({"tasks": tasks} if tasks else {}),
     }
 
 
@@ -100,8 +107,7 @@ def quantize_ranker(file: Path) -> None:
     model.replace_gemm_with_matmul()
     model.topological_sort()
     layers = _layers(model.model.graph)
-    # The last one gives the logit: it is small, and errors there are not averaged out.
-    if len(layers) < 2:
+    if not layers:
         raise UserError(
             "export.ranker = 'int8': the ranker has no inner layer; give model.ranker.hidden two "
             "layers or more, or leave it at float32"
@@ -115,24 +121,33 @@ def quantize_ranker(file: Path) -> None:
             str(file),
             per_channel=True,
             weight_type=QuantType.QInt8,
-            nodes_to_quantize=layers[:-1],
+            nodes_to_quantize=layers,
         )
     finally:
         logging.getLogger().setLevel(level)
 
 
 def _layers(graph: onnx.GraphProto) -> list[str]:
-    """Return the products with constant weights that are computed for each item, in order."""
+    """Return the inner products with constant weights that are computed for each item, in order.
+
+    Those with which no other comes behind them give logits: they are small, and errors there are
+    not averaged out.
+    """
     constants = {weight.name for weight in graph.initializer}
-    of_items = {"item_embedding", "first"}
+    before: dict[str, frozenset[str]] = {"item_embedding": frozenset(), "first": frozenset()}
+    inner: set[str] = set()
     layers = []
     for node in graph.node:
-        if of_items.isdisjoint(node.input):
+        found = [before[name] for name in node.input if name in before]
+        if not found:
             continue
-        of_items.update(node.output)
+        behind = frozenset().union(*found)
         if node.op_type == "MatMul" and node.input[1] in constants:
+            inner |= behind
             layers.append(node.name)
-    return layers
+            behind = frozenset([node.name])
+        before |= dict.fromkeys(node.output, behind)
+    return [name for name in layers if name in inner]
 
 
 class _Measured:
@@ -143,9 +158,10 @@ class _Measured:
         self._users = _run(draft / "user_tower.onnx", schema.side("user"), rows)
         self._items = _run(draft / "item_tower.onnx", schema.side("item"), rows)
         self._scene, self._rows = schema.side("scene"), rows
+        self._tasks = config.tasks
 
     def scores(self, ranker: Path, kind: str) -> Array:
-        """Return the scores float32 [n] of representations that were stored as ``kind``."""
+        """Return the outputs float32 [1 + T, n] of representations that were stored as ``kind``."""
         session = onnxruntime.InferenceSession(str(ranker), providers=["CPUExecutionProvider"])
         users, items = (restored(*compressed(part, kind)) for part in (self._users, self._items))
         scores = []
@@ -157,13 +173,19 @@ class _Measured:
                 "request": np.arange(len(users[part])),
                 **rows_to_inputs(self._scene, self._rows.slice(start, BLOCK)),
             }
-            scores.append(session.run(["score"], inputs)[0])
-        return np.concatenate(scores)
+            scores.append(session.run(["score", *(t.output for t in self._tasks)], inputs))
+        return np.concatenate(scores, axis=1)
 
-    def auc(self, scores: Array) -> float:
-        """Return the AUC of scores on the rows' labels, weighted as in evaluation."""
-        label, weight = (self._rows[name].to_numpy() for name in ("label", "weight"))
-        return auc(scores, label, weight)
+    def aucs(self, scores: Array) -> list[float]:
+        """Return the AUCs of scores [1 + T, n], each on its label, weighted as in evaluation."""
+        weight = self._rows["weight"].to_numpy()
+        columns = ("label", *(task.column for task in self._tasks))
+        found = []
+        for name, score in zip(columns, scores, strict=True):
+            label = self._rows[name].to_numpy()
+            known = ~np.isnan(label)
+            found.append(auc(score[known], label[known], weight[known]))
+        return found
 
 
 def _run(graph: Path, features: tuple[Feature, ...], rows: pa.Table) -> Array:

@@ -24,10 +24,18 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdrec.export.graphs import OPSET, example, export_function, joined, preprocessed
+from hvdrec.export.graphs import (
+    OPSET,
+    example,
+    export_function,
+    export_functions,
+    joined,
+    preprocessed,
+)
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
-from hvdrec.models.recommender import Recommender
+from hvdrec.models.recommender import Ranker, Recommender
+from hvdrec.models.tasks import TaskRanker
 
 Codes = dict[str, Tensor]
 
@@ -43,7 +51,7 @@ class Factored:
     product: NDArray[np.float32]
     """[D, H]: weights of user * item."""
     rest: Callable[[Tensor], Tensor]
-    """The first layer's output [N, H] -> score [N], a probability."""
+    """The first layer's output [N, H] -> logits [N], or [N, T] of T tasks."""
 
 
 def factored(model: Recommender) -> Factored | None:
@@ -52,10 +60,7 @@ def factored(model: Recommender) -> Factored | None:
         return _inner_product(model)
     if model.ranker.cross is not None:
         return None
-    hidden, head = list(model.ranker.hidden), model.ranker.head
-    first, *after = [*hidden, head]
-    assert isinstance(first, nn.Linear)
-    rest = nn.Sequential(*after)
+    first, rest = _in_two(model.ranker)
     user, item, width = model.user_width(), model.item_width(), model.output_width
     cuts = [user, item, width, first.in_features - user - item - width]
     weights = torch.split(first.weight.detach(), cuts, dim=1)
@@ -70,8 +75,27 @@ def factored(model: Recommender) -> Factored | None:
         request,
         weights[1].T.contiguous().numpy(),
         weights[2].T.contiguous().numpy(),
-        lambda first_output: rest(first_output).squeeze(-1).sigmoid(),
+        rest,
     )
+
+
+def _in_two(ranker: Ranker | TaskRanker) -> tuple[nn.Linear, Callable[[Tensor], Tensor]]:
+    """Return a ranker's first linear layer, and what makes logits of that layer's output."""
+    if isinstance(ranker, TaskRanker):
+        return ranker.first, ranker.after_first
+    first, *after = [*ranker.hidden, ranker.head]
+    assert isinstance(first, nn.Linear)
+    rest = nn.Sequential(*after)
+    return first, lambda first_output: rest(first_output).squeeze(-1)
+
+
+def _outputs(model: Recommender, logit: Tensor) -> tuple[Tensor, ...]:
+    """Return the served score of logits and, where there are tasks, the probability of each."""
+    return model.score(logit), *(logit.sigmoid().unbind(dim=-1) if model.tasks else ())
+
+
+def _names(model: Recommender) -> list[str]:
+    return ["score", *(task.output for task in model.tasks)]
 
 
 def _inner_product(model: Recommender) -> Factored:
@@ -81,7 +105,7 @@ def _inner_product(model: Recommender) -> Factored:
         lambda users, codes: torch.zeros_like(users[:, :1]),
         np.zeros((model.item_width(), 1), dtype=np.float32),
         weight,
-        lambda first_output: first_output.squeeze(-1).sigmoid(),
+        lambda first_output: first_output.squeeze(-1),
     )
 
 
@@ -90,7 +114,8 @@ def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
 
     ``user_embedding`` float32 [R, U], raw scene features [R], ``item_embedding`` float32 [N, I],
     ``request`` int64 [N], the row of the user and the scene that an item is paired with
-    -> ``score`` float32 [N], a probability.
+    -> ``score`` float32 [N], a probability; of a model with tasks also that of each,
+    ``score_NAME``.
     """
     return preprocessed(fitted, model.schema.side("scene"), core(model), "requests")
 
@@ -111,11 +136,11 @@ def core(model: Recommender) -> onnx.ModelProto:
         "shared",
         rows="requests",
     )
-    rest = export_function(
+    rest = export_functions(
         model,
-        lambda inputs: parts.rest(inputs["first"]),
+        lambda inputs: _outputs(model, parts.rest(inputs["first"])),
         {"first": torch.zeros(3, parts.product.shape[1])},
-        "score",
+        _names(model),
     )
     first = _first_layer(parts, model.user_width(), shared.ir_version)
     return joined(joined(shared, first), rest)
@@ -128,12 +153,13 @@ def _codes(model: Recommender, inputs: dict[str, Tensor]) -> Codes:
 def _unfactored(model: Recommender, examples: dict[str, Tensor]) -> onnx.ModelProto:
     """Return the ranker as it is, over users and scenes that are gathered for each item."""
 
-    def score(inputs: dict[str, Tensor]) -> Tensor:
+    def score(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         codes = _codes(model, inputs)
-        return model.rank(inputs["user_embedding"], inputs["item_embedding"], codes).sigmoid()
+        logit = model.rank(inputs["user_embedding"], inputs["item_embedding"], codes)
+        return _outputs(model, logit)
 
     items = {"item_embedding": torch.zeros(3, model.item_width())}
-    whole = export_function(model, score, {**examples, **items}, "score")
+    whole = export_functions(model, score, {**examples, **items}, _names(model))
     graph = whole.graph
     gathers = []
     for value in graph.input:

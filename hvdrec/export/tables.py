@@ -18,6 +18,8 @@ BATCH_ROWS = 65_536
 def score_table(bundle: Path, source: Path, target: Path) -> dict[str, Any]:
     """Score every row of a Parquet file and write its columns, with ``score`` behind them.
 
+    Where the bundle's ranker has tasks, ``score_NAME`` of each follows.
+
     A row needs the user and the item key; where the file has columns of raw user (item) features,
     these are used, otherwise the stored embedding of the key. Scene columns that are not there take
     their defaults. The target appears whole or not at all. Raises UserError for a file that is no
@@ -42,11 +44,11 @@ def score_table(bundle: Path, source: Path, target: Path) -> dict[str, Any]:
     scene = [field.name for field in scorer.info.side("scene") if field.name in found]
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     rows = 0
-    kept = [name for name in found if name != "score"]
+    made = ["score", *(f"score_{task}" for task in scorer.tasks)]
+    kept = [name for name in found if name not in made]
     try:
-        schema = pa.schema([file.schema_arrow.field(n) for n in kept]).append(
-            pa.field("score", pa.float32())
-        )
+        fields = [file.schema_arrow.field(name) for name in kept]
+        schema = pa.schema([*fields, *(pa.field(name, pa.float32()) for name in made)])
         with pq.ParquetWriter(draft, schema) as writer:
             for batch in file.iter_batches(BATCH_ROWS):
                 entries = {
@@ -54,9 +56,15 @@ def score_table(bundle: Path, source: Path, target: Path) -> dict[str, Any]:
                     for side, (key, names) in sides.items()
                 }
                 scenes = {name: batch[name].to_pylist() for name in scene}
-                scores = scorer.score_rows(entries["user"], entries["item"], scenes)
                 table = pa.Table.from_batches([batch]).select(kept)
-                writer.write_table(table.append_column("score", pa.array(scores)))
+                if scorer.tasks:
+                    by_task = scorer.score_tasks_rows(entries["user"], entries["item"], scenes)
+                    scores = list(by_task.values())
+                else:
+                    scores = [scorer.score_rows(entries["user"], entries["item"], scenes)]
+                for name, column in zip(made, scores, strict=True):
+                    table = table.append_column(name, pa.array(column))
+                writer.write_table(table)
                 rows += batch.num_rows
         draft.replace(target)
     finally:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvdrec.artifacts import read_manifest, write_artifact
+from hvdrec.artifacts import Manifest, read_manifest, write_artifact
 from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.features.encoder import Encoder, Rows
@@ -28,6 +29,7 @@ from hvdrec.features.fit import Fitted, check_columns, check_file, fit, one_line
 from hvdrec.features.graph import build
 from hvdrec.features.raw import one_chunk
 from hvdrec.schema import Feature, Schema, Side
+from hvdrec.storage import Place
 from hvdrec.structure import to_dict
 from hvdrec.workers import ALONE, Workers
 
@@ -37,10 +39,12 @@ USERS, ITEMS = "users_train.parquet", "items.parquet"
 
 @dataclass(frozen=True)
 class _Source:
-    """What all tasks share: samples, and the draft of the artifact with what was fitted."""
+    """What all shards share: samples, the draft of the artifact with what was fitted, the columns
+    of further labels."""
 
     samples: Path
     draft: Path
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,13 @@ def encode(
     their shards; where they are on several hosts, all must see both directories. Memory grows, for
     each worker, with a row group, the keys and the vocabularies, not with the samples. Raises
     UserError for samples that are not there, that do not have the configured features in their
-    declared types, or whose keys are unknown; nothing is then written.
+    declared types or the labels of the configured tasks, or whose keys are unknown; nothing is then
+    written.
     """
-    read_manifest(samples, "samples")
+    manifest = read_manifest(samples, "samples")
     schema = config.schema
-    _check(samples, schema)
+    check_task_labels(samples, manifest, config, "hvdrec samples")
+    _check(samples, schema, config.task_columns)
     meta: dict[str, Any] = {"config": to_dict(config), "rows": {}, "sizes": {}, "shards": {}}
     with write_artifact(out, "features", meta, overwrite=overwrite) as draft:
         notify("fitting features")
@@ -99,7 +105,7 @@ def encode(
         graph = build(fitted, [feature.name for feature in schema.features])
         onnx.save(graph, str(draft / "preprocess.onnx"))
         meta["sizes"] = fitted.sizes
-        source = _Source(samples.absolute(), draft.absolute())
+        source = _Source(samples.absolute(), draft.absolute(), config.task_columns)
         counts = np.zeros(pq.read_metadata(samples / ITEMS).num_rows, dtype=np.int64)
         try:
             for split in SPLITS:
@@ -133,8 +139,25 @@ def even_sizes(total: int, most: int) -> list[int]:
     return [total * (i + 1) // count - total * i // count for i in range(count)]
 
 
-def _check(samples: Path, schema: Schema) -> None:
-    others = (schema.user_key, schema.item_key, "label", "weight")
+def check_task_labels(directory: Place, manifest: Manifest, config: Config, remedy: str) -> None:
+    """Raise UserError unless an artifact holds the labels of the configuration's tasks.
+
+    It may hold more of them; remedy: the verb that makes the artifact anew.
+    """
+    made = {
+        task["name"]: task["label"] for task in manifest.meta.get("config", {}).get("tasks", ())
+    }
+    for task in config.tasks:
+        if made.get(task.name) != task.label:
+            before = f"as '{made[task.name]}'" if task.name in made else "not at all"
+            raise UserError(
+                f"{directory}: holds the label of task '{task.name}' {before}, the configuration "
+                f"has '{task.label}'; run {remedy} again"
+            )
+
+
+def _check(samples: Path, schema: Schema, labels: tuple[str, ...]) -> None:
+    others = (schema.user_key, schema.item_key, "label", "weight", *labels)
     for split in SPLITS:
         check_columns(samples / split, schema)
         for file in sorted((samples / split).glob("*.parquet")):
@@ -143,9 +166,9 @@ def _check(samples: Path, schema: Schema) -> None:
     check_file(samples / ITEMS, schema.side("item"), [schema.item_key])
 
 
-def _sample_columns(schema: Schema) -> list[str]:
+def _sample_columns(schema: Schema, labels: tuple[str, ...]) -> list[str]:
     names = [feature.name for feature in schema.features]
-    return [*dict.fromkeys([schema.user_key, schema.item_key, *names, "label", "weight"])]
+    return [*dict.fromkeys([schema.user_key, schema.item_key, *names, "label", "weight", *labels])]
 
 
 def _shards(source: _Source, split: str, config: Config) -> list[_Shard]:
@@ -191,18 +214,21 @@ def _write_shard(shard: _Shard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     schema = state.encoder.fitted.schema
     kinds = _encoded_types(schema.features)
     kinds |= {"user_index": pa.int64(), "item_index": pa.int64()}
-    kinds |= {"label": pa.float32(), "weight": pa.float32()}
+    labels = shard.source.labels
+    kinds |= {name: pa.float32() for name in ("label", "weight", *labels)}
     files = sorted((samples / shard.split).glob("*.parquet"))
     positives = [np.empty(0, np.int64)]
     with (
-        closing(_tables(files, _sample_columns(schema), shard.start, shard.groups)) as tables,
+        closing(
+            _tables(files, _sample_columns(schema, labels), shard.start, shard.groups)
+        ) as tables,
         _writer(shard.file, kinds) as write,
     ):
         for table in tables:
             if not table.num_rows:
                 write(pa.schema(list(kinds.items())).empty_table())
                 continue
-            encoded = _encode_rows(state.encoder, table, state.users, state.items, samples)
+            encoded = _encode_rows(state, table, shard.source)
             write(encoded)
             index, label = encoded["item_index"].to_numpy(), encoded["label"].to_numpy()
             positives.append(index[label > 0])
@@ -218,16 +244,18 @@ def _require_seen(shard: _Shard) -> None:
         )
 
 
-def _encode_rows(
-    encoder: Encoder, rows: pa.Table, users: Rows, items: Rows, samples: Path
-) -> pa.Table:
+def _encode_rows(state: _State, rows: pa.Table, source: _Source) -> pa.Table:
+    encoder, samples = state.encoder, source.samples
     schema = encoder.fitted.schema
     columns = {f.name: encoder.encode(f, rows[f.name]) for f in schema.features}
     user, item = schema.user_key, schema.item_key
-    columns["user_index"] = users.index(rows[user], f"{samples}: {user}")
-    columns["item_index"] = items.index(rows[item], f"{samples}: {item}")
+    columns["user_index"] = state.users.index(rows[user], f"{samples}: {user}")
+    columns["item_index"] = state.items.index(rows[item], f"{samples}: {item}")
     columns["label"] = rows["label"].cast(pa.float32())
     columns["weight"] = rows["weight"].cast(pa.float32())
+    for name in source.labels:
+        # Where a row tells nothing of a task, its label is NaN.
+        columns[name] = pc.fill_null(rows[name].cast(pa.float32()), float("nan"))
     return pa.table(columns)
 
 

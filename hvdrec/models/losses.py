@@ -15,6 +15,23 @@ def binary_cross_entropy(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor
     return functional.binary_cross_entropy_with_logits(logit, label, weight=weight, reduction="sum")
 
 
+def task_weights(labels_BT: Tensor, weight_B: Tensor) -> Tensor:
+    """Return the weight [B, T] that a row has for each task: none where its label is NaN."""
+    return weight_B.unsqueeze(1) * (~labels_BT.isnan())
+
+
+def task_cross_entropies(logits_BT: Tensor, labels_BT: Tensor, weight_B: Tensor) -> Tensor:
+    """Return of each task the weighted sum of its log losses over the rows that tell, [T].
+
+    labels_BT: 0, 1, or NaN where a row tells nothing of a task.
+    """
+    weight_BT = task_weights(labels_BT, weight_B)
+    losses_BT = functional.binary_cross_entropy_with_logits(
+        logits_BT, labels_BT.nan_to_num(), weight=weight_BT, reduction="none"
+    )
+    return losses_BT.sum(dim=0)
+
+
 def without_accidental_hits(
     logits_BC: Tensor, own_B: Tensor, item_B: Tensor, item_C: Tensor
 ) -> Tensor:

@@ -17,6 +17,7 @@ from hvdrec.config import Ranker as RankerShape
 from hvdrec.config import Tower as TowerShape
 from hvdrec.models.layers import CrossNetwork, mlp
 from hvdrec.models.tables import EmbeddingTables, Rows
+from hvdrec.models.tasks import TaskRanker, combined
 from hvdrec.schema import Feature, Schema
 
 Codes = Mapping[str, Tensor]
@@ -26,7 +27,7 @@ Codes = Mapping[str, Tensor]
 class Output:
     """What a forward pass over a batch gives.
 
-    user, item: [N, D] tower embeddings; logit: [N] of the ranker.
+    user, item: [N, D] tower embeddings; logit: [N] of the ranker, [N, T] of one with T tasks.
     """
 
     user: Tensor
@@ -92,8 +93,12 @@ class Recommender(nn.Module):
         width = 3 * model.tower.output + self._width(
             (*self.user_direct, *self.item_direct, *schema.side("scene"))
         )
-        has_ranker = config.train.objective != "retrieval"
-        self.ranker = Ranker(width, model.ranker) if has_ranker else None
+        self.tasks, self._combine = config.tasks, model.ranker.combine
+        self.ranker: Ranker | TaskRanker | None = None
+        if config.tasks:
+            self.ranker = TaskRanker(width, model.ranker, len(config.tasks))
+        elif config.train.objective != "retrieval":
+            self.ranker = Ranker(width, model.ranker)
 
     def user_width(self) -> int:
         """Return the width of a user's representation."""
@@ -114,11 +119,16 @@ class Recommender(nn.Module):
         return _joined(self._parts(self.item_tower, vectors, self.item_direct))
 
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
-        """Return the logits [N] of pairs of representations, in the scenes ``codes`` tells."""
+        """Return the logits [N] (or [N, T]) of pairs of representations, in the scenes of codes."""
         scene = self.tables(self.schema.side("scene"), codes)
         width = self.output_width
         product = user[:, :width] * item[:, :width]
         return self._logit([user], [item], product, list(scene.values()))
+
+    def score(self, logit: Tensor) -> Tensor:
+        """Return the served score [N], a probability, of logits [N] or [N, T]."""
+        probability = logit.sigmoid()
+        return combined(probability, self.tasks, self._combine) if self.tasks else probability
 
     def forward(self, codes: Codes, rows: Rows | None = None) -> Output:
         """Return embeddings and logits of a batch.

@@ -85,7 +85,10 @@ def make(
             users = Keys.of(rows.columns[schema.user_key])
             items = Keys.of(rows.columns[schema.item_key])
         histories = _histories(config, rows, users, split, time)
+        _require_known(config, rows, split)
         meta["rows"], meta["positives"] = {}, {}
+        if config.tasks:
+            meta["tasks"] = {task.name: {} for task in config.tasks}
         for number, name in enumerate(SPLITS):
             chosen = np.flatnonzero(split == number)
             if number == 0:
@@ -95,6 +98,11 @@ def make(
             meta["rows"][name] = len(chosen)
             meta["positives"][name] = int(rows.label[chosen].sum())
             notify(f"{name}: {len(chosen)} rows, {meta['positives'][name]} positive")
+            for task, label in zip(config.tasks, rows.tasks, strict=True):
+                known = label[chosen][~np.isnan(label[chosen])]
+                counts = {"rows": len(known), "positives": int(known.sum())}
+                meta["tasks"][task.name][name] = counts
+                notify(f"{name}: {task.name}: {len(known)} rows, {counts['positives']} positive")
             write_split(draft / name, config, rows, chosen, histories)
         # The latest training row comes last; a drawn row says nothing of its item's own columns.
         trained = np.flatnonzero(split[:real] == 0)
@@ -144,6 +152,16 @@ def _check(samples: Samples) -> None:
             f"samples.history '{samples.history[0].name}': needs samples.time, which is empty; "
             "name the column of the time"
         )
+
+
+def _require_known(config: Config, rows: Rows, split: Array) -> None:
+    """Refuse a task of which no training row tells anything."""
+    for i, (task, label) in enumerate(zip(config.tasks, rows.tasks, strict=True)):
+        if np.isnan(label[split == 0]).all():
+            raise UserError(
+                f"tasks[{i}].label = '{task.label}': is NULL in every training row; correct the "
+                "expression or leave the task out"
+            )
 
 
 def _time(config: Config, joined: tables.Joined, rows: Rows) -> Array | None:

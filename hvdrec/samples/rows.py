@@ -26,6 +26,7 @@ from hvdrec.samples.tables import (
     event,
     require_columns,
     require_one_match,
+    task_label,
 )
 
 Array = NDArray[Any]
@@ -37,7 +38,7 @@ class Rows:
 
     number: of the interaction. columns: keys and features in their declared types. raw: as
     collected, the columns that serve something else. label, weight: float64. events: per history,
-    whether the row is one of its events.
+    whether the row is one of its events. tasks: per task its label, float64, NaN where unknown.
     """
 
     number: Array
@@ -46,6 +47,7 @@ class Rows:
     label: Array
     weight: Array
     events: tuple[Array, ...]
+    tasks: tuple[Array, ...]
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def collect_rows(
     require_columns(source, rows, more)
     features = feature_columns(config)
     events = [event(i) for i in range(len(samples.history))]
+    tasks = [task_label(i) for i in range(len(config.tasks))]
     raw_names = [*more, *([title] if title else [])]
-    wanted = dict.fromkeys([ROW, LABEL, WEIGHT, *events, *features, *raw_names])
+    wanted = dict.fromkeys([ROW, LABEL, WEIGHT, *tasks, *events, *features, *raw_names])
     found = engine.collect(table.select(*wanted))
     number = found[ROW].to_numpy()
     order = np.argsort(number)
@@ -101,10 +104,13 @@ def collect_rows(
     for name in found:
         found[name] = canonical(found[name].take(pa.array(order)))
     # A literal 1.0 is a decimal to some engines.
-    label, weight = (
-        found[name].cast(pa.float64()).to_numpy(zero_copy_only=False) for name in (LABEL, WEIGHT)
+    label, weight, *of_tasks = (
+        found[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
+        for name in (LABEL, WEIGHT, *tasks)
     )
     _check_numbers(samples, source.file, label, weight)
+    for i, (task, values) in enumerate(zip(config.tasks, of_tasks, strict=True)):
+        _check_label(f"tasks[{i}].label", task.label, source.file, values[~np.isnan(values)])
     for name in (samples.user, samples.item):
         _check_key(rows.origin[name], name, found[name])
     columns = {name: declared(config, rows.origin[name], name, found[name]) for name in features}
@@ -115,6 +121,7 @@ def collect_rows(
         label,
         weight,
         tuple(found[name].to_numpy(zero_copy_only=False).astype(bool) for name in events),
+        tuple(of_tasks),
     )
 
 
@@ -145,6 +152,7 @@ def concatenated_rows(parts: Sequence[Rows]) -> Rows:
         np.concatenate([part.label for part in parts]),
         np.concatenate([part.weight for part in parts]),
         tuple(np.concatenate(of) for of in zip(*(part.events for part in parts), strict=True)),
+        tuple(np.concatenate(of) for of in zip(*(part.tasks for part in parts), strict=True)),
     )
 
 
@@ -208,13 +216,17 @@ def _check_key(where: str, name: str, array: pa.Array) -> None:
         )
 
 
-def _check_numbers(samples: Samples, file: Path, label: Array, weight: Array) -> None:
+def _check_label(key: str, expression: str, file: Path, label: Array) -> None:
     bad = label[~np.isin(label, (0.0, 1.0))]
     if len(bad):
         raise UserError(
-            f"samples.label = '{samples.label}': is neither 0 nor 1 in {len(bad)} of {len(label)} "
+            f"{key} = '{expression}': is neither 0 nor 1 in {len(bad)} of {len(label)} "
             f"rows of {file}, for example {_shown(bad[0])}; write a condition such as 'rating > 3'"
         )
+
+
+def _check_numbers(samples: Samples, file: Path, label: Array, weight: Array) -> None:
+    _check_label("samples.label", samples.label, file, label)
     bad = weight[~(np.isfinite(weight) & (weight >= 0))]
     if len(bad):
         raise UserError(

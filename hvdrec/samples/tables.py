@@ -20,6 +20,7 @@ ROW = "__row"
 LABEL = "__label"
 WEIGHT = "__weight"
 DROP = "__drop"
+LABELS = "0 or 1, such as 'rating > 3'"
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ def derive_ready(
 def labelled(
     engine: Engine, config: Config, source: Source, rows: Joined, *, is_drawn: bool = False
 ) -> Table:
-    """Add label, weight and the events of histories, and leave out what is dropped.
+    """Add labels, weight and the events of histories, and leave out what is dropped.
 
-    is_drawn: rows are sampled negatives, of label 0, weight 1 and no event.
+    is_drawn: rows are sampled negatives, of label 0 (for every task), weight 1 and no event.
     """
     samples, table = config.samples, rows.table
     if samples.drop:
@@ -134,11 +135,15 @@ def labelled(
     given: dict[str, ibis.Value] = {}
     if is_drawn:
         given = {LABEL: ibis.literal(0.0), WEIGHT: ibis.literal(1.0)}
+        given |= {task_label(i): ibis.literal(0.0) for i in range(len(config.tasks))}
         given |= {event(i): ibis.literal(False) for i in range(len(samples.history))}
         return table.mutate(**given)
-    table = _number(engine, table, LABEL, samples.label, "samples.label")
+    labels = [(LABEL, samples.label, "samples.label")]
+    labels += [(task_label(i), t.label, f"tasks[{i}].label") for i, t in enumerate(config.tasks)]
+    for column, expression, key in labels:
+        table = _number(engine, table, column, expression, key, LABELS)
     if samples.weight:
-        table = _number(engine, table, WEIGHT, samples.weight, "samples.weight")
+        table = _number(engine, table, WEIGHT, samples.weight, "samples.weight", "a number")
     else:
         table = table.mutate(**{WEIGHT: ibis.literal(1.0)})
     for i, history in enumerate(samples.history):
@@ -152,6 +157,11 @@ def labelled(
 def event(number: int) -> str:
     """Return the column that says whether a row is an event of a history."""
     return f"__event{number}"
+
+
+def task_label(number: int) -> str:
+    """Return the column of a task's label."""
+    return f"__task{number}"
 
 
 def require_columns(source: Source, rows: Joined, wanted: Mapping[str, str]) -> None:
@@ -252,11 +262,12 @@ def _flag(engine: Engine, table: Table, column: str, expression: str, key: str) 
     return table.mutate(**{column: table[column].cast("boolean").fill_null(False)})
 
 
-def _number(engine: Engine, table: Table, column: str, expression: str, key: str) -> Table:
+def _number(
+    engine: Engine, table: Table, column: str, expression: str, key: str, legal: str
+) -> Table:
     table = engine.derive(table, column, expression, key)
     kind = table[column].type()
     if not (kind.is_numeric() or kind.is_boolean() or kind.is_null()):
-        legal = "0 or 1, such as 'rating > 3'" if column == LABEL else "a number"
         raise UserError(f"{key} = '{expression}': is of type {kind}; it must give {legal}")
     # Not every engine casts a boolean to a floating-point number at once.
     value = table[column].cast("int8") if kind.is_boolean() else table[column]

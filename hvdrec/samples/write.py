@@ -180,6 +180,9 @@ def _samples(config: Config, rows: Rows, index: Array, histories: Histories | No
                 histories.moments, index, history.length
             )
     columns["label"] = pa.array(rows.label[index].astype(np.float32))
+    for task, label in zip(config.tasks, rows.tasks, strict=True):
+        known = label[index]
+        columns[task.column] = pa.array(known.astype(np.float32), mask=np.isnan(known))
     columns["weight"] = pa.array(rows.weight[index].astype(np.float32))
     if config.samples.time and "time" not in columns:
         columns["time"] = plain(rows.raw[config.samples.time].take(positions))

@@ -70,6 +70,8 @@ class BundleInfo:
     item_width: int
     retrieval_width: int
     manifest: Mapping[str, Any]
+    tasks: tuple[str, ...] = ()
+    """Names of the labels that the ranker predicts beside its score; none in most bundles."""
     version: str = ""
     """First 12 hexadecimal digits of the SHA-256 of manifest.json: what the whole bundle is."""
     model: str = ""
@@ -245,6 +247,7 @@ def _info(
         item_width=item_width,
         retrieval_width=retrieval_width,
         manifest=manifest,
+        tasks=tuple(str(task["name"]) for task in meta.get("tasks", ())),
         version=version,
         model=model,
         stamps=stamps,

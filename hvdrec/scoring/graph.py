@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,27 @@ LARGE_BYTES = 8 << 20
 
 
 class Graph:
-    """A graph with one output of rows; `run` is safe from many threads at once.
+    """A graph with outputs of rows; `run` is safe from many threads at once.
 
     A large file is opened by the first run, or by `open`: its vocabularies take long to load.
     """
 
-    def __init__(self, file: Path, inputs: Mapping[str, str], output: str, threads: int) -> None:
-        """Take a graph with ``inputs`` (name: tensor type); BundleError if it is another one."""
+    def __init__(
+        self,
+        file: Path,
+        inputs: Mapping[str, str],
+        output: str,
+        threads: int,
+        more: Sequence[str] = (),
+    ) -> None:
+        """Take a graph with ``inputs`` (name: tensor type); BundleError if it is another one.
+
+        output: what `run` returns; more: what `run_all` returns behind it.
+        """
         self._file = file
         self._inputs = dict(inputs)
         self._outputs = [output]
+        self._all_outputs = [output, *more]
         self._threads = threads
         self._lock = threading.Lock()
         self._session: Any = None
@@ -58,6 +69,12 @@ class Graph:
         output: Array = session.run(self._outputs, inputs)[0]
         return output
 
+    def run_all(self, inputs: Mapping[str, Array]) -> list[Array]:
+        """Return all outputs, float32 [N] each."""
+        session = self._session or self.open()
+        outputs: list[Array] = session.run(self._all_outputs, inputs)
+        return outputs
+
     def run_blocks(self, inputs: Mapping[str, Array], rows: int, block: int) -> Array:
         """Return the output of ``rows`` rows, at most ``block`` at a time to bound the memory."""
         if rows <= block:
@@ -81,11 +98,12 @@ class Graph:
                 "export the bundle again"
             )
         outputs = [value.name for value in session.get_outputs()]
-        if self._outputs[0] not in outputs:
-            raise BundleError(
-                f"{self._file}: gives {choices(outputs)}, expected '{self._outputs[0]}'; "
-                "export the bundle again"
-            )
+        for output in self._all_outputs:
+            if output not in outputs:
+                raise BundleError(
+                    f"{self._file}: gives {choices(outputs)}, expected '{output}'; "
+                    "export the bundle again"
+                )
         return session
 
 

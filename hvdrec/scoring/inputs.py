@@ -54,6 +54,19 @@ def column(field: Field, values: Sequence[Any]) -> Array:
     return out
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise RequestError unless a value is a whole number from 1."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise RequestError(f"{name} = {shown(value)}: must be a whole number from 1")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise RequestError unless a value is a number in [0, 1)."""
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1:
+        raise RequestError(f"{name} = {shown(value)}: must be a number in [0, 1)")
+
+
 def listed(values: Any, what: str) -> Sequence[Any]:
     """Return what a caller gave as a list; a numpy array's values become Python's own.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_bundle
 from hvdrec.scoring.errors import BundleError, ReplacedError, RequestError, ScoringError, shown
 from hvdrec.scoring.graph import ROWS, VECTORS, Graph, input_types
-from hvdrec.scoring.inputs import check_names, column, listed
+from hvdrec.scoring.inputs import check_count, check_names, check_share, column, listed
 from hvdrec.scoring.recommend import Key, Recommendation, Retrieval
 from hvdrec.scoring.store import Store
 from hvdrec.scoring.tower import BLOCK_ROWS, Tower
@@ -44,7 +44,11 @@ class Scorer:
         self._defaults = {field.name: _default(info, field) for field in scene}
         pairs = {"user_embedding": VECTORS, "item_embedding": VECTORS, "request": ROWS}
         self._ranker = Graph(
-            info.path / "ranker.onnx", {**pairs, **input_types(scene)}, "score", threads
+            info.path / "ranker.onnx",
+            {**pairs, **input_types(scene)},
+            "score",
+            threads,
+            [f"score_{task}" for task in info.tasks],
         )
         self._one_request = np.zeros(BLOCK_ROWS, dtype=np.int64)
 
@@ -66,7 +70,7 @@ class Scorer:
         tower with large vocabularies is opened by the first request that needs it, or by `warm`.
         Raises BundleError if the bundle is missing, damaged or too new.
         """
-        _check_count("threads", threads)
+        check_count("threads", threads)
         info = read_bundle(Path(path), verify=verify)
         scorer = cls(info, int(threads), users, items)
         if verify:
@@ -99,7 +103,7 @@ class Scorer:
         """
         from hvdrec.scoring.watch import WatchedScorer
 
-        _check_count("threads", threads)
+        check_count("threads", threads)
 
         def load(path: Path) -> Scorer:
             info = read_bundle(path, verify=False)
@@ -136,6 +140,11 @@ class Scorer:
         return self.info.fields
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Return the labels whose probabilities `score_tasks` tells; none in most bundles."""
+        return self.info.tasks
+
+    @property
     def manifest(self) -> Mapping[str, Any]:
         """Return the bundle's manifest as it was read."""
         return self.info.manifest
@@ -165,6 +174,25 @@ class Scorer:
         if not entries:
             return np.empty(0, dtype=np.float32)
         return self._rank(inputs, self._items.embed(entries))
+
+    def score_tasks(
+        self, user: Key | Raw | None, items: Entries, scene: Raw | None = None
+    ) -> dict[str, Array]:
+        """Return what the score is made of: each task's probabilities by its name, float32 [n].
+
+        ``"score"`` holds what `score` returns for the same arguments. Raises RequestError as
+        `score` does, and where the bundle has no tasks.
+        """
+        self._require_tasks()
+        inputs = self._scene_inputs(scene)
+        inputs["user_embedding"] = self._users.embed([user])
+        entries = listed(items, "items")
+        embedded = self._items.embed(entries) if entries else np.empty((0, 0))
+        parts = (embedded[i : i + BLOCK_ROWS] for i in range(0, len(embedded), BLOCK_ROWS))
+        return self._by_task(
+            {**inputs, "item_embedding": part, "request": self._one_request[: len(part)]}
+            for part in parts
+        )
 
     def score_many(self, requests: Sequence[Request]) -> list[Array]:
         """Return what `score` returns, for each of many requests (user, items, scene).
@@ -199,6 +227,26 @@ class Scorer:
         Entries are those of `score`. A scene field without a column takes its default. Raises
         RequestError as `score` does, and where the columns differ in length.
         """
+        runs = (self._ranker.run(inputs) for inputs in self._row_blocks(users, items, scenes))
+        return np.concatenate([np.empty(0, dtype=np.float32), *runs])
+
+    def score_tasks_rows(
+        self,
+        users: Entries,
+        items: Entries,
+        scenes: Mapping[str, Sequence[Any] | Array] | None = None,
+    ) -> dict[str, Array]:
+        """Return what `score_tasks` returns, float32 [n] each, for the rows of `score_rows`."""
+        self._require_tasks()
+        return self._by_task(self._row_blocks(users, items, scenes))
+
+    def _row_blocks(
+        self,
+        users: Entries,
+        items: Entries,
+        scenes: Mapping[str, Sequence[Any] | Array] | None,
+    ) -> Iterator[dict[str, Array]]:
+        """Yield the ranker's inputs for rows, at most BLOCK_ROWS at a time."""
         check_names({} if scenes is None else scenes, self._scene, "scene")
         columns = {name: listed(values, name) for name, values in (scenes or {}).items()}
         users, items = listed(users, "users"), listed(items, "items")
@@ -208,20 +256,28 @@ class Scorer:
             raise RequestError(
                 f"rows = {lengths}: users, items and scene fields must be of one length"
             )
-        scores = [np.empty(0, dtype=np.float32)]
         for start in range(0, len(users), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
-            scores.append(
-                self._ranker.run(
-                    {
-                        "user_embedding": self._users.embed(users[part]),
-                        "item_embedding": self._items.embed(items[part]),
-                        "request": np.arange(len(users[part])),
-                        **self._scene_columns(columns, part, len(users[part])),
-                    }
-                )
+            yield {
+                "user_embedding": self._users.embed(users[part]),
+                "item_embedding": self._items.embed(items[part]),
+                "request": np.arange(len(users[part])),
+                **self._scene_columns(columns, part, len(users[part])),
+            }
+
+    def _by_task(self, blocks: Iterable[dict[str, Array]]) -> dict[str, Array]:
+        """Return the ranker's outputs of all blocks, the score and each task's."""
+        names = ("score", *self.info.tasks)
+        parts = [[np.empty(0, dtype=np.float32)] * len(names), *map(self._ranker.run_all, blocks)]
+        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return dict(zip(names, columns, strict=True))
+
+    def _require_tasks(self) -> None:
+        if not self.info.tasks:
+            raise RequestError(
+                "tasks: this bundle's ranker has a single label; score without them, or export a "
+                "model with [[tasks]]"
             )
-        return np.concatenate(scores)
 
     def recommend(
         self,
@@ -249,9 +305,9 @@ class Scorer:
         0, each next item is chosen by score and by how little it resembles those before it (maximal
         marginal relevance). Raises RequestError for what does not fit.
         """
-        _check_count("k", k)
-        _check_count("candidates", candidates)
-        _check_share("diversity", diversity)
+        check_count("k", k)
+        check_count("candidates", candidates)
+        check_share("diversity", diversity)
         inputs = self._scene_inputs(scene)
         count = max(int(k), int(candidates))
         found = self._retrieval.candidates(
@@ -359,17 +415,6 @@ def _checked(number: int, request: Any) -> Request:
         )
     user, items, scene = request
     return user, listed(items, f"requests[{number}].items"), scene
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"{name} = {shown(value)}: must be a whole number from 1")
-
-
-def _check_share(name: str, value: Any) -> None:
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < 1:
-        raise RequestError(f"{name} = {shown(value)}: must be a number in [0, 1)")
 
 
 def _default(info: BundleInfo, field: Field) -> Array:

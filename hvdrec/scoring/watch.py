@@ -102,6 +102,12 @@ class WatchedScorer:
         """Return what `Scorer.score` of the bundle in use returns."""
         return self._current.score(user, items, scene)
 
+    def score_tasks(
+        self, user: Key | Raw | None, items: Entries, scene: Raw | None = None
+    ) -> dict[str, Array]:
+        """Return what `Scorer.score_tasks` of the bundle in use returns."""
+        return self._current.score_tasks(user, items, scene)
+
     def score_many(self, requests: Sequence[Request]) -> list[Array]:
         """Return what `Scorer.score_many` of the bundle in use returns."""
         return self._current.score_many(requests)
@@ -269,10 +275,12 @@ def _try_out(scorer: Scorer) -> None:
     info = scorer.info
     found = [*scorer.recommend(None, k=1), *scorer.recommend(_first_user(scorer), k=1)]
     items = [None, *(recommendation.item for recommendation in found)]
+    of_tasks = scorer.score_tasks(None, items) if info.tasks else {}
     outputs = (
         ("user_tower.onnx", scorer.embed_user(None), (info.user_width,)),
         ("item_tower.onnx", scorer.embed_items(items), (len(items), info.item_width)),
         ("ranker.onnx", scorer.score(None, items), (len(items),)),
+        *(("ranker.onnx", scores, (len(items),)) for scores in of_tasks.values()),
     )
     for name, output, shape in outputs:
         if output.shape != shape or not np.isfinite(output).all():

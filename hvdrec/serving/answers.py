@@ -11,6 +11,8 @@ class ScoreAnswer(BaseModel):
     """A probability for each item, in the order of the request."""
 
     scores: list[float]
+    tasks: dict[str, list[float]] | None = None
+    """Of each task, where the request asks for them."""
 
 
 class RankedItem(BaseModel):
@@ -21,6 +23,8 @@ class RankedItem(BaseModel):
     score: float
     retrieval_score: float
     source: Literal["stored", "features", "trending"]
+    tasks: dict[str, float] | None = None
+    """The probability of each task, where the request asks for them."""
 
 
 class RecommendAnswer(BaseModel):
@@ -74,6 +78,7 @@ class BundleAnswer(BaseModel):
     item_key: KeyAnswer
     fields: list[FieldAnswer]
     filters: list[str]
+    tasks: list[str]
     metrics: dict[str, Any]
     limits: LimitsAnswer
     examples: ExamplesAnswer

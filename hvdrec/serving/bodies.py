@@ -25,15 +25,16 @@ class Body(BaseModel):
 
 
 class ScoreBody(Body):
-    """`Scorer.score`'s arguments."""
+    """`Scorer.score`'s arguments; tasks: whether the answer tells each task's probabilities."""
 
     user: Any
     items: list[Any]
     scene: dict[str, Any] | None = None
+    tasks: bool = False
 
 
 class RecommendBody(Body):
-    """`Scorer.recommend`'s arguments."""
+    """`Scorer.recommend`'s arguments; tasks as in `ScoreBody`."""
 
     user: Any
     scene: dict[str, Any] | None = None
@@ -43,6 +44,7 @@ class RecommendBody(Body):
     allowed: dict[str, list[Any]] | None = None
     skip_seen: bool = False
     diversity: float = Field(default=0.0, ge=0, lt=1)
+    tasks: bool = False
 
 
 B = TypeVar("B", bound=Body)

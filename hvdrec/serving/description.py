@@ -54,6 +54,7 @@ class Description:
                 for field in info.fields
             ],
             "filters": self._filters,
+            "tasks": list(info.tasks),
             "metrics": info.manifest["meta"].get("metrics", {}),
             "limits": {
                 "max_body": options.max_body,
@@ -90,7 +91,8 @@ class Description:
             "items": _any(_reference("ItemKey"), _reference("Item")),
             "maxItems": self._options.max_candidates,
         }
-        schema = _object({"user": _USER, "items": items, "scene": _SCENE}, ["user", "items"])
+        properties = {"user": _USER, "items": items, "scene": _SCENE, "tasks": self._tasks()}
+        schema = _object(properties, ["user", "items"])
         scene = self._scene()
         examples = {
             name: {"value": {"user": user, "items": self._items, "scene": scene}}
@@ -135,12 +137,22 @@ class Description:
                 "exclusiveMaximum": 1,
                 "default": 0.0,
             },
+            "tasks": self._tasks(),
         }
         examples = {
             name: {"value": {"user": user, "scene": self._scene(), "k": EXAMPLES}}
             for name, user in self._example_users().items()
         }
         return _object(properties, ["user"]), examples
+
+    def _tasks(self) -> Json:
+        """Return the schema of what asks for tasks; only a bundle that has some can tell them."""
+        names = ", ".join(self._info.tasks)
+        what = f"Tell also the probability of each of the tasks {names}."
+        asks: Json = {"type": "boolean", "default": False}
+        if not names:
+            return {"description": "This bundle has no tasks.", **asks, "enum": [False]}
+        return {"description": what, **asks}
 
     def _example_users(self) -> Json:
         users: Json = {"features": {f.name: self._example(f) for f in self._features("user")}}

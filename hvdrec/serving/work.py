@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
-from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError
+from hvdrec.scoring import BundleError, Recommendation, RequestError, Scorer, StoreError
 from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.errors import shown
 from hvdrec.serving.bodies import (
@@ -66,10 +66,17 @@ def _score(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
     check_numbers(scorer.info, "user", [asked.user])
     check_numbers(scorer.info, "scene", [asked.scene])
     check_numbers(scorer.info, "item", asked.items)
-    scores = _scored(scorer, "items", lambda: scorer.score(asked.user, asked.items, asked.scene))
+    request = asked.user, asked.items, asked.scene
+    answer: dict[str, Any] = {}
+    if asked.tasks:
+        answer["tasks"] = _scored(scorer, "items", lambda: scorer.score_tasks(*request))
+        scores = answer["tasks"].pop("score")
+    else:
+        scores = _scored(scorer, "items", lambda: scorer.score(*request))
     if not np.isfinite(scores).all():
         raise Problem(422, "the score is not finite; check the numbers among the features")
-    return Answer(orjson.dumps({"scores": scores}, option=orjson.OPT_SERIALIZE_NUMPY), len(scores))
+    answer = {"scores": scores, **answer}
+    return Answer(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), len(scores))
 
 
 def _recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
@@ -97,7 +104,22 @@ def _recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
     )
     if not np.isfinite([(item.score, item.retrieval_score) for item in items]).all():
         raise Problem(422, "the score is not finite; check the numbers among the features")
+    if asked.tasks:
+        items = _with_tasks(scorer, asked, items)
     return Answer(orjson.dumps({"items": items}), len(items))
+
+
+def _with_tasks(
+    scorer: Scorer, asked: RecommendBody, items: list[Recommendation]
+) -> list[dict[str, Any]]:
+    """Return recommendations with each task's probability; those few are scored once more."""
+    keys = [item.item for item in items]
+    by_task = _scored(scorer, "exclude", lambda: scorer.score_tasks(asked.user, keys, asked.scene))
+    columns = [by_task[task].tolist() for task in scorer.tasks]
+    return [
+        {**asdict(item), "tasks": dict(zip(scorer.tasks, values, strict=True))}
+        for item, *values in zip(items, *columns, strict=True)
+    ]
 
 
 def check_numbers(info: BundleInfo, side: str, entries: list[Any]) -> None:

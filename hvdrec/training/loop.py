@@ -19,6 +19,7 @@ from hvdrec.artifacts import read_manifest, write_text
 from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
+from hvdrec.features.encode import check_task_labels
 from hvdrec.features.fit import Fitted
 from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
@@ -183,6 +184,7 @@ def check_features(config: Config) -> None:
             f"{features}: was encoded with other [[features]] than the configuration now has; "
             "run hvdrec prepare again"
         )
+    check_task_labels(features, manifest, config, "hvdrec samples and hvdrec prepare")
 
 
 def _check_run(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -215,6 +217,7 @@ def _check_same(run: Path, before: Config, now: Config) -> None:
             now.train.embedding_optimizer,
         ),
         ("model", to_dict(before.model), to_dict(now.model)),
+        ("tasks", *([task.name for task in c.tasks] for c in (before, now))),
     ):
         if old != new:
             raise UserError(
@@ -250,6 +253,7 @@ def _loader(config: Config, world: World, device: torch.device) -> ShardLoader:
         pin_memory=device.type == "cuda",
         cache_dir=config.loader.cache_dir,
         cache_gb=config.loader.cache_gb,
+        tasks=config.task_columns,
     )
 
 
@@ -308,7 +312,8 @@ def _run_epoch(job: _Job, position: Position) -> Position:
     done = min(loader.rows, sum(p.world_size * p.batch_size * p.steps for p in past))
     job.log.start_epoch(position.epoch, done)
     job.trainee.model.train()
-    sums = _Sums(torch.zeros(3, device=job.device), started=time.perf_counter())
+    losses = torch.zeros(3 + len(job.config.tasks), device=job.device)
+    sums = _Sums(losses, started=time.perf_counter())
     step = position.step
     prepare = preparer(job.trainee.tables, job.config, step, job.world.rank)
     prepared = loader.prepared(position.epoch, prepare, past)
@@ -318,7 +323,8 @@ def _run_epoch(job: _Job, position: Position) -> Position:
         step += 1
         rows = batch_size * job.world.size
         done = min(loader.rows, done + rows)
-        sums.losses += torch.stack([loss.total, loss.ranking, loss.retrieval])
+        sums.losses[:3] += torch.stack([loss.total, loss.ranking, loss.retrieval])
+        sums.losses[3:] += loss.tasks
         sums.steps += 1
         sums.rows += rows
         job.log.advance(rows)
@@ -332,7 +338,8 @@ def _run_epoch(job: _Job, position: Position) -> Position:
 
 def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
     """Write the means since the last line, over all ranks, and start new ones."""
-    total, ranking, retrieval = (global_sum(sums.losses) / sums.steps).tolist()
+    total, ranking, retrieval, *of_tasks = (global_sum(sums.losses) / sums.steps).tolist()
+    names = [task.name for task in job.config.tasks]
     now = time.perf_counter()
     job.log.write(
         "step",
@@ -341,6 +348,7 @@ def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
         loss=total,
         ranking_loss=ranking,
         retrieval_loss=retrieval,
+        **({"task_losses": dict(zip(names, of_tasks, strict=True))} if names else {}),
         learning_rate=job.trainee.optimizer.param_groups[0]["lr"],
         rows_per_second=round(sums.rows / (now - sums.started)),
         reader_wait=round(job.loader.waited_seconds, 3),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvdrec.config import Config, Train
 from hvdrec.loader import Batch
-from hvdrec.models.losses import binary_cross_entropy, in_batch_softmax
+from hvdrec.models.losses import binary_cross_entropy, in_batch_softmax, task_cross_entropies
 from hvdrec.models.recommender import Output, Recommender
 from hvdrec.parallel.find import cuts
 from hvdrec.parallel.gradients import gather_rows, global_sum, sum_gradients
@@ -28,12 +28,13 @@ Combine = Callable[[Mapping[str, Tensor]], Output]
 class StepLoss:
     """This rank's share of a step's losses: their sum over the ranks is the loss of the step.
 
-    Scalars without gradient.
+    Scalars without gradient; tasks: [T], of each task, which ranking is the weighted sum of.
     """
 
     total: Tensor
     ranking: Tensor
     retrieval: Tensor
+    tasks: Tensor
 
 
 def compute_gradients(
@@ -56,7 +57,8 @@ def compute_gradients(
     parts = fetched if isinstance(fetched, tuple) else (fetched,)
     dtype, device = batch.label.dtype, batch.label.device
     totals = step.totals.wait().clamp(min=1e-12).to(device, dtype, non_blocking=True)
-    sums = torch.zeros(3, dtype=dtype, device=device)
+    sums = torch.zeros(3 + len(config.tasks), dtype=dtype, device=device)
+    task_factors = sums.new_tensor([task.weight for task in config.tasks])
     places = cuts(len(batch.label), len(parts))
     for (start, stop), rows, index in zip(places, parts, step.positives, strict=True):
         part = batch if len(parts) == 1 else batch.part(start, stop)
@@ -64,7 +66,12 @@ def compute_gradients(
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             output = (combine or model.combine)(vectors)
         ranking = retrieval = sums.new_zeros(())
-        if train.objective != "retrieval":
+        of_tasks = sums.new_zeros(len(config.tasks))
+        if part.tasks is not None:
+            logits = output.logit.to(dtype)
+            of_tasks = task_cross_entropies(logits, part.tasks, part.weight) / totals[2:]
+            ranking = (task_factors * of_tasks).sum()
+        elif train.objective != "retrieval":
             logit = output.logit.to(dtype)
             ranking = binary_cross_entropy(logit, part.label, part.weight) / totals[0]
         if train.objective != "ranking":
@@ -73,13 +80,13 @@ def compute_gradients(
         factor = train.retrieval_weight if train.objective == "joint" else 1.0
         total = ranking + factor * retrieval
         total.backward()  # type: ignore[no-untyped-call]
-        sums += torch.stack([total, ranking, retrieval]).detach()
+        sums += torch.cat([torch.stack([total, ranking, retrieval]), of_tasks]).detach()
     # Both travel at a time.
     sent = tables.send_gradients(step.asked)
     sum_gradients(model.parameters(), config.parallel.synchronization)
     gradients = tables.gradients(sent)
-    total, ranking, retrieval = sums.unbind()
-    return StepLoss(total, ranking, retrieval), gradients
+    total, ranking, retrieval, *_ = sums.unbind()
+    return StepLoss(total, ranking, retrieval, sums[3:]), gradients
 
 
 def clip(

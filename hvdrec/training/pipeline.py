@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvdrec.config import Config
 from hvdrec.loader import Batch
+from hvdrec.models.losses import task_weights
 from hvdrec.parallel.find import Found, cuts
 from hvdrec.parallel.gradients import PendingSum, begin_global_sum
 from hvdrec.parallel.tables import Asked, DistributedTables
@@ -21,7 +22,8 @@ class Prepared:
     """A batch whose table rows and positive rows were found, off the training thread.
 
     positives: of each part, the places int64 of its positive rows of weight above 0; totals:
-    float64 [2], this rank's weight of all rows and of the positive ones.
+    float64 [2 + T], this rank's weight of all rows, of the positive ones, and of those that tell of
+    each task.
     """
 
     batch: Batch
@@ -57,10 +59,17 @@ def preparer(
             batch,
             found,
             tuple(positive[i:j].nonzero().squeeze(1) for i, j in cuts(len(positive), parts)),
-            torch.stack([batch.weight.double().sum(), positive.double().sum()]),
+            _totals(batch, positive),
         )
 
     return prepare
+
+
+def _totals(batch: Batch, positive: Tensor) -> Tensor:
+    totals = torch.stack([batch.weight.double().sum(), positive.double().sum()])
+    if batch.tasks is None:
+        return totals
+    return torch.cat([totals, task_weights(batch.tasks, batch.weight).double().sum(dim=0)])
 
 
 def steps(

@@ -111,6 +111,7 @@ def _batches(config: Config, rows: int, world_size: int) -> Iterator[Batch]:
         seed=config.seed,
         window_rows=config.loader.shuffle_rows,
         workers=config.loader.workers,
+        tasks=config.task_columns,
     )
     with closing(loader.epoch(0)) as batches:
         yield from itertools.islice(batches, SAMPLED_BATCHES)

@@ -27,9 +27,9 @@ def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
     from hvdrec.scoring.command import parse_allowed, parse_key, parse_scene, parse_user
 
     scorer = Scorer.load(options.bundle)
-    scene = parse_scene(scorer, options.scene)
+    user, scene = parse_user(scorer, options.user), parse_scene(scorer, options.scene)
     found = scorer.recommend(
-        user=parse_user(scorer, options.user),
+        user=user,
         scene=scene,
         k=options.k,
         candidates=options.candidates,
@@ -38,8 +38,15 @@ def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
         skip_seen=options.skip_seen,
         diversity=options.diversity,
     )
-    rows = [[i, r.item, r.title or "", f"{r.score:.4f}"] for i, r in enumerate(found, start=1)]
-    text = table(["", "item", "title", "score"], rows)
+    by_task = {}
+    if scorer.tasks:
+        told = scorer.score_tasks(user, [r.item for r in found], scene)
+        by_task = {task: told[task].tolist() for task in scorer.tasks}
+    rows = [
+        [i + 1, r.item, r.title or "", f"{r.score:.4f}", *(f"{p[i]:.4f}" for p in by_task.values())]
+        for i, r in enumerate(found)
+    ]
+    text = table(["", "item", "title", "score", *by_task], rows)
     if found and found[0].source == "trending":
         text += "\nnothing is known of this user: these are the trending items"
     facts = {
@@ -52,8 +59,9 @@ def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
                 "score": r.score,
                 "retrieval_score": r.retrieval_score,
                 "source": r.source,
+                **({"tasks": {task: p[i] for task, p in by_task.items()}} if by_task else {}),
             }
-            for r in found
+            for i, r in enumerate(found)
         ],
     }
     return Answer(facts, text)

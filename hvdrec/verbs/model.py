@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,11 @@ from hvdrec.verbs import Answer, load_config, notify
 if TYPE_CHECKING:
     from hvdrec.config import Config
     from hvdrec.workers import Workers
+
+UNTRAINED = re.compile(
+    r"--(export\.|tasks\.\d+\.share(=|$)|model\.ranker\.combine(=|$)|fields-help$)"
+)
+"""Options for fields that can be other ones after training."""
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> Answer:
@@ -221,15 +227,16 @@ def _load_config_together(options: argparse.Namespace, rest: list[str]) -> Confi
 
 
 def _with_export_fields(config: Config, options: argparse.Namespace, rest: list[str]) -> Config:
-    """Return a run's configuration with fields of [export] from the command line."""
+    """Return a run's configuration with fields that need no training from the command line."""
     from hvdrec.config import override
 
     fields = [argument for argument in rest if argument.startswith("--")]
     for field in fields:
-        if not field.startswith("--export.") and field != "--fields-help":
+        if not UNTRAINED.match(field):
             raise UserError(
-                f"command line: {field}: of a trained run only the fields of [export] can be given "
-                "anew (--export.embeddings int8)"
+                f"command line: {field}: of a trained run only the fields of [export] and what the "
+                "score is made of can be given anew (--export.embeddings int8, --tasks.0.share 2, "
+                "--model.ranker.combine sum)"
             )
     if not rest:
         return config

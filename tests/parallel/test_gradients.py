@@ -6,6 +6,7 @@ definitions; the losses are computed row by row from theirs.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -36,7 +37,16 @@ def plain_loss(setting: Setting, model: Recommender, batch: Batch) -> Tensor:
     output = model(batch.features)
     probability = output.logit.sigmoid()
     total = torch.zeros((), dtype=torch.float64)
-    if objective != "retrieval":
+    if setting.sharing:
+        assert batch.tasks is not None
+        for t, task in enumerate(config.tasks):
+            known = [n for n in range(ROWS) if not math.isnan(batch.tasks[n, t])]
+            assert 0 < len(known) < ROWS
+            for n in known:
+                p, y, w = probability[n, t], batch.tasks[n, t], batch.weight[n]
+                loss = -w * (y * p.log() + (1 - y) * (1 - p).log())
+                total = total + task.weight * loss / batch.weight[known].sum()
+    elif objective != "retrieval":
         for p, y, w in zip(probability, batch.label, batch.weight, strict=True):
             total = total - w * (y * p.log() + (1 - y) * (1 - p).log())
         total = total / batch.weight.sum()

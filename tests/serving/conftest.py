@@ -29,6 +29,19 @@ def int_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def task_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle whose ranker has two tasks."""
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "tasks", tasks=True)
+
+
+@pytest.fixture(scope="session")
+def task_service(task_bundle: Path) -> Iterator[Running]:
+    """Serve the bundle with tasks."""
+    with serving(task_bundle, *PATIENT) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def scorer(bundle: Path) -> Scorer:
     """Return the scorer of the bundle with strings."""
     return Scorer.load(bundle)

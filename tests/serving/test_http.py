@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from hvdrec.scoring import Scorer
+from tests.serving.launch import Running
 
 USERS: list[Any] = ["1", "nobody", None, {"age": 30.0, "history": ["10", "20"]}, {"user_id": "2"}]
 
@@ -60,6 +62,36 @@ def test_recommend_takes_the_documented_defaults(client: httpx.Client, scorer: S
     assert [i["item"] for i in answer.json()["items"]] == [r.item for r in scorer.recommend("2")]
 
 
+def test_tasks_are_told_where_they_are_asked_for(task_service: Running, task_bundle: Path) -> None:
+    scorer = Scorer.load(task_bundle)
+    user, scene = {"age": 30.0, "history": ["10", "20"]}, {"hour": 21}
+    items: list[Any] = ["40", {"item_id": "20", "year": 1999}, None]
+    with httpx.Client(base_url=task_service.url, timeout=60) as client:
+        assert client.get("/v1/bundle").json()["tasks"] == ["click", "love"]
+        body: dict[str, Any] = {"user": user, "items": items, "scene": scene}
+        plain = client.post("/v1/score", json=body).json()
+        told = client.post("/v1/score", json={**body, "tasks": True}).json()
+        assert list(plain) == ["scores"]
+        assert list(told) == ["scores", "tasks"] and list(told["tasks"]) == ["click", "love"]
+        assert told["scores"] == plain["scores"]
+        wanted = scorer.score_tasks(user, items, scene)
+        for name, scores in {"score": told["scores"], **told["tasks"]}.items():
+            np.testing.assert_array_equal(np.array(scores, np.float32), wanted[name])
+        nothing = client.post("/v1/score", json={"user": "1", "items": [], "tasks": True}).json()
+        assert nothing == {"scores": [], "tasks": {"click": [], "love": []}}
+
+        body = {"user": user, "scene": scene, "k": 3}
+        plain = client.post("/v1/recommend", json=body).json()["items"]
+        told = client.post("/v1/recommend", json={**body, "tasks": True}).json()["items"]
+        by_task = [item.pop("tasks") for item in told]
+        assert told == plain
+        wanted = scorer.score_tasks(user, [item["item"] for item in plain], scene)
+        for place, of_item in enumerate(by_task):
+            assert list(of_item) == ["click", "love"]
+            for name, value in of_item.items():
+                assert np.float32(value) == wanted[name][place]
+
+
 def test_keys_of_integers(int_client: httpx.Client) -> None:
     body = {"user": 1, "items": [10, 20], "scene": {"hour": 21}}
     answer = int_client.post("/v1/score", json=body)
@@ -82,7 +114,7 @@ def test_bundle(client: httpx.Client, scorer: Scorer) -> None:
     hour = {"name": "hour", "side": "scene", "dtype": "int", "list": False, "default": 12}
     assert [f for f in told["fields"] if f["name"] == "hour"] == [hour]
     assert told["examples"]["users"] == ["1", "2"]
-    assert told["filters"] == ["genres", "year"]
+    assert (told["filters"], told["tasks"]) == (["genres", "year"], [])
     assert set(told["examples"]["items"]) == {"10", "20", "30", "40"}
     assert told["limits"]["max_candidates"] == 100
 

@@ -13,7 +13,7 @@ from tests.serving.launch import Running
 EXAMPLES = 60
 
 
-@pytest.mark.parametrize("name", ["service", "int_service"])
+@pytest.mark.parametrize("name", ["service", "int_service", "task_service"])
 def test_every_check_of_schemathesis(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

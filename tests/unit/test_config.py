@@ -21,9 +21,11 @@ MINIMAL: dict[str, Any] = {
     ],
 }
 SECTIONS = (
-    "[name, features, seed, paths, samples, encode, loader, model, train, parallel, "
+    "[name, features, seed, paths, samples, tasks, encode, loader, model, train, parallel, "
     "evaluate, export]"
 )
+
+LIKE: dict[str, Any] = {"name": "like", "label": "rating > 3"}
 
 TOML = """
 name = "small"
@@ -239,6 +241,45 @@ def test_unknown_keys_and_wrong_types(changes: dict[str, Any], text: str) -> Non
         (
             {"features": [{"name": "a"}, {"name": "a"}]},
             "feature 'a': declared 2 times",
+        ),
+        (
+            {"model": {"ranker": {"sharing": "mmoe"}}},
+            "model.ranker: sharing = 'mmoe', task_hidden = []: there are no [[tasks]] to share "
+            "layers; add some or leave both out",
+        ),
+        (
+            {"tasks": [LIKE, LIKE]},
+            "tasks[0].name = 'like': must be letters, digits and underscores, not 'score', and "
+            "occur once",
+        ),
+        (
+            {"tasks": [{"name": "score", "label": "1"}]},
+            "tasks[0].name = 'score': must be letters, digits and underscores, not 'score', and "
+            "occur once",
+        ),
+        (
+            {"tasks": [LIKE], "features": [{"name": "score_like", "side": "scene"}]},
+            "tasks[0].name = 'like': its 'score_like' is the name of a feature or key; "
+            "rename the task",
+        ),
+        (
+            {"tasks": [{**LIKE, "share": 0}, {"name": "b", "label": "1", "share": 0}]},
+            "tasks: every share is 0; give one a part in the served score",
+        ),
+        ({"tasks": [{**LIKE, "share": -1}]}, "tasks[0].share = -1.0: must not be negative"),
+        ({"tasks": [{**LIKE, "weight": 0}]}, "tasks[0].weight = 0.0: must be greater than 0"),
+        (
+            {"tasks": [LIKE], "train": {"objective": "retrieval"}},
+            "tasks: train.objective = 'retrieval' trains no ranker, which alone has tasks; take "
+            "'ranking' or 'joint'",
+        ),
+        (
+            {"tasks": [LIKE], "model": {"ranker": {"hidden": []}}},
+            "model.ranker.hidden = []: tasks share hidden layers; give at least one width",
+        ),
+        (
+            {"tasks": [LIKE], "model": {"ranker": {"sharing": "mmoe", "experts": 1}}},
+            "model.ranker.experts = 1: mmoe needs at least 2",
         ),
     ],
 )

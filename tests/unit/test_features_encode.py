@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hvdrec.artifacts import write_artifact, write_manifest
-from hvdrec.config import Config, Encode, Samples
+from hvdrec.config import Config, Encode, Samples, Task
 from hvdrec.errors import UserError
 from hvdrec.features.encode import SPLITS, encode, even_sizes
 from hvdrec.features.encoder import Encoder
@@ -22,6 +23,7 @@ from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.schema import Feature
+from hvdrec.structure import to_dict
 
 FEATURES = (
     Feature("item", side="item", dtype="int"),
@@ -235,6 +237,31 @@ def test_petastorm_reads_the_shards(tmp_path: Path) -> None:
     labels = np.concatenate([group.label for group in groups])
     assert labels.tolist() == tables["train"]["label"].to_pylist()
     assert [groups[0].item.dtype, groups[0].age.dtype] == [np.int32, np.float32]
+
+
+def test_labels_of_tasks_become_columns_of_shards(tmp_path: Path) -> None:
+    tables = {}
+    for split, table in splits(rows=9).items():
+        label = pa.array([None, 1.0, 0.0] * 3, pa.float32())
+        tables[split] = table.append_column("label_late", label)
+    folder = samples(tmp_path, tables)
+    task = Task("late", "t > 3")
+    tasked = replace(config(4, 2), tasks=(task,))
+    text = "samples: holds the label of task 'late' not at all, the configuration has 't > 3'; run"
+    with pytest.raises(UserError, match=text):
+        encode(folder, tmp_path / "features", tasked)
+    write_manifest(folder, "samples", {"config": to_dict(tasked)})
+    encode(folder, tmp_path / "features", tasked)
+    found = pq.read_table(tmp_path / "features/train")
+    assert found.column_names[-3:] == ["label", "weight", "label_late"]
+    assert found["label_late"].null_count == 0
+    np.testing.assert_array_equal(found["label_late"].to_numpy(), [np.nan, 1.0, 0.0] * 3)
+    encode(folder, tmp_path / "plain", config(4, 2))
+    assert pq.read_table(tmp_path / "plain/train").equals(found.drop(["label_late"]))
+    # Another label under the same name is another task.
+    with pytest.raises(UserError, match="holds the label of task 'late' as 't > 3', the config"):
+        other = replace(tasked, tasks=(replace(task, label="t > 4"),))
+        encode(folder, tmp_path / "features", other, overwrite=True)
 
 
 def spoil(folder: Path, name: str, table: pa.Table) -> None:

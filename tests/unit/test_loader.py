@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -123,6 +124,25 @@ def test_each_row_once_equal_steps_and_whole_rows(
         assert one.features["history"].shape == (batch, 3)
         assert not one.weight[one.rows :].any()
         assert not one.features["history"][one.rows :].any()
+
+
+def test_labels_of_tasks_come_side_by_side_and_unknown_ones_stay_nan(tmp_path: Path) -> None:
+    write_shards(tmp_path, [5], 100)
+    table = pq.read_table(tmp_path / "shard-00000.parquet")
+    table = table.append_column("label_a", pa.array([1, 0, math.nan, 1, 0], pa.float32()))
+    table = table.append_column("label_b", pa.array([math.nan, 1, 1, 0, 0], pa.float32()))
+    pq.write_table(table, tmp_path / "shard-00000.parquet", row_group_size=2)
+    ((first, last),) = read(tmp_path, 1, 3, shuffle=False, tasks=["label_b", "label_a"])
+    assert first.tasks is not None and last.tasks is not None
+    assert first.tasks.dtype == torch.float32
+    np.testing.assert_array_equal(first.tasks, [[math.nan, 1], [1, 0], [1, math.nan]])
+    # Behind the two rows that are left there is padding.
+    np.testing.assert_array_equal(last.tasks, [[0, 1], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(first.part(1, 3).tasks, [[1, 0], [1, math.nan]])
+    ((plain, _),) = read(tmp_path, 1, 3, shuffle=False)
+    assert plain.tasks is None
+    with pytest.raises(UserError, match="label_c"):
+        read(tmp_path, 1, 3, tasks=["label_c"])
 
 
 def test_fewer_row_groups_than_ranks_and_empty_files(tmp_path: Path) -> None:

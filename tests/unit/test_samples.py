@@ -7,6 +7,7 @@ import importlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from hvdrec import samples
 from hvdrec.artifacts import read_manifest, verify_artifact
-from hvdrec.config import Config, Samples, Split
+from hvdrec.config import Config, Samples, Split, Task
 from hvdrec.errors import UserError
 from hvdrec.samples import negatives
 from hvdrec.samples.history import Events, Moments
@@ -665,6 +666,18 @@ def test_negatives_share_context_and_split_and_are_joined_anew(
     assert [len(r["liked"]) for r in found["users_all"]] == [2] * 5
 
 
+def test_negatives_are_negatives_of_every_task(shop: tuple[Path, dict[str, Any]]) -> None:
+    raw, changes = shop
+    tasks = (Task("bought", "1"), Task("even", "CASE WHEN store = 0 THEN t % 4 = 0 END"))
+    config = replace(configured(raw, SHOP_FEATURES, **changes), tasks=tasks)
+    for row in made(config)["train"]:
+        if row["label"] == 0:
+            assert (row["label_bought"], row["label_even"]) == (0.0, 0.0)
+        else:
+            even = None if row["store"] else float(row["time"] % 4 == 0)
+            assert (row["label_bought"], row["label_even"]) == (1.0, even)
+
+
 def test_negatives_do_not_depend_on_how_many_are_joined_at_once(
     shop: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -913,6 +926,46 @@ def test_labels_that_are_not_0_or_1(raw: Path) -> None:
     assert "is neither 0 nor 1 in 1 of 9 rows" in text and "for example null" in text
     assert error_of(configured(raw, label="item_id")) == (
         "samples.label = 'item_id': is of type string; it must give 0 or 1, such as 'rating > 3'"
+    )
+
+
+LIKE, LOVE = Task("like", "rating > 3"), Task("love", "CASE WHEN rating > 3 THEN rating = 5 END")
+
+
+def test_labels_of_tasks_stand_beside_the_main_one(raw: Path) -> None:
+    config = replace(configured(raw, drop="t = 8"), tasks=(LIKE, LOVE))
+    said: list[str] = []
+    meta = samples.make(config, notify=said.append)
+    rows = pq.read_table(config.paths.of("samples") / "train")
+    assert rows.schema.field("label_love").type == pa.float32()
+    ratings = {(r["user_id"], r["t"]): r["rating"] for r in LOG}
+    for name in SPLITS:
+        found = pq.read_table(config.paths.of("samples") / name).to_pylist()
+        for row in found:
+            rating = ratings[row["user_id"], row["time"]]
+            assert row["label_like"] == row["label"] == float(rating > 3)
+            assert row["label_love"] == (float(rating == 5) if rating > 3 else None)
+    # Training holds the ratings 5, 1, 4, 5 and 5.
+    assert meta["tasks"]["like"]["train"] == {"rows": 5, "positives": 4}
+    assert meta["tasks"]["love"]["train"] == {"rows": 4, "positives": 3}
+    assert "train: love: 4 rows, 3 positive" in said
+
+
+def test_labels_of_tasks_that_cannot_be(raw: Path) -> None:
+    def error(label: str) -> str:
+        return error_of(replace(configured(raw), tasks=(LIKE, Task("love", label))))
+
+    assert error("rating") == (
+        "tasks[1].label = 'rating': is neither 0 nor 1 in 7 of 9 rows of "
+        f"{raw}/log.parquet, for example 5; write a condition such as 'rating > 3'"
+    )
+    assert error("item_id") == (
+        "tasks[1].label = 'item_id': is of type string; it must give 0 or 1, such as 'rating > 3'"
+    )
+    assert error("stars = 5").startswith("tasks[1].label = 'stars = 5': ")
+    assert error("CASE WHEN t > 4 THEN 1 END") == (
+        "tasks[1].label = 'CASE WHEN t > 4 THEN 1 END': is NULL in every training row; correct "
+        "the expression or leave the task out"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdrec.scoring import Recommendation, Scorer, tower
+from hvdrec.scoring import Recommendation, RequestError, Scorer, tower
 from hvdrec.scoring.scorer import ALONE_ITEMS, shared_runs
 from tests.bundles import write_bundle
 
@@ -155,6 +155,45 @@ def test_integer_keys(integer_scorer: Scorer) -> None:
     assert [r.item for r in scorer.recommend(1)] == [30, 20, 10, 40]
     assert type(scorer.recommend(1)[0].item) is int
     assert [r.item for r in scorer.recommend(1, exclude=np.array([20, 30, 5]))] == [10, 40]
+
+
+def test_the_tasks_of_a_score(scorer: Scorer, tmp_path: Path) -> None:
+    several = Scorer.load(write_bundle(tmp_path / "tasks", tasks=True))
+    assert (several.tasks, scorer.tasks) == (("click", "love"), ())
+    items = ["20", {"item_id": "10", "genres": ["War"]}, "no such film"]
+    found = several.score_tasks("2", items, {"hour": 21})
+    assert list(found) == ["score", "click", "love"]
+    # The same logit as that of the bundle without tasks: 1.65 + 1; 0.5 + 1; 0.25 + 1.
+    np.testing.assert_array_equal(found["click"], scorer.score("2", items, {"hour": 21}))
+    assert logits(found["click"]) == [2.65, 1.5, 1.25]
+    assert logits(found["love"]) == [1.65, 0.5, 0.25]
+    np.testing.assert_allclose(found["score"], found["click"] * found["love"], rtol=1e-6)
+    np.testing.assert_array_equal(several.score("2", items, {"hour": 21}), found["score"])
+    assert [r.score for r in several.recommend("2", k=1)] == [several.score("2", ["20"])[0]]
+    rows = several.score_tasks_rows(["2", "2"], ["20", "no such film"], {"hour": [21, 21]})
+    for name, column in rows.items():
+        assert column.dtype == np.float32
+        np.testing.assert_allclose(column, found[name][[0, 2]], rtol=1e-6)
+    for nothing in (several.score_tasks("2", []), several.score_tasks_rows([], [])):
+        assert [(name, scores.shape) for name, scores in nothing.items()] == [
+            ("score", (0,)),
+            ("click", (0,)),
+            ("love", (0,)),
+        ]
+
+
+def test_tasks_of_a_bundle_that_has_none(scorer: Scorer) -> None:
+    for ask in (lambda: scorer.score_tasks("1", ["10"]), lambda: scorer.score_tasks_rows([], [])):
+        with pytest.raises(RequestError, match=r"^tasks: this bundle's ranker has a single label"):
+            ask()
+
+
+def test_tasks_of_many_items_go_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer.load(write_bundle(tmp_path / "tasks", tasks=True))
+    whole = scorer.score_tasks("1", ["10", "20", "30", "40", "x"])
+    monkeypatch.setattr("hvdrec.scoring.scorer.BLOCK_ROWS", 2)
+    for name, scores in scorer.score_tasks("1", ["10", "20", "30", "40", "x"]).items():
+        np.testing.assert_allclose(scores, whole[name], rtol=1e-6)
 
 
 def test_no_items(scorer: Scorer) -> None:

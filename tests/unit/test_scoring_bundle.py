@@ -106,6 +106,11 @@ def set_feature(**values: Any) -> Change:
             "B: 'ranker.onnx' is missing from the bundle; export it again",
         ),
         (
+            lambda m: m["meta"].update(tasks=[{"name": "click"}]),
+            "B/ranker.onnx: gives [score], expected 'score_click'; export the bundle again",
+        ),
+        (lambda m: m["meta"].update(tasks=[{"share": 1}]), "'name' is missing"),
+        (
             lambda m: m["meta"]["schema"]["features"][6].update(default="noon"),
             "B: default of a scene field: hour = 'noon': must be an integer, not str",
         ),

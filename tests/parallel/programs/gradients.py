@@ -8,6 +8,7 @@ parameter's gradient in the first step (``gradient/…``), a whole table (``tabl
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
     for number in range(STEPS):
         batch = small_batch(ROWS, padding=world.size * share - ROWS, seed=number)
         mine = batch.part(world.rank * share, (world.rank + 1) * share)
+        mine = mine if setting.sharing else replace(mine, tasks=None)
         batches.append(of_type(mine, dtype))
     log_probability = torch.log(torch.arange(1, 10) / 45).to(dtype)
     prepare = preparer(tables, config, 0, world.rank)
