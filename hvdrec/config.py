@@ -283,8 +283,9 @@ class Train:
     """Whether in-batch negatives are corrected by the log of their sampling probability."""
     remove_accidental_hits: bool = True
     """Whether negatives that equal the row's own item are removed."""
-    metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg"] = "auto"
-    """Validation metric for early stopping; auto: auc, or recall for retrieval alone."""
+    metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
+    """Validation metric for early stopping; auto: auc, or recall for retrieval alone, or with
+    [[tasks]] task_auc, the mean of the tasks' AUCs, weighted by their shares."""
     patience: int = 2
     """Validations without a better metric after which training stops."""
     validate_every: int = 1
@@ -600,7 +601,11 @@ def _requirements_of_tasks(config: Config) -> list[tuple[bool, str]]:
                 f"model.ranker: sharing = '{ranker.sharing}', task_hidden = "
                 f"{list(ranker.task_hidden)}: there are no [[tasks]] to share layers; add some or "
                 "leave both out",
-            )
+            ),
+            (
+                config.train.metric != "task_auc",
+                "train.metric = 'task_auc': there are no [[tasks]]; take 'auc'",
+            ),
         ]
     return [
         *(

@@ -76,8 +76,8 @@ SETTINGS = {
     "clipped": Setting("joint", "mixed", clip_norm=0.05),
     "clipped-fbgemm": Setting("joint", "mixed", kernel="fbgemm", clip_norm=0.05),
     "accumulated": Setting("ranking", "mixed", "rowwise-adagrad", accumulate=3),
-    "tasks-bottom": Setting("ranking", "mixed", sharing="bottom"),
-    "tasks-mmoe": Setting("joint", "mixed", "rowwise-adagrad", accumulate=2, sharing="mmoe"),
+    "tasks-bottom": Setting("ranking", "mixed", accumulate=3, sharing="bottom"),
+    "tasks-mmoe": Setting("joint", "mixed", "rowwise-adagrad", sharing="mmoe"),
 }
 TASKS = (Task("like", "rating > 3"), Task("love", "rating = 5", weight=0.5, share=0.25))
 

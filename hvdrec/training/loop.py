@@ -170,6 +170,8 @@ def metric_name(config: Config) -> str:
     """Return the name of the validation metric that early stopping watches."""
     if config.train.metric != "auto":
         name = config.train.metric
+    elif config.tasks:
+        name = "task_auc"
     else:
         name = "recall" if config.train.objective == "retrieval" else "auc"
     return f"{name}@{config.evaluate.k[0]}" if name in ("recall", "ndcg") else name

@@ -70,7 +70,11 @@ def test_training_and_validation_tell_of_every_task(task_run: SmallRun) -> None:
     losses = step["task_losses"]
     assert step["ranking_loss"] == pytest.approx(losses["click"] + 0.5 * losses["late"], rel=1e-5)
     validation = next(e for e in events if e["event"] == "validation")
-    assert validation["tasks"]["late"]["rows"] < validation["tasks"]["click"]["rows"]
+    click, late = (validation["tasks"][name] for name in ("click", "late"))
+    assert late["rows"] < click["rows"]
+    mean = (click["auc"] + 0.25 * late["auc"]) / 1.25
+    assert validation["task_auc"] == pytest.approx(mean)
+    assert "task_auc" in task_run.train["validation"]
 
 
 def test_the_bundle_tells_every_task(task_run: SmallRun, tmp_path: Path) -> None:

@@ -248,6 +248,10 @@ def test_unknown_keys_and_wrong_types(changes: dict[str, Any], text: str) -> Non
             "layers; add some or leave both out",
         ),
         (
+            {"train": {"metric": "task_auc"}},
+            "train.metric = 'task_auc': there are no [[tasks]]; take 'auc'",
+        ),
+        (
             {"tasks": [LIKE, LIKE]},
             "tasks[0].name = 'like': must be letters, digits and underscores, not 'score', and "
             "occur once",

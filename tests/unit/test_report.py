@@ -41,12 +41,12 @@ def test_render_sets_model_and_baselines_side_by_side() -> None:
     )
 
 
-<<<<<<< HEAD
 def test_notes_follow_the_tables() -> None:
     notes = ["ease: l2 = 300 for ranking", "second"]
     text = render({"ranking": {"auc": 0.5}, "notes": notes})
     assert text.endswith("auc      0.5000\n\nease: l2 = 300 for ranking\nsecond")
-=======
+
+
 def test_render_tells_of_each_task_in_a_row() -> None:
     told = {"gauc": 0.7, "log_loss": 0.5, "calibration": 1.0, "base_rate": math.nan, "rows": 9}
     report = {
@@ -68,7 +68,6 @@ def test_render_tells_of_each_task_in_a_row() -> None:
         "like  0.9000  0.7000    0.5000       1.0000        n/a     9            0.6000\n"
         "love  0.8000  0.7000    0.5000       1.0000        n/a     9            0.7500"
     )
->>>>>>> 6fe47a9 (Several labels: tasks that share layers, from samples to the served score)
 
 
 def test_render_leaves_out_what_was_not_measured() -> None:

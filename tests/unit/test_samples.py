@@ -933,7 +933,7 @@ LIKE, LOVE = Task("like", "rating > 3"), Task("love", "CASE WHEN rating > 3 THEN
 
 
 def test_labels_of_tasks_stand_beside_the_main_one(raw: Path) -> None:
-    config = replace(configured(raw, drop="t = 8"), tasks=(LIKE, LOVE))
+    config = replace(configured(raw), tasks=(LIKE, LOVE))
     said: list[str] = []
     meta = samples.make(config, notify=said.append)
     rows = pq.read_table(config.paths.of("samples") / "train")
@@ -957,7 +957,7 @@ def test_labels_of_tasks_that_cannot_be(raw: Path) -> None:
 
     assert error("rating") == (
         "tasks[1].label = 'rating': is neither 0 nor 1 in 7 of 9 rows of "
-        f"{raw}/log.parquet, for example 5; write a condition such as 'rating > 3'"
+        f"{raw}/log.parquet, for example 4; write a condition such as 'rating > 3'"
     )
     assert error("item_id") == (
         "tasks[1].label = 'item_id': is of type string; it must give 0 or 1, such as 'rating > 3'"
