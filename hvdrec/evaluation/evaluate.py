@@ -39,11 +39,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the report of a model on a split: metrics, and the same ones of each baseline.
 
-    Ranking metrics where the model has a ranker, under ``tasks`` those of each task, retrieval metrics over the whole catalogue where
-    its towers were trained to retrieve. Every rank calls this and gets the same report. rows_of
-    gives the table rows of a batch, where the model does not hold its tables itself; ease_items is
-    the largest catalogue for which EASE is fitted. ``notes`` tells what people should know of the
-    baselines.
+    Ranking metrics where the model has a ranker, and under ``tasks`` those of each task; retrieval
+    metrics over the whole catalogue where its towers were trained to retrieve. Every rank calls
+    this and gets the same report. rows_of gives the table rows of a batch, where the model does not
+    hold its tables itself; ease_items is the largest catalogue for which EASE is fitted. ``notes``
+    tells what people should know of the baselines.
     """
     device = next(model.parameters()).device
     features = config.paths.of("features")
