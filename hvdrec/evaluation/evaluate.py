@@ -122,20 +122,20 @@ def score_split(
             batch = host_batch.to(device)
             rows = rows_of(host_batch.features) if rows_of is not None else None
             logit = model(batch.features, rows).logit.float()
-            none = logit.new_empty(len(logit), 0)
-            columns = (
+            columns = [
                 model.score(logit),
                 batch.label,
                 batch.weight,
                 batch.user_index,
                 batch.item_index,
-                logit.sigmoid() if config.tasks else none,
-                none if batch.tasks is None else batch.tasks,
-            )
+            ]
+            if batch.tasks is not None:
+                columns += [logit.sigmoid(), batch.tasks]
             parts.append(tuple(column[: batch.rows].cpu().numpy() for column in columns))
-    return Scores(
-        *(ranks.gather_arrays(np.concatenate(column)) for column in zip(*parts, strict=True))
-    )
+    gathered = [ranks.gather_arrays(np.concatenate(column)) for column in zip(*parts, strict=True)]
+    if not config.tasks:
+        gathered += [np.empty((len(gathered[0]), 0), np.float32)] * 2
+    return Scores(*gathered)
 
 
 def embed_side(
