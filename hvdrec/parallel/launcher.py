@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import os
+import socket
+from typing import Any
+
+import psutil
 
 from hvdrec.errors import UserError
 
@@ -11,6 +16,8 @@ LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_
 """Set by horovodrun, Open MPI, and other MPI launchers: they tell that there is one, no more."""
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
 """How many processes were started: to be compared with what Horovod says, no more."""
+
+BACKEND_VARIABLES = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
 
 RENDEZVOUS_SECONDS = 10.0
 
@@ -27,6 +34,56 @@ def unseen_processes(size: int) -> tuple[str, str] | None:
         if size == 1 and started != "1":
             return name, started
     return None
+
+
+def check_gloo_address(host: str) -> None:
+    """Raise UserError unless Gloo, where it is used, finds addresses to listen at.
+
+    It crashes without them. Some of its connections take the interface in HOROVOD_GLOO_IFACE;
+    others always take the address of the host's name, which other hosts must then be able to reach.
+    """
+    if "gloo" not in (os.environ.get(name, "").lower() for name in BACKEND_VARIABLES):
+        return
+    interface = os.environ.get("HOROVOD_GLOO_IFACE", "")
+    known = psutil.net_if_addrs()
+    if interface and interface not in known:
+        raise UserError(
+            f"{host}: there is no network interface '{interface}' (HOROVOD_GLOO_IFACE); there are "
+            f"{', '.join(known)}: horovodrun takes --network-interfaces"
+        )
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(
+            f"{host}: this host's own name has no address ({error.strerror}), and Gloo needs one; "
+            "add it to /etc/hosts"
+        ) from None
+    own = next((address[0] for family, *_, address in found if _is_own(family, address)), None)
+    if own is None:
+        raise UserError(
+            f"{host}: the address of this host's own name, {found[0][4][0]}, is another host's; "
+            "mend it in /etc/hosts"
+        )
+    if _is_one_of_several_hosts() and ipaddress.ip_address(own).is_loopback:
+        raise UserError(
+            f"{host}: the address of this host's own name is {own}, where no other host reaches "
+            "it; put its address in the network into /etc/hosts"
+        )
+
+
+def _is_own(family: int, address: Any) -> bool:
+    """Return whether an address is one of this host, as Gloo finds out."""
+    try:
+        with socket.socket(family) as trial:
+            trial.bind(address)
+        return True
+    except OSError:
+        return False
+
+
+def _is_one_of_several_hosts() -> bool:
+    size = os.environ.get("HOROVOD_SIZE", "1")
+    return os.environ.get("HOROVOD_LOCAL_SIZE", size) != size
 
 
 def check_rendezvous(host: str) -> None:

@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 
 from hvdrec.errors import SharedError, UserError
 from hvdrec.parallel import agreement
-from hvdrec.parallel.launcher import check_rendezvous, is_launched, unseen_processes
+from hvdrec.parallel.launcher import (
+    check_gloo_address,
+    check_rendezvous,
+    is_launched,
+    unseen_processes,
+)
 
 T = TypeVar("T")
 
@@ -95,6 +100,7 @@ def init() -> World:
             os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
         os.environ.setdefault(GLOO_VARIABLE, f"{max(GLOO_SECONDS, silence_seconds() + 5):.0f}")
         host = agreement.host_name()
+        check_gloo_address(host)
         check_rendezvous(host)
         try:
             hvd.init()

@@ -11,13 +11,20 @@ import pytest
 
 from hvdrec.errors import UserError
 from hvdrec.parallel import launcher
-from hvdrec.parallel.launcher import check_rendezvous, is_launched, unseen_processes
+from hvdrec.parallel.launcher import (
+    check_gloo_address,
+    check_rendezvous,
+    is_launched,
+    unseen_processes,
+)
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*launcher.LAUNCHER_VARIABLES, *launcher.SIZE_VARIABLES):
-        monkeypatch.delenv(name, raising=False)
+    names = (*launcher.LAUNCHER_VARIABLES, *launcher.SIZE_VARIABLES, *launcher.BACKEND_VARIABLES)
+    for name in (*names, "HOROVOD_GLOO_IFACE", "HOROVOD_LOCAL_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is gone at the end, whoever sets it
+        monkeypatch.delenv(name)
 
 
 def test_processes_that_do_not_see_each_other_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,3 +82,34 @@ def test_horovods_own_store_is_taken_for_one(monkeypatch: pytest.MonkeyPatch) ->
         assert server._httpd.cache["hvdrec"]["hv2"] == b"here"
     finally:
         server.stop()
+
+
+def test_a_host_whose_name_has_no_address_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gloo_address("no.such.name.invalid")  # MPI does without
+    monkeypatch.setenv("HOROVOD_CPU_OPERATIONS", "GLOO")
+    with pytest.raises(UserError, match=r"^no\.such\.name\.invalid: this host's own name has no "):
+        check_gloo_address("no.such.name.invalid")
+    with pytest.raises(UserError, match=r"own name, 192\.0\.2\.1, is another host's; mend it in"):
+        check_gloo_address("192.0.2.1")
+
+
+def test_a_name_that_no_other_host_reaches_is_good_for_one_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOROVOD_CONTROLLER", "gloo")
+    check_gloo_address("localhost")
+    monkeypatch.setenv("HOROVOD_SIZE", "4")
+    monkeypatch.setenv("HOROVOD_LOCAL_SIZE", "4")
+    check_gloo_address("127.0.1.1")
+    monkeypatch.setenv("HOROVOD_LOCAL_SIZE", "2")
+    with pytest.raises(UserError, match=r"own name is 127\.0\.1\.1, where no other host reaches"):
+        check_gloo_address("127.0.1.1")
+
+
+def test_a_network_interface_that_is_not_there_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_CONTROLLER", "gloo")
+    monkeypatch.setenv("HOROVOD_GLOO_IFACE", "lo")
+    check_gloo_address("localhost")
+    monkeypatch.setenv("HOROVOD_GLOO_IFACE", "eth77")
+    with pytest.raises(UserError, match=r"^hv2: there is no network interface 'eth77' \("):
+        check_gloo_address("hv2")
