@@ -7,6 +7,7 @@ Hosts on this machine that know each other by network and ssh alone: hv1, hv2, .
 10.78.0.1, 10.78.0.2, ... Each has its own network (eth0), host name, processes and mounts. Files are
 shared, but for what a host mounts over them.
 
+  hosts.sh check           say what keeps hosts from being made here, if anything does
   hosts.sh up N DIR        make N hosts, with their keys in DIR; they last until standard input closes
   hosts.sh run DIR I CMD   run a command on host I
 
@@ -31,8 +32,9 @@ require() {
     done
     [ ${#missing[@]} -eq 0 ] || fail "missing: apt-get install ${missing[*]}"
     [ "$(id -u)" = 0 ] || fail "only root can make networks"
-    unshare --net --uts --mount --pid --fork true 2>/dev/null ||
-        fail "no namespaces can be made here; in a container, run it privileged"
+    unshare --net --uts --mount --pid --fork \
+        bash -c 'ip link add switch type bridge && ip link add one type veth peer name two' \
+        2>/dev/null || fail "no networks can be made here; in a container, run it privileged"
 }
 
 # The first process of the namespaces that an unshare has made.
@@ -80,6 +82,7 @@ StrictModes no
 PermitRootLogin yes
 PidFile none
 TEXT
+    [ -z "${PYTHONPATH:-}" ] || echo "SetEnv PYTHONPATH=$PYTHONPATH" >>"$dir/sshd"
     echo '127.0.0.1 localhost' >"$dir/hosts"
     for i in $(seq "$count"); do echo "10.78.0.$i hv$i" >>"$dir/hosts"; done
 
@@ -129,6 +132,7 @@ case ${1:-} in
         dir=$2
         on "${@:3}"
         ;;
+    check) require ;;
     boot)
         dir=$2
         boot "${@:3}"

@@ -13,17 +13,11 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 SCRIPT = str(Path(__file__).parent / "hosts.sh")
+TERMINAL = str(Path(__file__).parent / "terminal.py")
 TROUBLE = str(Path(__file__).parent / "trouble.py")
 HVDREC = "hvdrec"
 LIMIT = 60.0
 """Seconds within which a job must end once something is wrong."""
-MPI_DEFAULTS = {
-    "plm_rsh_args": "-o BatchMode=yes -o ConnectTimeout=10",
-    "oob_tcp_keepalive_time": "5",
-    "oob_tcp_keepalive_intvl": "3",
-    "oob_tcp_keepalive_probes": "3",
-    "mpi_yield_when_idle": "1",  # all hosts share this machine's cores
-}
 
 
 @dataclass(frozen=True)
@@ -53,10 +47,10 @@ class Hosts:
         """Run a command on a host."""
         environment = {
             **os.environ,
-            **{f"OMPI_MCA_{name}": value for name, value in MPI_DEFAULTS.items()},
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.folder),  # horovodrun remembers there which hosts have answered
             "OMP_NUM_THREADS": "1",
+            "OMPI_MCA_mpi_yield_when_idle": "1",  # all hosts share this machine's cores
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }
@@ -73,8 +67,18 @@ class Hosts:
         )
         return Done(done.returncode, done.stdout, time.time())
 
-    def launch(self, launcher: str, hosts: int, command: Sequence[str], names: str = "") -> Done:
-        """Run a command on one rank of each of the first (or named) hosts, started on hv1."""
+    def launch(
+        self,
+        launcher: str,
+        hosts: int,
+        command: Sequence[str],
+        names: str = "",
+        at_terminal: bool = False,
+    ) -> Done:
+        """Run a command on one rank of each of the first (or named) hosts, started on hv1.
+
+        At a terminal, programs may ask who sits there, and wait for an answer.
+        """
         names = names or ",".join(f"hv{i}:1" for i in range(1, hosts + 1))
         prefix = sys.prefix
         start = {
@@ -82,7 +86,10 @@ class Hosts:
             "horovodrun --mpi": ["horovodrun", "--mpi", f"--mpi-args=--prefix {prefix}"],
             "mpirun": ["mpirun", "--prefix", prefix],
         }[launcher]
-        return self.run(1, [*start, "-np", str(hosts), "-H", names, *command])
+        whole = [*start, "-np", str(hosts), "-H", names, *command]
+        if at_terminal:
+            whole = [str(BIN / "python"), TERMINAL, *whole]
+        return self.run(1, whole)
 
     @contextmanager
     def mounted(self, host: int, source: Path | None, target: Path) -> Iterator[None]:

@@ -175,23 +175,27 @@ def test_a_port_of_open_mpi_is_taken(hosts: Hosts, train: list[str]) -> None:
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun --gloo", "mpirun"])
-@pytest.mark.parametrize("host", ["10.78.0.99", "10.78.0.98"])
+@pytest.mark.parametrize("host", ["10.78.0.99", "10.78.0.98", "nowhere"])
 def test_a_host_cannot_be_reached(hosts: Hosts, train: list[str], launcher: str, host: str) -> None:
     if host == "10.78.0.98":  # what is sent there gets no answer at all, not even a refusal
         lost = ["ip", "neigh", "replace", host, "lladdr", "02:00:00:00:00:98", "dev", "eth0"]
         assert hosts.run(1, lost).status == 0
+    said = f"ssh: connect to host {host} port 22: "
+    if host == "nowhere":
+        said = f"ssh: Could not resolve hostname {host}: "
     began = time.time()
     done = hosts.run(1, [HVDREC, "hosts", "-H", f"hv1:1,{host}:1"])
+    print(f"{done.ended - began:.1f} s: {done.output}")
     assert done.status == 2
     assert done.ended - began < LIMIT
     assert len(done.output.splitlines()) == 1
-    assert done.output.startswith(f"{host}: cannot be reached by ssh (ssh: connect to host {host}")
+    assert done.output.startswith(f"{host}: cannot be reached by ssh ({said}")
     began = time.time()
     done = hosts.launch(launcher, 2, train, names=f"hv1:1,{host}:1")
-    print(f"{done.ended - began:.1f} s")
+    print(f"{done.ended - began:.1f} s: {said}")
     assert done.status != 0
     assert done.ended - began < LIMIT
-    assert f"ssh: connect to host {host} port 22: " in done.output
+    assert said in done.output
 
 
 @EVERY
@@ -202,10 +206,28 @@ def test_ssh_asks_for_a_password(hosts: Hosts, train: list[str], launcher: str) 
         assert done.status == 2
         assert len(done.output.splitlines()) == 1
         assert done.output.startswith("hv2: ssh asks for a password (root@hv2: Permission denied")
-        done = hosts.launch(launcher, 2, train)
+        began = time.time()
+        done = hosts.launch(launcher, 2, train, at_terminal=True)
+    print(f"{done.ended - began:.1f} s")
     assert done.status != 0
     assert done.ended - began < LIMIT
     assert "root@hv2: Permission denied" in done.output
+
+
+def test_the_name_of_a_host_has_no_address_of_use(
+    hosts: Hosts, train: list[str], tmp_path: Path
+) -> None:
+    """Gloo listens there."""
+    names, table = tmp_path / "hosts", Path("/etc/hosts")
+    names.write_text("127.0.0.1 localhost\n10.78.0.2 hv2\n")
+    with hosts.mounted(1, names, table):
+        began = time.time()
+        expect(hosts.run(1, train), began, "hv1: this host's own name has no address (")
+    names.write_text("127.0.0.1 localhost\n127.0.1.1 hv2\n10.78.0.1 hv1\n")  # as Debian has it
+    with hosts.mounted(2, names, table):
+        began = time.time()
+        done = hosts.launch("horovodrun --gloo", 2, train)
+        expect(done, began, "hv2: the address of this host's own name is 127.0.1.1, where no other")
 
 
 def test_what_else_keeps_a_host_from_working_is_named(hosts: Hosts, small: Path) -> None:
