@@ -78,6 +78,13 @@ LABEL org.opencontainers.image.title="hvdrec train" \
 RUN apt-get update \
     && apt-get install -y --no-install-recommends openssh-client openssh-server libgomp1 \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /etc/ssh/ssh_host_* /var/log/apt
+# For several nodes: an sshd that its user starts, on a port that the host's own has not taken, with
+# the keys in ~/.ssh. What is set here comes before Debian's defaults.
+RUN printf '%s\n' 'Port 2222' 'HostKey /home/hvdrec/.ssh/id_ed25519' 'PidFile none' 'UsePAM no' \
+        'PasswordAuthentication no' 'KbdInteractiveAuthentication no' 'StrictModes no' \
+        'SetEnv PATH=/opt/hvdrec/environment/bin:/usr/local/bin:/usr/bin:/bin' \
+        > /etc/ssh/sshd_config.d/hvdrec.conf \
+    && printf '%s\n' 'Port 2222' 'BatchMode yes' 'User hvdrec' > /etc/ssh/ssh_config.d/hvdrec.conf
 COPY --from=build-train /opt/hvdrec /opt/hvdrec
 ENV HVDREC_VENV=/opt/hvdrec/environment PATH=/opt/hvdrec/environment/bin:$PATH
 RUN install -d -o hvdrec -g hvdrec /work
