@@ -20,7 +20,7 @@ from scipy.linalg import lapack
 from hvdrec.evaluation.retrieval import LOW_HALF, Columns
 
 Array = NDArray[Any]
-NEIGHBOURS = (20, 50, 100, 200, 500)
+NEIGHBOURS = (20, 50, 100, 200)
 """How many of the most similar items count."""
 L2 = (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
 """EASE's penalties."""

@@ -37,6 +37,8 @@ FIXED = {
     "train.threads": "is the machine's",
 }
 """...but for these."""
+SHARED = ("features", "samples", "encode", "tasks", "paths")
+"""Tables that decide what the trials train on."""
 EXAMPLE = "train.learning_rate=log:1e-4:1e-2"
 DIGITS = 4
 """Significant digits of a value from a range: enough, and short enough to be pasted."""
@@ -207,10 +209,10 @@ def _kind_of(field: str) -> Any:
         raise UserError(f"--search {field}: is a table; name one of its fields: {choices(inner)}")
     if (table in TABLES or field in FIELDS) and field in kinds:
         return kinds[field]
-    if field in kinds or table in ("features", "samples", "encode"):
+    if field in kinds or table in SHARED:
         why = (
             "decides what the samples and features are, which all trials share"
-            if table in ("features", "samples", "encode", "paths")
+            if table in SHARED
             else "changes nothing that trials are compared by"
         )
         raise UserError(f"--search {field}: {why}; fields that can be searched: {searchable()}")
