@@ -68,14 +68,20 @@ class Split:
 
 @dataclass(frozen=True)
 class History:
-    """A sequence feature made of what the user did strictly before the sample."""
+    """A sequence feature made of what the user did beside the sample."""
 
     name: str
     """Name of the column, which a feature of kind 'sequence' reads."""
     where: str = ""
     """SQL predicate over the interactions that count (empty: those with label 1)."""
     length: int = 50
-    """How many of the latest are kept."""
+    """How many are kept: those nearest in time."""
+    scope: Literal["before", "others"] = "before"
+    """before: what came strictly before the sample. others: the user's other training rows, before
+    and after it, for the protocols with a random split; refused with another."""
+    repeats: bool = True
+    """Whether an item that the user met several times stands there each time. false: at its
+    latest time only, which makes room for more items."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hvdrec.samples.columns import groups
 from hvdrec.samples.engine import Engine, connect, visible
 from hvdrec.samples.history import Events, Moments
 from hvdrec.samples.rows import Keys, Rows, collect_rows, concatenated_rows, moments
-from hvdrec.samples.split import SPLITS, shuffled, split_rows
+from hvdrec.samples.split import RANDOM, SPLITS, shuffled, split_rows
 from hvdrec.samples.write import (
     Histories,
     latest_rows,
@@ -84,7 +84,7 @@ def make(
             time = None if time is None else np.concatenate([time, time[positive]])
             users = Keys.of(rows.columns[schema.user_key])
             items = Keys.of(rows.columns[schema.item_key])
-        histories = _histories(config, rows, users, split, time)
+        histories = _histories(config, rows, users, items, split, time)
         _require_known(config, rows, split)
         meta["rows"], meta["positives"] = {}, {}
         if config.tasks:
@@ -152,6 +152,17 @@ def _check(samples: Samples) -> None:
             f"samples.history '{samples.history[0].name}': needs samples.time, which is empty; "
             "name the column of the time"
         )
+    for history in samples.history:
+        if history.scope == "others" and split.method not in RANDOM:
+            raise UserError(
+                f"samples.history '{history.name}': scope = 'others' tells of later rows, which "
+                f"samples.split.method = '{split.method}' forbids; take scope = 'before'"
+            )
+        if history.scope == "others" and not history.repeats:
+            raise UserError(
+                f"samples.history '{history.name}': repeats = false goes with scope = 'before' "
+                "alone; leave it out"
+            )
 
 
 def _require_known(config: Config, rows: Rows, split: Array) -> None:
@@ -241,17 +252,21 @@ def _drawn(
 
 
 def _histories(
-    config: Config, rows: Rows, users: Keys, split: Array, time: Array | None
+    config: Config, rows: Rows, users: Keys, items: Keys, split: Array, time: Array | None
 ) -> Histories | None:
     samples = config.samples
     if not samples.history:
         return None
     assert time is not None
     found = Moments.of(users.code, time)
-    items = rows.columns[samples.item]
-    named = {h.name: is_event for h, is_event in zip(samples.history, rows.events, strict=True)}
-    return Histories(
-        found,
-        {name: Events.of(items, found, chosen & (split == 0)) for name, chosen in named.items()},
-        {name: Events.of(items, found, chosen) for name, chosen in named.items()},
-    )
+    keys = rows.columns[samples.item]
+
+    def events(allowed: Array) -> dict[str, Events]:
+        return {
+            history.name: Events.of(
+                keys, found, chosen & allowed, None if history.repeats else items.code
+            )
+            for history, chosen in zip(samples.history, rows.events, strict=True)
+        }
+
+    return Histories(found, events(split == 0), events(split >= 0))

@@ -12,6 +12,8 @@ from hvdrec.errors import UserError
 
 Array = NDArray[Any]
 SPLITS = ("train", "validation", "test")
+RANDOM = ("random", "random-per-user")
+"""Methods that divide without regard to time."""
 
 
 def split_rows(samples: Samples, user: Array, time: Array | None) -> Array:

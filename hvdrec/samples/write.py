@@ -18,6 +18,7 @@ from hvdrec.samples.columns import cast, concatenated, plain
 from hvdrec.samples.engine import Engine, visible
 from hvdrec.samples.history import Events, Moments
 from hvdrec.samples.rows import Keys, Rows, declared
+from hvdrec.samples.split import RANDOM
 from hvdrec.samples.tables import Joined, Side, Source, derive_ready
 from hvdrec.schema import Feature
 
@@ -173,12 +174,12 @@ def _samples(config: Config, rows: Rows, index: Array, histories: Histories | No
     columns = {name: array.take(positions) for name, array in rows.columns.items()}
     if histories is not None:
         # In a random split, later knowledge must not reach a feature: only training rows count.
-        is_random = config.samples.split.method in ("random", "random-per-user")
+        is_random = config.samples.split.method in RANDOM
         events = histories.trained if is_random else histories.everything
         for history in config.samples.history:
-            columns[history.name] = events[history.name].before(
-                histories.moments, index, history.length
-            )
+            of = events[history.name]
+            lists = of.others if history.scope == "others" else of.before
+            columns[history.name] = lists(histories.moments, index, history.length)
     columns["label"] = pa.array(rows.label[index].astype(np.float32))
     for task, label in zip(config.tasks, rows.tasks, strict=True):
         known = label[index]

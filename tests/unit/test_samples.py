@@ -425,6 +425,46 @@ def test_histories_equal_a_naive_search(
     assert latest == [naive_history(rows, user, None)[-length:] for user in range(4)]
 
 
+@given(events, st.integers(1, 5))
+def test_histories_without_repeats_hold_each_item_at_its_latest_time(
+    rows: list[tuple[int, int, int, bool]], length: int
+) -> None:
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    moments = Moments.of(columns[:, 0], columns[:, 1])
+    found = Events.of(pa.array(columns[:, 2]), moments, columns[:, 3].astype(bool), columns[:, 2])
+
+    def distinct(history: list[int]) -> list[int]:
+        latest_first = list(dict.fromkeys(reversed(history)))
+        return list(reversed(latest_first))[-length:]
+
+    before = found.before(moments, np.arange(len(rows)), length).to_pylist()
+    assert before == [distinct(naive_history(rows, u, t)) for u, t, _, _ in rows]
+    latest = found.latest(4, moments.times, length).to_pylist()
+    assert latest == [distinct(naive_history(rows, user, None)) for user in range(4)]
+
+
+@given(events, st.integers(1, 5))
+def test_other_events_are_the_nearest_without_the_row_itself(
+    rows: list[tuple[int, int, int, bool]], length: int
+) -> None:
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    moments = Moments.of(columns[:, 0], columns[:, 1])
+    found = Events.of(pa.array(np.arange(len(rows))), moments, columns[:, 3].astype(bool))
+    others = found.others(moments, np.arange(len(rows)), length).to_pylist()
+    for number, (user, time, _, chosen) in enumerate(rows):
+        mine = sorted((t, i) for i, (u, t, _, c) in enumerate(rows) if u == user and c)
+        left = [i for _, i in mine if i != number]
+        assert number not in others[number]
+        assert len(others[number]) == min(length, len(left))
+        # They are neighbours of each other and of the row in the order of time.
+        place = mine.index((time, number)) if chosen else sum(t < time for t, _ in mine)
+        first = left.index(others[number][0]) if others[number] else place
+        assert others[number] == left[first : first + length]
+        before, after = place - first, first + len(others[number]) - place
+        enough = place >= length // 2 and len(left) - place >= length - length // 2
+        assert not enough or (before, after) == (length // 2, length - length // 2)
+
+
 @settings(max_examples=12, deadline=None, phases=(Phase.reuse, Phase.generate))
 @given(
     rows=st.lists(
@@ -908,6 +948,18 @@ def test_expressions_that_are_wrong(raw: Path, changes: dict[str, Any], key: str
     text = error_of(configured(raw, **changes))
     assert text.startswith(f"{key}: ")
     assert "; the columns are [user_id, item_id, rating, t" in text
+
+
+def test_histories_that_the_split_forbids(raw: Path) -> None:
+    others = {"name": "liked", "scope": "others"}
+    assert error_of(configured(raw, history=[others], split={"method": "temporal"})) == (
+        "samples.history 'liked': scope = 'others' tells of later rows, which "
+        "samples.split.method = 'temporal' forbids; take scope = 'before'"
+    )
+    both = [{**others, "repeats": False}]
+    assert error_of(configured(raw, history=both, split={"method": "random"})) == (
+        "samples.history 'liked': repeats = false goes with scope = 'before' alone; leave it out"
+    )
 
 
 def test_an_expression_that_fails_on_a_row(raw: Path) -> None:
