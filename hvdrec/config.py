@@ -289,6 +289,11 @@ class Train:
     """Whether in-batch negatives are corrected by the log of their sampling probability."""
     remove_accidental_hits: bool = True
     """Whether negatives that equal the row's own item are removed."""
+    uniform_negatives: int = 0
+    """Items drawn uniformly from the catalogue in each step, over all ranks together, as further
+    negatives of every row: rare items are hardly ever in a batch otherwise."""
+    hard_negatives: int = 0
+    """How many of a row's negatives count: those that the model now scores highest. 0: all."""
     metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
     """Validation metric for early stopping; auto: auc, or recall for retrieval alone, or with
     [[tasks]] task_auc, the mean of the tasks' AUCs, weighted by their shares."""
@@ -515,6 +520,8 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("train.warmup_steps", train.warmup_steps),
         ("train.clip_norm", train.clip_norm),
         ("train.retrieval_weight", train.retrieval_weight),
+        ("train.uniform_negatives", train.uniform_negatives),
+        ("train.hard_negatives", train.hard_negatives),
         ("train.checkpoint_every", train.checkpoint_every),
         ("train.threads", train.threads),
         ("model.ranker.cross_layers", config.model.ranker.cross_layers),
@@ -544,6 +551,11 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             f"evaluate.threshold = {config.evaluate.threshold}: must be in [0, 1]",
         ),
         (bool(config.evaluate.k), "evaluate.k = []: give at least one cut-off"),
+        (
+            train.accumulate == 1 or not train.uniform_negatives,
+            f"train.uniform_negatives = {train.uniform_negatives}: goes with train.accumulate = 1 "
+            f"alone, which is {train.accumulate}; set one of them back",
+        ),
         (
             all(share > 0 for share in split.fractions) and abs(sum(split.fractions) - 1) < 1e-9,
             f"samples.split.fractions = {list(split.fractions)}: must be positive and sum to 1",

@@ -52,6 +52,28 @@ def with_logq(logits_BC: Tensor, log_probability_C: Tensor) -> Tensor:
     return logits_BC - log_probability_C
 
 
+def hardest(logits_BC: Tensor, own_B: Tensor, count: int) -> Tensor:
+    """Mask (-inf) all but each row's own column and its `count` highest negatives."""
+    if count >= logits_BC.shape[1] - 1:
+        return logits_BC
+    negatives = logits_BC.detach().scatter(1, own_B.unsqueeze(1), -torch.inf)
+    kept = torch.zeros_like(logits_BC, dtype=torch.bool)
+    kept.scatter_(1, negatives.topk(count, dim=1, sorted=False).indices, True)
+    kept.scatter_(1, own_B.unsqueeze(1), True)
+    return logits_BC.masked_fill(~kept, -torch.inf)
+
+
+def in_mixture(log_probability: Tensor, in_batch: int, uniform: int, items: int) -> Tensor:
+    """Return the log probability of an item among negatives of two sources.
+
+    log_probability: of the item among in-batch negatives; in_batch, uniform: how many negatives are
+    of the batch and how many were drawn uniformly from `items`.
+    Source: Yang et al., "Mixed negative sampling", WWW 2020 companion, section 3.2.
+    """
+    share = in_batch * log_probability.exp() + uniform / items
+    return (share / max(in_batch + uniform, 1)).log()
+
+
 def in_batch_softmax(
     user_BD: Tensor,
     item_CD: Tensor,
@@ -63,12 +85,14 @@ def in_batch_softmax(
     temperature: float,
     log_probability_C: Tensor | None = None,
     remove_accidental_hits: bool = True,
+    hard_negatives: int = 0,
 ) -> Tensor:
     """Return the weighted sum of the in-batch softmax losses of B positive rows (a scalar).
 
     user_BD: embeddings of the rows' users; item_CD: embeddings of the items of all ranks' positive
-    rows, the negatives of each other; weight_B: the rows' weights; own_B: int64, each row's column
-    among the C; item_B, item_C: int64 item indices.
+    rows, the negatives of each other, and of further negatives; weight_B: the rows' weights; own_B:
+    int64, each row's column among the C; item_B, item_C: int64 item indices; hard_negatives: how
+    many of a row's negatives count, those with the highest logits (0: all).
     """
     logits_BC = user_BD @ item_CD.T
     logits_BC = logits_BC.to(weight_B.dtype) / temperature
@@ -76,5 +100,7 @@ def in_batch_softmax(
         logits_BC = with_logq(logits_BC, log_probability_C)
     if remove_accidental_hits:
         logits_BC = without_accidental_hits(logits_BC, own_B, item_B, item_C)
+    if hard_negatives:
+        logits_BC = hardest(logits_BC, own_B, hard_negatives)
     losses_B = functional.cross_entropy(logits_BC, own_B, reduction="none")
     return (losses_B * weight_B).sum()

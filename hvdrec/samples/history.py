@@ -126,7 +126,7 @@ def _ranges(first: Array, lengths: Array) -> Array:
     """Return first[i], first[i] + 1, … of each length, one behind the other."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(first - (ends - lengths), lengths)
+    return np.asarray(np.arange(total) + np.repeat(first - (ends - lengths), lengths))
 
 
 def _next_of_same(pair: Array) -> Array:

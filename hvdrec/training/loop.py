@@ -21,7 +21,7 @@ from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
 from hvdrec.features.encode import check_task_labels
 from hvdrec.features.fit import Fitted
-from hvdrec.loader import ShardLoader
+from hvdrec.loader import ShardLoader, table_arrays
 from hvdrec.models.recommender import Recommender
 from hvdrec.order import Progress
 from hvdrec.parallel import ranks
@@ -40,7 +40,7 @@ from hvdrec.training.machine import pick_device, set_threads
 from hvdrec.training.optimizer import (
     make_optimizer,
 )
-from hvdrec.training.pipeline import preparer, steps
+from hvdrec.training.pipeline import Catalogue, preparer, steps
 from hvdrec.training.step import Trainee, settle, take_step
 
 
@@ -69,6 +69,7 @@ class _Job:
     trainee: Trainee
     loader: ShardLoader
     log: TrainingLog
+    catalogue: Catalogue | None
     stop: Stop | None = None
 
 
@@ -139,6 +140,7 @@ def _train(
             Trainee(config, model, tables, optimizer, _log_probability(config, device)),
             loader,
             log,
+            _catalogue(config),
             stop,
         )
         log.write(
@@ -289,6 +291,14 @@ def _log_probability(config: Config, device: torch.device) -> Tensor | None:
     return torch.from_numpy(np.log(share)).to(device, torch.float32)
 
 
+def _catalogue(config: Config) -> Catalogue | None:
+    """Return the items to draw negatives from, or None if none are drawn."""
+    if config.train.objective == "ranking" or not config.train.uniform_negatives:
+        return None
+    table = read_table(config.paths.of("features") / "items.parquet")
+    return Catalogue(table_arrays(table, config.schema.side("item")), table.num_rows)
+
+
 def _run_epochs(job: _Job, position: Position) -> Position:
     train_config = job.config.train
     while position.epoch < train_config.epochs and not position.finished:
@@ -317,7 +327,7 @@ def _run_epoch(job: _Job, position: Position) -> Position:
     losses = torch.zeros(3 + len(job.config.tasks), device=job.device)
     sums = _Sums(losses, started=time.perf_counter())
     step = position.step
-    prepare = preparer(job.trainee.tables, job.config, step, job.world.rank)
+    prepare = preparer(job.trainee.tables, job.config, step, job.world.rank, job.catalogue)
     prepared = loader.prepared(position.epoch, prepare, past)
     for number, now in enumerate(steps(prepared, job.trainee.tables, job.device), start=1):
         progress = (position.epoch + done / loader.rows) / config.epochs

@@ -14,10 +14,16 @@ from torch import Tensor
 
 from hvdrec.config import Config, Train
 from hvdrec.loader import Batch
-from hvdrec.models.losses import binary_cross_entropy, in_batch_softmax, task_cross_entropies
+from hvdrec.models.losses import (
+    binary_cross_entropy,
+    in_batch_softmax,
+    in_mixture,
+    task_cross_entropies,
+)
 from hvdrec.models.recommender import Output, Recommender
 from hvdrec.parallel.find import cuts
 from hvdrec.parallel.gradients import gather_rows, global_sum, sum_gradients
+from hvdrec.parallel.ranks import current
 from hvdrec.parallel.tables import DistributedTables
 from hvdrec.training.pipeline import Step
 
@@ -75,7 +81,9 @@ def compute_gradients(
             logit = output.logit.to(dtype)
             ranking = binary_cross_entropy(logit, part.label, part.weight) / totals[0]
         if train.objective != "ranking":
-            loss = _retrieval_loss(output, part, index, train, log_probability, model.temperature)
+            loss = _retrieval_loss(
+                output, part, index, step.drawn, train, log_probability, model.temperature
+            )
             retrieval = loss / totals[1]
         factor = train.retrieval_weight if train.objective == "joint" else 1.0
         total = ranking + factor * retrieval
@@ -111,20 +119,29 @@ def _retrieval_loss(
     output: Output,
     batch: Batch,
     index: Tensor,
+    drawn: int,
     train: Train,
     log_probability: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """Return the weighted sum of in-batch softmax losses over this rank's rows at `index`."""
+    """Return the weighted sum of in-batch softmax losses over this rank's rows at `index`.
+
+    drawn: how many rows at the batch's end are negatives that were drawn from the catalogue.
+    """
     dtype = batch.label.dtype
-    items, start = gather_rows(output.item[index].to(dtype))
-    item_index, _ = gather_rows(batch.item_index[index])
+    rows = len(batch.label)
+    candidates = torch.cat([index, torch.arange(rows - drawn, rows, device=index.device)])
+    items, start = gather_rows(output.item[candidates].to(dtype))
+    item_index, _ = gather_rows(batch.item_index[candidates])
     user = output.user[index].to(dtype)
     if items.shape[0] == 0:
         return user.sum() + items.sum()
     log_q = None
     if train.logq and log_probability is not None:
         log_q = log_probability[item_index].to(dtype)
+        if drawn:
+            uniform = drawn * current().size
+            log_q = in_mixture(log_q, len(items) - uniform, uniform, len(log_probability))
     return in_batch_softmax(
         user,
         items,
@@ -135,4 +152,5 @@ def _retrieval_loss(
         temperature=temperature,
         log_probability_C=log_q,
         remove_accidental_hits=train.remove_accidental_hits,
+        hard_negatives=train.hard_negatives,
     )

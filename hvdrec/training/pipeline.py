@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdrec.config import Config
@@ -23,13 +25,14 @@ class Prepared:
 
     positives: of each part, the places int64 of its positive rows of weight above 0; totals:
     float64 [2 + T], this rank's weight of all rows, of the positive ones, and of those that tell of
-    each task.
+    each task; drawn: how many rows at the end are negatives from the catalogue, of weight 0.
     """
 
     batch: Batch
     found: tuple[Found, ...]
     positives: tuple[Tensor, ...]
     totals: Tensor
+    drawn: int
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,60 @@ class Step:
     asked: Asked
     positives: tuple[Tensor, ...]
     totals: PendingSum
+    drawn: int
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All items, to draw negatives from.
+
+    features: name -> codes int64 [items] or [items, max_length], or float32 [items].
+    """
+
+    features: Mapping[str, NDArray[Any]]
+    items: int
+
+    def appended(self, batch: Batch, count: int, random: np.random.Generator) -> Batch:
+        """Return a batch with `count` rows behind it: random items, of no user, of weight 0."""
+        drawn = random.integers(0, self.items, count)
+
+        def behind(column: Tensor, more: NDArray[Any] | None = None) -> Tensor:
+            if more is None:
+                return torch.cat([column, column.new_zeros(count, *column.shape[1:])])
+            return torch.cat([column, torch.from_numpy(more[drawn])])
+
+        return Batch(
+            {
+                name: behind(column, self.features.get(name))
+                for name, column in batch.features.items()
+            },
+            behind(batch.user_index),
+            behind(batch.item_index, np.arange(self.items)),
+            behind(batch.label),
+            behind(batch.weight),
+            batch.rows,
+        )
 
 
 def preparer(
-    tables: DistributedTables, config: Config, first_step: int, rank: int
+    tables: DistributedTables,
+    config: Config,
+    first_step: int,
+    rank: int,
+    catalogue: Catalogue | None = None,
 ) -> Callable[[int, Batch], Prepared]:
-    """Return the function that prepares the batches of steps from `first_step` on."""
+    """Return the function that prepares the batches of steps from `first_step` on.
+
+    catalogue: where this rank draws its part of train.uniform_negatives from, if there are any.
+    """
     parts = config.train.accumulate
+    drawn = -(-config.train.uniform_negatives // tables.world.size) if catalogue else 0
 
     def prepare(number: int, batch: Batch) -> Prepared:
         # A step's random numbers depend on its place alone: a resumed run repeats them.
         random = np.random.default_rng([config.seed, first_step + number, rank])
+        if catalogue:
+            batch = catalogue.appended(batch, drawn, random)
         found = tables.find(
             batch.features, parts=parts, unknown_rate=config.model.unknown_rate, random=random
         )
@@ -60,6 +106,7 @@ def preparer(
             found,
             tuple(positive[i:j].nonzero().squeeze(1) for i, j in cuts(len(positive), parts)),
             _totals(batch, positive),
+            drawn,
         )
 
     return prepare
@@ -83,6 +130,7 @@ def steps(
             tables.ask(ready.found),
             tuple(index.to(device, non_blocking=True) for index in ready.positives),
             begin_global_sum(ready.totals),
+            ready.drawn,
         )
         if waiting is not None:
             yield waiting

@@ -9,7 +9,9 @@ import torch
 
 from hvdrec.models.losses import (
     binary_cross_entropy,
+    hardest,
     in_batch_softmax,
+    in_mixture,
     with_logq,
     without_accidental_hits,
 )
@@ -69,3 +71,19 @@ def test_popular_candidates_weigh_less_with_logq() -> None:
     # Softmax over 1/q: 2/(2+1.25) against 2/(2+10)
     assert loss([0.5, 0.8]) == pytest.approx(-math.log(2 / 3.25))
     assert loss([0.5, 0.1]) == pytest.approx(-math.log(2 / 12))
+
+
+def test_only_the_hardest_negatives_count() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [9.0, 8.0, -1.0, 7.0]])
+    kept = hardest(logits, torch.tensor([0, 2]), 2)
+    inf = math.inf
+    assert kept.tolist() == [[0.0, 3.0, 2.0, -inf], [9.0, 8.0, -1.0, -inf]]
+    assert hardest(logits, torch.tensor([0, 2]), 3).tolist() == logits.tolist()
+
+
+def test_a_mixture_weighs_both_sources_of_negatives() -> None:
+    log_probability = torch.log(torch.tensor([0.7, 0.3, 0.0]))
+    mixed = in_mixture(log_probability, in_batch=6, uniform=2, items=4)
+    # (6 * 0.7 + 2 / 4) / 8, (6 * 0.3 + 2 / 4) / 8 and, never in a batch, (2 / 4) / 8
+    assert mixed.exp().tolist() == pytest.approx([4.7 / 8, 2.3 / 8, 0.5 / 8])
+    assert in_mixture(log_probability[:2], 6, 0, 4).exp().tolist() == pytest.approx([0.7, 0.3])
