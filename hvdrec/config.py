@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from hvdrec.errors import UserError, choices
-from hvdrec.schema import Feature, Schema
+from hvdrec.schema import Feature, Pooling, Schema
 from hvdrec.storage import Place, is_url, place
 from hvdrec.structure import from_dict
 
@@ -244,6 +244,11 @@ class Model:
 
     dimension: int = 16
     """Width of an embedding where its feature names none."""
+    pooling: dict[str, Pooling] = field(default_factory=dict)
+    """How the vectors of a list or sequence become one: name of the feature = mean (the default),
+    sqrt (their sum over the square root of their number: longer lists weigh more), attention (a
+    mean with learned weights, by vector and place) or self-attention (the same behind one layer in
+    which the entries see each other)."""
     unknown_rate: float = 0.0
     """Share of a known categorical value that training replaces by the unknown code, so that the
     unknown embedding is trained."""
@@ -531,6 +536,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
     listed = ("categorical", "categorical_list", "hashed")
     filters = [f.name for f in config.features if f.side == "item" and f.kind in listed]
     names = [feature.name for feature in config.features]
+    lists = [feature.name for feature in config.features if feature.is_list]
     paths = [(key, getattr(config.paths, key)) for key in ("raw", "work", "samples", "run")]
     sided = [feature.name for feature in config.features if feature.side != "scene"]
     return [
@@ -551,6 +557,13 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             f"evaluate.threshold = {config.evaluate.threshold}: must be in [0, 1]",
         ),
         (bool(config.evaluate.k), "evaluate.k = []: give at least one cut-off"),
+        *(
+            (
+                name in lists,
+                f"model.pooling.{name}: is no list or sequence feature; known: {choices(lists)}",
+            )
+            for name in config.model.pooling
+        ),
         (
             train.accumulate == 1 or not train.uniform_negatives,
             f"train.uniform_negatives = {train.uniform_negatives}: goes with train.accumulate = 1 "

@@ -10,6 +10,7 @@ from hvdrec.errors import UserError, choices
 Side = Literal["user", "item", "scene"]
 Kind = Literal["categorical", "categorical_list", "sequence", "numeric", "hashed"]
 RawType = Literal["string", "int", "float"]
+Pooling = Literal["mean", "sqrt", "attention", "self-attention"]
 Transform = Literal["standardize", "log", "quantile"]
 
 MISSING = 0

@@ -14,7 +14,7 @@ from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import row_optimizer, table_groups
 from hvdrec.parallel.tables import DistributedTables
-from hvdrec.schema import Feature
+from hvdrec.schema import Feature, Pooling
 
 SIZES = {"user_id": 9, "item_id": 11, "genres": 6, "price": 7, "hour": 5, "shop": 8}
 
@@ -39,6 +39,8 @@ class Setting:
     clip_norm: float = 0.0
     accumulate: int = 1
     sharing: str = ""
+    hard_negatives: int = 0
+    pooling: Pooling = "mean"
 
     def config(self) -> Config:
         """Return the small configuration with this setting."""
@@ -49,7 +51,10 @@ class Setting:
             embedding_weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             accumulate=self.accumulate,
+            hard_negatives=self.hard_negatives,
         )
+        pooling = {"history": self.pooling, "genres": self.pooling}
+        config = replace(config, model=replace(config.model, pooling=pooling))
         parallel = Parallel(
             placement="auto" if mixed else self.placement,  # type: ignore[arg-type]
             shard_from_mb=8 * 4 * 4 / 1e6,
@@ -75,6 +80,10 @@ SETTINGS = {
     },
     "clipped": Setting("joint", "mixed", clip_norm=0.05),
     "clipped-fbgemm": Setting("joint", "mixed", kernel="fbgemm", clip_norm=0.05),
+    "hard-negatives": Setting("retrieval", hard_negatives=2),
+    "sqrt": Setting("joint", pooling="sqrt"),
+    "attention": Setting("joint", pooling="attention"),
+    "self-attention": Setting("ranking", pooling="self-attention", accumulate=2),
     "accumulated": Setting("ranking", "mixed", "rowwise-adagrad", accumulate=3),
     "tasks-bottom": Setting("ranking", "mixed", accumulate=3, sharing="bottom"),
     "tasks-mmoe": Setting("joint", "mixed", "rowwise-adagrad", sharing="mmoe"),
@@ -136,6 +145,7 @@ def small_tables(
         kernels={4: setting.kernel},  # type: ignore[dict-item]
         seed=None,
         dtype=torch.float32 if setting.kernel == "fbgemm" else torch.float64,
+        pooling=config.model.pooling,
     )
     for group in groups:
         for name in group.rows:

@@ -68,7 +68,7 @@ def factored(model: Recommender) -> Factored | None:
     bias = first.bias.detach()
 
     def request(users: Tensor, codes: Codes) -> Tensor:
-        scene = model.tables(model.schema.side("scene"), codes)
+        scene = model.scene_vectors(codes)
         return functional.linear(torch.cat([users, *scene.values()], dim=-1), shared, bias)
 
     return Factored(

@@ -34,3 +34,59 @@ class CrossNetwork(nn.Module):
         for layer in self.layers:
             crossed = torch.addcmul(crossed, inputs, layer(crossed))
         return crossed
+
+
+class AttentionPooling(nn.Module):
+    """A mean of list entries with learned weights: softmax over v . tanh(W x + p).
+
+    x: an entry's vector, zero where there is none; p: its place, counted from the list's end.
+    Source: Yang et al., "Hierarchical attention networks", NAACL 2016, equations 5 to 7. Maps
+    [N, L, width] to [N, width], zero for an empty list; L is at most `length`.
+    """
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, width)
+        self.place = nn.Parameter(torch.zeros(length, width))
+        self.query = nn.Linear(width, 1, bias=False)
+
+    def forward(self, entries: Tensor) -> Tensor:
+        present = (entries != 0).any(-1)
+        place = self.place[self.place.shape[0] - entries.shape[1] :]
+        score = self.query(torch.tanh(self.project(entries) + place)).squeeze(-1)
+        return _weighed(score, present, entries)
+
+
+class SelfAttentionPooling(nn.Module):
+    """One layer of self-attention among list entries, with a residual, then AttentionPooling.
+
+    Source: Vaswani et al., "Attention is all you need", 2017, equation 1, with one head. Maps
+    [N, L, width] to [N, width], zero for an empty list.
+    """
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(length, width))
+        self.inputs = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.pool = AttentionPooling(width, length)
+
+    def forward(self, entries: Tensor) -> Tensor:
+        present = (entries != 0).any(-1)
+        place = self.place[self.place.shape[0] - entries.shape[1] :]
+        query, key, value = self.inputs(entries + place).chunk(3, dim=-1)
+        score = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+        score = score.masked_fill(~present.unsqueeze(1), LOWEST)
+        seen = entries + self.output(torch.softmax(score, -1) @ value)
+        pooled: Tensor = self.pool(seen * present.unsqueeze(-1))
+        return pooled
+
+
+LOWEST = -1e9
+"""In place of -inf, which would make NaN of a list without entries."""
+
+
+def _weighed(score: Tensor, present: Tensor, entries: Tensor) -> Tensor:
+    """Return the mean of entries [N, L, width] by the softmax of scores [N, L], where present."""
+    weight = torch.softmax(score.masked_fill(~present, LOWEST), -1)
+    return (weight.unsqueeze(-1) * entries).sum(1)

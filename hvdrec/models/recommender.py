@@ -15,12 +15,13 @@ from torch.nn import functional
 from hvdrec.config import Config
 from hvdrec.config import Ranker as RankerShape
 from hvdrec.config import Tower as TowerShape
-from hvdrec.models.layers import CrossNetwork, mlp
-from hvdrec.models.tables import EmbeddingTables, Rows
+from hvdrec.models.layers import AttentionPooling, CrossNetwork, SelfAttentionPooling, mlp
+from hvdrec.models.tables import ATTENTION, EmbeddingTables, Rows
 from hvdrec.models.tasks import TaskRanker, combined
 from hvdrec.schema import Feature, Schema
 
 Codes = Mapping[str, Tensor]
+POOLS = {"attention": AttentionPooling, "self-attention": SelfAttentionPooling}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,16 @@ class Recommender(nn.Module):
         self.schema: Schema = schema
         self.temperature = config.train.temperature
         self.output_width = model.tower.output
-        self.tables = EmbeddingTables(schema, sizes, model.dimension, with_weights=with_tables)
+        self.tables = EmbeddingTables(
+            schema, sizes, model.dimension, pooling=model.pooling, with_weights=with_tables
+        )
+        self.pools = nn.ModuleDict(
+            {
+                name: POOLS[how](self.tables.width(schema[name]), schema[name].max_length)
+                for name, how in model.pooling.items()
+                if how in ATTENTION
+            }
+        )
         self.user_direct = self._direct(model.ranker.direct, schema.side("user"))
         self.item_direct = self._direct(model.ranker.direct, schema.side("item"))
         self.user_tower = self._tower(schema.side("user"), model.tower)
@@ -110,17 +120,21 @@ class Recommender(nn.Module):
 
     def represent_users(self, codes: Codes, rows: Rows | None = None) -> Tensor:
         """Return users' representations: codes of user features -> [N, user_width]."""
-        vectors = self.tables(self.schema.side("user"), codes, rows)
+        vectors = self._pooled(self.tables(self.schema.side("user"), codes, rows))
         return _joined(self._parts(self.user_tower, vectors, self.user_direct))
 
     def represent_items(self, codes: Codes, rows: Rows | None = None) -> Tensor:
         """Return items' representations: codes of item features -> [N, item_width]."""
-        vectors = self.tables(self.schema.side("item"), codes, rows)
+        vectors = self._pooled(self.tables(self.schema.side("item"), codes, rows))
         return _joined(self._parts(self.item_tower, vectors, self.item_direct))
+
+    def scene_vectors(self, codes: Codes) -> dict[str, Tensor]:
+        """Return name -> [N, width] of the scene's features."""
+        return self._pooled(self.tables(self.schema.side("scene"), codes))
 
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
         """Return the logits [N] (or [N, T]) of pairs of representations, in the scenes of codes."""
-        scene = self.tables(self.schema.side("scene"), codes)
+        scene = self.scene_vectors(codes)
         width = self.output_width
         product = user[:, :width] * item[:, :width]
         return self._logit([user], [item], product, list(scene.values()))
@@ -138,7 +152,8 @@ class Recommender(nn.Module):
         return self.combine(self.tables(self.schema.features, codes, rows))
 
     def combine(self, vectors: Mapping[str, Tensor]) -> Output:
-        """Return embeddings and logits of a batch, from every feature's vectors [N, width]."""
+        """Return embeddings and logits of a batch, from what the tables give of every feature."""
+        vectors = self._pooled(vectors)
         users, items, scene = (
             {feature.name: vectors[feature.name] for feature in self.schema.side(side)}
             for side in ("user", "item", "scene")
@@ -150,6 +165,13 @@ class Recommender(nn.Module):
         product = embeddings[0] * embeddings[1]
         logit = self._logit(user, item, product, list(scene.values()))
         return Output(embeddings[0], embeddings[1], logit)
+
+    def _pooled(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return name -> [N, width], from [N, width] or entries [N, L, width] of each feature."""
+        return {
+            name: self.pools[name](vector) if name in self.pools else vector
+            for name, vector in vectors.items()
+        }
 
     def _parts(
         self, tower: Tower | None, vectors: Mapping[str, Tensor], direct: tuple[Feature, ...]

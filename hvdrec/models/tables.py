@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdrec.schema import MISSING, Feature, Schema
+from hvdrec.schema import MISSING, Feature, Pooling, Schema
+
+ATTENTION: tuple[Pooling, ...] = ("attention", "self-attention")
+"""Pooling that is left to the model, which is given each entry's vector."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,14 @@ class Lists:
     """The entries of a list feature of N rows, without padding, in both directions.
 
     places: int64 [E], the entries' table rows, row by row; starts: int64 [N], where each row's
-    begin; counts: [N, 1], how many it has, at least 1. rows: int64 [E], the same entries sorted by
-    table row, as the rows that hold them; row_starts: int64 [R], where each table row's begin.
+    begin; divisors: [N, 1], what the sum over a row's entries is divided by. rows: int64 [E], the
+    same entries sorted by table row, as the rows that hold them; row_starts: int64 [R], where each
+    table row's begin.
     """
 
     places: Tensor
     starts: Tensor
-    counts: Tensor
+    divisors: Tensor
     rows: Tensor
     row_starts: Tensor
 
@@ -51,8 +57,9 @@ class Block:
     """Rows of tables of one width, each once, and the places at which a batch's features find them.
 
     vectors: [R, width]; its row 0 is zero and stands for MISSING. single: the names of F features
-    with one value, and values: those of the first for N rows, then those of the second, …; lists:
-    features with many values.
+    with one value, and values: those of the first for N rows, then those of the second, …; a name
+    that stands there L times is a list whose entries are wanted one by one. lists: other features
+    with many values.
     """
 
     vectors: Tensor
@@ -61,14 +68,17 @@ class Block:
     lists: Mapping[str, Lists]
 
     def features(self) -> dict[str, Tensor]:
-        """Return name -> [N, width]; a list is the mean over its entries, zero if it has none."""
+        """Return name -> [N, width], a list's entries summed over its divisor; or [N, L, width]."""
         found: dict[str, Tensor] = {
             name: _Pool.apply(self.vectors, lists)  # type: ignore[no-untyped-call]
             for name, lists in self.lists.items()
         }
         if self.single:
             taken: Tensor = _Take.apply(self.vectors, self.values)  # type: ignore[no-untyped-call]
-            found |= zip(self.single, taken.chunk(len(self.single)), strict=True)
+            columns = taken.chunk(len(self.single))
+            for name, run in groupby(zip(self.single, columns, strict=True), itemgetter(0)):
+                entries = [column for _, column in run]
+                found[name] = torch.stack(entries, 1) if len(entries) > 1 else entries[0]
         return found
 
 
@@ -101,18 +111,18 @@ class _Take(torch.autograd.Function):
 
 
 class _Pool(torch.autograd.Function):
-    """Means over lists of rows of a matrix; backwards it is a sum over lists, too."""
+    """Sums over lists of rows of a matrix, over their divisors; backwards it is such a sum, too."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, lists: Lists) -> Tensor:
         ctx.lists = lists
         total = functional.embedding_bag(lists.places, vectors, lists.starts, mode="sum")
-        return total / lists.counts.to(total.dtype)
+        return total / lists.divisors.to(total.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         lists = ctx.lists
-        shares = gradients[0] / lists.counts.to(gradients[0].dtype)
+        shares = gradients[0] / lists.divisors.to(gradients[0].dtype)
         return functional.embedding_bag(lists.rows, shares, lists.row_starts, mode="sum"), None
 
 
@@ -130,10 +140,12 @@ class EmbeddingTables(nn.Module):
         sizes: Mapping[str, int],
         default_dimension: int,
         *,
+        pooling: Mapping[str, Pooling] | None = None,
         with_weights: bool = True,
     ) -> None:
         super().__init__()
         self.schema = schema
+        self.pooling = pooling or {}
         self.dimensions = dimensions(schema, default_dimension)
         self.sizes = {name: sizes[name] for name in self.dimensions}
         self.tables = nn.ModuleDict()
@@ -163,7 +175,8 @@ class EmbeddingTables(nn.Module):
         """Look up features.
 
         ``codes[name]`` is int64 [N] or [N, L] (lists; 0 pads), or float [N] for a number.
-        Returns name -> [N, width]; a list is the mean over its entries, zero if it has none.
+        Returns name -> [N, width]; a list is pooled, and zero if it has no entries, or where
+        attention is to pool it [N, L, width], zero where it has no entry.
         """
         given = rows.features() if rows is not None else {}
         return {
@@ -177,8 +190,9 @@ class EmbeddingTables(nn.Module):
         if not feature.is_embedded:
             return code.unsqueeze(-1)
         weight = self.weight(self.schema.vocabulary_of(feature))
-        if feature.is_list:
-            return pooled(code, weight)
+        how = self.pooling.get(feature.name, "mean")
+        if feature.is_list and how not in ATTENTION:
+            return pooled(code, weight, root=how == "sqrt")
         return functional.embedding(code, weight, padding_idx=MISSING)
 
 
@@ -189,14 +203,18 @@ def dimensions(schema: Schema, default: int) -> dict[str, int]:
     return {name: schema[name].dimension or default for name in owners}
 
 
-def pooled(codes: Tensor, weight: Tensor) -> Tensor:
+def pooled(codes: Tensor, weight: Tensor, *, root: bool = False) -> Tensor:
     """Return the mean of the rows ``weight[codes]`` over the entries that are not padding.
 
-    codes: int64 [N, L], 0 is padding; weight: [rows, width]. Returns [N, width], zero for an
-    empty list.
+    codes: int64 [N, L], 0 is padding; weight: [rows, width]; root: divide by the square root of
+    their number instead. Returns [N, width], zero for an empty list.
     """
+    if not (root or torch.compiler.is_exporting()):
+        return functional.embedding_bag(codes, weight, mode="mean", padding_idx=MISSING)
+    present = (codes != MISSING).unsqueeze(-1).to(weight.dtype)
+    count = present.sum(dim=1).clamp(min=1)
     if torch.compiler.is_exporting():
-        present = (codes != MISSING).unsqueeze(-1).to(weight.dtype)
         total = (functional.embedding(codes, weight) * present).sum(dim=1)
-        return total / present.sum(dim=1).clamp(min=1)
-    return functional.embedding_bag(codes, weight, mode="mean", padding_idx=MISSING)
+    else:
+        total = functional.embedding_bag(codes, weight, mode="sum", padding_idx=MISSING)
+    return total / (count.sqrt() if root else count)

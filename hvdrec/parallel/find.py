@@ -14,9 +14,9 @@ from scipy import sparse
 from torch import Tensor
 
 from hvdrec.errors import UserError
-from hvdrec.models.tables import Lists, Values
+from hvdrec.models.tables import ATTENTION, Lists, Values
 from hvdrec.parallel.layout import Group, sorted_by_owner
-from hvdrec.schema import MISSING, UNKNOWN, Schema
+from hvdrec.schema import MISSING, UNKNOWN, Pooling, Schema
 
 Array = NDArray[Any]
 
@@ -46,13 +46,14 @@ def find_rows(
     unknown_rate: float = 0.0,
     random: np.random.Generator | None = None,
     travels: bool = False,
+    pooling: Mapping[str, Pooling] | None = None,
 ) -> tuple[Found, ...]:
     """List the distinct rows of a batch on the CPU; no rank waits for another here.
 
     codes: name -> int64 [N] or [N, L], of all or some embedded features; parts: into how many
     equal parts the batch will be cut; unknown_rate: the share of known single values that are
-    replaced by UNKNOWN, drawn from `random`; travels: whether there are other ranks. Raises
-    UserError for a code that its table has no row for.
+    replaced by UNKNOWN, drawn from `random`; travels: whether there are other ranks; pooling:
+    of list features, as in config.Model. Raises UserError for a code that its table has no row for.
     """
     arrays = {
         feature.name: codes[feature.name].numpy()
@@ -65,11 +66,18 @@ def find_rows(
                 code = arrays[feature.name]
                 replaced = (random.random(code.shape) < unknown_rate) & (code != MISSING)
                 arrays[feature.name] = np.where(replaced, UNKNOWN, code)
-    return tuple(_find(schema, group, arrays, parts, travels=travels) for group in groups)
+    how = pooling or {}
+    return tuple(_find(schema, group, arrays, parts, how, travels=travels) for group in groups)
 
 
 def _find(
-    schema: Schema, group: Group, arrays: Mapping[str, Array], parts: int, *, travels: bool
+    schema: Schema,
+    group: Group,
+    arrays: Mapping[str, Array],
+    parts: int,
+    pooling: Mapping[str, Pooling],
+    *,
+    travels: bool,
 ) -> Found:
     keys: list[Array] = [np.zeros(1, np.int64)]
     single: list[str] = []
@@ -85,7 +93,12 @@ def _find(
                 f"feature '{feature.name}': code {worst} is outside table '{table}' of "
                 f"{group.rows[table]} rows; run hvdrec prepare again"
             )
-        if feature.is_list:
+        if pooling.get(feature.name) in ATTENTION:
+            # Each place of the list is a value of its own: the model is given all of them.
+            for column in code.T:
+                single.append(feature.name)
+                keys.insert(len(single), group.keys(table, column))
+        elif feature.is_list:
             masks[feature.name] = code != MISSING
             keys.append(group.keys(table, code[masks[feature.name]]))
         else:
@@ -108,7 +121,10 @@ def _find(
         ends = np.concatenate([[0], np.cumsum(masks[name].sum(1))])
         for part, (start, stop) in zip(lists, places_of, strict=True):
             part[name] = _lists(
-                place[ends[start] : ends[stop]], ends[start : stop + 1], len(distinct)
+                place[ends[start] : ends[stop]],
+                ends[start : stop + 1],
+                len(distinct),
+                root=pooling.get(name) == "sqrt",
             )
     return Found(
         torch.from_numpy(distinct.astype(row_type)),
@@ -139,8 +155,12 @@ def _values(places: Array, rows: int) -> Values:
     )
 
 
-def _lists(places: Array, ends: Array, rows: int) -> Lists:
-    """Return lists in both directions: entries' places, and where each batch row's begin."""
+def _lists(places: Array, ends: Array, rows: int, *, root: bool) -> Lists:
+    """Return lists in both directions: entries' places, and where each batch row's begin.
+
+    root: whether sums are divided by the square root of the number of entries.
+    """
+    divisors = np.maximum(np.diff(ends), 1).astype(np.float64)
     starts = ends - ends[0]
     matrix = sparse.csr_matrix(
         (np.empty(len(places), np.int8), places, starts), shape=(len(ends) - 1, rows)
@@ -149,7 +169,7 @@ def _lists(places: Array, ends: Array, rows: int) -> Lists:
     return Lists(
         torch.from_numpy(places),
         torch.from_numpy(starts[:-1].astype(np.int64)),
-        torch.from_numpy(np.maximum(np.diff(ends), 1).astype(np.float32))[:, None],
+        torch.from_numpy(np.sqrt(divisors) if root else divisors)[:, None],
         torch.from_numpy(by_place.indices.astype(np.int64)),
         torch.from_numpy(by_place.indptr[:-1].astype(np.int64)),
     )

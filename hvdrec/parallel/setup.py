@@ -62,6 +62,7 @@ def make_tables(
         kernels=chosen,
         seed=config.seed if is_new else None,
         device=device,
+        pooling=config.model.pooling,
     )
 
 

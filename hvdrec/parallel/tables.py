@@ -24,7 +24,7 @@ from hvdrec.parallel.find import Found, find_rows
 from hvdrec.parallel.kernels import KERNELS, Kernel, KernelName, RowOptimizer
 from hvdrec.parallel.layout import Group
 from hvdrec.parallel.ranks import World, wait
-from hvdrec.schema import FIRST_CODE, Schema
+from hvdrec.schema import FIRST_CODE, Pooling, Schema
 
 Array = NDArray[Any]
 Moved = TypeVar("Moved", Values, Lists)
@@ -81,11 +81,14 @@ class DistributedTables:
         seed: int | None = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        pooling: Mapping[str, Pooling] | None = None,
     ) -> None:
         """Make tables with their first values, which do not depend on the number of ranks.
 
-        kernels: width -> kernel; seed: of the first values, or None for zeros.
+        kernels: width -> kernel; seed: of the first values, or None for zeros; pooling: see
+        config.Model.
         """
+        self.pooling = pooling or {}
         self.schema, self.groups, self.optimizer = schema, tuple(groups), optimizer
         self.world, self.device, self.step = world, torch.device(device), 0
         self.sent_bytes = 0
@@ -130,6 +133,7 @@ class DistributedTables:
             unknown_rate=unknown_rate,
             random=random,
             travels=self.world.size > 1,
+            pooling=self.pooling,
         )
 
     # --------------------------------------------------------------------------------- the exchange

@@ -82,7 +82,13 @@ def measure_work(
     model = Recommender(config, sizes, with_tables=False)
 
     def mean(batches: Sequence[Batch], places: Sequence[Group]) -> list[float]:
-        counts = [[len(f.rows) for f in find_rows(schema, places, b.features)] for b in batches]
+        counts = [
+            [
+                len(f.rows)
+                for f in find_rows(schema, places, b.features, pooling=config.model.pooling)
+            ]
+            for b in batches
+        ]
         return [float(value) for value in np.mean(counts, axis=0)]
 
     softmax = 0.0

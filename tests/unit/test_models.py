@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hvdrec.models.layers import CrossNetwork
+from hvdrec.models.layers import AttentionPooling, CrossNetwork, SelfAttentionPooling
 from hvdrec.models.tables import EmbeddingTables, pooled
 from hvdrec.parallel.ranks import World
 from tests.small_model import (
@@ -32,6 +33,46 @@ def test_pooling_is_the_same_when_exported(monkeypatch: pytest.MonkeyPatch) -> N
     fast = pooled(codes, weight)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert torch.allclose(pooled(codes, weight), fast, atol=1e-6)
+
+
+@pytest.mark.parametrize("exporting", [False, True])
+def test_a_list_over_the_root_of_its_length(
+    monkeypatch: pytest.MonkeyPatch, exporting: bool
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
+    weight = torch.tensor([[0.0], [1.0], [2.0], [4.0]])
+    codes = torch.tensor([[0, 2, 2, 3, 3], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
+    # (2 + 2 + 4 + 4) / sqrt(4), 1 / sqrt(1), nothing
+    assert pooled(codes, weight, root=True).tolist() == [[6.0], [1.0], [0.0]]
+
+
+def test_attention_by_hand() -> None:
+    layer = AttentionPooling(2, 4)
+    with torch.no_grad():
+        layer.project.weight.copy_(torch.eye(2))
+        layer.project.bias.zero_()
+        layer.place.copy_(torch.tensor([[9.0, 9.0], [9.0, 9.0], [9.0, 9.0], [1.0, 0.0]]))
+        layer.place[1:3] = 0.0
+        layer.query.weight.copy_(torch.tensor([[2.0, 0.0]]))
+    entries = torch.tensor([[[0.0, 0.0], [1.0, 3.0], [0.5, 5.0]], [[0.0, 0.0]] * 3])
+    # Scores 2 tanh(1) and, in the last place, 2 tanh(0.5 + 1); the first entry is padding.
+    weights = [math.exp(2 * math.tanh(1.0)), math.exp(2 * math.tanh(1.5))]
+    share = weights[1] / sum(weights)
+    expected = [(1 - share) * 1 + share * 0.5, (1 - share) * 3 + share * 5]
+    assert layer(entries)[0].tolist() == pytest.approx(expected)
+    assert layer(entries)[1].tolist() == [0.0, 0.0]
+
+
+def test_self_attention_of_one_entry_sees_only_itself() -> None:
+    layer = SelfAttentionPooling(3, 5)
+    entry = torch.tensor([0.5, -1.0, 2.0])
+    alone, among_padding = torch.zeros(1, 1, 3), torch.zeros(1, 4, 3)
+    alone[0, 0] = among_padding[0, 3] = entry
+    value = layer.inputs(entry)[6:]
+    expected = entry + layer.output(value)
+    assert torch.allclose(layer(alone)[0], expected, atol=1e-6)
+    assert torch.allclose(layer(among_padding)[0], expected, atol=1e-6)
+    assert layer(torch.zeros(1, 2, 3)).abs().max() == 0
 
 
 def test_cross_layer_by_hand() -> None:
@@ -60,10 +101,16 @@ def test_missing_rows_stay_zero_and_get_no_gradient() -> None:
 
 def test_rows_give_what_the_models_own_tables_give() -> None:
     """A batch's distinct rows, and where its features find them, are as good as the tables."""
-    config = small_config()
-    whole, bare = small_model(config), small_model(config, with_tables=False)
     codes = small_batch(12, padding=3).features
-    for setting in (Setting(placement="replicated"), Setting(kernel="torch")):
+    for setting in (
+        Setting(placement="replicated"),
+        Setting(kernel="torch"),
+        Setting(pooling="sqrt"),
+        Setting(pooling="attention"),
+        Setting(pooling="self-attention"),
+    ):
+        config = setting.config()
+        whole, bare = small_model(config), small_model(config, with_tables=False)
         rows = small_tables(config, whole, World(), setting).rows_of(codes)
         expected, got = whole(codes), bare(codes, rows)
         assert torch.equal(got.logit, expected.logit)

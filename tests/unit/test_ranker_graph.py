@@ -15,7 +15,7 @@ from hvdrec.config import Config, Ranker, Tower
 from hvdrec.export.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import Recommender
-from hvdrec.schema import Feature
+from hvdrec.schema import Feature, Pooling
 from tests.small_model import SIZES, small_batch, small_config, small_model
 
 ALL = ("user_id", "history", "age", "item_id", "genres", "price")
@@ -95,10 +95,12 @@ def test_only_cross_layers_cannot_be_factored() -> None:
         assert (factored(small_model(config).float()) is None) == (name == "cross")
 
 
-def test_scene_lists_are_pooled_per_request() -> None:
+@pytest.mark.parametrize("pooling", ["mean", "sqrt", "attention", "self-attention"])
+def test_scene_lists_are_pooled_per_request(pooling: Pooling) -> None:
     config = CONFIGS["hidden"]
     tags = Feature("tags", side="scene", kind="categorical_list")
-    config = replace(config, features=(*config.features, tags))
+    model_config = replace(config.model, pooling={"tags": pooling})
+    config = replace(config, features=(*config.features, tags), model=model_config)
     model = Recommender(config, {**SIZES, "tags": 5}).eval()
     session = onnxruntime.InferenceSession(core(model).SerializeToString())
     users, items = torch.randn(2, model.user_width()), torch.randn(3, model.item_width())
