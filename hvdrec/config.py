@@ -299,6 +299,12 @@ class Train:
     negatives of every row: rare items are hardly ever in a batch otherwise."""
     hard_negatives: int = 0
     """How many of a row's negatives count: those that the model now scores highest. 0: all."""
+    teacher: str = ""
+    """Directory of a run over the same features, whose ranker this one learns from (distillation):
+    one over all features, say, where this one has the towers' embeddings only. Every rank holds its
+    tables whole."""
+    teacher_weight: float = 0.5
+    """Share of the ranking loss that the teacher's probabilities are the labels of."""
     metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
     """Validation metric for early stopping; auto: auc, or recall for retrieval alone, or with
     [[tasks]] task_auc, the mean of the tasks' AUCs, weighted by their shares."""
@@ -513,6 +519,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
     ]
     shares: list[tuple[str, float]] = [
         ("model.unknown_rate", config.model.unknown_rate),
+        ("train.teacher_weight", train.teacher_weight),
         ("model.tower.dropout", config.model.tower.dropout),
         ("model.tower.input_dropout", config.model.tower.input_dropout),
         ("model.ranker.dropout", config.model.ranker.dropout),
@@ -557,6 +564,11 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             f"evaluate.threshold = {config.evaluate.threshold}: must be in [0, 1]",
         ),
         (bool(config.evaluate.k), "evaluate.k = []: give at least one cut-off"),
+        (
+            not train.teacher or train.objective != "retrieval",
+            f"train.teacher = '{train.teacher}': teaches a ranker, train.objective = 'retrieval' "
+            "has none; leave it out",
+        ),
         *(
             (
                 name in lists,

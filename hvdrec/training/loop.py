@@ -125,6 +125,7 @@ def _train(
     ranks.together(lambda: _prepare(world, run, config, overwrite and not resuming))
     torch.manual_seed(config.seed)
     model = Recommender(config, fitted.sizes, with_tables=False)
+    teacher = ranks.together(lambda: _teacher(config, device))
     optimizer = make_optimizer(model, config.train)
     position = Position()
     if resuming:
@@ -137,7 +138,7 @@ def _train(
             world,
             device,
             run,
-            Trainee(config, model, tables, optimizer, _log_probability(config, device)),
+            Trainee(config, model, tables, optimizer, _log_probability(config, device), teacher),
             loader,
             log,
             _catalogue(config),
@@ -289,6 +290,26 @@ def _log_probability(config: Config, device: torch.device) -> Tensor | None:
     counts = read_table(file, ["train_count"])["train_count"].to_numpy()
     share = np.maximum(counts, 1) / max(counts.sum(), 1)
     return torch.from_numpy(np.log(share)).to(device, torch.float32)
+
+
+def _teacher(config: Config, device: torch.device) -> Recommender | None:
+    """Return the model whose scores are soft labels, if one is named."""
+    if not config.train.teacher:
+        return None
+    run = Path(config.train.teacher)
+    theirs = checkpoint.read_config(run)
+    features = config.paths.of("features")
+    if str(theirs.paths.of("features")) != str(features) or theirs.features != config.features:
+        raise UserError(
+            f"train.teacher = '{run}': was trained on {theirs.paths.of('features')} or with other "
+            f"[[features]], this run is on {features}; name a run over the same features"
+        )
+    if theirs.train.objective == "retrieval":
+        raise UserError(
+            f"train.teacher = '{run}': was trained with objective 'retrieval' and has no ranker; "
+            "name a run that has one"
+        )
+    return checkpoint.load_model(run, theirs)[0].to(device)
 
 
 def _catalogue(config: Config) -> Catalogue | None:

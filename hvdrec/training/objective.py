@@ -50,13 +50,15 @@ def compute_gradients(
     config: Config,
     log_probability: Tensor | None,
     combine: Combine | None = None,
+    teacher: Recommender | None = None,
 ) -> tuple[StepLoss, tuple[Tensor, ...]]:
     """Run forward and backward on a step's batch, in parts if it is configured to be cut.
 
     Leaves the dense gradients in the parameters, joined over the ranks as configured, and returns
     those of table rows (see DistributedTables.gradients). log_probability: [items] log of each
     item's share of the positive training rows, for the logQ correction, or None; combine: a
-    compiled stand-in for ``model.combine``. Every rank must call this together.
+    compiled stand-in for ``model.combine``; teacher: a model in evaluation mode, with its tables.
+    Every rank must call this together.
     """
     train, batch = config.train, step.batch
     fetched = tables.fetch(step.asked)
@@ -79,7 +81,10 @@ def compute_gradients(
             ranking = (task_factors * of_tasks).sum()
         elif train.objective != "retrieval":
             logit = output.logit.to(dtype)
-            ranking = binary_cross_entropy(logit, part.label, part.weight) / totals[0]
+            label = part.label
+            if teacher is not None:
+                label = _taught(label, teacher, part, train)
+            ranking = binary_cross_entropy(logit, label, part.weight) / totals[0]
         if train.objective != "ranking":
             loss = _retrieval_loss(
                 output, part, index, step.drawn, train, log_probability, model.temperature
@@ -113,6 +118,20 @@ def clip(
     for gradient in dense:
         gradient.mul_(scale)
     return tuple(gradient * scale.to(gradient.dtype) for gradient in gradients)
+
+
+def _taught(label: Tensor, teacher: Recommender, batch: Batch, train: Train) -> Tensor:
+    """Return labels mixed with a teacher's probabilities.
+
+    The log loss against the mixture is the mixture of the log losses (Hinton et al., 2015,
+    section 2, at temperature 1).
+    """
+    with (
+        torch.no_grad(),
+        torch.autocast(label.device.type, torch.bfloat16, enabled=train.precision == "bf16"),
+    ):
+        probability = teacher(batch.features).logit.to(label.dtype).sigmoid()
+    return torch.lerp(label, probability, train.teacher_weight)
 
 
 def _retrieval_loss(

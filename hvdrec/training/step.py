@@ -21,7 +21,8 @@ from hvdrec.training.pipeline import Step
 class Trainee:
     """A model, its tables over the ranks, and the optimizer of its dense weights.
 
-    log_probability: see `compute_gradients`. combine: ``model.combine``, compiled if so configured.
+    log_probability, teacher: see `compute_gradients`. combine: ``model.combine``, compiled if so
+    configured.
     """
 
     config: Config
@@ -29,6 +30,7 @@ class Trainee:
     tables: DistributedTables
     optimizer: torch.optim.Optimizer
     log_probability: Tensor | None = None
+    teacher: Recommender | None = None
     combine: Combine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> Ste
     tables.set_rate(share * train.embedding_learning_rate)
     trainee.optimizer.zero_grad(set_to_none=True)
     loss, gradients = compute_gradients(
-        model, step, tables, config, trainee.log_probability, trainee.combine
+        model, step, tables, config, trainee.log_probability, trainee.combine, trainee.teacher
     )
     if train.clip_norm > 0:
         gradients = clip(model, tables, step, gradients, train.clip_norm)
