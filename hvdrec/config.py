@@ -259,6 +259,28 @@ class Model:
 
 
 @dataclass(frozen=True)
+class WarmStart:
+    """Towers that begin as a linear autoencoder in closed form; needs linear towers.
+
+    An item-item model of the training positives is computed and brought into the form of two
+    towers: the user's embedding is the mean over a history, the item's a row of its table. Where
+    the data are small it is hard to beat; training goes on from there.
+    """
+
+    history: str = ""
+    """The sequence that the user's embedding is made of; empty: no warm start."""
+    l2: float = 200.0
+    """Penalty on the item-item weights."""
+    dropout: float = 0.5
+    """Share of a history that the model must do without (a penalty on frequent items)."""
+    user_power: float = 0.75
+    """A user with n positives weighs n^-user_power per positive: 0 counts positives, 1 users."""
+    max_items: int = 20_000
+    """Largest vocabulary for which it is computed: memory grows with its square (16 bytes a pair),
+    time with its cube."""
+
+
+@dataclass(frozen=True)
 class Train:
     """How the model is trained."""
 
@@ -269,7 +291,7 @@ class Train:
     batch_size: int = 8192
     """Rows of a step over all ranks together."""
     epochs: int = 10
-    """Most passes over the training split."""
+    """Most passes over the training split; 0 leaves a warm start as it is."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     embedding_optimizer: Literal["rowwise-adagrad", "adagrad", "adam", "sgd"] = "rowwise-adagrad"
@@ -305,6 +327,8 @@ class Train:
     tables whole."""
     teacher_weight: float = 0.5
     """Share of the ranking loss that the teacher's probabilities are the labels of."""
+    warm_start: WarmStart = WarmStart()
+    """Where the towers begin."""
     metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
     """Validation metric for early stopping; auto: auc, or recall for retrieval alone, or with
     [[tasks]] task_auc, the mean of the tasks' AUCs, weighted by their shares."""
@@ -483,13 +507,46 @@ def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
         raise UserError(f"command line: {' '.join(words)}") from None
 
 
+def _warm_start_requirements(config: Config) -> list[tuple[bool, str]]:
+    warm, model = config.train.warm_start, config.model
+    if not warm.history:
+        return []
+    key, where = config.samples.item, f"train.warm_start.history = '{warm.history}'"
+    sequences = [f.name for f in config.features if f.kind == "sequence" and not f.shares]
+    item = next((f for f in config.features if f.name == key), None)
+    width = (item.dimension if item else 0) or model.dimension
+    return [
+        (
+            warm.history in sequences,
+            f"{where}: is no sequence feature over '{key}'; known: {choices(sequences)}",
+        ),
+        (
+            not model.tower.hidden and not model.tower.normalize and model.tower.output > 0,
+            f"{where}: needs linear towers: model.tower.hidden = [], normalize = false, output > 0",
+        ),
+        (
+            model.pooling.get(warm.history, "mean") in ("mean", "sqrt"),
+            f"{where}: needs model.pooling.{warm.history} = 'mean' or 'sqrt'",
+        ),
+        (
+            config.train.objective != "ranking",
+            f"{where}: is for retrieval; train.objective = 'ranking' has none: leave it out",
+        ),
+        (
+            width >= 2 * model.tower.output,
+            f"{where}: the table of '{key}' holds two vectors of model.tower.output = "
+            f"{model.tower.output} for an item; its dimension must be at least "
+            f"{2 * model.tower.output}, is {width}",
+        ),
+    ]
+
+
 def _requirements(config: Config) -> list[tuple[bool, str]]:
     """List what must hold between values, each with the line that says so."""
     train, split, loader = config.train, config.samples.split, config.loader
     ranker = config.model.ranker
     positive: list[tuple[str, float]] = [
         ("train.batch_size", train.batch_size),
-        ("train.epochs", train.epochs),
         ("train.learning_rate", train.learning_rate),
         ("train.embedding_learning_rate", train.embedding_learning_rate),
         ("train.accumulate", train.accumulate),
@@ -519,6 +576,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
     ]
     shares: list[tuple[str, float]] = [
         ("model.unknown_rate", config.model.unknown_rate),
+        ("train.warm_start.dropout", train.warm_start.dropout),
         ("train.teacher_weight", train.teacher_weight),
         ("model.tower.dropout", config.model.tower.dropout),
         ("model.tower.input_dropout", config.model.tower.input_dropout),
@@ -532,6 +590,8 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("train.warmup_steps", train.warmup_steps),
         ("train.clip_norm", train.clip_norm),
         ("train.retrieval_weight", train.retrieval_weight),
+        ("train.warm_start.l2", train.warm_start.l2),
+        ("train.warm_start.user_power", train.warm_start.user_power),
         ("train.uniform_negatives", train.uniform_negatives),
         ("train.hard_negatives", train.hard_negatives),
         ("train.checkpoint_every", train.checkpoint_every),
@@ -564,6 +624,12 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             f"evaluate.threshold = {config.evaluate.threshold}: must be in [0, 1]",
         ),
         (bool(config.evaluate.k), "evaluate.k = []: give at least one cut-off"),
+        (
+            train.epochs >= (0 if train.warm_start.history else 1),
+            f"train.epochs = {train.epochs}: must be greater than 0 (with train.warm_start: 0 or "
+            "greater)",
+        ),
+        *_warm_start_requirements(config),
         (
             not train.teacher or train.objective != "retrieval",
             f"train.teacher = '{train.teacher}': teaches a ranker, train.objective = 'retrieval' "

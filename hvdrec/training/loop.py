@@ -42,6 +42,7 @@ from hvdrec.training.optimizer import (
 )
 from hvdrec.training.pipeline import Catalogue, preparer, steps
 from hvdrec.training.step import Trainee, settle, take_step
+from hvdrec.training.warm_start import warm_start
 
 
 @dataclass
@@ -128,6 +129,8 @@ def _train(
     teacher = ranks.together(lambda: _teacher(config, device))
     optimizer = make_optimizer(model, config.train)
     position = Position()
+    if config.train.warm_start.history and not resuming:
+        warm_start(config, fitted.sizes[config.schema.item_key], model, tables)
     if resuming:
         position = ranks.together(lambda: checkpoint.restore(run, model, optimizer, tables))
     broadcast_state(dict(model.state_dict()))
@@ -322,13 +325,17 @@ def _catalogue(config: Config) -> Catalogue | None:
 
 def _run_epochs(job: _Job, position: Position) -> Position:
     train_config = job.config.train
+    if train_config.warm_start.history and position.best is None:
+        begun, position = _validate(job, position, 0)
+        position = replace(position, finished=train_config.epochs == 0)
+        _save(job, position, begun)
     while position.epoch < train_config.epochs and not position.finished:
         position = _run_epoch(job, position)
         epoch = position.epoch + 1
         last = epoch == train_config.epochs
         metrics: dict[str, Any] = {}
         if epoch % train_config.validate_every == 0 or last:
-            metrics, position = _validate(job, position)
+            metrics, position = _validate(job, position, epoch)
         stop = position.stale >= train_config.patience
         if metrics and job.stop is not None:
             stop = job.stop(position.epoch, float(metrics[metric_name(job.config)])) or stop
@@ -392,7 +399,7 @@ def _log_step(job: _Job, sums: _Sums, step: int, progress: float) -> None:
     sums.started = now
 
 
-def _validate(job: _Job, position: Position) -> tuple[dict[str, Any], Position]:
+def _validate(job: _Job, position: Position, epoch: int) -> tuple[dict[str, Any], Position]:
     """Evaluate on the validation split; every rank comes to the first rank's verdict."""
     settle(job.trainee)
     job.trainee.model.eval()
@@ -409,9 +416,7 @@ def _validate(job: _Job, position: Position) -> tuple[dict[str, Any], Position]:
         position = replace(position, best=value, best_step=position.step, stale=0)
     else:
         position = replace(position, stale=position.stale + 1)
-    job.log.write(
-        "validation", epoch=position.epoch + 1, step=position.step, better=better, **metrics
-    )
+    job.log.write("validation", epoch=epoch, step=position.step, better=better, **metrics)
     return metrics, position
 
 
