@@ -635,6 +635,10 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             f"train.teacher = '{train.teacher}': teaches a ranker, train.objective = 'retrieval' "
             "has none; leave it out",
         ),
+        (
+            not (train.teacher and config.tasks),
+            f"train.teacher = '{train.teacher}': does not go with [[tasks]]; leave one of them out",
+        ),
         *(
             (
                 name in lists,

@@ -142,7 +142,7 @@ def small_tables(
         groups,
         row_optimizer(config),
         world,
-        kernels={4: setting.kernel},  # type: ignore[dict-item]
+        kernels={group.width: setting.kernel for group in groups},  # type: ignore[misc]
         seed=None,
         dtype=torch.float32 if setting.kernel == "fbgemm" else torch.float64,
         pooling=config.model.pooling,

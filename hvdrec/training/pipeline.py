@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,9 @@ class Catalogue:
             behind(batch.label),
             behind(batch.weight),
             batch.rows,
+            None
+            if batch.tasks is None
+            else torch.cat([batch.tasks, batch.tasks.new_full((count, batch.tasks.shape[1]), nan)]),
         )
 
 

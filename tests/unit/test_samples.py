@@ -412,6 +412,7 @@ def naive_history(
     return [rows[i][2] for t, i in sorted(mine) if time is None or t < time]
 
 
+@settings(deadline=None)
 @given(events, st.integers(1, 5))
 def test_histories_equal_a_naive_search(
     rows: list[tuple[int, int, int, bool]], length: int
@@ -425,6 +426,7 @@ def test_histories_equal_a_naive_search(
     assert latest == [naive_history(rows, user, None)[-length:] for user in range(4)]
 
 
+@settings(deadline=None)
 @given(events, st.integers(1, 5))
 def test_histories_without_repeats_hold_each_item_at_its_latest_time(
     rows: list[tuple[int, int, int, bool]], length: int
@@ -443,6 +445,7 @@ def test_histories_without_repeats_hold_each_item_at_its_latest_time(
     assert latest == [distinct(naive_history(rows, user, None)) for user in range(4)]
 
 
+@settings(deadline=None)
 @given(events, st.integers(1, 5))
 def test_other_events_are_the_nearest_without_the_row_itself(
     rows: list[tuple[int, int, int, bool]], length: int
