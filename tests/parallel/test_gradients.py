@@ -62,10 +62,13 @@ def plain_loss(setting: Setting, model: Recommender, batch: Batch) -> Tensor:
                 if column != row and other == own:
                     continue
                 logit = (output.user[row] * output.item[column]).sum() / 0.2 - share[other].log()
-                terms.append(logit)
                 if column == row:
                     mine = logit
-            retrieval = retrieval - batch.weight[row] * (mine - torch.stack(terms).logsumexp(0))
+                else:
+                    terms.append(logit)
+            terms.sort(key=lambda term: float(term.detach()), reverse=True)
+            kept = torch.stack([mine, *terms[: setting.hard_negatives or len(terms)]])
+            retrieval = retrieval - batch.weight[row] * (mine - kept.logsumexp(0))
         retrieval = retrieval / batch.weight[positives].sum()
         total = total + (config.train.retrieval_weight if objective == "joint" else 1.0) * retrieval
     return total
