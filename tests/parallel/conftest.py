@@ -11,14 +11,29 @@ from tests.parallel.launch import BIN, launch
 from tests.small_data import write_small_data
 
 HVDREC = str(BIN / "hvdrec")
+TASKS = """
+[[tasks]]
+name = "click"
+label = "clicked"
+
+[[tasks]]
+name = "late"
+label = "CASE WHEN clicked = 1 THEN hour >= 12 END"
+"""
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the TOML file of a small run that is prepared for training."""
+    """Return the TOML file of a small run that is prepared for training.
+
+    Beside it lies tasks.toml: the same with two tasks, whose labels are in the shards as well.
+    """
     config = write_small_data(tmp_path_factory.mktemp("small"))
+    tasks = config.with_name("tasks.toml")
+    shape = '\ncross_layers = 1\nsharing = "mmoe"\nexperts = 2\n'
+    tasks.write_text(config.read_text().replace("\ncross_layers = 1\n", shape) + TASKS)
     for verb in ("samples", "prepare"):
-        done = launch([HVDREC, verb, str(config)], 1)
+        done = launch([HVDREC, verb, str(tasks)], 1)
         assert done.returncode == 0, done.stderr
     return config
 

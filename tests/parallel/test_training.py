@@ -143,18 +143,39 @@ def test_a_run_is_resumed_on_another_number_of_ranks(train: Train, tmp_path: Pat
 
 
 def test_evaluation_does_not_depend_on_the_ranks(train: Train, small: Path) -> None:
-    run = train(2, "horovodrun", *SHARDED)
+    reports = evaluated(train(2, "horovodrun", *SHARDED), (2, "horovodrun"), (3, "mpirun"))
+    assert len(reports[0]) > 80
+
+
+def test_tasks_over_ranks(small: Path, tmp_path: Path) -> None:
+    validations = []
+    for ranks, launcher in ((1, ""), (2, "horovodrun")):
+        options = ["--paths.run", str(tmp_path / str(ranks)), "--train.precision", "bf16"]
+        config = str(small.with_name("tasks.toml"))
+        done = launch([HVDREC, "train", config, *options], ranks, launcher)
+        assert done.returncode == 0, done.stderr
+        validations.append(log(tmp_path / str(ranks), "validation")[-1]["tasks"])
+    for name, alone in validations[0].items():
+        together = validations[1][name]
+        assert together["rows"] == alone["rows"]
+        assert abs(together["log_loss"] - alone["log_loss"]) < 0.05
+    reports = evaluated(tmp_path / "2", (2, "horovodrun"))
+    assert reports[0]["tasks.late.rows"] < reports[0]["tasks.click.rows"]
+
+
+def evaluated(run: Path, *jobs: tuple[int, str]) -> list[dict[str, float]]:
+    """Return a run's report by one rank, and check that each job of more comes to the same."""
     reports = []
-    for ranks, launcher in ((1, ""), (2, "horovodrun"), (3, "mpirun")):
+    for ranks, launcher in ((1, ""), *jobs):
         done = launch([HVDREC, "evaluate", str(run), "--json"], ranks, launcher)
         assert done.returncode == 0, done.stderr
         line = next(line for line in done.stdout.splitlines() if "{" in line)
         reports.append(flat(json.loads(line[line.index("{") :])))
-    assert len(reports[0]) > 80
     for report in reports[1:]:
         assert report.keys() == reports[0].keys()
         for name, value in report.items():
             assert value == pytest.approx(reports[0][name], abs=1e-9), name
+    return reports
 
 
 def flat(report: dict[str, Any], prefix: str = "") -> dict[str, float]:
