@@ -170,6 +170,17 @@ def test_a_user_of_another_type(page: Page, int_service: Running) -> None:
     expect(page.locator(".field [role=alert]")).to_have_count(0)
 
 
+def test_tasks_stand_beside_the_score(page: Page, task_service: Running, task_bundle: Path) -> None:
+    page.goto(task_service.url)
+    expect(page.locator("#items li")).to_have_count(4)
+    scene = {"hour": 12, "place": None, "temperature": None}
+    scorer = Scorer.load(task_bundle)
+    first = [r.item for r in scorer.recommend("1", scene)][:1]
+    told = scorer.score_tasks("1", first, scene)
+    facts = page.locator("#items li").first.locator(".task")
+    expect(facts).to_have_text([f"{name} {told[name][0]:.4f}" for name in ("click", "love")])
+
+
 def test_text_is_never_markup(page: Page, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", titles={**TITLES, "10": SCRIPT})
     with serving(bundle, *PATIENT) as running:
