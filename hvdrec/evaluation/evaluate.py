@@ -17,6 +17,7 @@ from hvdrec.evaluation.compare import compare
 from hvdrec.evaluation.held_out import Retrieval, Scores, part_of, ranking_report
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.tasks import task_auc, task_report
+from hvdrec.features.fit import check_task_labels
 from hvdrec.loader import ShardLoader, table_arrays
 from hvdrec.models.recommender import Recommender
 from hvdrec.models.tables import Rows
@@ -47,7 +48,8 @@ def evaluate(
     """
     device = next(model.parameters()).device
     features = config.paths.of("features")
-    ranks.together(lambda: read_manifest(features, "features"))
+    manifest = ranks.together(lambda: read_manifest(features, "features"))
+    ranks.together(lambda: check_task_labels(features, manifest, config, "hvdrec prepare"))
     model.eval()
     scores: Scores | None = None
     report: dict[str, Any] = {"split": split}

@@ -21,15 +21,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvdrec.artifacts import Manifest, read_manifest, write_artifact
+from hvdrec.artifacts import read_manifest, write_artifact
 from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.features.encoder import Encoder, Rows
-from hvdrec.features.fit import Fitted, check_columns, check_file, fit, one_line
+from hvdrec.features.fit import (
+    Fitted,
+    check_columns,
+    check_file,
+    check_task_labels,
+    fit,
+    one_line,
+)
 from hvdrec.features.graph import build
 from hvdrec.features.raw import one_chunk
 from hvdrec.schema import Feature, Schema, Side
-from hvdrec.storage import Place
 from hvdrec.structure import to_dict
 from hvdrec.workers import ALONE, Workers
 
@@ -137,23 +143,6 @@ def even_sizes(total: int, most: int) -> list[int]:
     """
     count = max(1, -(-total // most))
     return [total * (i + 1) // count - total * i // count for i in range(count)]
-
-
-def check_task_labels(directory: Place, manifest: Manifest, config: Config, remedy: str) -> None:
-    """Raise UserError unless an artifact holds the labels of the configuration's tasks.
-
-    It may hold more of them; remedy: the verb that makes the artifact anew.
-    """
-    made = {
-        task["name"]: task["label"] for task in manifest.meta.get("config", {}).get("tasks", ())
-    }
-    for task in config.tasks:
-        if made.get(task.name) != task.label:
-            before = f"as '{made[task.name]}'" if task.name in made else "not at all"
-            raise UserError(
-                f"{directory}: holds the label of task '{task.name}' {before}, the configuration "
-                f"has '{task.label}'; run {remedy} again"
-            )
 
 
 def _check(samples: Path, schema: Schema, labels: tuple[str, ...]) -> None:

@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hvdrec.artifacts import Manifest
+from hvdrec.config import Config
 from hvdrec.errors import UserError, choices
 from hvdrec.schema import FIRST_CODE, MISSING_INT, Feature, Schema
 from hvdrec.storage import Place, read_table
@@ -177,6 +179,23 @@ def check_file(file: Path, features: Iterable[Feature], others: Iterable[str] = 
             raise UserError(
                 f"{file}: column '{name}' is {actual}, its feature needs {kind}; "
                 "make the samples again or change its dtype"
+            )
+
+
+def check_task_labels(directory: Place, manifest: Manifest, config: Config, remedy: str) -> None:
+    """Raise UserError unless an artifact holds the labels of the configuration's tasks.
+
+    It may hold more of them; remedy: the verb that makes the artifact anew.
+    """
+    made = {
+        task["name"]: task["label"] for task in manifest.meta.get("config", {}).get("tasks", ())
+    }
+    for task in config.tasks:
+        if made.get(task.name) != task.label:
+            before = f"as '{made[task.name]}'" if task.name in made else "not at all"
+            raise UserError(
+                f"{directory}: holds the label of task '{task.name}' {before}, the configuration "
+                f"has '{task.label}'; run {remedy} again"
             )
 
 

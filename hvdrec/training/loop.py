@@ -19,8 +19,7 @@ from hvdrec.artifacts import read_manifest, write_text
 from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
-from hvdrec.features.encode import check_task_labels
-from hvdrec.features.fit import Fitted
+from hvdrec.features.fit import Fitted, check_task_labels
 from hvdrec.loader import ShardLoader, table_arrays
 from hvdrec.models.recommender import Recommender
 from hvdrec.order import Progress

@@ -137,6 +137,9 @@ def test_a_run_of_fewer_tasks_takes_the_same_shards(task_run: SmallRun, tmp_path
     config.write_text(text.replace(TASKS[TASKS.index('[[tasks]]\nname = "late"') :], "\n[model]\n"))
     run = ("--paths.run", str(tmp_path / "run"), "--train.epochs", "1")
     succeed("train", config, *run)
+    done = hvdrec("train", config, "--resume")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "was trained with tasks = ['click', 'late'], the configuration says" in done.stderr
     config.write_text(text.replace("hour >= 12", "hour >= 13"))
     done = hvdrec("train", config, "--paths.run", str(tmp_path / "other"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
