@@ -130,7 +130,7 @@ def _taught(label: Tensor, teacher: Recommender, batch: Batch, train: Train) -> 
         torch.no_grad(),
         torch.autocast(label.device.type, torch.bfloat16, enabled=train.precision == "bf16"),
     ):
-        probability = teacher(batch.features).logit.to(label.dtype).sigmoid()
+        probability = teacher.score(teacher(batch.features).logit.to(label.dtype))
     return torch.lerp(label, probability, train.teacher_weight)
 
 
