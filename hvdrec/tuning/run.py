@@ -172,7 +172,10 @@ class _Running:
             if not isinstance(error, UserError) and ranks.current().size > 1:
                 raise  # the other ranks have not met it
             if self.trial.number == 0 and not (self.run / "log.jsonl").is_file():
-                raise  # the configuration as it stands cannot be trained
+                # The configuration as it stands cannot be trained: there is no search yet.
+                if ranks.current().is_first:
+                    (self._folder / FILE).unlink()
+                raise
             reason = " ".join(str(error).split()) or type(error).__name__
             return replace(self.trial, state="failed", reason=reason)
         if not math.isfinite(found[metric]):

@@ -15,6 +15,7 @@ import pytest
 from tests.integration.conftest import HVDREC, SmallRun, hvdrec, succeed
 
 SEARCH = ("train.embedding-learning-rate=log:0.05:0.8", "model.dimension=8,16,32")
+ONLY_FBGEMM = ("--parallel.kernel", "fbgemm")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,10 @@ def test_another_search_in_the_same_place_is_refused(tuned: Path, options: tuple
         (("--search", "samples.label=a,b"), "decides what the samples and features are, which"),
         (("--search", SEARCH[0], "--trials", "0"), "--trials 0: must be at least 1"),
         (("--search", SEARCH[0], "--paths.features", "none"), "none: no features artifact here"),
+        (
+            ("--search", SEARCH[0], *ONLY_FBGEMM, "--train.embedding-optimizer", "adam"),
+            "parallel.kernel = 'fbgemm': cannot hold table 'user_id': ",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(
