@@ -9,6 +9,7 @@ notices tells it in one line and ends; the others follow.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import signal
@@ -86,6 +87,7 @@ class _Watch:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._left: set[int] = set()
         self._is_leaving = False
+        self._beaten, self._woke = self._loop.time(), -math.inf
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
@@ -155,6 +157,7 @@ class _Watch:
 
     def _begin(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers[rank] = writer
+        self._beaten = self._loop.time()
         for work in (self._beat(writer), self._hear(rank, reader)):
             task = self._loop.create_task(work)
             self._tasks.add(task)
@@ -164,7 +167,15 @@ class _Watch:
         with suppress(OSError):
             while True:
                 await asyncio.sleep(self._silence / SIGNS)
+                if self._was_silent():
+                    self._woke = self._loop.time()
+                self._beaten = self._loop.time()
                 writer.write(ALIVE)
+
+    def _was_silent(self) -> bool:
+        """Return whether this rank was the silent one until just now: for that the others end."""
+        now = self._loop.time()
+        return now - self._beaten > 0.9 * self._silence or now - self._woke < FOLLOW_SECONDS
 
     async def _hear(self, rank: int, reader: asyncio.StreamReader) -> None:
         """Hear a rank until it leaves; end the job when it fails, ends or falls silent."""
@@ -177,7 +188,7 @@ class _Watch:
         where = self._world.place(rank)
         if word == LEAVING or self._is_leaving:
             self._left.add(rank)
-        elif word in (FAILED, END):
+        elif word in (FAILED, END) or self._was_silent():
             await self._end(None)
         elif word == SILENT:
             await self._end(
