@@ -36,6 +36,7 @@ SIGNS = 10
 CONNECT_SECONDS = LEAVE_SECONDS = 3.0
 FOLLOW_SECONDS = 3.0
 """How long a rank that need not tell why the job ends waits: launchers show the first end."""
+TURN_SECONDS, TURNS = 5.0, 4
 LOOPBACK = "127.0.0.1"
 ALIVE, LEAVING, FAILED, END = b"alive\n", b"leaving\n", b"failed\n", b"end\n"
 SILENT = b"?"
@@ -239,12 +240,22 @@ class _Watch:
                 _tell(line)
             await self._say(END)
         elif line is not None:
-            # The second rank speaks for all that have lost the first one.
-            await asyncio.sleep(0.0 if self._world.rank == 1 else FOLLOW_SECONDS)
+            await asyncio.sleep(turn_seconds(self._world))
             _tell(line)
         if line is None:
             await asyncio.sleep(FOLLOW_SECONDS)
         os._exit(1)
+
+
+def turn_seconds(world: World) -> float:
+    """Return how long a rank that has lost the first one waits before it tells so.
+
+    One rank of each host would speak for all, one host after the other: the launcher ends the job
+    before it is the next one's turn.
+    """
+    speakers = [world.hosts.index(host, 1) for host in dict.fromkeys(world.hosts[1:])]
+    turn = speakers.index(world.rank) if world.rank in speakers else TURNS
+    return TURN_SECONDS * min(turn, TURNS)
 
 
 def _start(world: World) -> _Watch | None:
