@@ -224,6 +224,9 @@ class Ranker:
     """Dropout after each hidden layer."""
     cross_layers: int = 0
     """DCN-V2 cross layers over its input, beside the MLP; 0 for none."""
+    heads: int = 0
+    """Parts into which the towers' embeddings are cut: the ranker is also given the inner products
+    of every part of the user's with every part of the item's. 0: none of them."""
     direct: tuple[str, ...] = ()
     """User and item features embedded directly into the ranker, beside the towers' output."""
     sharing: Literal["bottom", "mmoe"] = "bottom"
@@ -302,6 +305,10 @@ class Train:
     embedding_weight_decay: float = 0.0
     """L2 penalty on embedding rows: this factor times the row is added to its gradient, in the
     steps that look the row up and in no others."""
+    embedding_penalty: float = 0.0
+    """L2 penalty on embedding rows that acts as often as a row is looked up (half of this factor
+    times the mean over the batch of a sample's squared vectors): rows are held back in proportion
+    to how often they are met, where embedding_weight_decay takes every row of a step alike."""
     weight_decay: float = 0.0
     """Decoupled weight decay of dense weights (no embeddings, no biases)."""
     warmup_steps: int = 100
@@ -329,6 +336,8 @@ class Train:
     """Share of the ranking loss that the teacher's probabilities are the labels of."""
     warm_start: WarmStart = WarmStart()
     """Where the towers begin."""
+    dropout_schedule: Literal["constant", "linear"] = "constant"
+    """linear: all dropout falls to 0 until the end of training."""
     metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
     """Validation metric for early stopping; auto: auc, or recall for retrieval alone, or with
     [[tasks]] task_auc, the mean of the tasks' AUCs, weighted by their shares."""
@@ -597,6 +606,8 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("train.checkpoint_every", train.checkpoint_every),
         ("train.threads", train.threads),
         ("model.ranker.cross_layers", config.model.ranker.cross_layers),
+        ("model.ranker.heads", config.model.ranker.heads),
+        ("train.embedding_penalty", train.embedding_penalty),
         *((f"tasks[{i}].share", task.share) for i, task in enumerate(config.tasks)),
         ("samples.negatives.per_positive", config.samples.negatives.per_positive),
     ]
@@ -624,6 +635,12 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             f"evaluate.threshold = {config.evaluate.threshold}: must be in [0, 1]",
         ),
         (bool(config.evaluate.k), "evaluate.k = []: give at least one cut-off"),
+        (
+            config.model.tower.output % max(config.model.ranker.heads, 1) == 0
+            and (config.model.tower.output > 0 or not config.model.ranker.heads),
+            f"model.ranker.heads = {config.model.ranker.heads}: must divide model.tower.output = "
+            f"{config.model.tower.output} into equal parts",
+        ),
         (
             train.epochs >= (0 if train.warm_start.history else 1),
             f"train.epochs = {train.epochs}: must be greater than 0 (with train.warm_start: 0 or "

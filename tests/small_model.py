@@ -40,6 +40,8 @@ class Setting:
     accumulate: int = 1
     sharing: str = ""
     hard_negatives: int = 0
+    penalty: float = 0.0
+    heads: int = 0
     pooling: Pooling = "mean"
 
     def config(self) -> Config:
@@ -52,9 +54,12 @@ class Setting:
             clip_norm=self.clip_norm,
             accumulate=self.accumulate,
             hard_negatives=self.hard_negatives,
+            embedding_penalty=self.penalty,
         )
         pooling = {"history": self.pooling, "genres": self.pooling}
-        config = replace(config, model=replace(config.model, pooling=pooling))
+        ranker = replace(config.model.ranker, heads=self.heads)
+        model = replace(config.model, pooling=pooling, ranker=ranker)
+        config = replace(config, model=model)
         parallel = Parallel(
             placement="auto" if mixed else self.placement,  # type: ignore[arg-type]
             shard_from_mb=8 * 4 * 4 / 1e6,
@@ -81,6 +86,8 @@ SETTINGS = {
     "clipped": Setting("joint", "mixed", clip_norm=0.05),
     "clipped-fbgemm": Setting("joint", "mixed", kernel="fbgemm", clip_norm=0.05),
     "hard-negatives": Setting("retrieval", hard_negatives=2),
+    "penalty": Setting("joint", penalty=0.3, pooling="sqrt"),
+    "heads": Setting("joint", heads=5),
     "sqrt": Setting("joint", pooling="sqrt"),
     "attention": Setting("joint", pooling="attention"),
     "self-attention": Setting("ranking", pooling="self-attention", accumulate=2),

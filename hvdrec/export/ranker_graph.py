@@ -55,10 +55,13 @@ class Factored:
 
 
 def factored(model: Recommender) -> Factored | None:
-    """Return a model's ranker in parts; None where its first layer is not linear (cross layers)."""
+    """Return a model's ranker in parts; None where its first layer is not linear in each of them.
+
+    That is so with cross layers and with products of heads.
+    """
     if model.ranker is None:
         return _inner_product(model)
-    if model.ranker.cross is not None:
+    if model.ranker.cross is not None or model.heads:
         return None
     first, rest = _in_two(model.ranker)
     user, item, width = model.user_width(), model.item_width(), model.output_width

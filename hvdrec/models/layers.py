@@ -36,6 +36,16 @@ class CrossNetwork(nn.Module):
         return crossed
 
 
+def head_products(user: Tensor, item: Tensor, heads: int) -> Tensor:
+    """Return the inner products of each of `heads` parts of users with each of items' parts.
+
+    [N, D] twice -> [N, heads^2]. After the multi-head bilinear fusion of Mao et al., "FinalMLP",
+    AAAI 2023, section 3.3, without its weight matrices: the towers learn them.
+    """
+    parts = [side.reshape(side.shape[0], heads, -1) for side in (user, item)]
+    return torch.matmul(parts[0], parts[1].transpose(1, 2)).flatten(1)
+
+
 class AttentionPooling(nn.Module):
     """A mean of list entries with learned weights: softmax over v . tanh(W x + p).
 

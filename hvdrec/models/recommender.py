@@ -15,7 +15,13 @@ from torch.nn import functional
 from hvdrec.config import Config
 from hvdrec.config import Ranker as RankerShape
 from hvdrec.config import Tower as TowerShape
-from hvdrec.models.layers import AttentionPooling, CrossNetwork, SelfAttentionPooling, mlp
+from hvdrec.models.layers import (
+    AttentionPooling,
+    CrossNetwork,
+    SelfAttentionPooling,
+    head_products,
+    mlp,
+)
 from hvdrec.models.tables import ATTENTION, EmbeddingTables, Rows
 from hvdrec.models.tasks import TaskRanker, combined
 from hvdrec.schema import Feature, Schema
@@ -100,9 +106,9 @@ class Recommender(nn.Module):
         self.item_direct = self._direct(model.ranker.direct, schema.side("item"))
         self.user_tower = self._tower(schema.side("user"), model.tower)
         self.item_tower = self._tower(schema.side("item"), model.tower)
-        width = 3 * model.tower.output + self._width(
-            (*self.user_direct, *self.item_direct, *schema.side("scene"))
-        )
+        self.heads = model.ranker.heads
+        width = 3 * model.tower.output + self.heads**2
+        width += self._width((*self.user_direct, *self.item_direct, *schema.side("scene")))
         self.tasks, self._combine = config.tasks, model.ranker.combine
         self.ranker: Ranker | TaskRanker | None = None
         if config.tasks:
@@ -135,9 +141,7 @@ class Recommender(nn.Module):
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
         """Return the logits [N] (or [N, T]) of pairs of representations, in the scenes of codes."""
         scene = self.scene_vectors(codes)
-        width = self.output_width
-        product = user[:, :width] * item[:, :width]
-        return self._logit([user], [item], product, list(scene.values()))
+        return self._logit([user], [item], list(scene.values()))
 
     def score(self, logit: Tensor) -> Tensor:
         """Return the served score [N], a probability, of logits [N] or [N, T]."""
@@ -162,8 +166,7 @@ class Recommender(nn.Module):
         item = self._parts(self.item_tower, items, self.item_direct)
         # Without towers there are embeddings of width 0.
         embeddings = [parts[0][:, : self.output_width] for parts in (user, item)]
-        product = embeddings[0] * embeddings[1]
-        logit = self._logit(user, item, product, list(scene.values()))
+        logit = self._logit(user, item, list(scene.values()))
         return Output(embeddings[0], embeddings[1], logit)
 
     def _pooled(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -180,12 +183,14 @@ class Recommender(nn.Module):
         parts = [vectors[feature.name] for feature in direct]
         return parts if tower is None else [tower(_joined(list(vectors.values()))), *parts]
 
-    def _logit(
-        self, user: list[Tensor], item: list[Tensor], product: Tensor, scene: list[Tensor]
-    ) -> Tensor:
+    def _logit(self, user: list[Tensor], item: list[Tensor], scene: list[Tensor]) -> Tensor:
+        """Return logits of representations, each in the parts it is joined of, in scenes."""
+        of_user, of_item = (parts[0][:, : self.output_width] for parts in (user, item))
+        product = of_user * of_item
         if self.ranker is None:
             return product.sum(dim=-1) / self.temperature
-        logit: Tensor = self.ranker(_joined([*user, *item, product, *scene]))
+        products = [head_products(of_user, of_item, self.heads)] if self.heads else []
+        logit: Tensor = self.ranker(_joined([*user, *item, product, *scene, *products]))
         return logit
 
     def _tower(self, side: tuple[Feature, ...], shape: TowerShape) -> Tower | None:

@@ -92,6 +92,8 @@ def compute_gradients(
             retrieval = loss / totals[1]
         factor = train.retrieval_weight if train.objective == "joint" else 1.0
         total = ranking + factor * retrieval
+        if train.embedding_penalty:
+            total = total + train.embedding_penalty / 2 * rows.squares() / totals[0]
         total.backward()  # type: ignore[no-untyped-call]
         sums += torch.cat([torch.stack([total, ranking, retrieval]), of_tasks]).detach()
     # Both travel at a time.

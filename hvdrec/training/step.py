@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvdrec.config import Config
 from hvdrec.models.recommender import Recommender
@@ -22,7 +22,7 @@ class Trainee:
     """A model, its tables over the ranks, and the optimizer of its dense weights.
 
     log_probability, teacher: see `compute_gradients`. combine: ``model.combine``, compiled if so
-    configured.
+    configured. dropouts: the model's, each with its share at the beginning.
     """
 
     config: Config
@@ -32,8 +32,11 @@ class Trainee:
     log_probability: Tensor | None = None
     teacher: Recommender | None = None
     combine: Combine = field(init=False)
+    dropouts: tuple[tuple[nn.Dropout, float], ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        dropouts = [module for module in self.model.modules() if isinstance(module, nn.Dropout)]
+        object.__setattr__(self, "dropouts", tuple((module, module.p) for module in dropouts))
         combine = self.model.combine
         if self.config.train.compile:
             combine = torch.compile(combine)
@@ -53,6 +56,9 @@ def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> Ste
     share = schedule(train, number, progress)
     set_learning_rate(trainee.optimizer, share * train.learning_rate)
     tables.set_rate(share * train.embedding_learning_rate)
+    if train.dropout_schedule == "linear":
+        for dropout, first in trainee.dropouts:
+            dropout.p = first * (1.0 - min(progress, 1.0))
     trainee.optimizer.zero_grad(set_to_none=True)
     loss, gradients = compute_gradients(
         model, step, tables, config, trainee.log_probability, trainee.combine, trainee.teacher

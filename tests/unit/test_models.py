@@ -8,7 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hvdrec.models.layers import AttentionPooling, CrossNetwork, SelfAttentionPooling
+from hvdrec.models.layers import (
+    AttentionPooling,
+    CrossNetwork,
+    SelfAttentionPooling,
+    head_products,
+)
 from hvdrec.models.tables import EmbeddingTables, pooled
 from hvdrec.parallel.ranks import World
 from tests.small_model import (
@@ -44,6 +49,12 @@ def test_a_list_over_the_root_of_its_length(
     codes = torch.tensor([[0, 2, 2, 3, 3], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
     # (2 + 2 + 4 + 4) / sqrt(4), 1 / sqrt(1), nothing
     assert pooled(codes, weight, root=True).tolist() == [[6.0], [1.0], [0.0]]
+
+
+def test_products_of_heads_by_hand() -> None:
+    user, item = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[1.0, 0.0, 2.0, -1.0]])
+    # (1, 2) and (3, 4) of the user with (1, 0) and (2, -1) of the item
+    assert head_products(user, item, 2).tolist() == [[1.0, 0.0, 3.0, 2.0]]
 
 
 def test_attention_by_hand() -> None:

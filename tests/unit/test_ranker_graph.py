@@ -32,6 +32,7 @@ CONFIGS = {
     "linear": _config(Ranker(hidden=())),
     "direct": _config(Ranker(hidden=(6,), direct=("user_id", "genres"))),
     "cross": _config(Ranker(hidden=(6,), cross_layers=2, direct=("user_id",))),
+    "heads": _config(Ranker(hidden=(6,), heads=2), output=6),
     "dropout": _config(Ranker(hidden=(6, 5), dropout=0.5)),
     "no-towers": _config(Ranker(hidden=(6,), direct=ALL), output=0),
     "retrieval": _config(Ranker(), objective="retrieval"),
@@ -90,9 +91,9 @@ def test_what_a_request_shares_is_computed_once() -> None:
     assert weights["product_weight"] == (5, 6)
 
 
-def test_only_cross_layers_cannot_be_factored() -> None:
+def test_only_cross_layers_and_heads_cannot_be_factored() -> None:
     for name, config in CONFIGS.items():
-        assert (factored(small_model(config).float()) is None) == (name == "cross")
+        assert (factored(small_model(config).float()) is None) == (name in ("cross", "heads"))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "sqrt", "attention", "self-attention"])
