@@ -149,7 +149,8 @@ def test_the_test_script_refuses_a_step_it_does_not_know() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "scripts/test: unknown step 'units'; known: lint unit slim parallel integration serving\n"
+        "scripts/test: unknown step 'units'; known: lint unit slim parallel integration serving "
+        "two-hosts hosts\n"
     )
 
 
