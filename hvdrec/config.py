@@ -336,6 +336,11 @@ class Train:
     """Share of the ranking loss that the teacher's probabilities are the labels of."""
     warm_start: WarmStart = WarmStart()
     """Where the towers begin."""
+    average_decay: float = 0.0
+    """Factor by which exponential moving averages of all weights keep what they are in each step,
+    such as 0.999; the averages are what is validated, exported and served. 0: the weights are."""
+    average_steps: int = 10
+    """Steps between two updates of the averages, each of which reads all table rows."""
     dropout_schedule: Literal["constant", "linear"] = "constant"
     """linear: all dropout falls to 0 until the end of training."""
     metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
@@ -562,6 +567,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("parallel.average_every", config.parallel.average_every),
         ("train.temperature", train.temperature),
         ("train.patience", train.patience),
+        ("train.average_steps", train.average_steps),
         ("train.validate_every", train.validate_every),
         ("train.log_every", train.log_every),
         ("train.keep", train.keep),
@@ -587,6 +593,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("model.unknown_rate", config.model.unknown_rate),
         ("train.warm_start.dropout", train.warm_start.dropout),
         ("train.teacher_weight", train.teacher_weight),
+        ("train.average_decay", train.average_decay),
         ("model.tower.dropout", config.model.tower.dropout),
         ("model.tower.input_dropout", config.model.tower.input_dropout),
         ("model.ranker.dropout", config.model.ranker.dropout),
@@ -635,6 +642,11 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             f"evaluate.threshold = {config.evaluate.threshold}: must be in [0, 1]",
         ),
         (bool(config.evaluate.k), "evaluate.k = []: give at least one cut-off"),
+        (
+            not train.average_decay or config.parallel.synchronization != "average",
+            f"train.average_decay = {train.average_decay}: ranks must be in step, "
+            "parallel.synchronization = 'average' lets them drift; leave one of them out",
+        ),
         (
             config.model.tower.output % max(config.model.ranker.heads, 1) == 0
             and (config.model.tower.output > 0 or not config.model.ranker.heads),

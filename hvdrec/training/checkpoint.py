@@ -30,10 +30,12 @@ from hvdrec.parallel import ranks
 from hvdrec.parallel.setup import make_tables
 from hvdrec.parallel.tables import DistributedTables
 from hvdrec.structure import from_dict, to_dict
+from hvdrec.training.average import Averages
 from hvdrec.training.optimizer import optimizer_tensors, restore_optimizer
 from hvdrec.training.table_files import read_into_model, read_tables, table_meta, write_tables
 
 CONFIG_FILE = "config.json"
+AVERAGES_FILE = "averages.safetensors"
 Which = Literal["latest", "best"]
 
 
@@ -63,6 +65,7 @@ def save(
     tables: DistributedTables,
     config: Config,
     metrics: dict[str, Any],
+    averages: Averages | None = None,
 ) -> None:
     """Write a checkpoint, then name it `latest` (and `best`, if it is), then drop old ones.
 
@@ -83,7 +86,9 @@ def save(
             path = run / "checkpoints" / name
             draft = stack.enter_context(write_artifact(path, "checkpoint", meta, overwrite=True))
         folder = Path(ranks.broadcast_object(str(draft)))
-        ranks.together(lambda: _write(folder, model, optimizer, tables, is_first=is_first))
+        ranks.together(
+            lambda: _write(folder, model, optimizer, tables, averages, is_first=is_first)
+        )
     if is_first:
         if position.best is not None and position.best_step == position.step:
             write_text(run / "best", name)
@@ -97,6 +102,7 @@ def _write(
     model: Recommender,
     optimizer: torch.optim.Optimizer,
     tables: DistributedTables,
+    averages: Averages | None,
     *,
     is_first: bool,
 ) -> None:
@@ -106,6 +112,8 @@ def _write(
             save_file(_contiguous(model.state_dict()), folder / "model.safetensors")
             state = optimizer_tensors(model, optimizer)
             save_file(_contiguous(state), folder / "optimizer.safetensors")
+            if averages is not None:
+                save_file(_contiguous(averages.dense), folder / AVERAGES_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder.parent}: no checkpoint can be written ({error}); the one before is whole"
@@ -118,14 +126,21 @@ def latest_meta(run: Path) -> dict[str, Any]:
 
 
 def restore(
-    run: Path, model: Recommender, optimizer: torch.optim.Optimizer, tables: DistributedTables
+    run: Path,
+    model: Recommender,
+    optimizer: torch.optim.Optimizer,
+    tables: DistributedTables,
+    averages: Averages | None = None,
 ) -> Position:
-    """Load the latest checkpoint into model, optimizer and tables, and return its position."""
+    """Load the latest checkpoint into what is trained, and return its position."""
     directory = _find(run, "latest")
     meta = read_manifest(directory, "checkpoint").meta
     model.load_state_dict(_load(directory / "model.safetensors"))
     restore_optimizer(model, optimizer, _load(directory / "optimizer.safetensors"))
     read_tables(directory, meta["tables"], tables)
+    if averages is not None:
+        for name, value in _load(directory / AVERAGES_FILE).items():
+            averages.dense[name].copy_(value)
     raw = dict(meta["position"])
     raw["past"] = tuple(Progress(**past) for past in raw["past"])
     return Position(**raw)
@@ -171,7 +186,7 @@ def load_model_and_tables(
     )
 
     def fill() -> None:
-        read_tables(directory, meta["tables"], tables)
+        read_tables(directory, meta["tables"], tables, served=True)
         load_dense(model, directory, config)
 
     ranks.together(fill)
@@ -179,10 +194,12 @@ def load_model_and_tables(
 
 
 def load_dense(model: Recommender, directory: Path, config: Config) -> None:
-    """Fill a model's dense weights from a checkpoint."""
+    """Fill a model's dense weights from a checkpoint: their averages, if there are any."""
+    file = directory / AVERAGES_FILE
+    file = file if file.is_file() else directory / "model.safetensors"
     tables = {n: v for n, v in model.state_dict().items() if n.startswith("tables.")}
     try:
-        model.load_state_dict({**_load(directory / "model.safetensors"), **tables})
+        model.load_state_dict({**_load(file), **tables})
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise UserError(

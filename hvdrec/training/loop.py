@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from hvdrec.parallel.watch import watched
 from hvdrec.storage import read_table
 from hvdrec.structure import to_dict
 from hvdrec.training import checkpoint
+from hvdrec.training.average import Averages
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
 from hvdrec.training.log import TrainingLog
 from hvdrec.training.machine import pick_device, set_threads
@@ -126,21 +128,35 @@ def _train(
     torch.manual_seed(config.seed)
     model = Recommender(config, fitted.sizes, with_tables=False)
     teacher = ranks.together(lambda: _teacher(config, device))
-    optimizer = make_optimizer(model, config.train)
-    position = Position()
     if config.train.warm_start.history and not resuming:
         warm_start(config, fitted.sizes[config.schema.item_key], model, tables)
-    if resuming:
-        position = ranks.together(lambda: checkpoint.restore(run, model, optimizer, tables))
     broadcast_state(dict(model.state_dict()))
+    # What is made of the weights, and read beside them, must find them on the device.
     model.to(device)
+    optimizer = make_optimizer(model, config.train)
+    averages = None
+    if config.train.average_decay:
+        averages = Averages(model, tables, config.train.average_decay, config.train.average_steps)
+    position = Position()
+    if resuming:
+        position = ranks.together(
+            lambda: checkpoint.restore(run, model, optimizer, tables, averages)
+        )
     with TrainingLog(run, is_first=world.is_first, rows_per_epoch=loader.rows) as log:
         job = _Job(
             config,
             world,
             device,
             run,
-            Trainee(config, model, tables, optimizer, _log_probability(config, device), teacher),
+            Trainee(
+                config,
+                model,
+                tables,
+                optimizer,
+                _log_probability(config, device),
+                teacher,
+                averages,
+            ),
             loader,
             log,
             _catalogue(config),
@@ -403,11 +419,12 @@ def _validate(job: _Job, position: Position, epoch: int) -> tuple[dict[str, Any]
     settle(job.trainee)
     job.trainee.model.eval()
     name = metric_name(job.config)
-    value, metrics = ranks.broadcast_object(
-        validation_metric(
+    averages = job.trainee.averages
+    with averages.in_place() if averages is not None else nullcontext():
+        found = validation_metric(
             job.trainee.model, job.config, name, job.device, job.trainee.tables.rows_of
         )
-    )
+    value, metrics = ranks.broadcast_object(found)
     better = position.best is None or (
         value < position.best if name == "log_loss" else value > position.best
     )
@@ -424,5 +441,12 @@ def _save(job: _Job, position: Position, metrics: dict[str, Any]) -> None:
     settle(job.trainee)
     trainee = job.trainee
     checkpoint.save(
-        job.run, position, trainee.model, trainee.optimizer, trainee.tables, job.config, metrics
+        job.run,
+        position,
+        trainee.model,
+        trainee.optimizer,
+        trainee.tables,
+        job.config,
+        metrics,
+        trainee.averages,
     )

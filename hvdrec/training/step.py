@@ -12,6 +12,7 @@ from hvdrec.config import Config
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.gradients import average
 from hvdrec.parallel.tables import DistributedTables
+from hvdrec.training.average import Averages
 from hvdrec.training.objective import Combine, StepLoss, clip, compute_gradients
 from hvdrec.training.optimizer import optimizer_tensors, schedule, set_learning_rate
 from hvdrec.training.pipeline import Step
@@ -21,7 +22,8 @@ from hvdrec.training.pipeline import Step
 class Trainee:
     """A model, its tables over the ranks, and the optimizer of its dense weights.
 
-    log_probability, teacher: see `compute_gradients`. combine: ``model.combine``, compiled if so
+    log_probability, teacher: see `compute_gradients`. averages: of all weights, if so configured.
+    combine: ``model.combine``, compiled if so
     configured. dropouts: the model's, each with its share at the beginning.
     """
 
@@ -31,6 +33,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     log_probability: Tensor | None = None
     teacher: Recommender | None = None
+    averages: Averages | None = None
     combine: Combine = field(init=False)
     dropouts: tuple[tuple[nn.Dropout, float], ...] = field(init=False)
 
@@ -69,6 +72,8 @@ def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> Ste
     tables.update(step.asked, gradients)
     if parallel.synchronization == "average" and (number + 1) % parallel.average_every == 0:
         settle(trainee)
+    if trainee.averages is not None:
+        trainee.averages.update(number)
     return loss
 
 

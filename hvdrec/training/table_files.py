@@ -19,6 +19,7 @@ from torch import Tensor
 from hvdrec.errors import UserError
 from hvdrec.models.tables import EmbeddingTables
 from hvdrec.parallel.tables import DistributedTables
+from hvdrec.training.average import AVERAGE
 
 REPLICATED = "tables.safetensors"
 WEIGHT = "weight"
@@ -34,6 +35,8 @@ def table_meta(tables: DistributedTables) -> dict[str, Any]:
             for group, kernel in zip(tables.groups, tables.kernels, strict=True)
         },
         "step": tables.step,
+        # Whether averages lie beside the rows, which are then what is evaluated and served.
+        "averaged": any(AVERAGE in kernel.state for kernel in tables.kernels),
     }
 
 
@@ -56,15 +59,21 @@ def write_tables(directory: Path, tables: DistributedTables) -> None:
         )
 
 
-def read_tables(directory: Path, meta: Mapping[str, Any], tables: DistributedTables) -> None:
-    """Fill this rank's tables and their optimizer state from a checkpoint."""
+def read_tables(
+    directory: Path, meta: Mapping[str, Any], tables: DistributedTables, *, served: bool = False
+) -> None:
+    """Fill this rank's tables and their optimizer state from a checkpoint.
+
+    served: take the averages of the rows for the rows, where there are averages.
+    """
     for group in tables.groups:
         for table in group.rows:
             start = tables.world.rank if group.is_sharded else 0
             weight, state = tables.table(table)
             for key, value in {WEIGHT: weight, **state}.items():
                 total = group.rows[table]
-                rows = _rows(directory, meta, f"{table}/{key}", total, start, group.ranks)
+                source = served_key(meta) if served and key == WEIGHT else key
+                rows = _rows(directory, meta, f"{table}/{source}", total, start, group.ranks)
                 if rows.shape != value.shape:
                     raise _does_not_fit(directory, table, tuple(rows.shape), tuple(value.shape))
                 value.copy_(rows)
@@ -75,11 +84,16 @@ def read_into_model(directory: Path, meta: Mapping[str, Any], tables: EmbeddingT
     """Fill the tables that a model holds itself."""
     for table, size in tables.sizes.items():
         weight = tables.weight(table)
-        rows = _rows(directory, meta, f"{table}/{WEIGHT}", size, 0, 1)
+        rows = _rows(directory, meta, f"{table}/{served_key(meta)}", size, 0, 1)
         if rows.shape != weight.shape:
             raise _does_not_fit(directory, table, tuple(rows.shape), tuple(weight.shape))
         with torch.no_grad():
             weight.copy_(rows)
+
+
+def served_key(meta: Mapping[str, Any]) -> str:
+    """Return the name under which the rows that are evaluated and served are stored."""
+    return AVERAGE if meta.get("averaged") else WEIGHT
 
 
 def _rows(

@@ -17,6 +17,7 @@ from tests.parallel.launch import launch
 
 Train = Callable[..., Path]
 SHARDED = ("--parallel.placement", "sharded")
+AVERAGED = (*SHARDED, "--train.average-decay", "0.9", "--train.average-steps", "2")
 
 
 def log(run: Path, event: str) -> list[dict[str, Any]]:
@@ -84,6 +85,7 @@ def test_bf16_trains_like_fp32(train: Train) -> None:
     [
         (1, "", ()),
         (2, "horovodrun", SHARDED),
+        (2, "horovodrun", AVERAGED),
         (2, "mpirun", ("--parallel.synchronization", "average", "--parallel.average-every", "4")),
     ],
 )
@@ -104,8 +106,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
     assert log(resumed, "start")[-1]["step"] == 12
     last = "checkpoints/step-00000020"
     files = [path.name for path in (whole / last).glob("*.safetensors")]
-    tables = ranks if more == SHARDED else 1
-    assert len(files) == 2 + tables
+    tables = ranks if more[: len(SHARDED)] == SHARDED else 1
+    assert len(files) == 2 + tables + (more == AVERAGED)
     for file in files:
         assert (resumed / last / file).read_bytes() == (whole / last / file).read_bytes()
     expected = read_manifest(whole / last, "checkpoint").meta
@@ -116,6 +118,21 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
             "paths": {**expected["config"]["paths"], "run": str(stopped)},
         },
     }
+
+
+def test_what_is_validated_and_evaluated_are_the_averages(train: Train) -> None:
+    options = ("--train.average-decay", "0.9", "--train.average-steps", "1")
+    run, plain = train(1, "", *options), train(1, "")
+    told = log(run, "validation")
+    done = launch([HVDREC, "evaluate", str(run), "--json", "--split", "validation"], 1)
+    report = json.loads(done.stdout)
+    best = max(line["auc"] for line in told)
+    assert report["ranking"]["auc"] == pytest.approx(best, abs=1e-6)
+    assert told[-1]["auc"] != log(plain, "validation")[-1]["auc"]
+    # Training itself goes its way: only what is looked at is averaged.
+    assert [line["loss"] for line in log(run, "step")] == [
+        line["loss"] for line in log(plain, "step")
+    ]
 
 
 def test_resuming_with_another_order_of_rows_is_refused(train: Train, small: Path) -> None:

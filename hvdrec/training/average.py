@@ -1,0 +1,66 @@
+"""Exponential moving averages of all weights, which are what is validated, exported and served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hvdrec.parallel.tables import DistributedTables
+
+AVERAGE = "average"
+
+
+class Averages:
+    """Averages of a model's dense weights and of this rank's table rows.
+
+    The latter lie beside the rows as a state of the kernels, and go into checkpoints with it.
+    They are brought up to date every `every` steps, by decay ** every: the cost is that of reading
+    all rows, over so many steps. dense: name -> average of a parameter.
+    """
+
+    def __init__(
+        self, model: nn.Module, tables: DistributedTables, decay: float, every: int
+    ) -> None:
+        self._model, self._tables = model, tables
+        self._decay, self._every = decay, every
+        self.dense = {name: value.detach().clone() for name, value in model.named_parameters()}
+        for kernel in tables.kernels:
+            kernel.state[AVERAGE] = kernel.weight.clone()
+
+    @torch.no_grad()
+    def update(self, number: int) -> None:
+        """Bring the averages up to date after a step; number: 0-based, since training began.
+
+        At first the mean over all steps so far is nearer than the decay would let it be.
+        """
+        if (number + 1) % self._every:
+            return
+        updates = (number + 1) // self._every
+        share = max(1 - self._decay**self._every, 1 / (1 + updates))
+        for weight, average in self._pairs():
+            average.lerp_(weight, share)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let model and tables hold the averages, and afterwards what they held before."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for weight, average in self._pairs():
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for name, parameter in self._model.named_parameters():
+            yield parameter.data, self.dense[name]
+        for kernel in self._tables.kernels:
+            yield kernel.weight, kernel.state[AVERAGE]
