@@ -252,7 +252,8 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         model.export,
         "Write the bundle of a run, once it scores as torch does. The fields of [export] can be "
-        "given anew, for example --export.embeddings int8; --fields-help lists them.",
+        "given anew, for example --export.embeddings int8, and what the score of several labels is "
+        "made of (--tasks.0.share 2, --model.ranker.combine sum); --fields-help lists them.",
         overrides=True,
     )
     sub.add_argument("run", type=Path, help="directory of a run (WORK/run)")
