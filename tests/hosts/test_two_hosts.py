@@ -54,20 +54,6 @@ def test_two_hosts_train_and_evaluate_as_one_process_evaluates(
     assert together == pytest.approx(alone, abs=1e-9)
 
 
-def test_what_a_host_does_not_see_is_named_before_anything_is_written(
-    hosts: Hosts, small: Path, tmp_path: Path
-) -> None:
-    features = small.parent / "work/features"
-    with hosts.mounted(2, None, features):
-        done = hosts.launch(
-            "mpirun", 2, [HVDREC, "train", str(small), "--paths.run", str(tmp_path / "run")]
-        )
-    assert done.status == 2
-    assert len(done.complaints) == 1
-    assert done.complaints[0].startswith(f"rank 1 on hv2: {features}: no features artifact here")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("launcher", "kind", "said"),
     [
