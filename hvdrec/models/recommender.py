@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdrec.config import Config
-from hvdrec.config import Ranker as RankerShape
-from hvdrec.config import Tower as TowerShape
 from hvdrec.models.layers import (
     AttentionPooling,
     CrossNetwork,
@@ -25,6 +23,8 @@ from hvdrec.models.layers import (
 from hvdrec.models.tables import ATTENTION, EmbeddingTables, Rows
 from hvdrec.models.tasks import TaskRanker, combined
 from hvdrec.schema import Feature, Schema
+from hvdrec.sections import Ranker as RankerShape
+from hvdrec.sections import Tower as TowerShape
 
 Codes = Mapping[str, Tensor]
 POOLS = {"attention": AttentionPooling, "self-attention": SelfAttentionPooling}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdrec.config import Ranker as RankerShape
-from hvdrec.config import Task
 from hvdrec.models.layers import CrossNetwork, mlp
+from hvdrec.sections import Ranker as RankerShape
+from hvdrec.sections import Task
 
 
 class TaskRanker(nn.Module):

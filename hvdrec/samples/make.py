@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hvdrec.artifacts import write_artifact
-from hvdrec.config import Config, Samples
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.samples import negatives, tables
 from hvdrec.samples.columns import groups
@@ -27,6 +27,7 @@ from hvdrec.samples.write import (
     write_table,
     write_users,
 )
+from hvdrec.sections import Samples
 from hvdrec.structure import to_dict
 
 DRAWN_ROWS = 2_097_152

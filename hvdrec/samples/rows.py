@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from ibis.expr.types import Table
 from numpy.typing import NDArray
 
-from hvdrec.config import Config, Samples
+from hvdrec.config import Config
 from hvdrec.errors import UserError, choices
 from hvdrec.samples.columns import canonical, cast, codes, concatenated, family, type_name
 from hvdrec.samples.engine import Engine
@@ -28,6 +28,7 @@ from hvdrec.samples.tables import (
     require_one_match,
     task_label,
 )
+from hvdrec.sections import Samples
 
 Array = NDArray[Any]
 

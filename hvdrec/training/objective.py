@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdrec.config import Config, Train
+from hvdrec.config import Config
 from hvdrec.loader import Batch
 from hvdrec.models.losses import (
     binary_cross_entropy,
@@ -25,6 +25,7 @@ from hvdrec.parallel.find import cuts
 from hvdrec.parallel.gradients import gather_rows, global_sum, sum_gradients
 from hvdrec.parallel.ranks import current
 from hvdrec.parallel.tables import DistributedTables
+from hvdrec.sections import Train
 from hvdrec.training.pipeline import Step
 
 Combine = Callable[[Mapping[str, Tensor]], Output]

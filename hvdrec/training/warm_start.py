@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-from hvdrec.config import Config, WarmStart
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.evaluation.held_out import read_interactions
 from hvdrec.models.recommender import Recommender
@@ -21,6 +21,7 @@ from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
 from hvdrec.parallel.tables import DistributedTables
 from hvdrec.schema import FIRST_CODE
+from hvdrec.sections import WarmStart
 from hvdrec.storage import read_table
 
 Array = NDArray[Any]

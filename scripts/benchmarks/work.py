@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvdrec.config import Config, Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train, load
+from hvdrec.config import Config, load
 from hvdrec.features.fit import Fitted
 from hvdrec.schema import FIRST_CODE, Feature
+from hvdrec.sections import Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train
 
 FEATURES = 8
 NUMBERS = 13

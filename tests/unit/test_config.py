@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from hvdrec.config import Config, Model, Ranker, Tower, load, override
+from hvdrec.config import Config, load, override
 from hvdrec.errors import UserError
 from hvdrec.schema import Feature
+from hvdrec.sections import Model, Ranker, Tower
 from hvdrec.structure import from_dict, to_dict
 
 MINIMAL: dict[str, Any] = {

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hvdrec.config import Config, Export, Negatives, Paths, Samples
+from hvdrec.config import Config
 from hvdrec.export.catalogue import write_catalogue
 from hvdrec.schema import Feature
+from hvdrec.sections import Export, Negatives, Paths, Samples
 
 DAY = 86_400
 NOW = 1_700_000_000

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec.artifacts import read_manifest, write_artifact
-from hvdrec.config import Config, Encode, Samples
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.features.encode import encode
 from hvdrec.features.encoder import Encoder
@@ -23,6 +23,7 @@ from hvdrec.features.fit import HASH_PRIME, Fitted, fit, hash_coefficients
 from hvdrec.features.graph import build, output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.schema import Feature
+from hvdrec.sections import Encode, Samples
 
 FEATURES = (
     Feature("user", min_count=2),

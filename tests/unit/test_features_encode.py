@@ -15,7 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hvdrec.artifacts import write_artifact, write_manifest
-from hvdrec.config import Config, Encode, Samples, Task
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.features.encode import SPLITS, encode, even_sizes
 from hvdrec.features.encoder import Encoder
@@ -23,6 +23,7 @@ from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.schema import Feature
+from hvdrec.sections import Encode, Samples, Task
 from hvdrec.structure import to_dict
 
 FEATURES = (

@@ -25,10 +25,11 @@ from hvdrec.artifacts import (
     write_artifact,
 )
 from hvdrec.cli import main
-from hvdrec.config import Config, Paths
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.loader import Batch, ShardLoader
 from hvdrec.schema import Feature
+from hvdrec.sections import Paths
 from hvdrec.storage import Url, place, read_tables, retried
 from tests.unit.test_loader import SCHEMA, numbers, shard, tensors, write_shards
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from hvdrec.config import Parallel
 from hvdrec.errors import UserError
 from hvdrec.parallel import setup
 from hvdrec.parallel.kernels import RowOptimizer
@@ -16,6 +15,7 @@ from hvdrec.parallel.layout import arrange
 from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import check_memory, free_memory, make_tables
 from hvdrec.parallel.tables import INITIAL_DEVIATION, DistributedTables, initial_rows
+from hvdrec.sections import Parallel
 from tests.small_model import SIZES, Setting, small_config, small_model, small_tables
 
 CPU = torch.device("cpu")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from scipy import sparse
 
-from hvdrec.config import Config, Tower, WarmStart
+from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.parallel.ranks import World
+from hvdrec.sections import Tower, WarmStart
 from hvdrec.training.warm_start import factors, item_item_weights, warm_start
 from tests.small_model import Setting, small_config, small_model, small_tables
 
