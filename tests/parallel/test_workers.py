@@ -40,15 +40,21 @@ def checksums(directory: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def prepared(small: Path) -> str:
+    """Return the configuration that the small run was prepared with."""
+    return str(small.with_name("tasks.toml"))
+
+
+@pytest.fixture
 def work(small: Path) -> Path:
     """Return where the small run was prepared, by one process."""
     return small.parent / "work"
 
 
 @pytest.mark.parametrize(("how", "workers"), MANY)
-def test_prepare_writes_the_same_bytes(small: Path, work: Path, how: str, workers: int) -> None:
+def test_prepare_writes_the_same_bytes(prepared: str, work: Path, how: str, workers: int) -> None:
     before = checksums(work / "features")
-    code, said, told = spread([HVDREC, "prepare", str(small), "--overwrite"], how, workers)
+    code, said, told = spread([HVDREC, "prepare", prepared, "--overwrite"], how, workers)
     assert code == 0, told
     assert checksums(work / "features") == before
     assert len(before) == 16
@@ -154,17 +160,17 @@ def test_a_rank_that_is_killed_ends_the_job(small: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_horovodrun_with_mpi_is_as_mpirun(small: Path, work: Path) -> None:
+def test_horovodrun_with_mpi_is_as_mpirun(prepared: str, work: Path) -> None:
     before = checksums(work / "features")
-    code, said, told = spread([HVDREC, "prepare", str(small), "--overwrite"], "horovodrun-mpi", 2)
+    code, said, told = spread([HVDREC, "prepare", prepared, "--overwrite"], "horovodrun-mpi", 2)
     assert code == 0, told
     assert said.count("wrote ") == 1
     assert checksums(work / "features") == before
 
 
-def test_horovodrun_without_mpi_says_what_to_do(small: Path, work: Path) -> None:
+def test_horovodrun_without_mpi_says_what_to_do(prepared: str, work: Path) -> None:
     before = checksums(work / "features")
-    code, _, told = spread([HVDREC, "prepare", str(small), "--overwrite"], "horovodrun", 2)
+    code, _, told = spread([HVDREC, "prepare", prepared, "--overwrite"], "horovodrun", 2)
     assert code != 0
     assert told.count("hvdrec: error: these ranks have no MPI") == 1
     assert "mpirun or horovodrun --mpi, or by itself with --workers N" in told
