@@ -135,15 +135,24 @@ def ease(taken: Any, values: Sequence[float] = L2) -> Family:
     both = (taken.T @ taken).toarray()
 
     def fit(l2: float) -> ItemItem:
-        inverse = both.astype(np.float64, order="F")
-        inverse[np.diag_indices_from(inverse)] += l2
-        _invert(inverse)
-        weights = np.empty(inverse.shape, dtype=np.float32)
-        np.divide(inverse, -np.diag(inverse), out=weights, casting="same_kind")
-        np.fill_diagonal(weights, 0)
-        return ItemItem(taken, weights)
+        return ItemItem(taken, linear_weights(both, l2))
 
     return Family("ease", "l2", tuple(values), fit)
+
+
+def linear_weights(both: Array, penalty: float | Array) -> Array:
+    """Return float32 [items, items]: -P / diag(P) off the diagonal, 0 on it.
+
+    P = (both + diag(penalty))^-1; both: [items, items], how often two items were taken together,
+    weighed or not; penalty: of all items, or float64 [items].
+    """
+    inverse = both.astype(np.float64, order="F")
+    inverse[np.diag_indices_from(inverse)] += penalty
+    _invert(inverse)
+    weights = np.empty(inverse.shape, dtype=np.float32)
+    np.divide(inverse, -np.diag(inverse), out=weights, casting="same_kind")
+    np.fill_diagonal(weights, 0)
+    return weights
 
 
 def ease_bytes(items: int) -> int:

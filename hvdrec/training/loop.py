@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
 from hvdrec.features.fit import Fitted, check_task_labels
-from hvdrec.loader import ShardLoader, table_arrays
+from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
 from hvdrec.order import Progress
 from hvdrec.parallel import ranks
@@ -31,11 +29,17 @@ from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import check_synchronization, make_tables
 from hvdrec.parallel.shared import shared_directory
 from hvdrec.parallel.watch import watched
-from hvdrec.storage import read_table
 from hvdrec.structure import to_dict
 from hvdrec.training import checkpoint
 from hvdrec.training.average import Averages
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
+from hvdrec.training.inputs import (
+    check_codes,
+    load_catalogue,
+    load_teacher,
+    log_probability_of_items,
+    train_loader,
+)
 from hvdrec.training.log import TrainingLog
 from hvdrec.training.machine import pick_device, set_threads
 from hvdrec.training.optimizer import (
@@ -43,7 +47,7 @@ from hvdrec.training.optimizer import (
 )
 from hvdrec.training.pipeline import Catalogue, preparer, steps
 from hvdrec.training.step import Trainee, settle, take_step
-from hvdrec.training.warm_start import warm_start
+from hvdrec.training.warm_start import check_size, warm_start
 
 
 @dataclass
@@ -113,9 +117,9 @@ def _train(
     set_threads(config, world)
     device = ranks.together(lambda: pick_device(config, world))
     ranks.together(lambda: check_synchronization(config, world, device))
-    loader = ranks.together(lambda: _loader(config, world, device))
+    loader = ranks.together(lambda: train_loader(config, world, device))
     fitted = ranks.together(lambda: Fitted.load(features))
-    ranks.together(lambda: _check_codes(loader, config, fitted.sizes))
+    ranks.together(lambda: check_codes(loader, config, fitted.sizes))
     kernels = ranks.together(lambda: _kernels_before(run)) if resuming else {}
     tables = ranks.together(
         lambda: make_tables(
@@ -124,10 +128,12 @@ def _train(
     )
     if any(group.is_sharded for group in tables.groups):
         shared_directory(run, "every rank writes its part of sharded tables there")
+    teacher = ranks.together(lambda: load_teacher(config, device))
+    if config.train.warm_start.history:
+        ranks.together(lambda: check_size(config, fitted.sizes[config.schema.item_key]))
     ranks.together(lambda: _prepare(world, run, config, overwrite and not resuming))
     torch.manual_seed(config.seed)
     model = Recommender(config, fitted.sizes, with_tables=False)
-    teacher = ranks.together(lambda: _teacher(config, device))
     if config.train.warm_start.history and not resuming:
         warm_start(config, fitted.sizes[config.schema.item_key], model, tables)
     broadcast_state(dict(model.state_dict()))
@@ -153,13 +159,13 @@ def _train(
                 model,
                 tables,
                 optimizer,
-                _log_probability(config, device),
+                log_probability_of_items(config, device),
                 teacher,
                 averages,
             ),
             loader,
             log,
-            _catalogue(config),
+            load_catalogue(config),
             stop,
         )
         log.write(
@@ -261,81 +267,10 @@ def _prepare(world: World, run: Path, config: Config, overwrite: bool) -> None:
     write_text(run / CONFIG_FILE, json.dumps(to_dict(config), indent=1) + "\n")
 
 
-def _loader(config: Config, world: World, device: torch.device) -> ShardLoader:
-    return ShardLoader(
-        config.paths.of("features") / "train",
-        config.schema,
-        batch_size=math.ceil(config.train.batch_size / world.size),
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.seed,
-        shuffle=True,
-        window_rows=config.loader.shuffle_rows,
-        workers=config.loader.workers,
-        prefetch=config.loader.prefetch,
-        pin_memory=device.type == "cuda",
-        cache_dir=config.loader.cache_dir,
-        cache_gb=config.loader.cache_gb,
-        tasks=config.task_columns,
-    )
-
-
 def _kernels_before(run: Path) -> dict[int, KernelName]:
     """Return which kernel held which width when a run was interrupted."""
     kernels = checkpoint.latest_meta(run)["tables"]["kernels"]
     return {int(width): name for width, name in kernels.items()}
-
-
-def _check_codes(loader: ShardLoader, config: Config, sizes: Mapping[str, int]) -> None:
-    """Raise UserError if the shards hold a code that its table has no row for."""
-    for feature in config.schema.features:
-        if not feature.is_embedded:
-            continue
-        table = config.schema.vocabulary_of(feature)
-        for file, low, high in loader.code_ranges(feature.name):
-            if low < 0 or high >= sizes[table]:
-                raise UserError(
-                    f"{file}: column '{feature.name}' holds code {low if low < 0 else high}, "
-                    f"outside table '{table}' of {sizes[table]} rows; run hvdrec prepare again"
-                )
-
-
-def _log_probability(config: Config, device: torch.device) -> Tensor | None:
-    """Return the log of each item's share of the positive training rows, or None if unused."""
-    if config.train.objective == "ranking" or not config.train.logq:
-        return None
-    file = config.paths.of("features") / "items.parquet"
-    counts = read_table(file, ["train_count"])["train_count"].to_numpy()
-    share = np.maximum(counts, 1) / max(counts.sum(), 1)
-    return torch.from_numpy(np.log(share)).to(device, torch.float32)
-
-
-def _teacher(config: Config, device: torch.device) -> Recommender | None:
-    """Return the model whose scores are soft labels, if one is named."""
-    if not config.train.teacher:
-        return None
-    run = Path(config.train.teacher)
-    theirs = checkpoint.read_config(run)
-    features = config.paths.of("features")
-    if str(theirs.paths.of("features")) != str(features) or theirs.features != config.features:
-        raise UserError(
-            f"train.teacher = '{run}': was trained on {theirs.paths.of('features')} or with other "
-            f"[[features]], this run is on {features}; name a run over the same features"
-        )
-    if theirs.train.objective == "retrieval":
-        raise UserError(
-            f"train.teacher = '{run}': was trained with objective 'retrieval' and has no ranker; "
-            "name a run that has one"
-        )
-    return checkpoint.load_model(run, theirs)[0].to(device)
-
-
-def _catalogue(config: Config) -> Catalogue | None:
-    """Return the items to draw negatives from, or None if none are drawn."""
-    if config.train.objective == "ranking" or not config.train.uniform_negatives:
-        return None
-    table = read_table(config.paths.of("features") / "items.parquet")
-    return Catalogue(table_arrays(table, config.schema.side("item")), table.num_rows)
 
 
 def _run_epochs(job: _Job, position: Position) -> Position:

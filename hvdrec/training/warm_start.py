@@ -16,6 +16,7 @@ from scipy import linalg, sparse
 from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.evaluation.held_out import read_interactions
+from hvdrec.evaluation.item_item import linear_weights, taken_items
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
@@ -37,15 +38,9 @@ def warm_start(config: Config, size: int, model: Recommender, tables: Distribute
     size: codes of the item vocabulary. The user tower then gives the pooled first D columns of
     the history's rows, the item tower the next D columns of the item's row, and their inner product
     ranks items as `item_item_weights` does, as far as rank D can. Other features begin without
-    influence. Raises UserError for a vocabulary that is too large.
+    influence.
     """
-    warm, width = config.train.warm_start, model.output_width
-    if size > warm.max_items:
-        raise UserError(
-            f"train.warm_start.max_items = {warm.max_items}: '{config.samples.item}' has {size} "
-            f"codes, a closed form would take {16e-9 * size**2:.0f} GB; raise it, raise the "
-            "feature's min_count, or leave train.warm_start out"
-        )
+    width = model.output_width
     first = ranks.together(
         lambda: (
             _rows(config, size, width)
@@ -59,7 +54,18 @@ def warm_start(config: Config, size: int, model: Recommender, tables: Distribute
     group = next(group for group in tables.groups if key in group.rows)
     weight, _ = tables.table(key)
     weight[:, : 2 * width] = rows[torch.from_numpy(group.ids(key, tables.world.rank))].to(weight)
-    _take_over(model, warm.history, key, width)
+    _take_over(model, config.train.warm_start.history, key, width)
+
+
+def check_size(config: Config, size: int) -> None:
+    """Raise UserError if the item vocabulary of `size` codes is too large for a warm start."""
+    warm = config.train.warm_start
+    if size > warm.max_items:
+        raise UserError(
+            f"train.warm_start.max_items = {warm.max_items}: '{config.samples.item}' has {size} "
+            f"codes, a closed form would take {16e-9 * size**2:.0f} GB; raise it, raise the "
+            "feature's min_count, or leave train.warm_start out"
+        )
 
 
 def _rows(config: Config, size: int, width: int) -> Array:
@@ -91,12 +97,7 @@ def item_item_weights(taken: Any, warm: WarmStart) -> Array:
     # On average a positive weighs 1, so that the penalty means the same.
     share *= taken.nnz / max(float((share * sizes).sum()), 1e-12)
     gram = (taken.T @ sparse.diags(share) @ taken).toarray().astype(np.float64)
-    diagonal = np.diag(gram) * (1 + warm.dropout / (1 - warm.dropout)) + warm.l2
-    np.fill_diagonal(gram, diagonal)
-    inverse = linalg.inv(gram, overwrite_a=True, check_finite=False)
-    weights = np.asarray(-inverse / np.diag(inverse), dtype=np.float32)
-    np.fill_diagonal(weights, 0.0)
-    return weights
+    return linear_weights(gram, warm.dropout / (1 - warm.dropout) * np.diag(gram) + warm.l2)
 
 
 def factors(taken: Any, weights: Array, width: int, seed: int) -> tuple[Array, Array]:
@@ -130,12 +131,8 @@ def _taken(config: Config, size: int) -> Any:
     code = codes[train.item]
     # Missing and rare items are one code each: they say nothing of each other.
     chosen = (train.label * train.weight > 0) & (code >= FIRST_CODE)
-    user, code = train.user[chosen], code[chosen]
-    shape = (int(train.user.max(initial=-1)) + 1, size)
-    taken = sparse.csr_matrix((np.ones(len(user), np.float32), (user, code)), shape=shape)
-    taken.sum_duplicates()
-    taken.data[:] = 1.0
-    return taken
+    users = int(train.user.max(initial=-1)) + 1
+    return taken_items(train.user[chosen], code[chosen], users, size)
 
 
 def _best_scale(taken: Any, user: Array, item: Array, seed: int) -> float:

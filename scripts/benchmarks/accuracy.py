@@ -7,11 +7,11 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from hvdrec.config import load
@@ -132,22 +132,25 @@ def run_row(name: str, row: Row, seed: int, options: argparse.Namespace) -> dict
         hvdrec("prepare", str(config), *fields)
     report = run / "accuracy.json"
     if not report.exists():
-        began = time.monotonic()
         launcher = ["horovodrun", "-np", str(options.ranks)] if options.ranks > 1 else []
         again = ["--resume"] if run.exists() else []
         hvdrec("train", str(config), *fields, *again, launcher=launcher)
-        minutes = (time.monotonic() - began) / 60
         found = json.loads(hvdrec("evaluate", str(run), "--json", "--no-baselines"))
         figures = {metric: found[row.section][metric] for metric in row.metrics}
-        report.write_text(json.dumps({**figures, "minutes": minutes, **speed(run)}))
+        report.write_text(json.dumps({**figures, **cost(run)}))
     return {"seed": seed, **json.loads(report.read_text())}
 
 
-def speed(run: Path) -> dict[str, float]:
-    """Return the median of the training speeds that a run's log tells."""
+def cost(run: Path) -> dict[str, float]:
+    """Return the minutes of training and the median of its speeds, as a run's log tells them.
+
+    A run that was interrupted has begun its clock anew: the minutes are those of all its parts.
+    """
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    rates = sorted(line["rows_per_second"] for line in lines if line["event"] == "step")
-    return {"samples_per_second": rates[len(rates) // 2]} if rates else {}
+    ends = [b for b, a in pairwise(lines) if a["event"] == "start"] + lines[-1:]
+    found = {"minutes": sum(line["seconds"] for line in ends) / 60}
+    rates = [line["rows_per_second"] for line in lines if line["event"] == "step"]
+    return found | ({"samples_per_second": median(rates)} if rates else {})
 
 
 def hvdrec(*arguments: str, launcher: Sequence[str] = ()) -> str:

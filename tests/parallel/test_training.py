@@ -135,6 +135,30 @@ def test_what_is_validated_and_evaluated_are_the_averages(train: Train) -> None:
     ]
 
 
+def test_a_warm_start_does_not_depend_on_the_ranks(train: Train) -> None:
+    options = ["--train.warm-start.history", "clicks", "--train.epochs", "0"]
+    options += ["--model.tower.hidden", "--model.tower.output", "4", *SHARDED]
+    alone, together = (
+        log(train(*job, *options), "validation") for job in ((1, ""), (2, "horovodrun"))
+    )
+    assert len(alone) == len(together) == 1
+    assert together[0]["epoch"] == together[0]["step"] == 0
+    assert together[0]["auc"] == pytest.approx(alone[0]["auc"], abs=1e-6)
+
+
+def test_a_run_learns_from_another(train: Train, small: Path) -> None:
+    teacher = train(1, "")
+    taught = train(2, "horovodrun", "--train.teacher", str(teacher), *SHARDED)
+    losses = [log(run, "step")[-1]["ranking_loss"] for run in (teacher, taught)]
+    assert losses[1] != pytest.approx(losses[0], rel=1e-3)
+    into, nothing = teacher.with_name("into"), str(teacher.with_name("nothing"))
+    command = [HVDREC, "train", str(small), "--paths.run", str(into), "--train.teacher", nothing]
+    done = launch(command, 1)
+    assert done.returncode == 2
+    assert f"{nothing}: no run here (config.json is missing); train first" in done.stderr
+    assert not into.exists()
+
+
 def test_resuming_with_another_order_of_rows_is_refused(train: Train, small: Path) -> None:
     run = train(1, "")
     command = [HVDREC, "train", str(small), "--paths.run", str(run), "--resume", "--seed", "7"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.parallel.ranks import World
 from hvdrec.sections import Tower, WarmStart
-from hvdrec.training.warm_start import factors, item_item_weights, warm_start
+from hvdrec.training.warm_start import check_size, factors, item_item_weights, warm_start
 from tests.small_model import Setting, small_config, small_model, small_tables
 
 USERS, ITEMS = 30, 9
@@ -129,9 +128,8 @@ def test_towers_rank_as_the_closed_form_does(tmp_path: Path) -> None:
 
 def test_a_vocabulary_that_is_too_large_is_refused(tmp_path: Path) -> None:
     config = configured(tmp_path, max_items=100)
-    nothing = SimpleNamespace()
     with pytest.raises(UserError, match=r"^train.warm_start.max_items = 100: 'item_id' has 101 "):
-        warm_start(config, 101, small_model(config), nothing)  # type: ignore[arg-type]
+        check_size(config, 101)
 
 
 @pytest.mark.parametrize(
