@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -134,23 +135,32 @@ def run_row(name: str, row: Row, seed: int, options: argparse.Namespace) -> dict
     if not report.exists():
         launcher = ["horovodrun", "-np", str(options.ranks)] if options.ranks > 1 else []
         again = ["--resume"] if run.exists() else []
+        earlier, began = minutes_before(run), time.monotonic()
         hvdrec("train", str(config), *fields, *again, launcher=launcher)
+        minutes = earlier + (time.monotonic() - began) / 60
         found = json.loads(hvdrec("evaluate", str(run), "--json", "--no-baselines"))
         figures = {metric: found[row.section][metric] for metric in row.metrics}
-        report.write_text(json.dumps({**figures, **cost(run)}))
+        report.write_text(json.dumps({**figures, "minutes": minutes, **speed(run)}))
     return {"seed": seed, **json.loads(report.read_text())}
 
 
-def cost(run: Path) -> dict[str, float]:
-    """Return the minutes of training and the median of its speeds, as a run's log tells them.
-
-    A run that was interrupted has begun its clock anew: the minutes are those of all its parts.
-    """
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def minutes_before(run: Path) -> float:
+    """Return what an interrupted run has taken so far, by its log: each part begins its clock."""
+    lines = logged(run)
     ends = [b for b, a in pairwise(lines) if a["event"] == "start"] + lines[-1:]
-    found = {"minutes": sum(line["seconds"] for line in ends) / 60}
-    rates = [line["rows_per_second"] for line in lines if line["event"] == "step"]
-    return found | ({"samples_per_second": median(rates)} if rates else {})
+    return float(sum(line["seconds"] for line in ends)) / 60
+
+
+def speed(run: Path) -> dict[str, float]:
+    """Return the median of the training speeds that a run's log tells, if there were steps."""
+    rates = [line["rows_per_second"] for line in logged(run) if line["event"] == "step"]
+    return {"samples_per_second": median(rates)} if rates else {}
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log, none if it has not begun."""
+    file = run / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def hvdrec(*arguments: str, launcher: Sequence[str] = ()) -> str:
