@@ -179,6 +179,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("loader.prefetch", loader.prefetch),
         ("loader.cache_gb", loader.cache_gb),
         ("model.dimension", config.model.dimension),
+        ("model.initial_deviation", config.model.initial_deviation),
         ("evaluate.batch_size", config.evaluate.batch_size),
         ("evaluate.beta", config.evaluate.beta),
         ("export.parity_rows", config.export.parity_rows),
@@ -202,6 +203,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
     not_negative: list[tuple[str, float]] = [
         ("train.weight_decay", train.weight_decay),
         ("train.embedding_weight_decay", train.embedding_weight_decay),
+        ("train.embedding_initial_accumulator", train.embedding_initial_accumulator),
         ("model.tower.output", config.model.tower.output),
         ("parallel.shard_from_mb", config.parallel.shard_from_mb),
         ("train.warmup_steps", train.warmup_steps),
@@ -223,6 +225,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
     filters = [f.name for f in config.features if f.side == "item" and f.kind in listed]
     names = [feature.name for feature in config.features]
     lists = [feature.name for feature in config.features if feature.is_list]
+    singles = [f.name for f in config.features if f.kind == "categorical"]
     paths = [(key, getattr(config.paths, key)) for key in ("raw", "work", "samples", "run")]
     sided = [feature.name for feature in config.features if feature.side != "scene"]
     return [
@@ -297,6 +300,12 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             )
             for name in config.model.ranker.direct
         ),
+        (
+            not ranker.matches
+            or (set(ranker.direct) <= set(sided) and bool(config.schema.matched(ranker.direct))),
+            "model.ranker.matches: no user's and item's feature of model.ranker.direct share a "
+            f"table; it is {choices(ranker.direct)}: name a history and the item's key there",
+        ),
         *(
             (
                 name in filters and config.export.filters.count(name) == 1,
@@ -325,6 +334,14 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
             (
                 history.name in names and config.schema[history.name].kind == "sequence",
                 f"samples.history: no feature of kind 'sequence' is named '{history.name}'",
+            )
+            for history in config.samples.history
+        ),
+        *(
+            (
+                history.column in ["", *singles],
+                f"samples.history '{history.name}': column = '{history.column}' is no feature of "
+                f"one value a row; known: {choices(singles)}",
             )
             for history in config.samples.history
         ),

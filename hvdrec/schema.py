@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -159,3 +160,9 @@ class Schema:
         if feature.shares:
             return feature.shares
         return self.item_key if feature.kind == "sequence" else feature.name
+
+    def matched(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """Return the pairs of a user's and an item's feature, of those named, sharing a table."""
+        tables = {n: self.vocabulary_of(self[n]) for n in names if self[n].is_embedded}
+        users, items = ([n for n in tables if self[n].side == side] for side in ("user", "item"))
+        return [(u, i) for u in users for i in items if tables[u] == tables[i]]

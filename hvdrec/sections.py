@@ -72,9 +72,12 @@ class History:
     scope: Literal["before", "others"] = "before"
     """before: what came strictly before the sample. others: the user's other training rows, before
     and after it, for the protocols with a random split; refused with another."""
+    column: str = ""
+    """The feature of the events that the list holds, such as the item's category (empty: the item);
+    the sequence says `shares` = that feature to have its vocabulary and table."""
     repeats: bool = True
-    """Whether an item that the user met several times stands there each time. false: at its
-    latest time only, which makes room for more items."""
+    """Whether an item (or value of `column`) that the user met several times stands there each
+    time. false: at its latest time only, which makes room for more of them."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,10 @@ class Ranker:
     of every part of the user's with every part of the item's. 0: none of them."""
     direct: tuple[str, ...] = ()
     """User and item features embedded directly into the ranker, beside the towers' output."""
+    matches: bool = False
+    """Whether the ranker is also given, for each user's feature of `direct` that shares its table
+    with an item's feature there (a history and the item's id, say), their inner product: how well
+    the item matches what the user's list holds."""
     sharing: Literal["bottom", "mmoe"] = "bottom"
     """What [[tasks]] share. bottom: the hidden layers. mmoe: experts, each with these hidden
     layers, which every task mixes by a gate of its own (multi-gate mixture-of-experts)."""
@@ -245,6 +252,9 @@ class Model:
     sqrt (their sum over the square root of their number: longer lists weigh more), attention (a
     mean with learned weights, by vector and place) or self-attention (the same behind one layer in
     which the entries see each other)."""
+    initial_deviation: float = 0.01
+    """Standard deviation of an embedding's first values. Larger ones (0.1) tell the entries of a
+    list apart from the beginning, which inner products of long histories need."""
     unknown_rate: float = 0.0
     """Share of a known categorical value that training replaces by the unknown code, so that the
     unknown embedding is trained."""
@@ -295,6 +305,11 @@ class Train:
     embedding_learning_rate: float = 0.1
     """Peak learning rate of the embedding tables. Rows are met rarely and want larger steps than
     dense weights."""
+    embedding_initial_accumulator: float = 0.0
+    """adagrad, rowwise-adagrad: what a row's sum of squared gradients begins with. With 0 the first
+    step of a row has the full learning rate however small its gradient, by which rows that are met
+    rarely learn their first samples by heart; squares of usual gradients (1e-8 to 1e-6) hold them
+    back."""
     embedding_weight_decay: float = 0.0
     """L2 penalty on embedding rows: this factor times the row is added to its gradient, in the
     steps that look the row up and in no others."""

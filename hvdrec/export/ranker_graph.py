@@ -1,13 +1,15 @@
 """The ranker's ONNX graph, which computes once per request what all its candidates share.
 
-The ranker's first linear layer reads [user, item, user * item, scene]. With its weights cut into
-those four parts it is, for one request,
+The ranker's first linear layer reads [user, item, user * item, matches, scene]. With its weights
+cut into those parts it is, for one request,
 
     user W_u + scene W_s + b  +  item (W_i + diag(user) W_p),
 
 so that user and scene enter once per request, and an item costs one product with a matrix made for
-the request, a fourth of the unfactored layer or less. Shapes: R requests, N items, U and I widths
-of representations, D of tower embeddings, H of the first layer.
+the request, a fourth of the unfactored layer or less. A match is an inner product of columns of
+user and item: each of these columns adds the match's one row of weights to W_p. Shapes: R requests,
+N items, U and I widths of representations, H of the first layer, P pairs of columns that are
+multiplied: the D of the towers' embeddings, then those of matches.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Factored:
     item: NDArray[np.float32]
     """[I, H]: weights of an item's representation."""
     product: NDArray[np.float32]
-    """[D, H]: weights of user * item."""
+    """[P, H]: weights of the products of a user's and an item's columns."""
+    columns: tuple[NDArray[np.int64], NDArray[np.int64]]
+    """[P] each: which columns of a user and an item are multiplied."""
     rest: Callable[[Tensor], Tensor]
     """The first layer's output [N, H] -> logits [N], or [N, T] of T tasks."""
 
@@ -65,10 +69,13 @@ def factored(model: Recommender) -> Factored | None:
         return None
     first, rest = _in_two(model.ranker)
     user, item, width = model.user_width(), model.item_width(), model.output_width
-    cuts = [user, item, width, first.in_features - user - item - width]
-    weights = torch.split(first.weight.detach(), cuts, dim=1)
-    shared = torch.cat([weights[0], weights[3]], dim=1)
+    matches = model.matches
+    cuts = [user, item, width, len(matches)]
+    weights = torch.split(first.weight.detach(), [*cuts, first.in_features - sum(cuts)], dim=1)
+    shared = torch.cat([weights[0], weights[4]], dim=1)
     bias = first.bias.detach()
+    widths = torch.tensor([match.width for match in matches], dtype=torch.int64)
+    of_matches = weights[3].repeat_interleave(widths, dim=1)
 
     def request(users: Tensor, codes: Codes) -> Tensor:
         scene = model.scene_vectors(codes)
@@ -77,9 +84,18 @@ def factored(model: Recommender) -> Factored | None:
     return Factored(
         request,
         weights[1].T.contiguous().numpy(),
-        weights[2].T.contiguous().numpy(),
+        torch.cat([weights[2], of_matches], dim=1).T.contiguous().numpy(),
+        (
+            _columns([(0, width), *((match.user, match.width) for match in matches)]),
+            _columns([(0, width), *((match.item, match.width) for match in matches)]),
+        ),
         rest,
     )
+
+
+def _columns(ranges: list[tuple[int, int]]) -> NDArray[np.int64]:
+    """Return the numbers of columns in ranges of (start, width)."""
+    return np.concatenate([np.arange(start, start + width) for start, width in ranges])
 
 
 def _in_two(ranker: Ranker | TaskRanker) -> tuple[nn.Linear, Callable[[Tensor], Tensor]]:
@@ -104,10 +120,12 @@ def _names(model: Recommender) -> list[str]:
 def _inner_product(model: Recommender) -> Factored:
     """Return the score of a model without a ranker: the towers' inner product over T."""
     weight = np.full((model.output_width, 1), 1 / model.temperature, dtype=np.float32)
+    columns = _columns([(0, model.output_width)])
     return Factored(
         lambda users, codes: torch.zeros_like(users[:, :1]),
         np.zeros((model.item_width(), 1), dtype=np.float32),
         weight,
+        (columns, columns),
         lambda first_output: first_output.squeeze(-1),
     )
 
@@ -189,30 +207,27 @@ def _first_layer(parts: Factored, user_width: int, ir_version: int) -> onnx.Mode
     ``user_embedding`` [R, U], ``shared`` [R, H], ``item_embedding`` [N, I], ``request`` int64 [N]
     -> ``first`` [N, H].
     """
-    width, hidden = parts.product.shape
-    item_width = len(parts.item)
+    hidden = parts.product.shape[1]
     constants: dict[str, NDArray[Any]] = {
         "item_weight": parts.item,
         "product_weight": parts.product,
-        "zero": np.array([0], dtype=np.int64),
         "one": np.array(1, dtype=np.int64),
-        "width": np.array([width], dtype=np.int64),
-        "axis": np.array([1], dtype=np.int64),
-        "below": np.array([0, 0, item_width - width, 0], dtype=np.int64),
+        "user_columns": parts.columns[0],
+        "item_columns": parts.columns[1],
+        "item_rows": parts.columns[1][:, None],
     }
     node = helper.make_node
     one_request = [
-        node("Slice", ["user_embedding", "zero", "width", "axis"], ["user"]),
+        node("Gather", ["user_embedding", "user_columns"], ["user"], axis=1),
         node("Transpose", ["user"], ["user_column"], perm=[1, 0]),
         node("Mul", ["user_column", "product_weight"], ["of_products"]),
-        node("Pad", ["of_products", "below"], ["of_items"]),
-        node("Add", ["item_weight", "of_items"], ["folded"]),
+        node("ScatterND", ["item_weight", "item_rows", "of_products"], ["folded"], reduction="add"),
         node("Gemm", ["item_embedding", "folded", "shared"], ["first_of_one"]),
     ]
     many_requests = [
-        node("Slice", ["user_embedding", "zero", "width", "axis"], ["users"]),
+        node("Gather", ["user_embedding", "user_columns"], ["users"], axis=1),
         node("Gather", ["users", "request"], ["paired_users"]),
-        node("Slice", ["item_embedding", "zero", "width", "axis"], ["items"]),
+        node("Gather", ["item_embedding", "item_columns"], ["items"], axis=1),
         node("Mul", ["paired_users", "items"], ["products"]),
         node("MatMul", ["products", "product_weight"], ["product_terms"]),
         node("MatMul", ["item_embedding", "item_weight"], ["item_terms"]),
@@ -234,7 +249,7 @@ def _first_layer(parts: Factored, user_width: int, ir_version: int) -> onnx.Mode
         [
             _float("user_embedding", "requests", user_width),
             _float("shared", "requests", hidden),
-            _float("item_embedding", "rows", item_width),
+            _float("item_embedding", "rows", len(parts.item)),
             helper.make_tensor_value_info("request", TensorProto.INT64, ["rows"]),
         ],
         [_float("first", "rows", hidden)],

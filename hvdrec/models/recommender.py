@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,15 @@ class Output:
     logit: Tensor
 
 
+@dataclass(frozen=True)
+class Match:
+    """Columns of two representations that come from one table: start of each, and how many."""
+
+    user: int
+    item: int
+    width: int
+
+
 class Tower(nn.Module):
     """An MLP over the concatenated vectors of one side's features: [N, width] -> [N, D]."""
 
@@ -58,7 +68,7 @@ class Tower(nn.Module):
 
 
 class Ranker(nn.Module):
-    """A DNN over [user, item, user * item, scene, direct vectors], beside optional cross layers."""
+    """A DNN over a row's joined vectors [N, width], beside optional cross layers: [N] logits."""
 
     def __init__(self, width: int, shape: RankerShape) -> None:
         super().__init__()
@@ -107,7 +117,8 @@ class Recommender(nn.Module):
         self.user_tower = self._tower(schema.side("user"), model.tower)
         self.item_tower = self._tower(schema.side("item"), model.tower)
         self.heads = model.ranker.heads
-        width = 3 * model.tower.output + self.heads**2
+        self.matches = self._matches() if model.ranker.matches else ()
+        width = 3 * model.tower.output + len(self.matches) + self.heads**2
         width += self._width((*self.user_direct, *self.item_direct, *schema.side("scene")))
         self.tasks, self._combine = config.tasks, model.ranker.combine
         self.ranker: Ranker | TaskRanker | None = None
@@ -183,15 +194,39 @@ class Recommender(nn.Module):
         parts = [vectors[feature.name] for feature in direct]
         return parts if tower is None else [tower(_joined(list(vectors.values()))), *parts]
 
+    def _matches(self) -> tuple[Match, ...]:
+        """Return which columns of users' and items' representations come from one table."""
+        users, items = (
+            {feature.name: start for feature, start in zip(side, self._starts(side), strict=True)}
+            for side in (self.user_direct, self.item_direct)
+        )
+        return tuple(
+            Match(users[u], items[i], self.tables.width(self.schema[u]))
+            for u, i in self.schema.matched((*users, *items))
+        )
+
+    def _starts(self, direct: tuple[Feature, ...]) -> list[int]:
+        """Return in which column of a representation each direct feature begins."""
+        widths = (self.output_width, *(self.tables.width(feature) for feature in direct))
+        return list(accumulate(widths))[:-1]
+
     def _logit(self, user: list[Tensor], item: list[Tensor], scene: list[Tensor]) -> Tensor:
         """Return logits of representations, each in the parts it is joined of, in scenes."""
         of_user, of_item = (parts[0][:, : self.output_width] for parts in (user, item))
         product = of_user * of_item
         if self.ranker is None:
             return product.sum(dim=-1) / self.temperature
-        products = [head_products(of_user, of_item, self.heads)] if self.heads else []
-        logit: Tensor = self.ranker(_joined([*user, *item, product, *scene, *products]))
+        matches = self._match_products(_joined(user), _joined(item)) if self.matches else []
+        heads = [head_products(of_user, of_item, self.heads)] if self.heads else []
+        logit: Tensor = self.ranker(_joined([*user, *item, product, *matches, *scene, *heads]))
         return logit
+
+    def _match_products(self, user: Tensor, item: Tensor) -> list[Tensor]:
+        """Return the inner products [N, 1] of what matches in two representations."""
+        return [
+            (user.narrow(1, m.user, m.width) * item.narrow(1, m.item, m.width)).sum(1, keepdim=True)
+            for m in self.matches
+        ]
 
     def _tower(self, side: tuple[Feature, ...], shape: TowerShape) -> Tower | None:
         return Tower(self._width(side), shape) if shape.output else None

@@ -6,7 +6,8 @@ with summed gradient g (weight decay first adds weight_decay * w to g; rows that
 stay as they are, so weight decay acts on a row only in the steps that meet it):
 
 - sgd: w -= rate * g
-- adagrad: s += g^2; w -= rate * g / (sqrt(s) + eps)      (Duchi et al., JMLR 2011)
+- adagrad: s += g^2; w -= rate * g / (sqrt(s) + eps)      (Duchi et al., JMLR 2011); s begins at
+  initial_accumulator, which keeps the first steps of rows that are met rarely small
 - rowwise-adagrad: the same with one s per row, the mean of g^2 over the row (Gupta et al., 2014;
   the default of DLRM and FBGEMM)
 - adam: as Kingma and Ba, ICLR 2015, with the global step in the bias corrections ("lazy")
@@ -35,6 +36,7 @@ class RowOptimizer:
 
     name: OptimizerName = "rowwise-adagrad"
     weight_decay: float = 0.0
+    initial_accumulator: float = 0.0
     eps: float = 1e-8
     beta1: float = 0.9
     beta2: float = 0.999
@@ -50,6 +52,10 @@ class RowOptimizer:
                 return {"accumulator": (rows, width)}
             case "adam":
                 return {"mean": (rows, width), "variance": (rows, width)}
+
+    def first_state(self, name: str) -> float:
+        """Return what a state begins with."""
+        return self.initial_accumulator if name == "accumulator" else 0.0
 
     def state_width(self, width: int) -> int:
         """Return how many numbers of state a row of this width has."""
@@ -98,7 +104,7 @@ class TorchKernel:
         self._fetched: tuple[Tensor, Tensor] | None = None
         self.weight = torch.zeros(rows, width, dtype=dtype, device=device)
         self.state = {
-            key: torch.zeros(shape, dtype=dtype, device=device)
+            key: torch.full(shape, optimizer.first_state(key), dtype=dtype, device=device)
             for key, shape in optimizer.state_shapes(rows, width).items()
         }
 
@@ -208,6 +214,8 @@ class FbgemmKernel:
         names = list(optimizer.state_shapes(rows, width))
         states = self._tables.split_optimizer_states()[0] if names else ()
         self.state = {name: states[i].detach() for i, name in enumerate(names)}
+        for name, state in self.state.items():
+            state.fill_(optimizer.first_state(name))
         self._fetched: tuple[Tensor, Tensor] | None = None
 
     def fetch(self, rows: Tensor) -> Tensor:

@@ -20,7 +20,12 @@ from hvdrec.parallel.tables import DistributedTables
 
 def row_optimizer(config: Config) -> RowOptimizer:
     """Return the optimizer of table rows."""
-    return RowOptimizer(config.train.embedding_optimizer, config.train.embedding_weight_decay)
+    train = config.train
+    return RowOptimizer(
+        train.embedding_optimizer,
+        train.embedding_weight_decay,
+        train.embedding_initial_accumulator,
+    )
 
 
 def table_groups(config: Config, sizes: Mapping[str, int], world_size: int) -> tuple[Group, ...]:
@@ -61,6 +66,7 @@ def make_tables(
         world,
         kernels=chosen,
         seed=config.seed if is_new else None,
+        deviation=config.model.initial_deviation,
         device=device,
         pooling=config.model.pooling,
     )

@@ -29,7 +29,6 @@ from hvdrec.schema import FIRST_CODE, Pooling, Schema
 Array = NDArray[Any]
 Moved = TypeVar("Moved", Values, Lists)
 
-INITIAL_DEVIATION = 0.01
 """Standard deviation of a table's first values: small, so that rare rows say little."""
 
 
@@ -79,14 +78,15 @@ class DistributedTables:
         *,
         kernels: Mapping[int, KernelName],
         seed: int | None = 0,
+        deviation: float = 0.01,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         pooling: Mapping[str, Pooling] | None = None,
     ) -> None:
         """Make tables with their first values, which do not depend on the number of ranks.
 
-        kernels: width -> kernel; seed: of the first values, or None for zeros; pooling: see
-        config.Model.
+        kernels: width -> kernel; seed and deviation: of the first values, or seed None for zeros;
+        pooling: see config.Model.
         """
         self.pooling = pooling or {}
         self.schema, self.groups, self.optimizer = schema, tuple(groups), optimizer
@@ -99,7 +99,7 @@ class DistributedTables:
         )
         if seed is not None:
             for group, kernel in zip(groups, self.kernels, strict=True):
-                _fill(group, kernel.weight, world.rank, seed)
+                _fill(group, kernel.weight, world.rank, seed, deviation)
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate, before a step's rows are fetched."""
@@ -339,19 +339,21 @@ def _received(handle: int) -> Tensor:
 # --------------------------------------------------------------------------------- the first values
 
 
-def _fill(group: Group, weight: Tensor, rank: int, seed: int, block: int = 1 << 18) -> None:
+def _fill(
+    group: Group, weight: Tensor, rank: int, seed: int, deviation: float, block: int = 1 << 18
+) -> None:
     """Write the first values of a rank's rows; those of MISSING and UNKNOWN are zero."""
     with torch.no_grad():
         for table, base in group.bases.items():
             ids = group.ids(table, rank)
             for start in range(0, len(ids), block):
                 part = ids[start : start + block]
-                values = initial_rows(table, part, group.width, seed)
+                values = initial_rows(table, part, group.width, seed, deviation)
                 weight[base + start : base + start + len(part)] = torch.from_numpy(values)
 
 
-def initial_rows(table: str, ids: Array, width: int, seed: int) -> Array:
-    """Return the first values of rows, float64 [n, width]: uniform, with INITIAL_DEVIATION.
+def initial_rows(table: str, ids: Array, width: int, seed: int, deviation: float) -> Array:
+    """Return the first values of rows, float64 [n, width]: uniform, with a standard deviation.
 
     A value is a function of (seed, table, row, column) alone, so each rank can make its own rows.
     An unknown value says nothing until training says otherwise: its row is zero.
@@ -366,7 +368,7 @@ def initial_rows(table: str, ids: Array, width: int, seed: int) -> Array:
         )
         mixed = _mix(start + (cells + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
     share = (mixed >> np.uint64(11)).astype(np.float64) / 2**53
-    values = (2 * share - 1) * INITIAL_DEVIATION * np.sqrt(3.0)
+    values = (2 * share - 1) * deviation * np.sqrt(3.0)
     values[ids < FIRST_CODE] = 0.0
     return np.asarray(values)
 

@@ -37,9 +37,9 @@ class Moments:
 class Events:
     """The events that a history is made of, by user and time.
 
-    items: item keys [n]; key: int64 [n], ascending; row: int64 [n], the row that each stands for;
-    same: int64 [n], the next event of the same user and item, or n. It is None where
-    repeated items stay.
+    items: item keys, or values of another column [n]; key: int64 [n], ascending; row: int64 [n],
+    the row that each stands for; same: int64 [n], the next event of the same user and item, or n.
+    It is None where repeated items stay.
     """
 
     items: pa.Array
@@ -53,8 +53,8 @@ class Events:
     ) -> Events:
         """Sort the chosen rows' items; those of one time keep their order.
 
-        chosen: bool [n]; item_code: int64 [n], to keep of a user's events with one item only the
-        latest in each list.
+        chosen: bool [n]; item_code: int64 [n], to keep of a user's events with one item (or value)
+        only the latest in each list.
         """
         rows = np.flatnonzero(chosen)
         order = rows[np.argsort(moments.key[rows], kind="stable")]

@@ -85,7 +85,7 @@ def make(
             time = None if time is None else np.concatenate([time, time[positive]])
             users = Keys.of(rows.columns[schema.user_key])
             items = Keys.of(rows.columns[schema.item_key])
-        histories = _histories(config, rows, users, items, split, time)
+        histories = _histories(config, rows, users, split, time)
         _require_known(config, rows, split)
         meta["rows"], meta["positives"] = {}, {}
         if config.tasks:
@@ -253,21 +253,21 @@ def _drawn(
 
 
 def _histories(
-    config: Config, rows: Rows, users: Keys, items: Keys, split: Array, time: Array | None
+    config: Config, rows: Rows, users: Keys, split: Array, time: Array | None
 ) -> Histories | None:
     samples = config.samples
     if not samples.history:
         return None
     assert time is not None
     found = Moments.of(users.code, time)
-    keys = rows.columns[samples.item]
 
     def events(allowed: Array) -> dict[str, Events]:
-        return {
-            history.name: Events.of(
-                keys, found, chosen & allowed, None if history.repeats else items.code
-            )
-            for history, chosen in zip(samples.history, rows.events, strict=True)
-        }
+        made = {}
+        for history, chosen in zip(samples.history, rows.events, strict=True):
+            values = rows.columns[history.column or samples.item]
+            code = None if history.repeats else groups([values], len(values))
+            known = values.is_valid().to_numpy(zero_copy_only=False)
+            made[history.name] = Events.of(values, found, chosen & allowed & known, code)
+        return made
 
     return Histories(found, events(split == 0), events(split >= 0))

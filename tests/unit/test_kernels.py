@@ -56,6 +56,18 @@ def test_first_step_by_hand(kernel: KernelName, optimizer: OptimizerName, decay:
     assert all(not state[others].any() for state in made.state.values())
 
 
+@pytest.mark.parametrize("kernel", ["torch", "fbgemm"])
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise-adagrad"])
+def test_an_accumulator_that_begins_above_zero(
+    kernel: KernelName, optimizer: OptimizerName
+) -> None:
+    made = KERNELS[kernel](40, 8, RowOptimizer(optimizer, initial_accumulator=9.0))
+    assert (made.state["accumulator"] == 9).all()
+    made.rate = 0.5
+    made.update(torch.tensor([7]), torch.full((1, 8), 4.0), 1)
+    assert torch.allclose(made.weight[7], torch.full((8,), -0.5 * 4 / 5))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise-adagrad"])
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 def test_kernels_agree_over_many_steps(optimizer: OptimizerName, decay: float) -> None:

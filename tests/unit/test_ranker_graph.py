@@ -34,6 +34,8 @@ CONFIGS = {
     "direct": _config(Ranker(hidden=(6,), direct=("user_id", "genres"))),
     "cross": _config(Ranker(hidden=(6,), cross_layers=2, direct=("user_id",))),
     "heads": _config(Ranker(hidden=(6,), heads=2), output=6),
+    "matches": _config(Ranker(hidden=(6,), direct=("history", "age", "item_id"), matches=True)),
+    "matches-alone": _config(Ranker(hidden=(6,), direct=ALL, matches=True), output=0),
     "dropout": _config(Ranker(hidden=(6, 5), dropout=0.5)),
     "no-towers": _config(Ranker(hidden=(6,), direct=ALL), output=0),
     "retrieval": _config(Ranker(), objective="retrieval"),

@@ -966,6 +966,28 @@ def test_histories_that_the_split_forbids(raw: Path) -> None:
     )
 
 
+def test_histories_of_another_column(raw: Path) -> None:
+    write(raw / "items.parquet", [{**row, "maker": m} for row, m in zip(ITEMS, "qr?", strict=True)])
+    features = [
+        *FEATURES,
+        {"name": "maker", "side": "item"},
+        {"name": "makers", "kind": "sequence", "shares": "maker"},
+    ]
+    history = [{"name": "liked"}, {"name": "makers", "column": "maker", "repeats": False}]
+    found = made(configured(raw, features, history=history))
+    users = {row["user_id"]: row for row in found["users_all"]}
+    # u1 liked a, then c, whose maker nobody knows, then a again.
+    assert (users["u1"]["liked"], users["u1"]["makers"]) == (["a", "c", "a"], ["q"])
+    assert (users["u2"]["liked"], users["u2"]["makers"]) == (["a", "b"], ["q", "r"])
+    history[1]["column"] = "genres"
+    with pytest.raises(UserError) as raised:
+        configured(raw, features, history=history)
+    assert str(raised.value) == (
+        "samples.history 'makers': column = 'genres' is no feature of one value a row; "
+        "known: [user_id, age, item_id, late, maker]"
+    )
+
+
 def test_an_expression_that_fails_on_a_row(raw: Path) -> None:
     write(raw / "users.parquet", age_as({"age": ["20", "old", "3"]}))
     text = error_of(configured(raw, derive={"late": "t > 4", "age": "CAST(age AS INT)"}))

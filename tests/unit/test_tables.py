@@ -14,7 +14,7 @@ from hvdrec.parallel.kernels import RowOptimizer
 from hvdrec.parallel.layout import arrange
 from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import check_memory, free_memory, make_tables
-from hvdrec.parallel.tables import INITIAL_DEVIATION, DistributedTables, initial_rows
+from hvdrec.parallel.tables import DistributedTables, initial_rows
 from hvdrec.sections import Parallel
 from tests.small_model import SIZES, Setting, small_config, small_model, small_tables
 
@@ -35,17 +35,17 @@ def test_first_values_do_not_depend_on_the_ranks() -> None:
 
 
 def test_first_values_are_spread_as_told() -> None:
-    values = initial_rows("user_id", np.arange(20_000), 16, seed=0)
+    values = initial_rows("user_id", np.arange(20_000), 16, seed=0, deviation=0.05)
     assert not values[:2].any()  # missing and unknown say nothing
     rest = values[2:]
-    assert rest.std() == pytest.approx(INITIAL_DEVIATION, rel=0.01)
-    assert abs(rest.mean()) < INITIAL_DEVIATION / 100
-    assert abs(rest).max() <= INITIAL_DEVIATION * 3**0.5
+    assert rest.std() == pytest.approx(0.05, rel=0.01)
+    assert abs(rest.mean()) < 0.0005
+    assert abs(rest).max() <= 0.05 * 3**0.5
     assert np.abs(np.corrcoef(rest.T) - np.eye(16)).max() < 0.04
     assert len(np.unique(rest)) == rest.size
     for other in (
-        initial_rows("item_id", np.arange(20_000), 16, seed=0),
-        initial_rows("user_id", np.arange(20_000), 16, seed=1),
+        initial_rows("item_id", np.arange(20_000), 16, seed=0, deviation=0.05),
+        initial_rows("user_id", np.arange(20_000), 16, seed=1, deviation=0.05),
     ):
         assert abs(np.corrcoef(other[2:].ravel(), rest.ravel())[0, 1]) < 0.01
 
