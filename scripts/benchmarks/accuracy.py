@@ -83,13 +83,13 @@ ROWS = {
         "movielens-1m", "movielens-1m", "ranking", {"auc": None}, FULL, full=True
     ),
     "complete-journey": Row(
-        "complete-journey", "complete-journey", "ranking", {"auc": 0.760}, JOURNEY_OTHERS
+        "complete-journey-ranking", "complete-journey", "ranking", {"auc": 0.760}, JOURNEY_OTHERS
     ),
     "complete-journey-full": Row(
-        "complete-journey", "complete-journey", "ranking", {"auc": None}, FULL, full=True
+        "complete-journey-ranking", "complete-journey", "ranking", {"auc": None}, FULL, full=True
     ),
     "complete-journey-no-scene": Row(
-        "complete-journey",
+        "complete-journey-ranking",
         "complete-journey",
         "ranking",
         {"auc": None},
@@ -127,8 +127,10 @@ def run_row(name: str, row: Row, seed: int, options: argparse.Namespace) -> dict
         fields += ["--train.objective", "ranking", "--model.tower.output", "0"]
         fields += ["--model.tower.normalize", "False"]
         fields += ["--model.ranker.direct", *features]
-    if not (shared / "samples").exists():
-        hvdrec("samples", str(config), *fields)
+    samples = work / row.config / shared.name / "samples"
+    fields += ["--paths.samples", str(samples)]
+    if not samples.exists():
+        hvdrec("samples", str(source), *fields)
     if not (shared / "features").exists():
         hvdrec("prepare", str(config), *fields)
     report = run / "accuracy.json"

@@ -187,6 +187,15 @@ def test_unknown_keys_and_wrong_types(changes: dict[str, Any], text: str) -> Non
             {"train": {"weight_decay": float("nan")}},
             "train.weight_decay = nan: must not be negative",
         ),
+        (
+            {"model": {"ranker": {"direct": ["user_id"], "matches": True}}},
+            "model.ranker.matches: no user's and item's feature of model.ranker.direct share a "
+            "table; it is [user_id]: name a history and the item's key there",
+        ),
+        (
+            {"model": {"initial_deviation": 0}},
+            "model.initial_deviation = 0.0: must be greater than 0",
+        ),
         ({"model": {"unknown_rate": 1}}, "model.unknown_rate = 1.0: must be in [0, 1)"),
         (
             {"model": {"tower": {"hidden": [8, 0]}}},

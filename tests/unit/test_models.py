@@ -16,6 +16,7 @@ from hvdrec.models.layers import (
 )
 from hvdrec.models.tables import EmbeddingTables, pooled
 from hvdrec.parallel.ranks import World
+from hvdrec.sections import Ranker
 from tests.small_model import (
     SIZES,
     Setting,
@@ -160,6 +161,25 @@ def test_representations_and_rank_are_the_forward_pass() -> None:
     output = model(codes)
     assert torch.allclose(user[:, :5].norm(dim=1), torch.ones(12, dtype=torch.float64))
     assert torch.allclose(model.rank(user, item, codes), output.logit)
+
+
+def test_matches_are_inner_products_of_what_shares_a_table() -> None:
+    config = small_config("ranking")
+    shape = Ranker(hidden=(), direct=("user_id", "history", "item_id", "genres"), matches=True)
+    config = replace(config, model=replace(config.model, ranker=shape))
+    model = small_model(config).eval()
+    codes = small_batch(12).features
+    user, item = model.represent_users(codes), model.represent_items(codes)
+    history = model.tables(config.schema.side("user"), codes)["history"]
+    item_id = model.tables(config.schema.side("item"), codes)["item_id"]
+    before = model.rank(user, item, codes)
+    assert torch.allclose(before, model(codes).logit)
+    # The weight of the match stands behind the representations and the towers' product.
+    assert model.ranker is not None
+    weight = model.ranker.head.weight
+    with torch.no_grad():
+        weight[0, model.user_width() + model.item_width() + model.output_width] += 2.0
+    assert torch.allclose(model.rank(user, item, codes), before + 2 * (history * item_id).sum(1))
 
 
 def test_without_a_ranker_the_logit_is_the_scaled_inner_product() -> None:
