@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from driver import Failed, make_environment
+
 from hvdrec.config import load
 
+PEERS = ("fuxictr", "lightgbm")
 REPOSITORY = Path(__file__).resolve().parents[2]
 EPILOG = """\
 examples:
@@ -146,6 +149,30 @@ def run_row(name: str, row: Row, seed: int, options: argparse.Namespace) -> dict
     return {"seed": seed, **json.loads(report.read_text())}
 
 
+def run_peer(
+    name: str, row: Row, model: str, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Run FuxiCTR's DNN or LightGBM on the shards of a row; return its figures."""
+    folder = options.peers_dir.absolute() / "fuxictr"
+    if not (folder / "bin" / "python").exists():
+        try:
+            make_environment(folder, "fuxictr")
+        except Failed as error:
+            raise SystemExit(f"{folder}: {error}") from None
+    report = options.work / name / f"{model}-{seed}.json"
+    if not report.exists():
+        program = REPOSITORY / "scripts" / "benchmarks" / "peers" / "accuracy_peer.py"
+        features = options.work / row.config / "split-0" / "features"
+        options_of = ["--model", model, "--seed", str(seed)]
+        command = [str(folder / "bin" / "python"), str(program), str(features), *options_of]
+        print("+", *command, file=sys.stderr, flush=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(1)
+        report.write_text(done.stdout.splitlines()[-1])
+    return {"seed": seed, **json.loads(report.read_text())}
+
+
 def minutes_before(run: Path) -> float:
     """Return what an interrupted run has taken so far, by its log: each part begins its clock."""
     lines = logged(run)
@@ -210,7 +237,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{holds:12} {result['figures']['minutes']:7.1f}  "
                 f"{'-' if rate is None else f'{rate:.0f}':>9}"
             )
-        lines.append(f"{'':26} {ROWS[name].others}")
+        if result["others"]:
+            lines.append(f"{'':26} {result['others']}")
     return "\n".join(lines)
 
 
@@ -228,6 +256,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="where runs lie")
     parser.add_argument("--ranks", type=int, default=1, help="of each training (default 1)")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also run FuxiCTR's DNN and LightGBM on the ranking rows' shards",
+    )
+    parser.add_argument(
+        "--peers-dir",
+        type=Path,
+        default=Path("runs/accuracy/peers"),
+        help="where their environment is, or is made (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--list", action="store_true", help="list the rows")
     options = parser.parse_args(arguments)
@@ -243,6 +282,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = ROWS[name]
         runs = [run_row(name, row, seed, options) for seed in options.seed]
         results[name] = {"figures": summary(row, runs), "runs": runs, "others": row.others}
+        if options.peers and row.section == "ranking" and not (row.full or row.without_scene):
+            for model in PEERS:
+                runs = [run_peer(name, row, model, seed, options) for seed in options.seed]
+                figures = summary(replace(row, metrics={"auc": None}), runs)
+                results[f"{name}: {model}"] = {"figures": figures, "runs": runs, "others": ""}
     text = table(results)
     if options.json:
         print(text, file=sys.stderr)
