@@ -39,7 +39,11 @@ def read(folder: Path, split: str, lists: dict[str, int], names: list[str]) -> d
 
 
 def fuxictr(
-    splits: dict[str, dict[str, Array]], sizes: dict[str, int], lists: dict[str, int], seed: int
+    splits: dict[str, dict[str, Array]],
+    sizes: dict[str, int],
+    lists: dict[str, int],
+    seed: int,
+    rounds: int,
 ) -> tuple[float, float]:
     """Return the AUC on validation and test."""
     import torch
@@ -76,14 +80,18 @@ def fuxictr(
                 shuffle=split == "train",
             )
             loaders.append(loader)
-        model.fit(loaders[0], epochs=20, validation_data=loaders[1])
+        model.fit(loaders[0], epochs=rounds, validation_data=loaders[1])
         model.load_weights(model.checkpoint)
         found = [model.evaluate(loader)["AUC"] for loader in loaders[1:]]
     return float(found[0]), float(found[1])
 
 
 def lightgbm(
-    splits: dict[str, dict[str, Array]], sizes: dict[str, int], lists: dict[str, int], seed: int
+    splits: dict[str, dict[str, Array]],
+    sizes: dict[str, int],
+    lists: dict[str, int],
+    seed: int,
+    rounds: int,
 ) -> tuple[float, float]:
     """Return the AUC on validation and test."""
     import lightgbm as lgb
@@ -106,7 +114,7 @@ def lightgbm(
         "verbosity": -1,
     }
     stop = lgb.early_stopping(20, verbose=False)
-    model = lgb.train(settings, data, 1000, valid_sets=[watched], callbacks=[stop])
+    model = lgb.train(settings, data, rounds, valid_sets=[watched], callbacks=[stop])
     found = [
         roc_auc_score(splits[name]["label"], model.predict(rows))
         for name, rows in (("validation", validation), ("test", test))
@@ -119,6 +127,7 @@ def main() -> None:
     parser.add_argument("features", type=Path, help="directory that `hvdrec prepare` wrote")
     parser.add_argument("--model", choices=("fuxictr", "lightgbm"), required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, help="at most (default: 20 epochs, 1000 trees)")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     declared = json.loads((given.features / "manifest.json").read_text())["meta"]["config"]
@@ -128,8 +137,8 @@ def main() -> None:
     # A code that training never met would have no row.
     sizes = {n: 1 + max(int(splits[s][n].max()) for s in SPLITS) for n in kinds}
     began = time.monotonic()
-    run = {"fuxictr": fuxictr, "lightgbm": lightgbm}[given.model]
-    validation, test = run(splits, sizes, lists, given.seed)
+    run, most = {"fuxictr": (fuxictr, 20), "lightgbm": (lightgbm, 1000)}[given.model]
+    validation, test = run(splits, sizes, lists, given.seed, given.rounds or most)
     minutes = (time.monotonic() - began) / 60
     print(json.dumps({"auc": test, "validation_auc": validation, "minutes": minutes}))
 
