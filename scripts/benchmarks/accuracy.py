@@ -62,7 +62,7 @@ RETRIEVAL_OTHERS = (
     "published: LightGCN 0.186/0.254, XSimGCL 0.212/0.275; on redraws: EASE 0.210-0.216/"
     "0.281-0.288, iALS 0.209/0.268, RecBole BPR 0.171/0.238"
 )
-FULL = "the same with every feature in the ranker, which no stored embedding can serve"
+FULL = "the same with every feature in the ranker and no towers"
 
 ROWS = {
     "retrieval": Row(
@@ -153,8 +153,8 @@ def run_peer(
     name: str, row: Row, model: str, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Run FuxiCTR's DNN or LightGBM on the shards of a row; return its figures."""
-    folder = options.peers_dir.absolute() / "fuxictr"
-    if not (folder / "bin" / "python").exists():
+    folder = (options.peers_dir or options.work / "peers").absolute() / "fuxictr"
+    if not (options.peers_dir and (folder / "bin" / "python").exists()):
         try:
             make_environment(folder, "fuxictr")
         except Failed as error:
@@ -264,8 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--peers-dir",
         type=Path,
-        default=Path("runs/accuracy/peers"),
-        help="where their environment is, or is made (default: %(default)s)",
+        help="environments of peers; one that is there is used as it is (default: WORK/peers)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--list", action="store_true", help="list the rows")

@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ import pyarrow.parquet as pq
 
 Array = np.ndarray[Any, Any]
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Data:
+    """splits: split -> name -> codes; sizes: name -> codes; lists: name -> longest list."""
+
+    splits: dict[str, dict[str, Array]]
+    sizes: dict[str, int]
+    lists: dict[str, int]
 
 
 def read(folder: Path, split: str, lists: dict[str, int], names: list[str]) -> dict[str, Array]:
@@ -38,13 +48,7 @@ def read(folder: Path, split: str, lists: dict[str, int], names: list[str]) -> d
     return found
 
 
-def fuxictr(
-    splits: dict[str, dict[str, Array]],
-    sizes: dict[str, int],
-    lists: dict[str, int],
-    seed: int,
-    rounds: int,
-) -> tuple[float, float]:
+def fuxictr(data: Data, seed: int, rounds: int) -> tuple[float, float]:
     """Return the AUC on validation and test."""
     import torch
     from fuxictr.pytorch.dataloaders import RankDataLoader
@@ -53,9 +57,9 @@ def fuxictr(
     torch.manual_seed(seed)
     np.random.seed(seed)
     features: dict[str, dict[str, Any]] = {
-        name: {"type": "categorical", "vocab_size": size} for name, size in sizes.items()
+        name: {"type": "categorical", "vocab_size": size} for name, size in data.sizes.items()
     }
-    for name, longest in lists.items():
+    for name, longest in data.lists.items():
         features[name] |= {
             "type": "sequence",
             "max_len": longest,
@@ -69,7 +73,7 @@ def fuxictr(
         model.checkpoint = str(Path(folder, "model"))
         model.model_dir = folder
         loaders = []
-        for split, columns in splits.items():
+        for split, columns in data.splits.items():
             path = Path(folder, f"{split}.npz")
             np.savez(path, **columns)
             loader, _ = RankDataLoader(
@@ -86,25 +90,19 @@ def fuxictr(
     return float(found[0]), float(found[1])
 
 
-def lightgbm(
-    splits: dict[str, dict[str, Array]],
-    sizes: dict[str, int],
-    lists: dict[str, int],
-    seed: int,
-    rounds: int,
-) -> tuple[float, float]:
+def lightgbm(data: Data, seed: int, rounds: int) -> tuple[float, float]:
     """Return the AUC on validation and test."""
     import lightgbm as lgb
     from sklearn.metrics import roc_auc_score
 
     def matrix(columns: dict[str, Array]) -> Array:
-        first = [columns[n][:, 0] if n in lists else columns[n] for n in sizes]
+        first = [columns[n][:, 0] if n in data.lists else columns[n] for n in data.sizes]
         return np.stack(first, axis=1).astype(np.float32)
 
-    train, validation, test = (matrix(splits[name]) for name in SPLITS)
-    categories = list(range(len(sizes)))
-    data = lgb.Dataset(train, splits["train"]["label"], categorical_feature=categories)
-    watched = data.create_valid(validation, splits["validation"]["label"])
+    train, validation, test = (matrix(data.splits[name]) for name in SPLITS)
+    categories = list(range(len(data.sizes)))
+    rows = lgb.Dataset(train, data.splits["train"]["label"], categorical_feature=categories)
+    watched = rows.create_valid(validation, data.splits["validation"]["label"])
     settings = {
         "objective": "binary",
         "metric": "auc",
@@ -114,10 +112,10 @@ def lightgbm(
         "verbosity": -1,
     }
     stop = lgb.early_stopping(20, verbose=False)
-    model = lgb.train(settings, data, rounds, valid_sets=[watched], callbacks=[stop])
+    model = lgb.train(settings, rows, rounds, valid_sets=[watched], callbacks=[stop])
     found = [
-        roc_auc_score(splits[name]["label"], model.predict(rows))
-        for name, rows in (("validation", validation), ("test", test))
+        roc_auc_score(data.splits[name]["label"], model.predict(codes))
+        for name, codes in (("validation", validation), ("test", test))
     ]
     return found[0], found[1]
 
@@ -138,7 +136,7 @@ def main() -> None:
     sizes = {n: 1 + max(int(splits[s][n].max()) for s in SPLITS) for n in kinds}
     began = time.monotonic()
     run, most = {"fuxictr": (fuxictr, 20), "lightgbm": (lightgbm, 1000)}[given.model]
-    validation, test = run(splits, sizes, lists, given.seed, given.rounds or most)
+    validation, test = run(Data(splits, sizes, lists), given.seed, given.rounds or most)
     minutes = (time.monotonic() - began) / 60
     print(json.dumps({"auc": test, "validation_auc": validation, "minutes": minutes}))
 
