@@ -196,6 +196,7 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("train.warm_start.dropout", train.warm_start.dropout),
         ("train.teacher_weight", train.teacher_weight),
         ("train.average_decay", train.average_decay),
+        ("train.schedule_end", train.schedule_end),
         ("model.tower.dropout", config.model.tower.dropout),
         ("model.tower.input_dropout", config.model.tower.input_dropout),
         ("model.ranker.dropout", config.model.ranker.dropout),

@@ -323,6 +323,8 @@ class Train:
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How it falls after the warm-up until the last step of the last epoch."""
+    schedule_end: float = 0.0
+    """linear, cosine: the share of the peak learning rates that it falls to."""
     clip_norm: float = 0.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
     temperature: float = 0.1

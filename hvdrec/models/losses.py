@@ -5,9 +5,17 @@ Shapes: B rows of this rank, C candidate items of all ranks, D width of the embe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+BlockLoss = Callable[[Tensor, Tensor, slice], Tensor]
+
+CPU_CELLS, GPU_CELLS = 1 << 20, 1 << 26
+"""Logits of the softmax that are held at a time: on a CPU, what fits into its caches."""
 
 
 def binary_cross_entropy(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
@@ -86,21 +94,67 @@ def in_batch_softmax(
     log_probability_C: Tensor | None = None,
     remove_accidental_hits: bool = True,
     hard_negatives: int = 0,
+    cells: int = 0,
 ) -> Tensor:
     """Return the weighted sum of the in-batch softmax losses of B positive rows (a scalar).
 
     user_BD: embeddings of the rows' users; item_CD: embeddings of the items of all ranks' positive
     rows, the negatives of each other, and of further negatives; weight_B: the rows' weights; own_B:
     int64, each row's column among the C; item_B, item_C: int64 item indices; hard_negatives: how
-    many of a row's negatives count, those with the highest logits (0: all).
+    many of a row's negatives count, those with the highest logits (0: all); cells: how many logits
+    are held at a time (0: what suits the device), so that memory grows with C and not with B * C.
     """
-    logits_BC = user_BD @ item_CD.T
-    logits_BC = logits_BC.to(weight_B.dtype) / temperature
-    if log_probability_C is not None:
-        logits_BC = with_logq(logits_BC, log_probability_C)
-    if remove_accidental_hits:
-        logits_BC = without_accidental_hits(logits_BC, own_B, item_B, item_C)
-    if hard_negatives:
-        logits_BC = hardest(logits_BC, own_B, hard_negatives)
-    losses_B = functional.cross_entropy(logits_BC, own_B, reduction="none")
-    return (losses_B * weight_B).sum()
+
+    def loss(user: Tensor, item: Tensor, rows: slice) -> Tensor:
+        logits = user @ item.T
+        logits = logits.to(weight_B.dtype) / temperature
+        if log_probability_C is not None:
+            logits = with_logq(logits, log_probability_C)
+        if remove_accidental_hits:
+            logits = without_accidental_hits(logits, own_B[rows], item_B[rows], item_C)
+        if hard_negatives:
+            logits = hardest(logits, own_B[rows], hard_negatives)
+        losses = functional.cross_entropy(logits, own_B[rows], reduction="none")
+        return (losses * weight_B[rows]).sum()
+
+    cells = cells or (CPU_CELLS if user_BD.device.type == "cpu" else GPU_CELLS)
+    rows, block = len(user_BD), max(1, cells // max(1, len(item_CD)))
+    if rows <= block:
+        return loss(user_BD, item_CD, slice(None))
+    slices = [slice(start, start + block) for start in range(0, rows, block)]
+    total: Tensor = _InBlocks.apply(user_BD, item_CD, loss, slices)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _InBlocks(torch.autograd.Function):
+    """A sum over blocks of rows, whose gradients are taken at once, block by block.
+
+    What a block leaves behind is its loss and its gradients: the logits of all rows are never there
+    at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, user: Tensor, item: Tensor, loss: BlockLoss, slices: Sequence[slice]
+    ) -> Tensor:
+        total = user.new_zeros(())
+        if not any(ctx.needs_input_grad):
+            for rows in slices:
+                total += loss(user[rows], item, rows)
+            return total
+        of_user, of_item = torch.empty_like(user), torch.zeros_like(item)
+        item = item.detach().requires_grad_()
+        for rows in slices:
+            part = user[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                block = loss(part, item, rows)
+            of_user[rows], more = torch.autograd.grad(block, (part, item))
+            of_item += more
+            total += block.detach()
+        ctx.save_for_backward(of_user, of_item)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        of_user, of_item = ctx.saved_tensors
+        return of_user * gradients[0], of_item * gradients[0], None, None

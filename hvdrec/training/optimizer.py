@@ -37,7 +37,7 @@ def schedule(train: Train, step: int, progress: float) -> float:
             fall = left
         case "cosine":
             fall = 0.5 * (1.0 - math.cos(math.pi * left))
-    return warmup * fall
+    return warmup * (train.schedule_end + (1.0 - train.schedule_end) * fall)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -87,3 +87,37 @@ def test_a_mixture_weighs_both_sources_of_negatives() -> None:
     # (6 * 0.7 + 2 / 4) / 8, (6 * 0.3 + 2 / 4) / 8 and, never in a batch, (2 / 4) / 8
     assert mixed.exp().tolist() == pytest.approx([4.7 / 8, 2.3 / 8, 0.5 / 8])
     assert in_mixture(log_probability[:2], 6, 0, 4).exp().tolist() == pytest.approx([0.7, 0.3])
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 3])
+@pytest.mark.parametrize("block_rows", [1, 3, 7])
+def test_the_softmax_in_blocks_is_the_softmax_at_once(block_rows: int, hard_negatives: int) -> None:
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    rows, candidates = 7, 12
+    user, item = drawn(rows, 4).requires_grad_(), drawn(candidates, 4).requires_grad_()
+    items = torch.randint(0, 5, (candidates,), generator=random)
+    own = torch.arange(3, 3 + rows)
+    weight, log_probability = drawn(rows).abs(), drawn(candidates)
+
+    def loss_and_gradients(cells: int) -> list[torch.Tensor]:
+        loss = in_batch_softmax(
+            user,
+            item,
+            weight,
+            own_B=own,
+            item_B=items[own],
+            item_C=items,
+            temperature=0.3,
+            log_probability_C=log_probability,
+            hard_negatives=hard_negatives,
+            cells=cells,
+        )
+        return [loss.detach(), *torch.autograd.grad(3 * loss, (user, item))]
+
+    at_once = loss_and_gradients(rows * candidates)
+    for one, other in zip(at_once, loss_and_gradients(block_rows * candidates), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -29,6 +29,14 @@ def test_cosine_is_half_way_in_the_middle() -> None:
     assert schedule(train, 0, 0.0) == 1.0
 
 
+def test_a_schedule_may_end_above_zero() -> None:
+    train = Train(warmup_steps=4, schedule="linear", schedule_end=0.5)
+    assert schedule(train, 0, 0.0) == 0.25
+    assert schedule(train, 9, 0.5) == pytest.approx(0.75)
+    assert schedule(train, 9, 1.0) == 0.5
+    assert schedule(Train(warmup_steps=0, schedule_end=0.5), 9, 1.0) == 1.0
+
+
 def test_only_matrices_are_decayed() -> None:
     model = small_model(small_config(), with_tables=False)
     optimizer = make_optimizer(model, Train(weight_decay=0.1))
