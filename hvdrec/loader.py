@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdrec.config import Config
 from hvdrec.errors import UserError, choices
 from hvdrec.order import Plan, Progress, Window, plan_epoch
 from hvdrec.row_groups import (
@@ -95,10 +96,9 @@ class ShardLoader:
     directory: here or by URL; its `*.parquet` files are the shards, in the order of their names;
     window_rows: rows that are shuffled together; workers: reading threads; prefetch: batches held
     ready; columns: names of the features to read (default: all); tasks: columns of further labels
-    to read; pin_memory: into page-locked
-    memory, where CUDA is there; cache_dir, cache_gb: where row groups that were read are kept, and
-    how much of them. `rows` counts the rows of all ranks, `waited_seconds` the time the consumer
-    has waited.
+    to read; pin_memory: into page-locked memory, where CUDA is there; cache_dir, cache_gb: where
+    row groups that were read are kept, and how much of them. `rows` counts the rows of all ranks,
+    `waited_seconds` the time the consumer has waited.
     Raises UserError for a directory without shards, a shard that cannot be read or lacks a column.
     """
 
@@ -143,6 +143,29 @@ class ShardLoader:
             cache = RowGroupCache(Path(cache_dir), int(1e9 * cache_gb), versions)
         filesystem = directory.filesystem if isinstance(directory, Url) else None
         self._source = Source(filesystem, cache)
+
+    @classmethod
+    def of(
+        cls, config: Config, split: str, rows: int, rank: int, world_size: int, *, shuffle: bool
+    ) -> ShardLoader:
+        """Return what delivers a split of a configuration in batches of `rows` to one rank."""
+        loader = config.loader
+        return cls(
+            config.paths.of("features") / split,
+            config.schema,
+            batch_size=rows,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+            shuffle=shuffle,
+            window_rows=loader.shuffle_rows if shuffle else rows,
+            workers=loader.workers,
+            prefetch=loader.prefetch,
+            tasks=config.task_columns,
+            pin_memory=config.train.device != "cpu",
+            cache_dir=loader.cache_dir,
+            cache_gb=loader.cache_gb,
+        )
 
     def code_ranges(self, column: str) -> Iterator[tuple[str, int, int]]:
         """Yield (file, lowest, highest) of an encoded column, from the shards' own statistics."""

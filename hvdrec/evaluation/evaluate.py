@@ -103,20 +103,8 @@ def score_split(
 ) -> Scores:
     """Score every row of a split; each rank scores its part and gets everybody's."""
     world = ranks.current()
-    loader = ShardLoader(
-        config.paths.of("features") / split,
-        config.schema,
-        batch_size=config.evaluate.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        shuffle=False,
-        window_rows=config.evaluate.batch_size,
-        workers=config.loader.workers,
-        prefetch=config.loader.prefetch,
-        pin_memory=device.type == "cuda",
-        cache_dir=config.loader.cache_dir,
-        cache_gb=config.loader.cache_gb,
-        tasks=config.task_columns,
+    loader = ShardLoader.of(
+        config, split, config.evaluate.batch_size, world.rank, world.size, shuffle=False
     )
     parts: list[tuple[Array, ...]] = []
     with torch.inference_mode():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,29 +13,9 @@ from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.loader import ShardLoader, table_arrays
 from hvdrec.models.recommender import Recommender
-from hvdrec.parallel.ranks import World
 from hvdrec.storage import read_table
 from hvdrec.training import checkpoint
 from hvdrec.training.pipeline import Catalogue
-
-
-def train_loader(config: Config, world: World, device: torch.device) -> ShardLoader:
-    return ShardLoader(
-        config.paths.of("features") / "train",
-        config.schema,
-        batch_size=math.ceil(config.train.batch_size / world.size),
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.seed,
-        shuffle=True,
-        window_rows=config.loader.shuffle_rows,
-        workers=config.loader.workers,
-        prefetch=config.loader.prefetch,
-        pin_memory=device.type == "cuda",
-        cache_dir=config.loader.cache_dir,
-        cache_gb=config.loader.cache_gb,
-        tasks=config.task_columns,
-    )
 
 
 def check_codes(loader: ShardLoader, config: Config, sizes: Mapping[str, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -38,7 +39,6 @@ from hvdrec.training.inputs import (
     load_catalogue,
     load_teacher,
     log_probability_of_items,
-    train_loader,
 )
 from hvdrec.training.log import TrainingLog
 from hvdrec.training.machine import pick_device, set_threads
@@ -117,7 +117,10 @@ def _train(
     set_threads(config, world)
     device = ranks.together(lambda: pick_device(config, world))
     ranks.together(lambda: check_synchronization(config, world, device))
-    loader = ranks.together(lambda: train_loader(config, world, device))
+    rows = math.ceil(config.train.batch_size / world.size)
+    loader = ranks.together(
+        lambda: ShardLoader.of(config, "train", rows, world.rank, world.size, shuffle=True)
+    )
     fitted = ranks.together(lambda: Fitted.load(features))
     ranks.together(lambda: check_codes(loader, config, fitted.sizes))
     kernels = ranks.together(lambda: _kernels_before(run)) if resuming else {}

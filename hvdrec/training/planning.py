@@ -108,17 +108,7 @@ def measure_work(
 
 
 def _batches(config: Config, rows: int, world_size: int) -> Iterator[Batch]:
-    loader = ShardLoader(
-        config.paths.of("features") / "train",
-        config.schema,
-        batch_size=rows,
-        rank=0,
-        world_size=world_size,
-        seed=config.seed,
-        window_rows=config.loader.shuffle_rows,
-        workers=config.loader.workers,
-        tasks=config.task_columns,
-    )
+    loader = ShardLoader.of(config, "train", rows, 0, world_size, shuffle=True)
     with closing(loader.epoch(0)) as batches:
         yield from itertools.islice(batches, SAMPLED_BATCHES)
 

@@ -55,16 +55,8 @@ def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[Traine
     model = Recommender(config, sizes, with_tables=False)
     tables = make_tables(config, sizes, world, device)
     broadcast_state(dict(model.state_dict()))
-    loader = ShardLoader(
-        config.paths.of("features") / "train",
-        config.schema,
-        batch_size=math.ceil(config.train.batch_size / world.size),
-        rank=world.rank,
-        world_size=world.size,
-        window_rows=config.loader.shuffle_rows,
-        workers=config.loader.workers,
-        prefetch=config.loader.prefetch,
-    )
+    rows = math.ceil(config.train.batch_size / world.size)
+    loader = ShardLoader.of(config, "train", rows, world.rank, world.size, shuffle=True)
     return Trainee(config, model, tables, make_optimizer(model, config.train)), loader
 
 
