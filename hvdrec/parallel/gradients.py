@@ -6,8 +6,9 @@ cache and need not negotiate it anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -98,33 +99,91 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     return gathered, start
 
 
-def sum_gradients(
-    parameters: Iterable[nn.Parameter], how: Literal["step", "adasum", "average"] = "step"
-) -> None:
-    """Join the ranks' gradients of dense parameters, fused into few messages.
+BUCKETS, SMALLEST_BUCKET = 4, 1 << 18
+"""Into how many messages dense gradients are put at most, and the bytes that fill one at least."""
 
-    step: each becomes its sum over the ranks. adasum: Adasum of the ranks' gradients, each of its
-    own mean loss (Maleki et al., MLSys 2021). average: no messages, each rank keeps its own.
-    Every rank must give the same parameters in the same order; one that this rank's batch did not
-    touch takes part with zeros, because a rank that stays out would leave the others waiting.
+
+class DenseGradients:
+    """The gradients of dense parameters, joined over the ranks while the backward pass goes on.
+
+    The backward pass comes to a model's last parameters first: from them on gradients are put into
+    a few buckets, and a bucket goes out as one message when the last of its gradients is there.
+
+    how: step: each becomes its sum over the ranks. adasum: Adasum of the ranks' gradients, each of
+    its own mean loss (Maleki et al., MLSys 2021). average: no messages, each rank keeps its own.
+    Every rank must give the same parameters in the same order, and call each method as often. A
+    model has one of these.
     """
-    gradients = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    size = current().size
-    if size == 1:
-        return
-    if how != "step":
-        # What a rank has is its share of a sum; its own mean is about `size` times that.
-        torch._foreach_mul_(gradients, size)
-    if how == "average":
-        return
-    import horovod.torch as hvd
 
-    operation = hvd.Sum if how == "step" else hvd.Adasum
-    wait(hvd.grouped_allreduce_async_(gradients, op=operation, name="gradients"))
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        how: Literal["step", "adasum", "average"] = "step",
+    ) -> None:
+        self._parameters, self._how, self._size = list(parameters), how, current().size
+        self._buckets = _buckets(self._parameters)
+        self._missing: list[int] = []
+        self._handles: dict[int, int] = {}
+        if self._size > 1 and how != "average":
+            for number, bucket in enumerate(self._buckets):
+                for parameter in bucket:
+                    parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
+
+    def expect(self) -> None:
+        """Say that the next backward pass is the last one before the step."""
+        self._missing = [len(bucket) for bucket in self._buckets]
+
+    def finish(self) -> None:
+        """Begin to join what has not gone out yet; does not wait.
+
+        A parameter that this rank's batch did not touch takes part with zeros, because a rank that
+        stays out would leave the others waiting.
+        """
+        self._missing = []
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self._size > 1:
+            for number in range(len(self._buckets)):
+                self._send(number)
+
+    def wait(self) -> None:
+        """Wait until the parameters have their joined gradients."""
+        for handle in self._handles.values():
+            wait(handle)
+        self._handles = {}
+
+    def _arrived(self, bucket: int, _: Tensor) -> None:
+        if self._missing:
+            self._missing[bucket] -= 1
+            if not self._missing[bucket]:
+                self._send(bucket)
+
+    def _send(self, bucket: int) -> None:
+        if bucket in self._handles:
+            return
+        gradients = [p.grad for p in self._buckets[bucket] if p.grad is not None]
+        if self._how != "step":
+            # What a rank has is its share of a sum; its own mean is about `size` times that.
+            torch._foreach_mul_(gradients, self._size)
+        if self._how == "average":
+            return
+        import horovod.torch as hvd
+
+        operation = hvd.Sum if self._how == "step" else hvd.Adasum
+        name = f"gradients/{bucket}"
+        self._handles[bucket] = hvd.grouped_allreduce_async_(gradients, op=operation, name=name)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Divide parameters, the last first, into buckets of about the same number of bytes."""
+    enough = max(SMALLEST_BUCKET, sum(p.nbytes for p in parameters) // BUCKETS)
+    buckets: list[list[nn.Parameter]] = []
+    for parameter in reversed(parameters):
+        if not buckets or sum(p.nbytes for p in buckets[-1]) >= enough:
+            buckets.append([])
+        buckets[-1].append(parameter)
+    return buckets
 
 
 def average(tensors: Iterable[Tensor]) -> None:

@@ -66,14 +66,15 @@ class Kernel(Protocol):
     """One rank's rows of a group of tables.
 
     weight: [rows, width]; state: name -> [rows, ...]; rate: the learning rate, to be set before the
-    rows of a step are fetched. sums_duplicates: whether `update` takes a row several times and sums
-    its gradients first.
+    rows of a step are updated, or if it `wants_rate`, before they are fetched. sums_duplicates:
+    whether `update` takes a row several times and sums its gradients first.
     """
 
     name: KernelName
     weight: Tensor
     state: dict[str, Tensor]
     sums_duplicates: bool
+    wants_rate: bool
     rate: float
 
     def fetch(self, rows: Tensor) -> Tensor:
@@ -90,6 +91,7 @@ class TorchKernel:
 
     name: KernelName = "torch"
     sums_duplicates = False
+    wants_rate = False
 
     def __init__(
         self,
@@ -167,6 +169,7 @@ class FbgemmKernel:
     """
 
     name: KernelName = "fbgemm"
+    wants_rate = True
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """Embedding tables that are held outside the model, whole or in shards over the ranks.
 
 A step goes like this: `find` lists the batch's distinct rows (on the reader's thread), `ask` sends
-their numbers to the ranks that hold them (while the step before computes), `fetch` brings the rows,
-the model runs, `send_gradients` and `gradients` bring theirs to where the rows are, and `update`
-takes the optimizer's step. Nothing in it costs more with a larger vocabulary.
+their numbers to the ranks that hold them (while the step before computes), `begin_fetch` starts to
+bring the rows once that step has updated its own, `fetch` waits for them, the model runs,
+`send_gradients` and `gradients` bring theirs to where the rows are, and `update` takes the
+optimizer's step. Nothing in it costs more with a larger vocabulary.
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ from hvdrec.schema import FIRST_CODE, Pooling, Schema
 Array = NDArray[Any]
 Moved = TypeVar("Moved", Values, Lists)
 
-"""Standard deviation of a table's first values: small, so that rare rows say little."""
-
 
 @dataclass
 class _Exchange:
@@ -44,6 +43,9 @@ class _Exchange:
     """Where each row that was asked for (sharded) or found (replicated) is among `rows`."""
     counts: Tensor | None = None
     """int32 [ranks]: how many rows each rank asked for."""
+    is_begun: bool = False
+    """Whether vectors are on their way, or need not travel; `arriving` is their handle, if so."""
+    arriving: int | None = None
     vectors: Tensor | None = None
 
 
@@ -166,16 +168,16 @@ class DistributedTables:
 
         Returns the rows of the batch, or of each of its parts where there are several.
         """
-        started = [self._arrive(g, k, e) for g, k, e in self._each(asked)]
+        self._begin_fetch(asked)
         blocks = []
-        for (group, kernel, exchange), handle in zip(self._each(asked), started, strict=True):
+        for group, kernel, exchange in self._each(asked):
             assert exchange.rows is not None
-            if handle is None:
+            if exchange.arriving is None:
                 vectors = kernel.fetch(exchange.rows)
                 if exchange.order is not None:
                     vectors = vectors.index_select(0, exchange.order)
             else:
-                vectors = _received(handle)
+                vectors = _received(exchange.arriving)
             exchange.vectors = vectors.requires_grad_(torch.is_grad_enabled())
             found = exchange.found
             blocks.append(
@@ -192,6 +194,21 @@ class DistributedTables:
             assert group.width == vectors.shape[1]
         parts = tuple(Rows(tuple(part)) for part in zip(*blocks, strict=True))
         return parts[0] if len(parts) == 1 else parts
+
+    def begin_fetch(self, asked: Asked) -> None:
+        """Begin to bring the rows of a later step, once this one's have been updated.
+
+        Every rank must call this together. Where a kernel wants to know the learning rate before
+        it reads, which is not known yet, nothing happens until `fetch`.
+        """
+        if not any(kernel.wants_rate for kernel in self.kernels):
+            self._begin_fetch(asked)
+
+    def _begin_fetch(self, asked: Asked) -> None:
+        for group, kernel, exchange in self._each(asked):
+            if not exchange.is_begun:
+                exchange.arriving = self._arrive(group, kernel, exchange)
+                exchange.is_begun = True
 
     def _arrive(self, group: Group, kernel: Kernel, exchange: _Exchange) -> int | None:
         """Wait for what is asked of this rank; start to send sharded rows and return the handle."""

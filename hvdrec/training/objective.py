@@ -22,9 +22,9 @@ from hvdrec.models.losses import (
 )
 from hvdrec.models.recommender import Output, Recommender
 from hvdrec.parallel.find import cuts
-from hvdrec.parallel.gradients import gather_rows, global_sum, sum_gradients
+from hvdrec.parallel.gradients import DenseGradients, gather_rows, global_sum
 from hvdrec.parallel.ranks import current
-from hvdrec.parallel.tables import DistributedTables
+from hvdrec.parallel.tables import DistributedTables, Sent
 from hvdrec.sections import Train
 from hvdrec.training.pipeline import Step
 
@@ -50,16 +50,17 @@ def compute_gradients(
     tables: DistributedTables,
     config: Config,
     log_probability: Tensor | None,
+    dense: DenseGradients,
     combine: Combine | None = None,
     teacher: Recommender | None = None,
-) -> tuple[StepLoss, tuple[Tensor, ...]]:
+) -> tuple[StepLoss, Sent]:
     """Run forward and backward on a step's batch, in parts if it is configured to be cut.
 
-    Leaves the dense gradients in the parameters, joined over the ranks as configured, and returns
-    those of table rows (see DistributedTables.gradients). log_probability: [items] log of each
-    item's share of the positive training rows, for the logQ correction, or None; combine: a
-    compiled stand-in for ``model.combine``; teacher: a model in evaluation mode, with its tables.
-    Every rank must call this together.
+    Leaves gradients under way: those of dense parameters in `dense`, those of table rows in what it
+    returns. log_probability: [items] log of each item's share of the positive training rows, for
+    the logQ correction, or None; dense: of the model's parameters; combine: a compiled stand-in for
+    ``model.combine``; teacher: a model in evaluation mode, with its tables. Every rank must call
+    this together.
     """
     train, batch = config.train, step.batch
     fetched = tables.fetch(step.asked)
@@ -69,7 +70,8 @@ def compute_gradients(
     sums = torch.zeros(3 + len(config.tasks), dtype=dtype, device=device)
     task_factors = sums.new_tensor([task.weight for task in config.tasks])
     places = cuts(len(batch.label), len(parts))
-    for (start, stop), rows, index in zip(places, parts, step.positives, strict=True):
+    for number, (rows, index) in enumerate(zip(parts, step.positives, strict=True), start=1):
+        start, stop = places[number - 1]
         part = batch if len(parts) == 1 else batch.part(start, stop)
         vectors = model.tables(model.schema.features, part.features, rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
@@ -95,14 +97,14 @@ def compute_gradients(
         total = ranking + factor * retrieval
         if train.embedding_penalty:
             total = total + train.embedding_penalty / 2 * rows.squares() / totals[0]
+        if number == len(parts):
+            dense.expect()
         total.backward()  # type: ignore[no-untyped-call]
         sums += torch.cat([torch.stack([total, ranking, retrieval]), of_tasks]).detach()
-    # Both travel at a time.
     sent = tables.send_gradients(step.asked)
-    sum_gradients(model.parameters(), config.parallel.synchronization)
-    gradients = tables.gradients(sent)
+    dense.finish()
     total, ranking, retrieval, *_ = sums.unbind()
-    return StepLoss(total, ranking, retrieval, sums[3:]), gradients
+    return StepLoss(total, ranking, retrieval, sums[3:]), sent
 
 
 def clip(

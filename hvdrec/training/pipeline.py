@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Any
 
@@ -38,13 +38,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step needs: its rows are on their way, and the batch is on the device."""
+    """What a training step needs: its rows are on their way, and the batch is on the device.
+
+    following: the rows of the step after it, if there is one.
+    """
 
     batch: Batch
     asked: Asked
     positives: tuple[Tensor, ...]
     totals: PendingSum
     drawn: int
+    following: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def steps(
             ready.drawn,
         )
         if waiting is not None:
-            yield waiting
+            yield replace(waiting, following=step.asked)
         waiting = step
     if waiting is not None:
         yield waiting

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvdrec.config import Config
 from hvdrec.models.recommender import Recommender
-from hvdrec.parallel.gradients import average
+from hvdrec.parallel.gradients import DenseGradients, average
 from hvdrec.parallel.tables import DistributedTables
 from hvdrec.training.average import Averages
 from hvdrec.training.objective import Combine, StepLoss, clip, compute_gradients
@@ -23,8 +23,8 @@ class Trainee:
     """A model, its tables over the ranks, and the optimizer of its dense weights.
 
     log_probability, teacher: see `compute_gradients`. averages: of all weights, if so configured.
-    combine: ``model.combine``, compiled if so
-    configured. dropouts: the model's, each with its share at the beginning.
+    combine: ``model.combine``, compiled if so configured. dropouts: the model's, each with its
+    share at the beginning. dense: the gradients of the model's parameters.
     """
 
     config: Config
@@ -36,10 +36,13 @@ class Trainee:
     averages: Averages | None = None
     combine: Combine = field(init=False)
     dropouts: tuple[tuple[nn.Dropout, float], ...] = field(init=False)
+    dense: DenseGradients = field(init=False)
 
     def __post_init__(self) -> None:
         dropouts = [module for module in self.model.modules() if isinstance(module, nn.Dropout)]
         object.__setattr__(self, "dropouts", tuple((module, module.p) for module in dropouts))
+        dense = DenseGradients(self.model.parameters(), self.config.parallel.synchronization)
+        object.__setattr__(self, "dense", dense)
         combine = self.model.combine
         if self.config.train.compile:
             combine = torch.compile(combine)
@@ -63,13 +66,27 @@ def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> Ste
         for dropout, first in trainee.dropouts:
             dropout.p = first * (1.0 - min(progress, 1.0))
     trainee.optimizer.zero_grad(set_to_none=True)
-    loss, gradients = compute_gradients(
-        model, step, tables, config, trainee.log_probability, trainee.combine, trainee.teacher
+    dense = trainee.dense
+    loss, sent = compute_gradients(
+        model,
+        step,
+        tables,
+        config,
+        trainee.log_probability,
+        dense,
+        trainee.combine,
+        trainee.teacher,
     )
+    gradients = tables.gradients(sent)
     if train.clip_norm > 0:
+        dense.wait()
         gradients = clip(model, tables, step, gradients, train.clip_norm)
-    trainee.optimizer.step()
     tables.update(step.asked, gradients)
+    if step.following is not None:
+        # The next step's vectors travel while dense weights are brought up to date.
+        tables.begin_fetch(step.following)
+    dense.wait()
+    trainee.optimizer.step()
     if parallel.synchronization == "average" and (number + 1) % parallel.average_every == 0:
         settle(trainee)
     if trainee.averages is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvdrec.parallel.gradients import DenseGradients
 from hvdrec.parallel.ranks import World
 from hvdrec.training.objective import compute_gradients
 from hvdrec.training.pipeline import Catalogue, preparer, steps
@@ -39,7 +40,9 @@ def test_drawn_items_are_negatives_of_every_positive_row() -> None:
     prepare = preparer(tables, config, 0, 0, Catalogue(features, ITEMS))
     given = replace(of_type(small_batch(12), torch.float64), tasks=None)
     (step,) = steps([prepare(0, given)], tables, torch.device("cpu"))
-    loss, _ = compute_gradients(model, step, tables, config, share.log())
+    loss, _ = compute_gradients(
+        model, step, tables, config, share.log(), DenseGradients(model.parameters())
+    )
 
     batch = step.batch
     assert len(batch.label) == 12 + DRAWN
@@ -71,7 +74,9 @@ def test_a_teachers_probabilities_are_part_of_the_labels() -> None:
     model = small_model(config, with_tables=False)
     batch = replace(of_type(small_batch(12), torch.float64), tasks=None)
     (step,) = steps([preparer(tables, config, 0, 0)(0, batch)], tables, torch.device("cpu"))
-    loss, _ = compute_gradients(model, step, tables, config, None, teacher=teacher)
+    loss, _ = compute_gradients(
+        model, step, tables, config, None, DenseGradients(model.parameters()), teacher=teacher
+    )
     with torch.no_grad():
         ours = whole(batch.features).logit.sigmoid()
         theirs = teacher(batch.features).logit.sigmoid()

@@ -28,15 +28,22 @@ def main() -> None:
     (joined.sum() * (rank + 1)).backward()
     assert rows.grad is not None
     assert torch.equal(rows.grad, torch.full((rank, 2), float(sum(r + 1 for r in everyone))))
-    unused = torch.nn.Parameter(torch.zeros(2))
-    used = torch.nn.Parameter(torch.zeros(2))
-    used.grad = torch.full((2,), float(rank))
-    if rank == 0:
-        unused.grad = torch.ones(2)
-    gradients.sum_gradients([used, unused])
-    assert used.grad.tolist() == [float(sum(everyone))] * 2
+    # The second is large enough for a bucket of its own; only the first rank uses the last.
+    used, large, unused = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 1 << 17, 2))
+    dense = gradients.DenseGradients([used, large, unused])
+    for last in (False, True):
+        if last:
+            dense.expect()
+        total = (rank + 1) * (used.sum() + 2 * large.sum()) + (unused.sum() if rank == 0 else 0)
+        total.backward()
+    dense.finish()
+    dense.wait()
+    # Each was added up over both backward passes before it went out.
+    for parameter, value in ((used, 1), (large, 2)):
+        assert parameter.grad is not None
+        assert (parameter.grad == 2.0 * value * sum(r + 1 for r in everyone)).all()
     assert unused.grad is not None
-    assert unused.grad.tolist() == [1.0, 1.0]
+    assert unused.grad.tolist() == [2.0, 2.0]
     state = {"w": torch.full((3,), float(rank))}
     gradients.broadcast_state(state)
     assert state["w"].tolist() == [0.0] * 3

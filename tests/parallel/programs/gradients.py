@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hvdrec.parallel import ranks
-from hvdrec.parallel.gradients import broadcast_state
+from hvdrec.parallel.gradients import DenseGradients, broadcast_state
 from hvdrec.training.objective import clip, compute_gradients
 from hvdrec.training.pipeline import preparer, steps
 from tests.small_model import (
@@ -54,11 +54,14 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
     log_probability = torch.log(torch.arange(1, 10) / 45).to(dtype)
     prepare = preparer(tables, config, 0, world.rank)
     prepared = (prepare(number, batch) for number, batch in enumerate(batches))
+    dense = DenseGradients(model.parameters(), config.parallel.synchronization)
     out: dict[str, Tensor] = {}
     for number, step in enumerate(steps(prepared, tables, torch.device("cpu"))):
         tables.set_rate(TABLE_RATE)
         model.zero_grad()
-        loss, gradients = compute_gradients(model, step, tables, config, log_probability)
+        loss, sent = compute_gradients(model, step, tables, config, log_probability, dense)
+        gradients = tables.gradients(sent)
+        dense.wait()
         if config.train.clip_norm:
             gradients = clip(model, tables, step, gradients, config.train.clip_norm)
         if number == 0:
@@ -68,6 +71,8 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
                 assert parameter.grad is not None
                 out[f"gradient/{name}"] = parameter.grad.clone()
         tables.update(step.asked, gradients)
+        if step.following is not None:
+            tables.begin_fetch(step.following)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(parameter.grad, alpha=DENSE_RATE)
