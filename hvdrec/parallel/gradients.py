@@ -127,7 +127,8 @@ class DenseGradients:
         if self._size > 1 and how != "average":
             for number, bucket in enumerate(self._buckets):
                 for parameter in bucket:
-                    parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
+                    hook = partial(self._arrived, number)
+                    parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def expect(self) -> None:
         """Say that the next backward pass is the last one before the step."""

@@ -19,12 +19,31 @@ SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
 
 BACKEND_VARIABLES = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
 
+LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+"""How many processes were started on this host."""
+SHARED_CORE_SETTINGS = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_CYCLE_TIME": "2"}
+"""For Horovod's thread where it has no core of its own. Open MPI's waiting keeps a core busy, and
+so nearly does Gloo's transport if Horovod looks for work every millisecond, as it does by default.
+Two ranks on two hyperthreads of one core came from 0.72 to 0.79 (Gloo) and 0.95 (MPI) of the speed
+of two processes alone."""
+
 RENDEZVOUS_SECONDS = 10.0
 
 
 def is_launched() -> bool:
     """Return whether a launcher has started this process, as one of several perhaps."""
     return any(name in os.environ for name in LAUNCHER_VARIABLES)
+
+
+def spare_cores() -> None:
+    """Let Horovod wait without keeping a core busy, if ranks have not at least two cores each.
+
+    To be called before Horovod starts. What the environment already says stands.
+    """
+    ranks = next((os.environ[name] for name in LOCAL_SIZE_VARIABLES if name in os.environ), "1")
+    if ranks.isdecimal() and int(ranks) > 1 and len(os.sched_getaffinity(0)) < 2 * int(ranks):
+        for name, value in SHARED_CORE_SETTINGS.items():
+            os.environ.setdefault(name, value)
 
 
 def unseen_processes(size: int) -> tuple[str, str] | None:

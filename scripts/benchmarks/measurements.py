@@ -22,7 +22,7 @@ ONLY = {
     "bf16_ratio": "hvdrec's bf16 against its fp32, MLP 1024-512-256",
     "work_b": "MovieLens-1M's ranking model, readers included",
     "vocabulary": "a step with 10,000,000 ids a table against one with 10,000",
-    "two_ranks": "two ranks with sharded tables, one thread each",
+    "two_ranks": "two ranks with sharded tables, one thread each: under mpirun, and with Gloo",
     "memory": "8 tables of 10,000,000 rows: a rank of two against one rank",
 }
 
@@ -55,8 +55,11 @@ class Ratio:
 def programs() -> dict[str, Program]:
     """Return all programs by name, in the order of a turn: what is compared stands close."""
     horovodrun = (str(BIN / "horovodrun"), "-np", "2", "--gloo", "--network-interfaces", "lo")
+    mpirun = (str(BIN / "mpirun"), "-np", "2", "--bind-to", "none", "--oversubscribe")
+    mpirun += ("--allow-run-as-root",)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     two, bf16 = ("--threads", "1"), ("--precision", "bf16")
+    sharded = (*two, "--placement", "sharded")
     wide = ("--hidden", "1024,512,256")
     few_steps = ("--steps", "8", "--warmup", "2")
     a, b = ("--work", "a"), ("--work", "b")
@@ -80,16 +83,15 @@ def programs() -> dict[str, Program]:
     return made | {
         "vocabulary.few": Program("few", a),
         "vocabulary.many": Program("many", a),
-        "two_ranks.hvdrec": Program(
-            "work_a", (*a, *two, "--placement", "sharded"), "", horovodrun, processes=2
-        ),
+        "two_ranks.hvdrec": Program("work_a", (*a, *sharded), "", mpirun, processes=2),
+        "two_ranks.gloo": Program("work_a", (*a, *sharded), "", horovodrun, processes=2),
         "two_ranks.alone": Program("work_a", (*a, *two, "--batch", "2048"), copies=2, processes=2),
         "two_ranks.torchrec": Program(
             "work_a", (*a, *two, "--distributed"), "torchrec", torchrun, processes=2
         ),
         "memory.one_rank": Program("many", (*a, *few_steps)),
         "memory.two_ranks": Program(
-            "many", (*a, *two, *few_steps, "--placement", "sharded"), "", horovodrun, processes=2
+            "many", (*a, *few_steps, *sharded), "", horovodrun, processes=2
         ),
     }
 
@@ -113,6 +115,7 @@ def ratios() -> list[Ratio]:
         # Of times, so the speeds stand the other way round.
         Ratio("vocabulary", "vocabulary_ratio", "vocabulary.few", "vocabulary.many"),
         Ratio("two_ranks", "two_ranks.share", "two_ranks.hvdrec", "two_ranks.alone"),
+        Ratio("two_ranks", "two_ranks.gloo.share", "two_ranks.gloo", "two_ranks.alone"),
         Ratio("two_ranks", "two_ranks.ratio.torchrec", "two_ranks.hvdrec", "two_ranks.torchrec"),
         Ratio("memory", "memory_share", "memory.two_ranks", "memory.one_rank", MEMORY),
     ]

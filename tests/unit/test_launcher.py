@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,9 +13,12 @@ import pytest
 from hvdrec.errors import UserError
 from hvdrec.parallel import launcher
 from hvdrec.parallel.launcher import (
+    LOCAL_SIZE_VARIABLES,
+    SHARED_CORE_SETTINGS,
     check_gloo_address,
     check_rendezvous,
     is_launched,
+    spare_cores,
     unseen_processes,
 )
 
@@ -113,3 +117,24 @@ def test_a_network_interface_that_is_not_there_is_told_of(monkeypatch: pytest.Mo
     monkeypatch.setenv("HOROVOD_GLOO_IFACE", "eth77")
     with pytest.raises(UserError, match=r"^hv2: there is no network interface 'eth77' \("):
         check_gloo_address("hv2")
+
+
+@pytest.mark.parametrize("name", ["HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+def test_horovod_spares_cores_where_ranks_share_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for known in (*LOCAL_SIZE_VARIABLES, *SHARED_CORE_SETTINGS):
+        monkeypatch.setenv(known, "")
+        monkeypatch.delenv(known)
+    spare_cores()  # a process alone
+    monkeypatch.setenv(name, "4")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    spare_cores()  # a core for each rank and one for its Horovod
+    assert not set(SHARED_CORE_SETTINGS) & set(os.environ)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7))
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")  # the user's own
+    spare_cores()
+    assert {key: os.environ[key] for key in SHARED_CORE_SETTINGS} == {
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+        "HOROVOD_CYCLE_TIME": "5",
+    }
