@@ -164,6 +164,7 @@ def run_peer(
         program = REPOSITORY / "scripts" / "benchmarks" / "peers" / "accuracy_peer.py"
         features = options.work / row.config / "split-0" / "features"
         options_of = ["--model", model, "--seed", str(seed)]
+        options_of += ["--rounds", str(options.peer_rounds)] if options.peer_rounds else []
         command = [str(folder / "bin" / "python"), str(program), str(features), *options_of]
         print("+", *command, file=sys.stderr, flush=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -265,6 +266,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--peers-dir",
         type=Path,
         help="environments of peers; one that is there is used as it is (default: WORK/peers)",
+    )
+    parser.add_argument(
+        "--peer-rounds",
+        type=int,
+        help="epochs of FuxiCTR and trees of LightGBM at most (default: 20 and 1000, with early "
+        "stopping: hours on Complete Journey)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--list", action="store_true", help="list the rows")
