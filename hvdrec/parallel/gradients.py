@@ -1,7 +1,9 @@
 """Sums over ranks that keep N ranks' gradients equal to one rank's on the same global batch.
 
 Every collective has a name of its own, the same in each step: Horovod then knows it again from its
-cache and need not negotiate it anew.
+cache and need not negotiate it anew. What is to travel in one message is joined here, not by
+Horovod, which joins what happens to be there: with it the order of a sum over three and more ranks,
+and so its last bit, would change from run to run (see launcher.SETTINGS).
 """
 
 from __future__ import annotations
@@ -123,7 +125,7 @@ class DenseGradients:
         self._parameters, self._how, self._size = list(parameters), how, current().size
         self._buckets = _buckets(self._parameters)
         self._missing: list[int] = []
-        self._handles: dict[int, int] = {}
+        self._sent: dict[int, _Message] = {}
         if self._size > 1 and how != "average":
             for number, bucket in enumerate(self._buckets):
                 for parameter in bucket:
@@ -150,9 +152,9 @@ class DenseGradients:
 
     def wait(self) -> None:
         """Wait until the parameters have their joined gradients."""
-        for handle in self._handles.values():
-            wait(handle)
-        self._handles = {}
+        for message in self._sent.values():
+            message.wait()
+        self._sent = {}
 
     def _arrived(self, bucket: int, _: Tensor) -> None:
         if self._missing:
@@ -161,19 +163,41 @@ class DenseGradients:
                 self._send(bucket)
 
     def _send(self, bucket: int) -> None:
-        if bucket in self._handles:
+        if bucket in self._sent:
             return
         gradients = [p.grad for p in self._buckets[bucket] if p.grad is not None]
         if self._how != "step":
             # What a rank has is its share of a sum; its own mean is about `size` times that.
             torch._foreach_mul_(gradients, self._size)
-        if self._how == "average":
-            return
+        if self._how != "average":
+            self._sent[bucket] = _Message.send(gradients, self._how, f"gradients/{bucket}")
+
+
+@dataclass(frozen=True)
+class _Message:
+    """Tensors that are joined over the ranks in place; `joined` is what travels, if they are."""
+
+    tensors: Sequence[Tensor]
+    joined: Tensor | None
+    handle: int
+
+    @staticmethod
+    def send(tensors: Sequence[Tensor], how: Literal["step", "adasum"], name: str) -> _Message:
         import horovod.torch as hvd
 
-        operation = hvd.Sum if self._how == "step" else hvd.Adasum
-        name = f"gradients/{bucket}"
-        self._handles[bucket] = hvd.grouped_allreduce_async_(gradients, op=operation, name=name)
+        if how == "adasum":
+            # Its sums are of each tensor alone.
+            handle = hvd.grouped_allreduce_async_(list(tensors), op=hvd.Adasum, name=name)
+            return _Message(tensors, None, handle)
+        joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return _Message(tensors, joined, hvd.allreduce_async_(joined, op=hvd.Sum, name=name))
+
+    def wait(self) -> None:
+        wait(self.handle)
+        if self.joined is not None:
+            parts = torch.split(self.joined, [tensor.numel() for tensor in self.tensors])
+            shaped = [p.view_as(t) for p, t in zip(parts, self.tensors, strict=True)]
+            torch._foreach_copy_(list(self.tensors), shaped)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -190,9 +214,9 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 def average(tensors: Iterable[Tensor]) -> None:
     """Overwrite floating-point tensors by their mean over the ranks."""
     if current().size > 1:
-        import horovod.torch as hvd
-
-        wait(hvd.grouped_allreduce_async_(list(tensors), op=hvd.Average, name="average"))
+        mine = list(tensors)
+        torch._foreach_div_(mine, current().size)
+        _Message.send(mine, "step", "average").wait()
 
 
 def broadcast_state(tensors: dict[str, Tensor]) -> None:

@@ -21,6 +21,8 @@ BACKEND_VARIABLES = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
 
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 """How many processes were started on this host."""
+SETTINGS = {"HOROVOD_FUSION_THRESHOLD": "0"}
+"""Horovod's, for all jobs: messages are not joined by chance, so sums repeat to the last bit."""
 SHARED_CORE_SETTINGS = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_CYCLE_TIME": "2"}
 """For Horovod's thread where it has no core of its own. Open MPI's waiting keeps a core busy, and
 so nearly does Gloo's transport if Horovod looks for work every millisecond, as it does by default.
@@ -35,15 +37,17 @@ def is_launched() -> bool:
     return any(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
-def spare_cores() -> None:
-    """Let Horovod wait without keeping a core busy, if ranks have not at least two cores each.
+def set_environment() -> None:
+    """Set what Horovod reads when it starts; what the environment already says stands.
 
-    To be called before Horovod starts. What the environment already says stands.
+    Where ranks have not at least two cores each, Horovod is to wait without keeping a core busy.
     """
+    settings = dict(SETTINGS)
     ranks = next((os.environ[name] for name in LOCAL_SIZE_VARIABLES if name in os.environ), "1")
     if ranks.isdecimal() and int(ranks) > 1 and len(os.sched_getaffinity(0)) < 2 * int(ranks):
-        for name, value in SHARED_CORE_SETTINGS.items():
-            os.environ.setdefault(name, value)
+        settings |= SHARED_CORE_SETTINGS
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
 
 
 def unseen_processes(size: int) -> tuple[str, str] | None:

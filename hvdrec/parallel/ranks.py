@@ -22,7 +22,7 @@ from hvdrec.parallel.launcher import (
     check_gloo_address,
     check_rendezvous,
     is_launched,
-    spare_cores,
+    set_environment,
     unseen_processes,
 )
 
@@ -100,7 +100,7 @@ def init() -> World:
             os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
             os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
         os.environ.setdefault(GLOO_VARIABLE, f"{max(GLOO_SECONDS, silence_seconds() + 5):.0f}")
-        spare_cores()
+        set_environment()
         host = agreement.host_name()
         check_gloo_address(host)
         check_rendezvous(host)

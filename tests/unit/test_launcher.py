@@ -14,11 +14,12 @@ from hvdrec.errors import UserError
 from hvdrec.parallel import launcher
 from hvdrec.parallel.launcher import (
     LOCAL_SIZE_VARIABLES,
+    SETTINGS,
     SHARED_CORE_SETTINGS,
     check_gloo_address,
     check_rendezvous,
     is_launched,
-    spare_cores,
+    set_environment,
     unseen_processes,
 )
 
@@ -123,17 +124,18 @@ def test_a_network_interface_that_is_not_there_is_told_of(monkeypatch: pytest.Mo
 def test_horovod_spares_cores_where_ranks_share_them(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for known in (*LOCAL_SIZE_VARIABLES, *SHARED_CORE_SETTINGS):
+    for known in (*LOCAL_SIZE_VARIABLES, *SETTINGS, *SHARED_CORE_SETTINGS):
         monkeypatch.setenv(known, "")
         monkeypatch.delenv(known)
-    spare_cores()  # a process alone
+    set_environment()  # a process alone
     monkeypatch.setenv(name, "4")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
-    spare_cores()  # a core for each rank and one for its Horovod
+    set_environment()  # a core for each rank and one for its Horovod
     assert not set(SHARED_CORE_SETTINGS) & set(os.environ)
+    assert {key: os.environ[key] for key in SETTINGS} == SETTINGS
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7))
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")  # the user's own
-    spare_cores()
+    set_environment()
     assert {key: os.environ[key] for key in SHARED_CORE_SETTINGS} == {
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "HOROVOD_CYCLE_TIME": "5",
