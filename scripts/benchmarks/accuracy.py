@@ -164,7 +164,8 @@ def run_peer(
         program = REPOSITORY / "scripts" / "benchmarks" / "peers" / "accuracy_peer.py"
         features = options.work / row.config / "split-0" / "features"
         options_of = ["--model", model, "--seed", str(seed)]
-        options_of += ["--rounds", str(options.peer_rounds)] if options.peer_rounds else []
+        if options.peer_rounds:
+            options_of += ["--rounds", str(options.peer_rounds[PEERS.index(model)])]
         command = [str(folder / "bin" / "python"), str(program), str(features), *options_of]
         print("+", *command, file=sys.stderr, flush=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -270,8 +271,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--peer-rounds",
         type=int,
-        help="epochs of FuxiCTR and trees of LightGBM at most (default: 20 and 1000, with early "
-        "stopping: hours on Complete Journey)",
+        nargs=2,
+        metavar=("EPOCHS", "TREES"),
+        help="of FuxiCTR and LightGBM at most (default: 20 1000, with early stopping, which on "
+        "Complete Journey takes hours)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--list", action="store_true", help="list the rows")
