@@ -98,7 +98,7 @@ class ShardLoader:
     ready; columns: names of the features to read (default: all); tasks: columns of further labels
     to read; pin_memory: into page-locked memory, where CUDA is there; cache_dir, cache_gb: where
     row groups that were read are kept, and how much of them. `rows` counts the rows of all ranks,
-    `waited_seconds` the time the consumer has waited.
+    `largest_row_group` those of one, `waited_seconds` is the time the consumer has waited.
     Raises UserError for a directory without shards, a shard that cannot be read or lacks a column.
     """
 
@@ -137,6 +137,7 @@ class ShardLoader:
         self._files = find_shards(directory)
         self._groups, self._group_rows = list_row_groups(self._files, self._columns)
         self.rows = sum(self._group_rows)
+        self.largest_row_group = max(self._group_rows, default=0)
         cache = None
         if cache_dir:
             versions = {path: version(file) for path, file in self._files.items()}

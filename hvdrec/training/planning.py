@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,16 +25,19 @@ from hvdrec.parallel.find import find_rows
 from hvdrec.parallel.layout import Group
 from hvdrec.parallel.messages import time_messages
 from hvdrec.parallel.plan import Cluster, Constants, Plan, Work, plan_step, smallest_cluster
+from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import make_tables, row_optimizer, table_groups
 from hvdrec.text import table
 from hvdrec.training.machine import pick_device, set_threads
 from hvdrec.training.optimizer import make_optimizer
-from hvdrec.training.pipeline import preparer, steps
+from hvdrec.training.pipeline import Prepared, preparer, steps
 from hvdrec.training.step import Trainee, take_step
 
 CONSTANTS_FILE = "plan.json"
 SAMPLED_BATCHES = 6
-TRIAL_STEPS = 24
+TRIAL_STEPS, TRIAL_ROW_GROUPS, TRIAL_SECONDS = 24, 3, 12.0
+"""A trial has at least so many steps, and unless they take longer, as many as so many row groups:
+a row group is read at once."""
 LARGEST_TRIAL = 1_000_000
 """Rows of a table in the trial of `calibrate`: a step's cost does not depend on them."""
 
@@ -116,7 +119,7 @@ def _batches(config: Config, rows: int, world_size: int) -> Iterator[Batch]:
 def calibrate(config: Config) -> Constants:
     """Measure this machine, all ranks of the job at once; alone it cannot time messages.
 
-    Every rank calls this. Takes some seconds.
+    Every rank calls this. Takes up to half a minute.
     """
     world = ranks.init()
     set_threads(config, world)
@@ -124,9 +127,7 @@ def calibrate(config: Config) -> Constants:
     sizes = Fitted.load(config.paths.of("features")).sizes
     small = {name: min(size, LARGEST_TRIAL) for name, size in sizes.items()}
     rows = max(2, math.ceil(config.train.batch_size / world.size))
-    ranks.barrier()
-    with ranks.alone():
-        whole, half = (_step_seconds(config, small, device, n) for n in (rows, rows // 2))
+    whole, half = (_step_seconds(config, small, device, n) for n in (rows, rows // 2))
     slope = max((whole - half) / (rows - rows // 2), 1e-9)
     default = Constants()
     message, byte = default.message_seconds, default.byte_seconds
@@ -142,24 +143,54 @@ def calibrate(config: Config) -> Constants:
 def _step_seconds(
     config: Config, sizes: Mapping[str, int], device: torch.device, rows: int
 ) -> float:
-    """Return the median time of a step on so many rows, without other ranks, reader included."""
+    """Return the median time of a step on so many rows, reader included.
+
+    All ranks take such steps at the same time, each for itself: they may share cores.
+    """
     torch.manual_seed(0)
-    world = ranks.current()
-    config = replace(config, train=replace(config.train, batch_size=rows))
+    # Small windows: then rows are read all the time, as in training.
+    window = min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
+    config = replace(
+        config,
+        train=replace(config.train, batch_size=rows),
+        loader=replace(config.loader, shuffle_rows=window),
+    )
+    ranks.barrier()
+    with ranks.alone() as world:
+        return _mean_step(config, sizes, world, device, rows)
+
+
+def _mean_step(
+    config: Config, sizes: Mapping[str, int], world: World, device: torch.device, rows: int
+) -> float:
     model = Recommender(config, sizes, with_tables=False).to(device)
     tables = make_tables(config, sizes, world, device)
     trainee = Trainee(config, model, tables, make_optimizer(model, config.train))
     prepare = preparer(tables, config, 0, 0)
-    sampled = [_within(batch, config, sizes) for batch in _batches(config, rows, 1)]
-    # What the reader's thread would do is not timed.
-    prepared = [prepare(n, sampled[n % len(sampled)]) for n in range(TRIAL_STEPS)]
-    times = []
-    started = time.perf_counter()
-    for number, step in enumerate(steps(prepared, tables, device)):
-        float(take_step(trainee, step, number, 0.0).total)
-        times.append(time.perf_counter() - started)
+    loader = ShardLoader.of(config, "train", rows, 0, 1, shuffle=True)
+    # The reader's thread works beside the step, as in training: it may need the same cores.
+    with closing(
+        _endless(loader, lambda n, batch: prepare(n, _within(batch, config, sizes)))
+    ) as prepared:
+        enough = max(TRIAL_STEPS, TRIAL_ROW_GROUPS * loader.largest_row_group // rows)
+        trial = steps(prepared, tables, device)
+        float(take_step(trainee, next(trial), 0, 0.0).total)
         started = time.perf_counter()
-    return float(np.median(times[TRIAL_STEPS // 4 :]))
+        for number, step in enumerate(trial, start=1):
+            float(take_step(trainee, step, number, 0.0).total)
+            seconds = time.perf_counter() - started
+            if number >= enough or (number >= TRIAL_STEPS and seconds > TRIAL_SECONDS):
+                break
+    return seconds / number
+
+
+def _endless(
+    loader: ShardLoader, prepare: Callable[[int, Batch], Prepared]
+) -> Generator[Prepared, None, None]:
+    """Deliver one epoch after the other."""
+    for epoch in itertools.count():
+        with closing(loader.prepared(epoch, prepare)) as prepared:
+            yield from prepared
 
 
 def _within(batch: Batch, config: Config, sizes: Mapping[str, int]) -> Batch:
