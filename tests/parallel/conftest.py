@@ -40,13 +40,21 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that trains into a directory of its own and returns that."""
+    """Return a function that trains, once with the same options, and returns the directory.
+
+    Nobody may change it; a directory that is given is one's own.
+    """
+    made: dict[tuple[int, str, tuple[str, ...]], Path] = {}
 
     def run(ranks: int, launcher: str, *options: str, into: Path | None = None) -> Path:
+        if into is None and (ranks, launcher, options) in made:
+            return made[ranks, launcher, options]
         out = into or tmp_path_factory.mktemp("run") / "run"
         command = [HVDREC, "train", str(small), "--paths.run", str(out), *options]
         done = launch(command, ranks, launcher)
         assert done.returncode == 0, done.stdout + done.stderr
+        if into is None:
+            made[ranks, launcher, options] = out
         return out
 
     return run

@@ -84,10 +84,9 @@ def test_bf16_trains_like_fp32(train: Train) -> None:
     ("ranks", "launcher", "more"),
     [
         (1, "", ()),
-        (2, "horovodrun", SHARDED),
+        (3, "horovodrun", SHARDED),
         (2, "horovodrun", AVERAGED),
         (2, "mpirun", ("--parallel.synchronization", "average", "--parallel.average-every", "4")),
-        (3, "horovodrun", ()),
     ],
 )
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
