@@ -3,7 +3,7 @@
 Every collective has a name of its own, the same in each step: Horovod then knows it again from its
 cache and need not negotiate it anew. What is to travel in one message is joined here, not by
 Horovod, which joins what happens to be there: with it the order of a sum over three and more ranks,
-and so its last bit, would change from run to run (see launcher.SETTINGS).
+and so its last bit, would change from run to run (see launcher.DEFAULTS).
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ def compute_gradients(
     sums = torch.zeros(3 + len(config.tasks), dtype=dtype, device=device)
     task_factors = sums.new_tensor([task.weight for task in config.tasks])
     places = cuts(len(batch.label), len(parts))
-    for number, (rows, index) in enumerate(zip(parts, step.positives, strict=True), start=1):
-        start, stop = places[number - 1]
+    pieces = zip(places, parts, step.positives, strict=True)
+    for number, ((start, stop), rows, index) in enumerate(pieces, start=1):
         part = batch if len(parts) == 1 else batch.part(start, stop)
         vectors = model.tables(model.schema.features, part.features, rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):

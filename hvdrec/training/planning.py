@@ -143,7 +143,7 @@ def calibrate(config: Config) -> Constants:
 def _step_seconds(
     config: Config, sizes: Mapping[str, int], device: torch.device, rows: int
 ) -> float:
-    """Return the median time of a step on so many rows, reader included.
+    """Return the mean time of a step on so many rows, reader included.
 
     All ranks take such steps at the same time, each for itself: they may share cores.
     """

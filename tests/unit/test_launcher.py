@@ -13,9 +13,9 @@ import pytest
 from hvdrec.errors import UserError
 from hvdrec.parallel import launcher
 from hvdrec.parallel.launcher import (
+    DEFAULTS,
     LOCAL_SIZE_VARIABLES,
-    SETTINGS,
-    SHARED_CORE_SETTINGS,
+    SHARED_CORE_DEFAULTS,
     check_gloo_address,
     check_rendezvous,
     is_launched,
@@ -124,19 +124,19 @@ def test_a_network_interface_that_is_not_there_is_told_of(monkeypatch: pytest.Mo
 def test_horovod_spares_cores_where_ranks_share_them(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for known in (*LOCAL_SIZE_VARIABLES, *SETTINGS, *SHARED_CORE_SETTINGS):
+    for known in (*LOCAL_SIZE_VARIABLES, *DEFAULTS, *SHARED_CORE_DEFAULTS):
         monkeypatch.setenv(known, "")
         monkeypatch.delenv(known)
     set_environment()  # a process alone
     monkeypatch.setenv(name, "4")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     set_environment()  # a core for each rank and one for its Horovod
-    assert not set(SHARED_CORE_SETTINGS) & set(os.environ)
-    assert {key: os.environ[key] for key in SETTINGS} == SETTINGS
+    assert not set(SHARED_CORE_DEFAULTS) & set(os.environ)
+    assert {key: os.environ[key] for key in DEFAULTS} == DEFAULTS
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7))
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")  # the user's own
     set_environment()
-    assert {key: os.environ[key] for key in SHARED_CORE_SETTINGS} == {
+    assert {key: os.environ[key] for key in SHARED_CORE_DEFAULTS} == {
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "HOROVOD_CYCLE_TIME": "5",
     }
