@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from hvdrec.batch import Batch
 from hvdrec.config import Config
 from hvdrec.errors import UserError, choices
 from hvdrec.order import Plan, Progress, Window, plan_epoch
@@ -40,50 +39,6 @@ Columns = dict[str, Array]
 T = TypeVar("T")
 CodeType = type[np.int32] | type[np.int64]
 KEY_TYPES = dict(zip(KEY_COLUMNS, (np.int64, np.int64, np.float32, np.float32), strict=True))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows as tensors; behind the first `rows` rows there is padding of weight zero.
-
-    features: name -> int64 codes [N] or [N, max_length] (0 pads), or float32 [N]; user_index,
-    item_index: int64 [N]; label, weight: float32 [N]; tasks: float32 [N, T] of further labels, NaN
-    where a row tells nothing, or None where none are read. Padding rows are zero everywhere.
-    """
-
-    features: dict[str, Tensor]
-    user_index: Tensor
-    item_index: Tensor
-    label: Tensor
-    weight: Tensor
-    rows: int
-    tasks: Tensor | None = None
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Return some of the rows."""
-        part = self._each(lambda tensor: tensor[start:stop])
-        return replace(part, rows=max(0, min(stop, self.rows) - start))
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; from pinned memory the copy does not wait."""
-        if device.type == "cpu":
-            return self
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(
-            {name: change(tensor) for name, tensor in self.features.items()},
-            change(self.user_index),
-            change(self.item_index),
-            change(self.label),
-            change(self.weight),
-            self.rows,
-            None if self.tasks is None else change(self.tasks),
-        )
 
 
 class ShardLoader:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from hvdrec.batch import Batch
 from hvdrec.config import Config
-from hvdrec.loader import Batch
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import row_optimizer, table_groups

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvdrec.batch import Batch
 from hvdrec.config import Config
-from hvdrec.loader import Batch
 from hvdrec.models.losses import (
     binary_cross_entropy,
     in_batch_softmax,

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdrec.batch import Batch
 from hvdrec.config import Config
-from hvdrec.loader import Batch
 from hvdrec.models.losses import task_weights
 from hvdrec.parallel.find import Found, cuts
 from hvdrec.parallel.gradients import PendingSum, begin_global_sum

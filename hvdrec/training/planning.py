@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hvdrec.batch import Batch
 from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.features.fit import Fitted
-from hvdrec.loader import Batch, ShardLoader
+from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
 from hvdrec.models.tables import dimensions
 from hvdrec.parallel import ranks

@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec import loader as loader_module
+from hvdrec.batch import Batch
 from hvdrec.errors import UserError
-from hvdrec.loader import Batch, ShardLoader, table_arrays
+from hvdrec.loader import ShardLoader, table_arrays
 from hvdrec.order import Progress
 from hvdrec.schema import Feature, Schema
 

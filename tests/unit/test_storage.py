@@ -24,10 +24,11 @@ from hvdrec.artifacts import (
     verify_artifact,
     write_artifact,
 )
+from hvdrec.batch import Batch
 from hvdrec.cli import main
 from hvdrec.config import Config
 from hvdrec.errors import UserError
-from hvdrec.loader import Batch, ShardLoader
+from hvdrec.loader import ShardLoader
 from hvdrec.schema import Feature
 from hvdrec.sections import Paths
 from hvdrec.storage import Url, place, read_tables, retried
