@@ -3,20 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+ONEDNN_WORK = 100_000_000
+"""Multiplications of a forward pass from which on converting to oneDNN's layout pays."""
 
-def mlp(width: int, hidden: Sequence[int], dropout: float) -> tuple[nn.Sequential, int]:
-    """Return linear-ReLU(-dropout) layers and the width of their output."""
-    layers: list[nn.Module] = []
-    for size in hidden:
-        layers += [nn.Linear(width, size), nn.ReLU(inplace=True)]
-        if dropout > 0:
-            layers.append(nn.Dropout(dropout))
-        width = size
-    return nn.Sequential(*layers), width
+
+class Mlp(nn.Sequential):
+    """Linear-ReLU(-dropout) layers: [N, width] -> [N, last of hidden].
+
+    Large steps of training in float32 on a CPU run in oneDNN's tensor layout: its matrix products
+    are faster than those that torch takes for dense tensors (by a fifth on AMD's Zen 4).
+    """
+
+    def __init__(self, width: int, hidden: Sequence[int], dropout: float) -> None:
+        layers: list[nn.Module] = []
+        widths = [width, *hidden]
+        for before, size in pairwise(widths):
+            layers += [nn.Linear(before, size), nn.ReLU(inplace=True)]
+            if dropout > 0:
+                layers.append(nn.Dropout(dropout))
+        super().__init__(*layers)
+        self.output_width = widths[-1]
+        # Masks would have to be converted too, which takes what the products gain.
+        self._has_dropout = dropout > 0
+        self._products = sum(before * size for before, size in pairwise(widths))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        converts = self._takes_onednn(inputs)
+        hidden = inputs.to_mkldnn() if converts else inputs
+        for layer in self:
+            hidden = layer(hidden)
+        return hidden.to_dense() if converts else hidden
+
+    def _takes_onednn(self, inputs: Tensor) -> bool:
+        return bool(
+            self.training
+            and not self._has_dropout
+            and inputs.dtype is torch.float32
+            and inputs.device.type == "cpu"
+            and inputs.shape[0] * self._products >= ONEDNN_WORK
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            and torch.backends.mkldnn.enabled
+        )
 
 
 class CrossNetwork(nn.Module):

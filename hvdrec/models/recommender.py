@@ -17,9 +17,9 @@ from hvdrec.config import Config
 from hvdrec.models.layers import (
     AttentionPooling,
     CrossNetwork,
+    Mlp,
     SelfAttentionPooling,
     head_products,
-    mlp,
 )
 from hvdrec.models.tables import ATTENTION, EmbeddingTables, Rows
 from hvdrec.models.tasks import TaskRanker, combined
@@ -59,8 +59,8 @@ class Tower(nn.Module):
         super().__init__()
         self.normalize = shape.normalize
         self.input_dropout = nn.Dropout(shape.input_dropout)
-        self.hidden, last = mlp(width, shape.hidden, shape.dropout)
-        self.head = nn.Linear(last, shape.output)
+        self.hidden = Mlp(width, shape.hidden, shape.dropout)
+        self.head = nn.Linear(self.hidden.output_width, shape.output)
 
     def forward(self, vectors: Tensor) -> Tensor:
         out: Tensor = self.head(self.hidden(self.input_dropout(vectors)))
@@ -72,7 +72,8 @@ class Ranker(nn.Module):
 
     def __init__(self, width: int, shape: RankerShape) -> None:
         super().__init__()
-        self.hidden, last = mlp(width, shape.hidden, shape.dropout)
+        self.hidden = Mlp(width, shape.hidden, shape.dropout)
+        last = self.hidden.output_width
         self.cross = CrossNetwork(width, shape.cross_layers) if shape.cross_layers else None
         self.head = nn.Linear(last + (width if self.cross is not None else 0), 1)
 

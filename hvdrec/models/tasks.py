@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdrec.models.layers import CrossNetwork, mlp
+from hvdrec.models.layers import CrossNetwork, Mlp
 from hvdrec.sections import Ranker as RankerShape
 from hvdrec.sections import Task
 
@@ -41,16 +41,17 @@ class TaskRanker(nn.Module):
         self.cross = CrossNetwork(width, shape.cross_layers) if shape.cross_layers else None
         self.experts = nn.ModuleList()
         for _ in range(experts):
-            inner, last = mlp(first_width, widths, shape.dropout)
+            inner = Mlp(first_width, widths, shape.dropout)
             # Not in place: its input is a part of the first layer's output.
             begin = [nn.ReLU(), *([nn.Dropout(shape.dropout)] if shape.dropout > 0 else [])]
             self.experts.append(nn.Sequential(*begin, *inner))
+        last = inner.output_width
         if self.cross is not None:
             last += width
         self.heads = nn.ModuleList()
         for _ in range(tasks):
-            own, end = mlp(last, shape.task_hidden, shape.dropout)
-            self.heads.append(nn.Sequential(*own, nn.Linear(end, 1)))
+            own = Mlp(last, shape.task_hidden, shape.dropout)
+            self.heads.append(nn.Sequential(*own, nn.Linear(own.output_width, 1)))
 
     def forward(self, vectors: Tensor) -> Tensor:
         crossed = None if self.cross is None else self.cross(vectors)
