@@ -65,6 +65,7 @@ def programs() -> dict[str, Program]:
     a, b = ("--work", "a"), ("--work", "b")
     made = {
         "mlp.fp32": Program("", ("--only-mlp",)),
+        "mlp.fp32_own_layers": Program("", ("--only-mlp", "--own-layers")),
         "work_a.hvdrec": Program("work_a", a),
         "work_a.torchrec": Program("work_a", a, "torchrec"),
         "work_a_bf16.torchrec": Program("work_a", (*a, *bf16), "torchrec"),
@@ -109,6 +110,7 @@ def ratios() -> list[Ratio]:
         Ratio("work_a_bf16", "work_a.bf16_over_fp32_of_torchrec", ours_bf16, "work_a.torchrec"),
         Ratio("work_a_bf16", "work_a.bf16.reader_wait", ours_bf16, figure=WAIT),
         Ratio("mlp", "work_a.share_of_mlp", ours, "mlp.fp32"),
+        Ratio("mlp", "work_a.share_of_mlp_own_layers", ours, "mlp.fp32_own_layers"),
         Ratio("mlp", "work_a.bf16.share_of_mlp", ours_bf16, "mlp.bf16"),
         Ratio("bf16_ratio", "work_a.bf16_ratio", "wide.bf16", "wide.fp32"),
         *b,

@@ -2,7 +2,8 @@
 
 Prints one JSON line like the peers' programs; under horovodrun or mpirun the first rank does, for
 all of them. With ``--only-mlp`` the same MLP, optimizer and loss run on ready-made vectors, without
-tables and reader: the most that a step could reach.
+tables and reader: the most that a step could reach. It computes as torch does, or with
+``--own-layers`` as hvdrec does.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from work import (
 
 from hvdrec.config import Config
 from hvdrec.loader import ShardLoader
+from hvdrec.models.layers import Mlp
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
@@ -123,10 +125,10 @@ def run_mlp(options: argparse.Namespace) -> dict[str, Any]:
     set_up_process(options.threads)
     torch.manual_seed(0)
     widths = [FEATURES * WIDTH + NUMBERS, *options.hidden]
-    layers: list[torch.nn.Module] = []
-    for width, size in itertools.pairwise(widths):
-        layers += [torch.nn.Linear(width, size), torch.nn.ReLU()]
-    network: Any = torch.nn.Sequential(*layers, torch.nn.Linear(widths[-1], 1))
+    hidden: torch.nn.Module = Mlp(widths[0], options.hidden, 0.0)
+    if not options.own_layers:
+        hidden = torch.nn.Sequential(*hidden.children())
+    network: Any = torch.nn.Sequential(hidden, torch.nn.Linear(widths[-1], 1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     forward = torch.compile(network) if options.compile else network
     vectors = [torch.randn(options.batch, widths[0]) for _ in range(8)]
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--meet", type=Path, help="wait for the other process with this folder")
     parser.add_argument("--only-mlp", action="store_true", help="work (a) without tables or reader")
+    parser.add_argument("--own-layers", action="store_true", help="--only-mlp in hvdrec's layout")
     options = parser.parse_args()
     options.hidden = tuple(map(int, options.hidden.split(",")))
     if options.only_mlp:
