@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdrec.config import Config
+from hvdrec.models.dropout import Dropout
 from hvdrec.models.layers import (
     AttentionPooling,
     CrossNetwork,
@@ -58,7 +59,7 @@ class Tower(nn.Module):
     def __init__(self, width: int, shape: TowerShape) -> None:
         super().__init__()
         self.normalize = shape.normalize
-        self.input_dropout = nn.Dropout(shape.input_dropout)
+        self.input_dropout = Dropout(shape.input_dropout)
         self.hidden = Mlp(width, shape.hidden, shape.dropout)
         self.head = nn.Linear(self.hidden.output_width, shape.output)
 

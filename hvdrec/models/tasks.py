@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hvdrec.models.dropout import Dropout
 from hvdrec.models.layers import CrossNetwork, Mlp
 from hvdrec.sections import Ranker as RankerShape
 from hvdrec.sections import Task
@@ -42,8 +43,7 @@ class TaskRanker(nn.Module):
         self.experts = nn.ModuleList()
         for _ in range(experts):
             inner = Mlp(first_width, widths, shape.dropout)
-            # Not in place: its input is a part of the first layer's output.
-            begin = [nn.ReLU(), *([nn.Dropout(shape.dropout)] if shape.dropout > 0 else [])]
+            begin = [nn.ReLU(), *([Dropout(shape.dropout)] if shape.dropout > 0 else [])]
             self.experts.append(nn.Sequential(*begin, *inner))
         last = inner.output_width
         if self.cross is not None:

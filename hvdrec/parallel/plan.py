@@ -41,8 +41,8 @@ class Constants:
     """What a machine needs for its work, in seconds; the defaults are guesses, not measured.
 
     step_seconds + row_seconds * rows: a rank's step on so many rows without other ranks, with
-    `cores` cores of its own; message_seconds: a collective of no size; byte_seconds: a byte that a
-    rank sends to another on its own host.
+    `cores` cores of its own; message_seconds: what a collective costs in a step but for its bytes;
+    byte_seconds: a byte that a rank sends to another on its own host.
     """
 
     step_seconds: float = 2e-3

@@ -128,7 +128,7 @@ def calibrate(config: Config) -> Constants:
     sizes = Fitted.load(config.paths.of("features")).sizes
     small = {name: min(size, LARGEST_TRIAL) for name, size in sizes.items()}
     rows = max(2, math.ceil(config.train.batch_size / world.size))
-    whole, half = (_step_seconds(config, small, device, n) for n in (rows, rows // 2))
+    whole, half = (_seconds_alone(config, small, device, n) for n in (rows, rows // 2))
     slope = max((whole - half) / (rows - rows // 2), 1e-9)
     default = Constants()
     message, byte = default.message_seconds, default.byte_seconds
@@ -138,49 +138,72 @@ def calibrate(config: Config) -> Constants:
     own = min(torch.get_num_threads(), there) if device.type == "cpu" else 0.0
     values = np.array([max(whole - slope * rows, 0.0), slope, own, message, byte])
     step, row, cores, message, byte = (ranks.sum_arrays(values) / world.size).tolist()
-    return Constants(step, row, cores, message, byte, is_measured=True)
+    found = Constants(step, row, cores, message, byte, is_measured=True)
+    if world.size == 1:
+        return found
+    # Between two messages ranks compute, and the slowest comes last: what a message costs in a
+    # step is more than when nothing else is done.
+    planned = make_plan(config, Cluster(world.size, world.local_size), found).plan
+    count = max(TRIAL_STEPS, min(_enough(config, rows), int(TRIAL_SECONDS / planned.step_seconds)))
+    count = ranks.broadcast_object(count)
+    together = _mean_step(config, small, world, device, rows, count)
+    together = float(ranks.sum_arrays(np.array([together]))[0]) / world.size
+    messages = len(planned.seconds) - 1
+    message += (together - planned.step_seconds) / messages
+    return replace(found, message_seconds=max(message, 0.0))
 
 
-def _step_seconds(
+def _enough(config: Config, rows: int) -> int:
+    """Return how many steps a trial on so many rows takes, unless they are slow."""
+    loader = ShardLoader.of(config, "train", rows, 0, 1, shuffle=True)
+    return max(TRIAL_STEPS, TRIAL_ROW_GROUPS * loader.largest_row_group // rows)
+
+
+def _seconds_alone(
     config: Config, sizes: Mapping[str, int], device: torch.device, rows: int
 ) -> float:
-    """Return the mean time of a step on so many rows, reader included.
+    """Return the mean time of a step on so many rows, reader included, without messages.
 
     All ranks take such steps at the same time, each for itself: they may share cores.
     """
-    torch.manual_seed(0)
-    # Small windows: then rows are read all the time, as in training.
-    window = min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
-    config = replace(
-        config,
-        train=replace(config.train, batch_size=rows),
-        loader=replace(config.loader, shuffle_rows=window),
-    )
     ranks.barrier()
     with ranks.alone() as world:
-        return _mean_step(config, sizes, world, device, rows)
+        return _mean_step(config, sizes, world, device, rows, _enough(config, rows))
 
 
 def _mean_step(
-    config: Config, sizes: Mapping[str, int], world: World, device: torch.device, rows: int
+    config: Config,
+    sizes: Mapping[str, int],
+    world: World,
+    device: torch.device,
+    rows: int,
+    count: int,
 ) -> float:
+    """Return the mean time of `count` steps on so many rows a rank; a rank alone may take fewer."""
+    torch.manual_seed(0)
+    # Small windows: then rows are read all the time, as in training.
+    window = min(config.loader.shuffle_rows, rows * world.size * TRIAL_STEPS)
+    config = replace(
+        config,
+        train=replace(config.train, batch_size=rows * world.size),
+        loader=replace(config.loader, shuffle_rows=window),
+    )
     model = Recommender(config, sizes, with_tables=False).to(device)
     tables = make_tables(config, sizes, world, device)
     trainee = Trainee(config, model, tables, make_optimizer(model, config.train))
-    prepare = preparer(tables, config, 0, 0)
-    loader = ShardLoader.of(config, "train", rows, 0, 1, shuffle=True)
+    prepare = preparer(tables, config, 0, world.rank)
+    loader = ShardLoader.of(config, "train", rows, world.rank, world.size, shuffle=True)
     # The reader's thread works beside the step, as in training: it may need the same cores.
     with closing(
         _endless(loader, lambda n, batch: prepare(n, _within(batch, config, sizes)))
     ) as prepared:
-        enough = max(TRIAL_STEPS, TRIAL_ROW_GROUPS * loader.largest_row_group // rows)
         trial = steps(prepared, tables, device)
         float(take_step(trainee, next(trial), 0, 0.0).total)
         started = time.perf_counter()
-        for number, step in enumerate(trial, start=1):
+        for number, step in enumerate(itertools.islice(trial, count), start=1):
             float(take_step(trainee, step, number, 0.0).total)
             seconds = time.perf_counter() - started
-            if number >= enough or (number >= TRIAL_STEPS and seconds > TRIAL_SECONDS):
+            if world.size == 1 and number >= TRIAL_STEPS and seconds > TRIAL_SECONDS:
                 break
     return seconds / number
 

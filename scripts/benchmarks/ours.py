@@ -89,7 +89,8 @@ def run(trainee: Trainee, loader: ShardLoader, options: argparse.Namespace) -> d
         wanted = ranks.broadcast_object(max(1, round(options.seconds / step_seconds)))
     if options.meet:
         meet(options.meet)
-    waited, started = loader.waited_seconds, time.perf_counter()
+    waited, sent = loader.waited_seconds, trainee.tables.sent_bytes
+    started = time.perf_counter()
     count = rows = 0
     while count < wanted if wanted else time.perf_counter() - started < options.seconds:
         step = next(batches)
@@ -98,6 +99,7 @@ def run(trainee: Trainee, loader: ShardLoader, options: argparse.Namespace) -> d
         rows += step.batch.rows
     seconds = time.perf_counter() - started
     mine = facts(rows, count, seconds, float(loss.total))
+    mine["bytes_per_step"] = (trainee.tables.sent_bytes - sent) / count + dense_bytes(trainee)
     mine["reader_wait"] = (loader.waited_seconds - waited) / seconds
     everyone = ranks.gather_objects(mine)
     return {
@@ -108,6 +110,12 @@ def run(trainee: Trainee, loader: ShardLoader, options: argparse.Namespace) -> d
         "ranks": world.size,
         "kernels": [kernel.name for kernel in trainee.tables.kernels],
     }
+
+
+def dense_bytes(trainee: Trainee) -> float:
+    """Return what a rank sends of dense gradients in a step: a sum round a ring."""
+    size = ranks.current().size
+    return 8 * sum(p.numel() for p in trainee.model.parameters()) * (size - 1) / size
 
 
 def meet(folder: Path) -> None:

@@ -74,6 +74,7 @@ class Hosts:
         command: Sequence[str],
         names: str = "",
         at_terminal: bool = False,
+        timeout: float = 200,
     ) -> Done:
         """Run a command on one rank of each of the first (or named) hosts, started on hv1.
 
@@ -89,7 +90,7 @@ class Hosts:
         whole = [*start, "-np", str(hosts), "-H", names, *command]
         if at_terminal:
             whole = [str(BIN / "python"), TERMINAL, *whole]
-        return self.run(1, whole)
+        return self.run(1, whole, timeout)
 
     @contextmanager
     def mounted(self, host: int, source: Path | None, target: Path) -> Iterator[None]:

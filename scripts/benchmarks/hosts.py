@@ -1,0 +1,262 @@
+"""Measure hvdrec on two hosts with a slow network between them, beside Horovod's own ways.
+
+The hosts are network namespaces of this machine, so all of them share its cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from driver import CONFIG_B, Failed, last_line, make_data, say
+from measurements import BIN, SPEED
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from tests.hosts.machines import Done, Hosts, hosts_up  # noqa: E402
+
+HOSTS = 2
+PYTHON, HVDREC = str(BIN / "python"), str(BIN / "hvdrec")
+SECONDS = 1800
+LAUNCHERS = ("mpirun", "horovodrun --gloo")
+STEPS = (10, 40)
+"""hvdrec takes so many steps in two runs: what a step sends is the difference of their bytes."""
+ONLY = {
+    "steps": "work (a), sharded, against Horovod's dense and sparse gradients, four ranks",
+    "planner": "MovieLens-1M's ranking model: step times, predicted by hvdrec plan and measured",
+}
+EPILOG = """\
+examples:
+  scripts/benchmark_hosts                    everything, as tables (about 40 minutes)
+  scripts/benchmark_hosts --only steps --json
+
+Needs root, iproute2 and openssh-server. MovieLens-1M is downloaded if it is not there. Ratios are
+of the medians over the turns. Exit code: 0; 1 if a program failed; 2 for a mistake in the
+arguments.
+"""
+
+
+def launch(hosts: Hosts, launcher: str, per_host: int, *command: str) -> str:
+    """Run a job on all hosts, or with ``per_host`` below 0 on that many ranks of the first."""
+    here = range(1, HOSTS + 1) if per_host > 0 else [1]
+    count = abs(per_host)
+    names = ",".join(f"hv{i}:{count}" for i in here)
+    return _output(
+        hosts.launch(
+            launcher, count * len(here), _bound(launcher, command), names, timeout=SECONDS
+        ),
+        command,
+    )
+
+
+def _bound(launcher: str, command: tuple[str, ...]) -> list[str]:
+    # More ranks than cores.
+    return [*(["--oversubscribe", "--bind-to", "none"] if launcher == "mpirun" else []), *command]
+
+
+def _output(done: Done, command: tuple[str, ...]) -> str:
+    if done.status:
+        raise Failed(f"{' '.join(command[:3])}: exit code {done.status}: {last_line(done.output)}")
+    return done.output
+
+
+def facts_in(output: str, first: str) -> dict[str, Any]:
+    """Return the JSON object that a job's first rank printed in one line."""
+    line = next(line for line in output.splitlines() if f'{{"{first}"' in line)
+    found: dict[str, Any] = json.loads(line[line.index("{") : line.rindex("}") + 1])
+    return found
+
+
+def cap(hosts: Hosts, rate: str) -> None:
+    """Limit what each host sends to a rate as tc takes it; "" for none."""
+    for host in range(1, HOSTS + 1):
+        hosts.run(host, ["tc", "qdisc", "del", "dev", "eth0", "root"])
+        if rate:
+            limit = ["tbf", "rate", rate, "burst", "1mb", "latency", "50ms"]
+            command = ("tc", "qdisc", "add", "dev", "eth0", "root", *limit)
+            _output(hosts.run(host, command), command)
+
+
+def sent(hosts: Hosts) -> int:
+    """Return the bytes that all hosts have sent so far."""
+    total = 0
+    for host in range(1, HOSTS + 1):
+        text = hosts.run(host, ["ip", "-s", "-j", "link", "show", "eth0"]).output
+        total += json.loads(text)[0]["stats64"]["tx"]["bytes"]
+    return total
+
+
+def measure_steps(hosts: Hosts, options: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds of a step by program, their ratios, and hvdrec's bytes."""
+    data = str(options.work_dir / "work_a")
+    ours = (PYTHON, str(HERE / "ours.py"), "--work", "a", "--threads", "1", "--data", data)
+    peer = (PYTHON, str(HERE / "horovod_peer.py"), "--data", data)
+    programs = {
+        "hvdrec": (*ours, "--placement", "sharded", "--steps", str(STEPS[1])),
+        "sparse": (*peer, "--tables", "sparse", "--steps", "5"),
+        "dense": (*peer, "--tables", "dense", "--steps", "1", "--warmup", "1"),
+    }
+    cap(hosts, options.rate)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(1, options.turns + 1):
+        for name, command in programs.items():
+            found = facts_in(launch(hosts, options.launcher, 2, *command), SPEED)
+            seconds[name].append(found["seconds"] / found["steps"])
+            say(f"turn {turn}/{options.turns}  {name:8}{1e3 * seconds[name][-1]:10,.1f} ms a step")
+    few, many = (_bytes(hosts, options.launcher, *ours, count) for count in STEPS)
+    must = many["must_travel"]
+    a_step = (many["sent"] - few["sent"]) / (STEPS[1] - STEPS[0])
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "seconds_per_step": {
+            name: {"min": min(v), "median": middle[name], "max": max(v)}
+            for name, v in seconds.items()
+        },
+        "ratio": {name: middle[name] / middle["hvdrec"] for name in ("dense", "sparse")},
+        "bytes": {"sent": a_step, "must_travel": must, "ratio": a_step / must},
+    }
+
+
+def _bytes(hosts: Hosts, launcher: str, *command: Any) -> dict[str, float]:
+    """Run hvdrec, one rank on each host; return what the hosts sent and what a step has to."""
+    *start, count = command
+    before = sent(hosts)
+    steps = ("--placement", "sharded", "--steps", str(count))
+    found = facts_in(launch(hosts, launcher, 1, *start, *steps), SPEED)
+    return {"sent": sent(hosts) - before, "must_travel": HOSTS * found["bytes_per_step"]}
+
+
+def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return step times, predicted and measured, over launchers, ranks, placements and caps."""
+    found = []
+    cases = list(itertools.product(LAUNCHERS, (2, 4), ("sharded", "replicated")))
+    for launcher, count, placement in tqdm(cases, "planner", leave=False, file=sys.stderr):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = ("--paths.work", folder)
+            paths += ("--paths.features", str(options.work_dir / "work_b" / "features"))
+            model = (str(CONFIG_B), *paths, "--parallel.placement", placement)
+            plan = (HVDREC, "plan", *model, "--ranks", str(count), "--json")
+            # Constants are of one machine: its ranks send to each other without a network.
+            calibrated = launch(hosts, launcher, -count, *plan, "--calibrate")
+            bits = re.sub(r"([gm])bit$", lambda unit: f"{unit[1].upper()}bit", options.rate)
+            capped = hosts.run(
+                1, [*plan, "--ranks-per-host", str(count // HOSTS), "--bandwidth", bits]
+            )
+            for rate, text in (("", calibrated), (options.rate, _output(capped, plan))):
+                cap(hosts, rate)
+                run = ("--paths.run", f"{folder}/{rate or 'free'}", "--train.epochs", "1")
+                run += ("--train.log-every", "5", "--train.average-decay", "0")
+                per_host = count // HOSTS if rate else -count
+                launch(hosts, launcher, per_host, HVDREC, "train", *model, *run)
+                one = {
+                    "launcher": launcher,
+                    "ranks": count,
+                    "placement": placement,
+                    "rate": rate or "one host",
+                    "predicted": _predicted(text),
+                    "measured": _measured(Path(run[1])),
+                }
+                found.append(one)
+                say("  ".join(f"{v:.4f}" if isinstance(v, float) else f"{v}" for v in one.values()))
+    return found
+
+
+def _predicted(output: str) -> float:
+    plan = facts_in(output, "cluster")
+    return float(plan["seconds_per_step"]["total"])
+
+
+def _measured(run: Path) -> float:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rates = [line["rows_per_second"] for line in lines if line["event"] == "step"]
+    batch = json.loads((run / "config.json").read_text())["train"]["batch_size"]
+    return float(batch / statistics.median(rates))
+
+
+def shown(figures: dict[str, Any]) -> str:
+    """Return the figures for people."""
+    lines = []
+    if "steps" in figures:
+        steps = figures["steps"]
+        for name, values in steps["seconds_per_step"].items():
+            spread = "  ".join(f"{key} {1e3 * value:10,.1f}" for key, value in values.items())
+            lines.append(f"{name:10}ms a step: {spread}")
+        lines += [f"{name} / hvdrec: {value:.3g}" for name, value in steps["ratio"].items()]
+        size = steps["bytes"]
+        lines.append(
+            f"bytes a step: {size['sent']:,.0f} sent, {size['must_travel']:,.0f} must travel: "
+            f"{size['ratio']:.3f}"
+        )
+    for one in figures.get("planner", []):
+        lines.append(
+            f"{one['launcher']:18}{one['ranks']} ranks  {one['placement']:11}{one['rate']:9}"
+            f"predicted {1e3 * one['predicted']:7.1f} ms  measured {1e3 * one['measured']:7.1f} ms"
+            f"  {one['predicted'] / one['measured'] - 1:+.0%}"
+        )
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark_hosts",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", choices=ONLY, help="; ".join(f"{k}: {v}" for k, v in ONLY.items())
+    )
+    parser.add_argument("--rate", default="1gbit", help="between the hosts (default: %(default)s)")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="mpirun", help="of --only steps")
+    parser.add_argument("--turns", type=int, default=5, help="of each program (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path.home() / ".cache" / "hvdrec" / "benchmarks",
+        help="where data are kept, as scripts/benchmark_training's (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    if options.turns < 1:
+        parser.error("--turns must be at least 1")
+    if not re.fullmatch(r"[0-9.]+[gm]bit", options.rate):
+        parser.error(f"--rate {options.rate}: must be as 1gbit or 100mbit")
+    options.work_dir = options.work_dir.absolute()
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    measures: dict[str, tuple[str, Callable[[Hosts, argparse.Namespace], Any]]] = {
+        "steps": ("work_a", measure_steps),
+        "planner": ("work_b", measure_planner),
+    }
+    figures: dict[str, Any] = {}
+    try:
+        for name, (data, measure) in measures.items():
+            if options.only in (None, name):
+                make_data(options.work_dir, data)
+                with (
+                    tempfile.TemporaryDirectory() as folder,
+                    hosts_up(HOSTS, Path(folder)) as hosts,
+                ):
+                    figures[name] = measure(hosts, options)
+    except (Failed, AssertionError) as error:
+        print(f"scripts/benchmark_hosts: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(figures) if options.json else shown(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
