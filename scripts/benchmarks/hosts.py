@@ -28,7 +28,7 @@ from tests.hosts.machines import Done, Hosts, hosts_up  # noqa: E402
 HOSTS = 2
 PYTHON, HVDREC = str(BIN / "python"), str(BIN / "hvdrec")
 SECONDS = 1800
-LAUNCHERS = ("mpirun", "horovodrun --gloo")
+LAUNCHERS = ("horovodrun --gloo", "mpirun")
 STEPS = (10, 40)
 """hvdrec takes so many steps in two runs: what a step sends is the difference of their bytes."""
 ONLY = {
@@ -217,7 +217,9 @@ def arguments() -> argparse.Namespace:
         "--only", choices=ONLY, help="; ".join(f"{k}: {v}" for k, v in ONLY.items())
     )
     parser.add_argument("--rate", default="1gbit", help="between the hosts (default: %(default)s)")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="mpirun", help="of --only steps")
+    parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default=LAUNCHERS[0], help="of --only steps"
+    )
     parser.add_argument("--turns", type=int, default=5, help="of each program (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument(
