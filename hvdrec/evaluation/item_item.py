@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.linalg import lapack
 
 from hvdrec.evaluation.retrieval import LOW_HALF, Columns
 
@@ -222,6 +221,8 @@ def _neighbours(taken: Any, most: int) -> tuple[Array, Array, Array, Array]:
 
 def _invert(matrix: Array) -> None:
     """Invert a symmetric, positive definite float64 matrix in Fortran's order, in place."""
+    from scipy.linalg import lapack  # slow to import, and every rank would wait for it
+
     factor, failed = lapack.dpotrf(matrix, lower=1, overwrite_a=1)
     inverse, failed_too = lapack.dpotri(factor, lower=1, overwrite_c=1)
     if failed or failed_too or not np.shares_memory(inverse, matrix):

@@ -9,9 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +22,9 @@ from hvdrec.errors import UserError, choices
 from hvdrec.schema import FIRST_CODE, MISSING_INT, Feature, Schema
 from hvdrec.storage import Place, read_table
 from hvdrec.structure import from_dict, to_dict
+
+if TYPE_CHECKING:
+    import duckdb
 
 HASH_PRIME = 2**31 - 1
 FITTED_FILE = "fitted.json"
@@ -126,6 +128,8 @@ def fit(samples: Path, schema: Schema) -> Fitted:
     what is held is the distinct values of one feature, and for quantiles 8 bytes a row.
     Raises UserError for no files, a missing column, a wrong type, or numbers without a mean.
     """
+    import duckdb  # slow to import, and every rank would wait for it
+
     check_columns(samples / "train", schema)
     # A directory's own name may hold what a pattern reads as a wildcard.
     pattern = glob.escape(str(samples / "train")) + "/*.parquet"

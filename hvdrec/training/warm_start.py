@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import linalg, sparse
+from scipy import sparse
 
 from hvdrec.config import Config
 from hvdrec.errors import UserError
@@ -107,6 +107,8 @@ def factors(taken: Any, weights: Array, width: int, seed: int) -> tuple[Array, A
     (taken @ weights) / sqrt(a user's number of items), up to a factor per user.
     Source: Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1.
     """
+    from scipy import linalg  # slow to import, and every rank would wait for it
+
     sizes = np.maximum(np.asarray(taken.sum(1)).reshape(-1), 1.0)
     scaled = (sparse.diags(1 / np.sqrt(sizes)) @ taken).astype(np.float32)
     random = np.random.default_rng(seed)
