@@ -144,7 +144,9 @@ def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str,
         with tempfile.TemporaryDirectory() as folder:
             paths = ("--paths.work", folder)
             paths += ("--paths.features", str(options.work_dir / "work_b" / "features"))
-            model = (str(CONFIG_B), *paths, "--parallel.placement", placement)
+            # A rank would take all cores of its host, which the other host has, too.
+            model = (str(CONFIG_B), *paths, "--train.threads", "1")
+            model += ("--parallel.placement", placement)
             plan = (HVDREC, "plan", *model, "--ranks", str(count), "--json")
             # Constants are of one machine: its ranks send to each other without a network.
             calibrated = launch(hosts, launcher, -count, *plan, "--calibrate")
