@@ -120,7 +120,7 @@ def _batches(config: Config, rows: int, world_size: int) -> Iterator[Batch]:
 def calibrate(config: Config) -> Constants:
     """Measure this machine, all ranks of the job at once; alone it cannot time messages.
 
-    Every rank calls this. Takes up to half a minute.
+    Every rank calls this. Takes up to a minute.
     """
     world = ranks.init()
     set_threads(config, world)
@@ -141,8 +141,8 @@ def calibrate(config: Config) -> Constants:
     found = Constants(step, row, cores, message, byte, is_measured=True)
     if world.size == 1:
         return found
-    # Between two messages ranks compute, and the slowest comes last: what a message costs in a
-    # step is more than when nothing else is done.
+    # Between two messages ranks compute, and the slowest comes last; some messages travel while
+    # ranks compute: what one costs in a step is not what it costs when nothing else is done.
     planned = make_plan(config, Cluster(world.size, world.local_size), found).plan
     count = max(TRIAL_STEPS, min(_enough(config, rows), int(TRIAL_SECONDS / planned.step_seconds)))
     count = ranks.broadcast_object(count)

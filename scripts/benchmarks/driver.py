@@ -307,8 +307,13 @@ def nested(values: dict[str, float | None]) -> dict[str, Any]:
     return result
 
 
-def arguments() -> argparse.Namespace:
+def default_work() -> Path:
+    """Return where data and environments are kept unless told otherwise."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "hvdrec" / "benchmarks"
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark_training",
         description=__doc__,
@@ -326,7 +331,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--work-dir",
         type=Path,
-        default=cache / "hvdrec" / "benchmarks",
+        default=default_work(),
         help="where data and environments are kept (default: %(default)s)",
     )
     add(

@@ -10,13 +10,14 @@ import itertools
 import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from driver import CONFIG_B, Failed, last_line, make_data, say
+from driver import CONFIG_B, Failed, default_work, last_line, make_data, say
 from measurements import BIN, SPEED
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ ONLY = {
 }
 EPILOG = """\
 examples:
-  scripts/benchmark_hosts                    everything, as tables (about 40 minutes)
+  scripts/benchmark_hosts                    everything, as tables (about 20 minutes)
   scripts/benchmark_hosts --only steps --json
 
 Needs root, iproute2 and openssh-server. MovieLens-1M is downloaded if it is not there. Ratios are
@@ -46,22 +47,16 @@ arguments.
 """
 
 
-def launch(hosts: Hosts, launcher: str, per_host: int, *command: str) -> str:
-    """Run a job on all hosts, or with ``per_host`` below 0 on that many ranks of the first."""
-    here = range(1, HOSTS + 1) if per_host > 0 else [1]
-    count = abs(per_host)
-    names = ",".join(f"hv{i}:{count}" for i in here)
-    return _output(
-        hosts.launch(
-            launcher, count * len(here), _bound(launcher, command), names, timeout=SECONDS
-        ),
-        command,
-    )
-
-
-def _bound(launcher: str, command: tuple[str, ...]) -> list[str]:
-    # More ranks than cores.
-    return [*(["--oversubscribe", "--bind-to", "none"] if launcher == "mpirun" else []), *command]
+def launch(hosts: Hosts, launcher: str, count: int, per_host: int, *command: str) -> str:
+    """Run a job on the first `count` hosts and return what it printed; raises Failed."""
+    names = ",".join(f"hv{i}:{per_host}" for i in range(1, count + 1))
+    # There are more ranks than cores.
+    shared = ["--oversubscribe", "--bind-to", "none"] if launcher == "mpirun" else []
+    try:
+        done = hosts.launch(launcher, count * per_host, [*shared, *command], names, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{' '.join(command[:3])}: no end after {SECONDS} s") from None
+    return _output(done, command)
 
 
 def _output(done: Done, command: tuple[str, ...]) -> str:
@@ -72,7 +67,9 @@ def _output(done: Done, command: tuple[str, ...]) -> str:
 
 def facts_in(output: str, first: str) -> dict[str, Any]:
     """Return the JSON object that a job's first rank printed in one line."""
-    line = next(line for line in output.splitlines() if f'{{"{first}"' in line)
+    line = next((line for line in output.splitlines() if f'{{"{first}"' in line), "")
+    if not line:
+        raise Failed(f"no figures; the last line was: {last_line(output)}")
     found: dict[str, Any] = json.loads(line[line.index("{") : line.rindex("}") + 1])
     return found
 
@@ -110,7 +107,7 @@ def measure_steps(hosts: Hosts, options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(1, options.turns + 1):
         for name, command in programs.items():
-            found = facts_in(launch(hosts, options.launcher, 2, *command), SPEED)
+            found = facts_in(launch(hosts, options.launcher, HOSTS, 2, *command), SPEED)
             seconds[name].append(found["seconds"] / found["steps"])
             say(f"turn {turn}/{options.turns}  {name:8}{1e3 * seconds[name][-1]:10,.1f} ms a step")
     few, many = (_bytes(hosts, options.launcher, *ours, count) for count in STEPS)
@@ -132,7 +129,7 @@ def _bytes(hosts: Hosts, launcher: str, *command: Any) -> dict[str, float]:
     *start, count = command
     before = sent(hosts)
     steps = ("--placement", "sharded", "--steps", str(count))
-    found = facts_in(launch(hosts, launcher, 1, *start, *steps), SPEED)
+    found = facts_in(launch(hosts, launcher, HOSTS, 1, *start, *steps), SPEED)
     return {"sent": sent(hosts) - before, "must_travel": HOSTS * found["bytes_per_step"]}
 
 
@@ -148,8 +145,9 @@ def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str,
             model = (str(CONFIG_B), *paths, "--train.threads", "1")
             model += ("--parallel.placement", placement)
             plan = (HVDREC, "plan", *model, "--ranks", str(count), "--json")
+            cap(hosts, "")
             # Constants are of one machine: its ranks send to each other without a network.
-            calibrated = launch(hosts, launcher, -count, *plan, "--calibrate")
+            calibrated = launch(hosts, launcher, 1, count, *plan, "--calibrate")
             bits = re.sub(r"([gm])bit$", lambda unit: f"{unit[1].upper()}bit", options.rate)
             capped = hosts.run(
                 1, [*plan, "--ranks-per-host", str(count // HOSTS), "--bandwidth", bits]
@@ -161,8 +159,8 @@ def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str,
                 cap(hosts, rate)
                 run = ("--paths.run", f"{folder}/{rate or 'free'}", "--train.epochs", "1")
                 run += ("--train.log-every", "5", "--train.average-decay", "0")
-                per_host = count // HOSTS if rate else -count
-                launch(hosts, launcher, per_host, HVDREC, "train", *model, *run)
+                used = HOSTS if rate else 1
+                launch(hosts, launcher, used, count // used, HVDREC, "train", *model, *run)
                 one = {
                     "launcher": launcher,
                     "ranks": count,
@@ -230,13 +228,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work-dir",
         type=Path,
-        default=Path.home() / ".cache" / "hvdrec" / "benchmarks",
+        default=default_work(),
         help="where data are kept, as scripts/benchmark_training's (default: %(default)s)",
     )
     options = parser.parse_args()
     if options.turns < 1:
         parser.error("--turns must be at least 1")
-    if not re.fullmatch(r"[0-9.]+[gm]bit", options.rate):
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?[gm]bit", options.rate):
         parser.error(f"--rate {options.rate}: must be as 1gbit or 100mbit")
     options.work_dir = options.work_dir.absolute()
     return options

@@ -49,7 +49,9 @@ def test_calibration_measures_messages_and_is_kept(small: Path, tmp_path: Path) 
     plan = planned(small, 2, "--calibrate", *options, calibrate_on=2)
     measured = plan["constants"]
     assert measured["is_measured"]
-    assert 1e-5 < measured["message_seconds"] < 1
+    # 0 where messages travel while the ranks compute.
+    assert 0 <= measured["message_seconds"] < 1
+    assert measured["message_seconds"] != rough["constants"]["message_seconds"]
     assert 1e-12 <= measured["byte_seconds"] < 1e-6
     assert 1e-5 < plan["seconds_per_step"]["compute"] < 1
     assert planned(small, 2, *options)["constants"] == measured
