@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 set -euo pipefail
 
+AUTOGROUP=/proc/sys/kernel/sched_autogroup_enabled
+
 usage() {
     cat <<'TEXT'
 Hosts on this machine that know each other by network and ssh alone: hv1, hv2, ... with the addresses
@@ -15,7 +17,8 @@ shared, but for what a host mounts over them.
   hosts.sh run DIR 2 ip link set eth0 down           host 2 has vanished
   hosts.sh run DIR 2 bash -c 'kill -9 -1'            host 2 runs nothing any more, and starts anew
 
-Needs root, iproute2, openssh-server, openssh-client and util-linux.
+Needs root, iproute2, openssh-server, openssh-client and util-linux. While hosts are up the kernel's
+scheduling by session (kernel.sched_autogroup_enabled) is off.
 TEXT
 }
 
@@ -53,6 +56,12 @@ on() { # on I COMMAND...
     nsenter --target "$(cat "$dir/hv$1")" --net --uts --mount --pid env -C "$PWD" "${@:2}"
 }
 
+# With 0, ranks that wait yield their core to those of other hosts too, not to their own session's alone:
+# all hosts share this machine's cores, and a step under mpirun can take seconds without it.
+group_sessions() {
+    [ ! -e "$AUTOGROUP" ] || echo "$1" 2>/dev/null >"$AUTOGROUP" || true
+}
+
 await() { # await I J: until host I answers host J
     for _ in $(seq 200); do
         if on "$2" ssh -o BatchMode=yes "hv$1" true 2>/dev/null; then return; fi
@@ -88,7 +97,9 @@ TEXT
 
     # All that is made below lasts as long as these processes do, networks and mounts included.
     pids=()
-    trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
+    trap 'kill -KILL "${pids[@]}" 2>/dev/null || true; group_sessions "$grouped"' EXIT
+    grouped=$(cat "$AUTOGROUP" 2>/dev/null || true)
+    group_sessions 0
     unshare --net --fork --kill-child=KILL sleep infinity &
     pids+=($!)
     switch=$(child $!)
