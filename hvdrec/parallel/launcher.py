@@ -23,11 +23,13 @@ LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 """How many processes were started on this host."""
 DEFAULTS = {"HOROVOD_FUSION_THRESHOLD": "0"}
 """Horovod's, for all jobs: messages are not joined by chance, so sums repeat to the last bit."""
-SHARED_CORE_DEFAULTS = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_CYCLE_TIME": "2"}
-"""For Horovod's thread where it has no core of its own. Open MPI's waiting keeps a core busy, and
-so nearly does Gloo's transport if Horovod looks for work every millisecond, as it does by default.
-Two ranks on two hyperthreads of one core came from 0.72 to 0.76 (Gloo) and from 0.70 to 0.92 (MPI)
-of the speed of two processes alone."""
+SHARED_CORE_DEFAULTS = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+"""For Horovod's thread where it has no core of its own: Open MPI's waiting would keep one busy.
+Two ranks on two hyperthreads of one core came from 0.70 to 0.92 of the speed of two processes
+alone."""
+GLOO_SHARED_CORE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "2"}
+"""The same for Gloo, whose transport nearly fills a core if Horovod looks for work every
+millisecond, as it does by default: from 0.72 to 0.76. Under MPI steps became 2 % longer with it."""
 
 RENDEZVOUS_SECONDS = 10.0
 
@@ -46,8 +48,14 @@ def set_environment() -> None:
     ranks = next((os.environ[name] for name in LOCAL_SIZE_VARIABLES if name in os.environ), "1")
     if ranks.isdecimal() and int(ranks) > 1 and len(os.sched_getaffinity(0)) < 2 * int(ranks):
         settings |= SHARED_CORE_DEFAULTS
+        if _has_gloo():
+            settings |= GLOO_SHARED_CORE_DEFAULTS
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def _has_gloo() -> bool:
+    return "gloo" in (os.environ.get(name, "").lower() for name in BACKEND_VARIABLES)
 
 
 def unseen_processes(size: int) -> tuple[str, str] | None:
@@ -65,7 +73,7 @@ def check_gloo_address(host: str) -> None:
     It crashes without them. Some of its connections take the interface in HOROVOD_GLOO_IFACE;
     others always take the address of the host's name, which other hosts must then be able to reach.
     """
-    if "gloo" not in (os.environ.get(name, "").lower() for name in BACKEND_VARIABLES):
+    if not _has_gloo():
         return
     interface = os.environ.get("HOROVOD_GLOO_IFACE", "")
     known = psutil.net_if_addrs()

@@ -13,7 +13,9 @@ import pytest
 from hvdrec.errors import UserError
 from hvdrec.parallel import launcher
 from hvdrec.parallel.launcher import (
+    BACKEND_VARIABLES,
     DEFAULTS,
+    GLOO_SHARED_CORE_DEFAULTS,
     LOCAL_SIZE_VARIABLES,
     SHARED_CORE_DEFAULTS,
     check_gloo_address,
@@ -124,19 +126,26 @@ def test_a_network_interface_that_is_not_there_is_told_of(monkeypatch: pytest.Mo
 def test_horovod_spares_cores_where_ranks_share_them(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for known in (*LOCAL_SIZE_VARIABLES, *DEFAULTS, *SHARED_CORE_DEFAULTS):
+    both = {**SHARED_CORE_DEFAULTS, **GLOO_SHARED_CORE_DEFAULTS}
+    for known in (*LOCAL_SIZE_VARIABLES, *BACKEND_VARIABLES, *DEFAULTS, *both):
         monkeypatch.setenv(known, "")
         monkeypatch.delenv(known)
     set_environment()  # a process alone
     monkeypatch.setenv(name, "4")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     set_environment()  # a core for each rank and one for its Horovod
-    assert not set(SHARED_CORE_DEFAULTS) & set(os.environ)
+    assert not set(both) & set(os.environ)
     assert {key: os.environ[key] for key in DEFAULTS} == DEFAULTS
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7))
-    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")  # the user's own
     set_environment()
-    assert {key: os.environ[key] for key in SHARED_CORE_DEFAULTS} == {
+    assert {key: os.environ.get(key) for key in both} == {
         "OMPI_MCA_mpi_yield_when_idle": "1",
-        "HOROVOD_CYCLE_TIME": "5",
+        "HOROVOD_CYCLE_TIME": None,
+    }
+    monkeypatch.setenv("OMPI_MCA_mpi_yield_when_idle", "0")  # the user's own
+    monkeypatch.setenv("HOROVOD_CPU_OPERATIONS", "gloo")
+    set_environment()
+    assert {key: os.environ[key] for key in both} == {
+        "OMPI_MCA_mpi_yield_when_idle": "0",
+        "HOROVOD_CYCLE_TIME": "2",
     }
