@@ -16,8 +16,10 @@ stay as they are, so weight decay acts on a row only in the steps that meet it):
 from __future__ import annotations
 
 import math
+import mmap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -86,6 +88,25 @@ class Kernel(Protocol):
         ...
 
 
+HUGE_BYTES = 64 << 20
+"""Tensors in memory from which on huge pages are asked for."""
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return zeros, on a CPU in huge pages where the system has them and the tensor is large.
+
+    Rows are read from all over a table, and nearly each misses the address cache otherwise: to read
+    and write 16,000 of 8,000,000 took a third longer.
+    """
+    count = math.prod(shape)
+    if torch.device(device).type != "cpu" or count * dtype.itemsize < HUGE_BYTES:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # not every system has them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 class TorchKernel:
     """The reference kernel."""
 
@@ -104,9 +125,9 @@ class TorchKernel:
         self.optimizer = optimizer
         self.rate = 0.0
         self._fetched: tuple[Tensor, Tensor] | None = None
-        self.weight = torch.zeros(rows, width, dtype=dtype, device=device)
+        self.weight = zeros((rows, width), dtype, device)
         self.state = {
-            key: torch.full(shape, optimizer.first_state(key), dtype=dtype, device=device)
+            key: zeros(shape, dtype, device).fill_(optimizer.first_state(key))
             for key, shape in optimizer.state_shapes(rows, width).items()
         }
 

@@ -152,7 +152,7 @@ class DistributedTables:
     def _ask(self, group: Group, found: Found) -> _Exchange:
         exchange = _Exchange(found)
         if self.world.size == 1:
-            exchange.rows = found.rows.to(self.device, non_blocking=True)
+            exchange.rows = self._moved(found.rows)
             return exchange
         import horovod.torch as hvd
 
@@ -330,11 +330,14 @@ class DistributedTables:
         """Return values or lists with their tensors on the device."""
         if self.device.type == "cpu":
             return given
-        moved = {
-            field.name: getattr(given, field.name).to(self.device, non_blocking=True)
-            for field in fields(given)
-        }
+        moved = {field.name: self._moved(getattr(given, field.name)) for field in fields(given)}
         return replace(given, **moved)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device."""
+        if self.device.type == "cpu":
+            return tensor  # `to` would lend the interpreter to the reader, even to do nothing
+        return tensor.to(self.device, non_blocking=True)
 
 
 def replicated_bytes(distinct: int, union: int, width: int, ranks: int) -> int:

@@ -13,9 +13,11 @@ import pytest
 from hvdrec.errors import UserError
 from hvdrec.parallel import launcher
 from hvdrec.parallel.launcher import (
+    ALONE_DEFAULTS,
     BACKEND_VARIABLES,
     DEFAULTS,
     GLOO_SHARED_CORE_DEFAULTS,
+    LAUNCHER_VARIABLES,
     LOCAL_SIZE_VARIABLES,
     SHARED_CORE_DEFAULTS,
     check_gloo_address,
@@ -127,10 +129,16 @@ def test_horovod_spares_cores_where_ranks_share_them(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = {**SHARED_CORE_DEFAULTS, **GLOO_SHARED_CORE_DEFAULTS}
-    for known in (*LOCAL_SIZE_VARIABLES, *BACKEND_VARIABLES, *DEFAULTS, *both):
+    for known in (*LAUNCHER_VARIABLES, *LOCAL_SIZE_VARIABLES, *BACKEND_VARIABLES, *DEFAULTS, *both):
         monkeypatch.setenv(known, "")
         monkeypatch.delenv(known)
     set_environment()  # a process alone
+    assert {key: os.environ[key] for key in (*DEFAULTS, *ALONE_DEFAULTS)} == {
+        **DEFAULTS,
+        **ALONE_DEFAULTS,
+    }
+    monkeypatch.delenv("HOROVOD_CYCLE_TIME")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     monkeypatch.setenv(name, "4")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     set_environment()  # a core for each rank and one for its Horovod

@@ -111,3 +111,29 @@ def test_it_stops_when_told_or_closed(tmp_path: Path) -> None:
     next(tables)
     tables.close()
     assert set(threading.enumerate()) - before == set()
+
+
+def test_readers_that_wait_sleep_and_stop_at_once(tmp_path: Path) -> None:
+    planned = write_shard(tmp_path / "shard.parquet", 40)
+    before = set(threading.enumerate())
+    tables = read_row_groups(planned, ["number"], 3, threading.Event())
+    next(tables)
+    workers = set(threading.enumerate()) - before
+    time.sleep(0.2)  # they have read what they may
+    first = times_slept(workers)
+    time.sleep(1)
+    assert times_slept(workers) - first <= 60  # Petastorm's own look 1,000 times a second each
+    started = time.monotonic()
+    tables.close()
+    assert time.monotonic() - started < 0.09
+    assert len(workers) == 3
+
+
+def times_slept(threads: set[threading.Thread]) -> int:
+    """Return how often threads have given up their core of their own accord."""
+    slept = 0
+    for thread in threads:
+        for line in Path(f"/proc/self/task/{thread.native_id}/status").read_text().splitlines():
+            if line.startswith("voluntary_ctxt_switches"):
+                slept += int(line.split()[1])
+    return slept
