@@ -146,11 +146,15 @@ def calibrate(config: Config) -> Constants:
     planned = make_plan(config, Cluster(world.size, world.local_size), found).plan
     count = max(TRIAL_STEPS, min(_enough(config, rows), int(TRIAL_SECONDS / planned.step_seconds)))
     count = ranks.broadcast_object(count)
-    together = _mean_step(config, small, world, device, rows, count)
+    together = _step_seconds(config, small, world, device, rows, count)
     together = float(ranks.sum_arrays(np.array([together]))[0]) / world.size
     messages = len(planned.seconds) - 1
-    message += (together - planned.step_seconds) / messages
-    return replace(found, message_seconds=max(message, 0.0))
+    message = max(message + (together - planned.step_seconds) / messages, 0.0)
+    if message == 0:
+        # Ranks that wait for each other leave cores to others: then their steps are faster, too.
+        share = together / planned.seconds["compute"]
+        found = replace(found, step_seconds=step * share, row_seconds=row * share)
+    return replace(found, message_seconds=message)
 
 
 def _enough(config: Config, rows: int) -> int:
@@ -162,16 +166,16 @@ def _enough(config: Config, rows: int) -> int:
 def _seconds_alone(
     config: Config, sizes: Mapping[str, int], device: torch.device, rows: int
 ) -> float:
-    """Return the mean time of a step on so many rows, reader included, without messages.
+    """Return the time of a step on so many rows, reader included, without messages.
 
     All ranks take such steps at the same time, each for itself: they may share cores.
     """
     ranks.barrier()
     with ranks.alone() as world:
-        return _mean_step(config, sizes, world, device, rows, _enough(config, rows))
+        return _step_seconds(config, sizes, world, device, rows, _enough(config, rows))
 
 
-def _mean_step(
+def _step_seconds(
     config: Config,
     sizes: Mapping[str, int],
     world: World,
@@ -179,10 +183,14 @@ def _mean_step(
     rows: int,
     count: int,
 ) -> float:
-    """Return the mean time of `count` steps on so many rows a rank; a rank alone may take fewer."""
+    """Return the time of a step on so many rows a rank, of `count`; a rank alone may take fewer.
+
+    It is the mean of those in one third, the middle one by its mean: what disturbs the machine for
+    a while does not count.
+    """
     torch.manual_seed(0)
     # Small windows: then rows are read all the time, as in training.
-    window = min(config.loader.shuffle_rows, rows * world.size * TRIAL_STEPS)
+    window = min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
     config = replace(
         config,
         train=replace(config.train, batch_size=rows * world.size),
@@ -199,13 +207,15 @@ def _mean_step(
     ) as prepared:
         trial = steps(prepared, tables, device)
         float(take_step(trainee, next(trial), 0, 0.0).total)
-        started = time.perf_counter()
+        ends = [time.perf_counter()]
         for number, step in enumerate(itertools.islice(trial, count), start=1):
             float(take_step(trainee, step, number, 0.0).total)
-            seconds = time.perf_counter() - started
+            ends.append(time.perf_counter())
+            seconds = ends[-1] - ends[0]
             if world.size == 1 and number >= TRIAL_STEPS and seconds > TRIAL_SECONDS:
                 break
-    return seconds / number
+    thirds = np.array_split(np.diff(ends), 3)
+    return float(np.median([third.mean() for third in thirds]))
 
 
 def _endless(

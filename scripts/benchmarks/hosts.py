@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.hosts.machines import Done, Hosts, hosts_up  # noqa: E402
 HOSTS = 2
 PYTHON, HVDREC = str(BIN / "python"), str(BIN / "hvdrec")
 SECONDS = 1800
+RANKS = (2, 4)
 LAUNCHERS = ("horovodrun --gloo", "mpirun")
 STEPS = (10, 40)
 """hvdrec takes so many steps in two runs: what a step sends is the difference of their bytes."""
@@ -135,43 +137,62 @@ def _bytes(hosts: Hosts, launcher: str, *command: Any) -> dict[str, float]:
 
 def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return step times, predicted and measured, over launchers, ranks, placements and caps."""
-    found = []
-    cases = list(itertools.product(("sharded", "replicated"), LAUNCHERS, (2, 4)))
-    for placement, launcher, count in tqdm(cases, "planner", leave=False, file=sys.stderr):
+    found: list[dict[str, Any]] = []
+    cases = list(itertools.product(("sharded", "replicated"), LAUNCHERS))
+    for placement, launcher in tqdm(cases, "planner", leave=False, file=sys.stderr):
         with tempfile.TemporaryDirectory() as folder:
-            paths = ("--paths.work", folder)
-            paths += ("--paths.features", str(options.work_dir / "work_b" / "features"))
-            # A rank would take all cores of its host, which the other host has, too.
-            model = (str(CONFIG_B), *paths, "--train.threads", "1")
-            model += ("--parallel.placement", placement)
-            plan = (HVDREC, "plan", *model, "--ranks", str(count), "--json")
-            cap(hosts, "")
-            # Constants are of one machine: its ranks send to each other without a network.
-            calibrated = launch(hosts, launcher, 1, count, *plan, "--calibrate")
-            bits = re.sub(r"([gm])bit$", lambda unit: f"{unit[1].upper()}bit", options.rate)
-            capped = hosts.run(
-                1, [*plan, "--ranks-per-host", str(count // HOSTS), "--bandwidth", bits]
-            )
-            ways = [("", calibrated), (options.rate, _output(capped, plan))]
-            if launcher == "mpirun" and count > HOSTS:
-                ways.pop()  # Open MPI stalls with several ranks on each of such hosts
-            for rate, text in ways:
-                cap(hosts, rate)
-                run = ("--paths.run", f"{folder}/{rate or 'free'}", "--train.epochs", "1")
-                run += ("--train.log-every", "5", "--train.average-decay", "0")
-                used = HOSTS if rate else 1
-                launch(hosts, launcher, used, count // used, HVDREC, "train", *model, *run)
-                one = {
-                    "launcher": launcher,
-                    "ranks": count,
-                    "placement": placement,
-                    "rate": rate or "one host",
-                    "predicted": _predicted(text),
-                    "measured": _measured(Path(run[1])),
-                }
-                found.append(one)
-                say("  ".join(f"{v:.4f}" if isinstance(v, float) else f"{v}" for v in one.values()))
+            for count in RANKS:
+                for one in _measure_plan(hosts, options, Path(folder), placement, launcher, count):
+                    found.append(one)
+                    values = (f"{v:.4f}" if isinstance(v, float) else f"{v}" for v in one.values())
+                    say("  ".join(values))
     return found
+
+
+def _measure_plan(
+    hosts: Hosts, options: argparse.Namespace, work: Path, placement: str, launcher: str, count: int
+) -> Iterator[dict[str, Any]]:
+    """Yield what was predicted and measured on one host, then on two with the capped network.
+
+    Constants are measured on one host, by as many ranks; `work` holds those of fewer ranks before,
+    from which the same is predicted, too: then the cores must be told, which the hosts share.
+    """
+    features = str(options.work_dir / "work_b" / "features")
+    paths = ("--paths.work", str(work), "--paths.features", features)
+    # A rank would take all cores of its host, which the other host has, too.
+    model = (str(CONFIG_B), *paths, "--train.threads", "1", "--parallel.placement", placement)
+    # Small windows: rows are read during most steps, as they are from more data than these.
+    model += ("--loader.shuffle-rows", "65536")
+    plan = (HVDREC, "plan", *model, "--ranks", str(count), "--json")
+    bits = re.sub(r"([gm])bit$", lambda unit: f"{unit[1].upper()}bit", options.rate)
+    on_hosts = {1: (), HOSTS: ("--ranks-per-host", str(count // HOSTS), "--bandwidth", bits)}
+
+    def predict(host_count: int, *more: str) -> float:
+        command = (*plan, *on_hosts[host_count], *more)
+        return _predicted(_output(hosts.run(1, command), command))
+
+    cap(hosts, "")
+    by_fewer = {}
+    if count > RANKS[0]:
+        cores = len(os.sched_getaffinity(0))
+        by_fewer = {used: predict(used, "--cores", str(max(1, cores // used))) for used in on_hosts}
+    launch(hosts, launcher, 1, count, *plan, "--calibrate")
+    predicted = {used: predict(used) for used in on_hosts}
+    for used in on_hosts:
+        rate = options.rate if used > 1 else ""
+        cap(hosts, rate)
+        run = work / f"{count}-{used}"
+        train = (HVDREC, "train", *model, "--paths.run", str(run), "--train.epochs", "1")
+        how = ("--train.log-every", "5", "--train.average-decay", "0")
+        launch(hosts, launcher, used, count // used, *train, *how)
+        yield {
+            "launcher": launcher,
+            "ranks": count,
+            "placement": placement,
+            "rate": rate or "one host",
+            "predicted": predicted[used],
+            "measured": _measured(run),
+        } | ({"predicted_by_fewer": by_fewer[used]} if by_fewer else {})
 
 
 def _predicted(output: str) -> float:
@@ -180,10 +201,11 @@ def _predicted(output: str) -> float:
 
 
 def _measured(run: Path) -> float:
+    """Return the mean seconds of a step, but for the first of the run's log lines."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     rates = [line["rows_per_second"] for line in lines if line["event"] == "step"]
     batch = json.loads((run / "config.json").read_text())["train"]["batch_size"]
-    return float(batch / statistics.median(rates))
+    return float(statistics.mean(batch / rate for rate in rates[1:]))
 
 
 def shown(figures: dict[str, Any]) -> str:
@@ -206,6 +228,10 @@ def shown(figures: dict[str, Any]) -> str:
             f"predicted {1e3 * one['predicted']:7.1f} ms  measured {1e3 * one['measured']:7.1f} ms"
             f"  {one['predicted'] / one['measured'] - 1:+.0%}"
         )
+        if "predicted_by_fewer" in one:
+            seconds = one["predicted_by_fewer"]
+            off = seconds / one["measured"] - 1
+            lines[-1] += f"; by {RANKS[0]} ranks {1e3 * seconds:.1f} ms {off:+.0%}"
     return "\n".join(lines)
 
 
