@@ -172,9 +172,9 @@ class _Ventilator(ConcurrentVentilator):  # type: ignore[misc] # petastorm is un
 
     def start(self) -> None:
         for _ in range(self._max_ventilation_queue_size):
-            self.delivered_item()
+            self.give_next()
 
-    def delivered_item(self) -> None:
+    def give_next(self) -> None:
         if not self.completed():
             self._ventilate_fn(**self._items_to_ventilate[self._current_item_to_ventilate])
             self._current_item_to_ventilate += 1
@@ -297,7 +297,7 @@ def read_row_groups(
                 came, result = next(reader)
                 early.setdefault(came, []).append(result)
             result = early[index].pop()
-            reader.ventilator.delivered_item()
+            reader.ventilator.give_next()
             if isinstance(result, Exception):
                 raise result
             yield result

@@ -40,7 +40,7 @@ ONLY = {
 }
 EPILOG = """\
 examples:
-  scripts/benchmark_hosts                    everything, as tables (about 20 minutes)
+  scripts/benchmark_hosts                    everything, as tables (about 25 minutes)
   scripts/benchmark_hosts --only steps --json
 
 Needs root, iproute2 and openssh-server. MovieLens-1M is downloaded if it is not there. Ratios are

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from hvdrec.errors import UserError
+from hvdrec.parallel import kernels
 from hvdrec.parallel.kernels import (
+    HUGE_BYTES,
     KERNELS,
     FbgemmKernel,
     Kernel,
@@ -124,3 +128,39 @@ def test_the_reference_keeps_its_type() -> None:
     assert made.weight.dtype == made.state["mean"].dtype == torch.float64
     assert RowOptimizer("adam").state_width(3) == 6
     assert RowOptimizer("rowwise-adagrad").state_width(3) == 1
+
+
+def test_rows_in_huge_pages_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, gradient = torch.tensor([4, 1]), torch.full((2, 8), 0.5)
+    weights = []
+    for least in (HUGE_BYTES, 1):
+        monkeypatch.setattr(kernels, "HUGE_BYTES", least)
+        kernel = make("torch", "adagrad")
+        kernel.rate = 0.1
+        kernel.fetch(rows)
+        kernel.update(rows, gradient, 1)
+        weights.append(kernel.weight)
+    assert torch.equal(*weights)
+    moved = (weights[1] != make("torch", "adagrad").weight).any(1)
+    assert moved.nonzero().squeeze(1).tolist() == [1, 4]
+
+
+def test_large_tables_ask_for_huge_pages() -> None:
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        large = kernels.zeros((HUGE_BYTES // 8, 2), torch.float32, "cpu")
+        small = kernels.zeros((8, 2), torch.float32, "cpu")
+        assert "hg" in memory_flags(large.data_ptr())
+        assert "hg" not in memory_flags(small.data_ptr())
+
+
+def memory_flags(address: int) -> list[str]:
+    """Return what the kernel was told of the memory around an address."""
+    is_there = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            start, stop = (int(end, 16) for end in first.split("-"))
+            is_there = start <= address < stop
+        elif is_there and first == "VmFlags:":
+            return rest
+    raise AssertionError(f"nothing is at {address:x}")

@@ -113,20 +113,31 @@ def test_it_stops_when_told_or_closed(tmp_path: Path) -> None:
     assert set(threading.enumerate()) - before == set()
 
 
-def test_readers_that_wait_sleep_and_stop_at_once(tmp_path: Path) -> None:
+def test_readers_that_wait_sleep(tmp_path: Path) -> None:
     planned = write_shard(tmp_path / "shard.parquet", 40)
     before = set(threading.enumerate())
     tables = read_row_groups(planned, ["number"], 3, threading.Event())
     next(tables)
     workers = set(threading.enumerate()) - before
+    assert len(workers) == 3
     time.sleep(0.2)  # they have read what they may
     first = times_slept(workers)
     time.sleep(1)
     assert times_slept(workers) - first <= 60  # Petastorm's own look 1,000 times a second each
+    tables.close()
+
+
+def test_readers_that_sleep_stop_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petastorm.workers_pool.thread_pool.IO_TIMEOUT_INTERVAL_S", 60.0)
+    before = set(threading.enumerate())
+    planned = write_shard(tmp_path / "shard.parquet", 40)
+    tables = read_row_groups(planned, ["number"], 3, threading.Event())
+    next(tables)
+    time.sleep(0.2)  # they have read what they may
     started = time.monotonic()
     tables.close()
-    assert time.monotonic() - started < 0.09
-    assert len(workers) == 3
+    assert time.monotonic() - started < 20
+    assert set(threading.enumerate()) - before == set()
 
 
 def times_slept(threads: set[threading.Thread]) -> int:
