@@ -1,8 +1,9 @@
 """Shards to batches of tensors, through Petastorm, off the training thread.
 
 The rows of a window (see `order`) lie in arrays that are allocated once and filled row group by row
-group; a batch is gathered from them in the window's order. What is held at a time is one window
-(int32 codes, lists padded), some row groups that are read ahead, and the batches held ready.
+group; a batch is gathered from them in the window's order, columns of one type together. What is
+held at a time is one window (int32 codes, lists padded), some row groups that are read ahead, and
+the batches held ready.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ from hvdrec.storage import Place, Url, read_metadata, version
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
+Blocks = dict[tuple[str, ...], Array]
+"""Columns of one type side by side, by their names: a row is gathered from all of them at once."""
 T = TypeVar("T")
 CodeType = type[np.int32] | type[np.int64]
-KEY_TYPES = dict(zip(KEY_COLUMNS, (np.int64, np.int64, np.float32, np.float32), strict=True))
+KEYS = KEY_COLUMNS[:2]
 
 
 class ShardLoader:
@@ -85,6 +88,17 @@ class ShardLoader:
         self._features = [f for f in schema.features if columns is None or f.name in columns]
         self._tasks = tuple(tasks)
         self._columns = [*(f.name for f in self._features), *KEY_COLUMNS, *self._tasks]
+        self._lists = {f.name: f.max_length for f in self._features if f.is_list}
+        single = [f for f in self._features if not f.is_list]
+        self._numbers = tuple(f.name for f in single if not f.is_embedded)
+        self._kinds: dict[tuple[str, ...], type[np.generic]] = {
+            **{(f.name,): _kind(f, np.int32) for f in self._features if f.is_list},
+            tuple(f.name for f in single if f.is_embedded): np.int32,
+            self._numbers: np.float32,
+            KEYS: np.int64,
+            (*KEY_COLUMNS[2:], *self._tasks): np.float32,
+        }
+        self._kinds.pop((), None)  # no block without columns
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._shuffle, self._window_rows = shuffle, window_rows
         self._workers, self._prefetch = workers, prefetch
@@ -225,14 +239,14 @@ class ShardLoader:
     def _batches(self, plan: Plan, stopped: threading.Event) -> Generator[Batch, None, None]:
         """Cut batches across windows, carrying the rows that are over into the next."""
         made = held = 0
-        pieces: list[Columns] = []
+        pieces: list[Blocks] = []
         with closing(self._windows(plan, stopped)) as windows:
-            for columns, order in windows:
+            for window, order in windows:
                 start = 0
                 while start < len(order):
                     places = order[start : start + self.batch_size - held]
                     pieces.append(
-                        {name: np.take(column, places, 0) for name, column in columns.items()}
+                        {names: np.take(block, places, 0) for names, block in window.items()}
                     )
                     start += len(places)
                     held += len(places)
@@ -240,14 +254,14 @@ class ShardLoader:
                         yield self._batch(pieces)
                         made += 1
                         pieces, held = [], 0
-                del columns  # one window at a time
+                del window  # one at a time
         for _ in range(plan.steps - made):
             yield self._batch(pieces)
             pieces = []
 
     def _windows(
         self, plan: Plan, stopped: threading.Event
-    ) -> Generator[tuple[Columns, Array], None, None]:
+    ) -> Generator[tuple[Blocks, Array], None, None]:
         """Yield each window's rows, and the places of those to deliver, in their order."""
         wanted = [self._groups[fragment.group] for window in plan.windows for fragment in window]
         if not wanted:
@@ -258,9 +272,9 @@ class ShardLoader:
                 order = plan.order(number)[plan.skip if number == 0 else 0 :]
                 yield self._read(window, tables), order
 
-    def _read(self, window: Window, tables: Iterator[pa.Table]) -> Columns:
+    def _read(self, window: Window, tables: Iterator[pa.Table]) -> Blocks:
         """Return the rows of a window's fragments, one behind the other."""
-        columns = self._allocated(sum(fragment.rows for fragment in window), np.int32)
+        blocks = self._allocated(sum(fragment.rows for fragment in window))
         start = 0
         for fragment in window:
             table = next(
@@ -268,16 +282,17 @@ class ShardLoader:
             )  # if the consumer has stopped there is none, and nobody hears of it
             self._check_rows(fragment.group, table.num_rows)
             stop = start + fragment.rows
-            part = {name: column[start:stop] for name, column in columns.items()}
+            part = {names: block[start:stop] for names, block in blocks.items()}
             if fragment.chosen is None:
-                _fill(part, table.slice(fragment.start, fragment.rows), self._features)
+                wanted = table.slice(fragment.start, fragment.rows)
+                _fill(self._columns_of(part), wanted, self._features)
             else:
-                whole = self._allocated(table.num_rows, np.int32)
-                _fill(whole, table, self._features)
-                for name, column in part.items():
-                    column[...] = whole[name][fragment.positions()]
+                whole = self._allocated(table.num_rows)
+                _fill(self._columns_of(whole), table, self._features)
+                for names, block in part.items():
+                    np.take(whole[names], fragment.positions(), 0, out=block)
             start = stop
-        return columns
+        return blocks
 
     def _check_rows(self, group: int, rows: int) -> None:
         if rows != self._group_rows[group]:
@@ -287,27 +302,48 @@ class ShardLoader:
                 "leave shards alone while they are read"
             )
 
-    def _batch(self, pieces: Sequence[Columns]) -> Batch:
+    def _batch(self, pieces: Sequence[Blocks]) -> Batch:
         """Return the pieces' rows with padding behind them."""
-        columns = self._allocated(self.batch_size, np.int64)
-        rows = 0
-        for piece in pieces:
-            stop = rows + len(piece["weight"])
-            for name, column in columns.items():
-                column[rows:stop] = piece[name]
-            rows = stop
-        for column in columns.values():
-            column[rows:] = 0
-        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        rows = sum(len(piece[KEYS]) for piece in pieces)
+        if len(pieces) == 1 and rows == self.batch_size:
+            blocks = pieces[0]
+        else:
+            blocks = self._allocated(self.batch_size)
+            for names, block in blocks.items():
+                np.concatenate([block[:0], *(piece[names] for piece in pieces)], out=block[:rows])
+                block[rows:] = 0
+        tensors: dict[str, torch.Tensor] = {}
+        for names, block in blocks.items():
+            kind = np.int64 if block.dtype.kind == "i" else np.float32
+            if names[0] in self._lists:
+                tensors[names[0]] = torch.from_numpy(block.astype(kind))
+            elif names == self._numbers:
+                # They stay side by side: so the model joins them to its inputs at once.
+                tensors.update(zip(names, torch.from_numpy(block).unbind(1), strict=True))
+            else:
+                columns = torch.from_numpy(np.ascontiguousarray(block.T, kind))
+                tensors.update(zip(names, columns.unbind(), strict=True))
         user, item, label, weight = (tensors.pop(name) for name in KEY_COLUMNS)
         labels = [tensors.pop(name) for name in self._tasks]
         tasks = torch.stack(labels, dim=1) if labels else None
-        return Batch(tensors, user, item, label, weight, rows, tasks)
+        features = {feature.name: tensors[feature.name] for feature in self._features}
+        return Batch(features, user, item, label, weight, rows, tasks)
 
-    def _allocated(self, rows: int, code_type: CodeType) -> Columns:
-        keys = {name: np.empty(rows, kind) for name, kind in KEY_TYPES.items()}
-        tasks = {name: np.empty(rows, np.float32) for name in self._tasks}
-        return {**_allocated(self._features, rows, code_type), **keys, **tasks}
+    def _allocated(self, rows: int) -> Blocks:
+        return {
+            names: np.empty((rows, self._lists.get(names[0], len(names))), kind)
+            for names, kind in self._kinds.items()
+        }
+
+    def _columns_of(self, blocks: Blocks) -> Columns:
+        """Return views of the blocks' columns, [rows], or [rows, max_length] of a list."""
+        found: Columns = {}
+        for names, block in blocks.items():
+            if names[0] in self._lists:
+                found[names[0]] = block
+            else:
+                found.update(zip(names, block.T, strict=True))
+        return found
 
 
 def table_arrays(
@@ -318,19 +354,19 @@ def table_arrays(
     Lists are padded with 0 on the right, sequences on the left; of a longer list the first, of a
     longer sequence the last max_length codes stay.
     """
-    columns = _allocated(features, table.num_rows, code_type)
+    rows = table.num_rows
+    columns: Columns = {
+        feature.name: np.empty(
+            (rows, feature.max_length) if feature.is_list else rows, _kind(feature, code_type)
+        )
+        for feature in features
+    }
     _fill(columns, table, features)
     return columns
 
 
-def _allocated(features: Sequence[Feature], rows: int, code_type: CodeType) -> Columns:
-    return {
-        feature.name: np.empty(
-            (rows, feature.max_length) if feature.is_list else rows,
-            code_type if feature.is_embedded else np.float32,
-        )
-        for feature in features
-    }
+def _kind(feature: Feature, code_type: CodeType) -> type[np.generic]:
+    return code_type if feature.is_embedded else np.float32
 
 
 def _fill(columns: Mapping[str, Array], table: pa.Table, features: Sequence[Feature]) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from hvdrec.errors import UserError, choices
 
 Side = Literal["user", "item", "scene"]
+SIDES: tuple[Side, ...] = ("user", "item", "scene")
 Kind = Literal["categorical", "categorical_list", "sequence", "numeric", "hashed"]
 RawType = Literal["string", "int", "float"]
 Pooling = Literal["mean", "sqrt", "attention", "self-attention"]

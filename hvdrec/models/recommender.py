@@ -21,6 +21,7 @@ from hvdrec.models.layers import (
     Mlp,
     SelfAttentionPooling,
     head_products,
+    joined,
 )
 from hvdrec.models.tables import ATTENTION, EmbeddingTables, Rows
 from hvdrec.models.tasks import TaskRanker, combined
@@ -140,12 +141,12 @@ class Recommender(nn.Module):
     def represent_users(self, codes: Codes, rows: Rows | None = None) -> Tensor:
         """Return users' representations: codes of user features -> [N, user_width]."""
         vectors = self._pooled(self.tables(self.schema.side("user"), codes, rows))
-        return _joined(self._parts(self.user_tower, vectors, self.user_direct))
+        return joined(self._parts(self.user_tower, vectors, self.user_direct))
 
     def represent_items(self, codes: Codes, rows: Rows | None = None) -> Tensor:
         """Return items' representations: codes of item features -> [N, item_width]."""
         vectors = self._pooled(self.tables(self.schema.side("item"), codes, rows))
-        return _joined(self._parts(self.item_tower, vectors, self.item_direct))
+        return joined(self._parts(self.item_tower, vectors, self.item_direct))
 
     def scene_vectors(self, codes: Codes) -> dict[str, Tensor]:
         """Return name -> [N, width] of the scene's features."""
@@ -194,7 +195,7 @@ class Recommender(nn.Module):
     ) -> list[Tensor]:
         """Return what a representation is joined of."""
         parts = [vectors[feature.name] for feature in direct]
-        return parts if tower is None else [tower(_joined(list(vectors.values()))), *parts]
+        return parts if tower is None else [tower(joined(list(vectors.values()))), *parts]
 
     def _matches(self) -> tuple[Match, ...]:
         """Return which columns of users' and items' representations come from one table."""
@@ -218,9 +219,9 @@ class Recommender(nn.Module):
         product = of_user * of_item
         if self.ranker is None:
             return product.sum(dim=-1) / self.temperature
-        matches = self._match_products(_joined(user), _joined(item)) if self.matches else []
+        matches = self._match_products(joined(user), joined(item)) if self.matches else []
         heads = [head_products(of_user, of_item, self.heads)] if self.heads else []
-        logit: Tensor = self.ranker(_joined([*user, *item, product, *matches, *scene, *heads]))
+        logit: Tensor = self.ranker(joined([*user, *item, product, *matches, *scene, *heads]))
         return logit
 
     def _match_products(self, user: Tensor, item: Tensor) -> list[Tensor]:
@@ -239,8 +240,3 @@ class Recommender(nn.Module):
     @staticmethod
     def _direct(names: tuple[str, ...], side: tuple[Feature, ...]) -> tuple[Feature, ...]:
         return tuple(feature for feature in side if feature.name in names)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Return [N, sum of widths] of parts [N, width]."""
-    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -57,9 +56,8 @@ class Block:
     """Rows of tables of one width, each once, and the places at which a batch's features find them.
 
     vectors: [R, width]; its row 0 is zero and stands for MISSING. single: the names of F features
-    with one value, and values: those of the first for N rows, then those of the second, …; a name
-    that stands there L times is a list whose entries are wanted one by one. lists: other features
-    with many values.
+    with one value, and values: F of each of N rows, row by row; a name that stands there L times in
+    a row is a list whose entries are wanted one by one. lists: other features with many values.
     """
 
     vectors: Tensor
@@ -74,11 +72,16 @@ class Block:
             for name, lists in self.lists.items()
         }
         if self.single:
-            taken: Tensor = _Take.apply(self.vectors, self.values)  # type: ignore[no-untyped-call]
-            columns = taken.chunk(len(self.single))
-            for name, run in groupby(zip(self.single, columns, strict=True), itemgetter(0)):
-                entries = [column for _, column in run]
-                found[name] = torch.stack(entries, 1) if len(entries) > 1 else entries[0]
+            width = self.vectors.shape[1]
+            # Of all features side by side, so that a model that joins them has nothing to copy.
+            taken: Tensor = _Take.apply(  # type: ignore[no-untyped-call]
+                self.vectors, self.values, len(self.single)
+            )
+            lengths = {name: len(list(run)) for name, run in groupby(self.single)}
+            columns = torch.split(taken, [length * width for length in lengths.values()], 1)
+            for (name, length), column in zip(lengths.items(), columns, strict=True):
+                is_list = length > 1
+                found[name] = column.reshape(len(column), length, width) if is_list else column
         return found
 
     def squares(self) -> Tensor:
@@ -104,20 +107,26 @@ class Rows:
 
 
 class _Take(torch.autograd.Function):
-    """Rows of a matrix; backwards a sum over lists, which is faster than adding row by row."""
+    """Rows of a matrix, `times` of them side by side in each row of what is returned.
+
+    Backwards it is a sum over lists, which is faster than adding row by row.
+    """
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, values: Values) -> Tensor:
-        ctx.values = values
-        return vectors.index_select(0, values.places)
+    def forward(ctx: Any, vectors: Tensor, values: Values, times: int) -> Tensor:
+        ctx.values, ctx.times = values, times
+        taken = vectors.new_empty(len(values.places) // times, times * vectors.shape[1])
+        torch.index_select(vectors, 0, values.places, out=taken.view(-1, vectors.shape[1]))
+        return taken
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        width = gradients[0].shape[1] // ctx.times
         total = functional.embedding_bag(
-            ctx.values.order, gradients[0], ctx.values.row_starts, mode="sum"
+            ctx.values.order, gradients[0].reshape(-1, width), ctx.values.row_starts, mode="sum"
         )
         total[0] = 0.0  # MISSING
-        return total, None
+        return total, None, None
 
 
 class _Pool(torch.autograd.Function):

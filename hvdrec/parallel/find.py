@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from hvdrec.errors import UserError
 from hvdrec.models.tables import ATTENTION, Lists, Values
-from hvdrec.parallel.layout import Group, sorted_by_owner
-from hvdrec.schema import MISSING, UNKNOWN, Pooling, Schema
+from hvdrec.parallel.layout import Group
+from hvdrec.schema import MISSING, SIDES, UNKNOWN, Pooling, Schema
 
 Array = NDArray[Any]
 
@@ -79,15 +77,19 @@ def _find(
     *,
     travels: bool,
 ) -> Found:
-    keys: list[Array] = [np.zeros(1, np.int64)]
+    of_single: list[Array] = []
+    of_lists: list[Array] = []
     single: list[str] = []
     masks: dict[str, Array] = {}
-    for feature in schema.features:
+    # Side by side in the order in which they are joined to a model's inputs.
+    sides = (feature for side in SIDES for feature in schema.side(side))
+    for feature in sides:
         table = schema.vocabulary_of(feature) if feature.is_embedded else ""
         if feature.name not in arrays or table not in group.rows:
             continue
         code = arrays[feature.name]
-        if code.size and (code.min() < 0 or code.max() >= group.rows[table]):
+        # Without their sign, numbers below zero are the largest.
+        if code.size and code.view(np.uint64).max() >= group.rows[table]:
             worst = int(code.min() if code.min() < 0 else code.max())
             raise UserError(
                 f"feature '{feature.name}': code {worst} is outside table '{table}' of "
@@ -97,40 +99,38 @@ def _find(
             # Each place of the list is a value of its own: the model is given all of them.
             for column in code.T:
                 single.append(feature.name)
-                keys.insert(len(single), group.keys(table, column))
+                of_single.append(group.keys(table, column))
         elif feature.is_list:
             masks[feature.name] = code != MISSING
-            keys.append(group.keys(table, code[masks[feature.name]]))
+            of_lists.append(group.keys(table, code[masks[feature.name]]))
         else:
             single.append(feature.name)
-            keys.insert(len(single), group.keys(table, code))
-    places, distinct = pd.factorize(np.concatenate(keys))
-    order, counts = sorted_by_owner(group, distinct)
-    if group.is_sharded:
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        places, distinct = back[places], distinct[order] % group.local_rows
-    travels_small = travels and group.local_rows < 2**31
-    row_type = np.int32 if travels_small else np.int64
-    split = np.split(places, np.cumsum([len(part) for part in keys])[:-1])[1:]
+            of_single.append(group.keys(table, code))
     count = len(next(iter(arrays.values()))) if arrays else 0
-    grid = np.stack(split[: len(single)]) if single else np.empty((0, count), np.int64)
-    places_of = cuts(count, parts)
-    lists: list[dict[str, Lists]] = [{} for _ in places_of]
-    for name, place in zip(masks, split[len(single) :], strict=True):
-        ends = np.concatenate([[0], np.cumsum(masks[name].sum(1))])
-        for part, (start, stop) in zip(lists, places_of, strict=True):
-            part[name] = _lists(
-                place[ends[start] : ends[stop]],
-                ends[start : stop + 1],
-                len(distinct),
-                root=pooling.get(name) == "sqrt",
-            )
+    width, first = len(of_single), 1 + count * len(of_single)
+    # In front is the key of MISSING, which each batch has.
+    keys = np.concatenate([np.zeros(first, np.int64), *of_lists])
+    for column, of_feature in enumerate(of_single):
+        keys[1:first].reshape(count, width)[:, column] = of_feature
+    looked_up = _LookedUp.of(keys)
+    distinct = looked_up.distinct
+    counts = np.array([len(distinct)])
+    if group.is_sharded:
+        ends = np.searchsorted(distinct, group.local_rows * np.arange(1, group.ranks + 1))
+        distinct, counts = distinct % group.local_rows, np.diff(ends, prepend=0)
+    row_type = np.int32 if travels and group.local_rows < 2**31 else np.int64
+    cut = cuts(count, parts)
+    lists: list[dict[str, Lists]] = [{} for _ in cut]
+    for name, mask in masks.items():
+        ends = first + np.concatenate([[0], np.cumsum(mask.sum(1))])
+        first = ends[-1]
+        for part, (start, stop) in zip(lists, cut, strict=True):
+            part[name] = looked_up.lists(ends[start : stop + 1], root=pooling.get(name) == "sqrt")
     return Found(
         torch.from_numpy(distinct.astype(row_type)),
         torch.from_numpy(counts.astype(np.int32)),
         tuple(single),
-        tuple(_values(grid[:, i:j].reshape(-1), len(distinct)) for i, j in places_of),
+        tuple(looked_up.values(1 + i * width, 1 + j * width) for i, j in cut),
         tuple(lists),
     )
 
@@ -140,36 +140,69 @@ def cuts(rows: int, parts: int) -> list[tuple[int, int]]:
     return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
 
 
-def _values(places: Array, rows: int) -> Values:
-    """Return values in both directions: their table rows, and which of them each row has."""
-    by_place = sparse.csc_matrix(
-        sparse.csr_matrix(
-            (np.empty(len(places), np.int8), places, np.arange(len(places) + 1)),
-            shape=(len(places), rows),
-        )
-    )
-    return Values(
-        torch.from_numpy(places),
-        torch.from_numpy(by_place.indices.astype(np.int64)),
-        torch.from_numpy(by_place.indptr[:-1].astype(np.int64)),
-    )
+@dataclass(frozen=True)
+class _LookedUp:
+    """The keys at E places: each once, and where.
 
-
-def _lists(places: Array, ends: Array, rows: int, *, root: bool) -> Lists:
-    """Return lists in both directions: entries' places, and where each batch row's begin.
-
-    root: whether sums are divided by the square root of the number of entries.
+    The first key is the lowest. distinct: int64 [R], ascending; rows: int64 [E], the place of each
+    key among them; order: int64 [E], the places sorted by key, those of one key in their order;
+    starts: int64 [R], where those of each begin.
     """
-    divisors = np.maximum(np.diff(ends), 1).astype(np.float64)
-    starts = ends - ends[0]
-    matrix = sparse.csr_matrix(
-        (np.empty(len(places), np.int8), places, starts), shape=(len(ends) - 1, rows)
-    )
-    by_place = matrix.tocsc()
-    return Lists(
-        torch.from_numpy(places),
-        torch.from_numpy(starts[:-1].astype(np.int64)),
-        torch.from_numpy(np.sqrt(divisors) if root else divisors)[:, None],
-        torch.from_numpy(by_place.indices.astype(np.int64)),
-        torch.from_numpy(by_place.indptr[:-1].astype(np.int64)),
-    )
+
+    distinct: Array
+    rows: Array
+    order: Array
+    starts: Array
+
+    @classmethod
+    def of(cls, keys: Array) -> _LookedUp:
+        """List keys, int64 [E], from 0 on; the first is 0."""
+        order = _sorted_places(keys)
+        in_order = np.take(keys, order)
+        is_other = in_order[1:] != in_order[:-1]
+        starts = np.concatenate([[0], np.flatnonzero(is_other) + 1])
+        rows = np.zeros(len(keys), np.int64)
+        rows[order[1:]] = np.cumsum(is_other)
+        return cls(np.take(in_order, starts), rows, order, starts)
+
+    def values(self, start: int, stop: int) -> Values:
+        """Return the places from `start` to `stop` in both directions; the first is never asked."""
+        order, starts = self._sorted(start, stop)
+        rows = self.rows[start:stop]
+        return Values(torch.from_numpy(rows), torch.from_numpy(order), torch.from_numpy(starts))
+
+    def lists(self, ends: Array, *, root: bool) -> Lists:
+        """Return lists in both directions: those of N rows, between each two of `ends` [N + 1].
+
+        root: whether sums are divided by the square root of the number of entries.
+        """
+        lengths = np.diff(ends)
+        divisors = np.maximum(lengths, 1).astype(np.float64)
+        order, starts = self._sorted(ends[0], ends[-1])
+        return Lists(
+            torch.from_numpy(self.rows[ends[0] : ends[-1]]),
+            torch.from_numpy((ends - ends[0])[:-1]),
+            torch.from_numpy(np.sqrt(divisors) if root else divisors)[:, None],
+            torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)[order]),
+            torch.from_numpy(starts),
+        )
+
+    def _sorted(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return `order` and `starts` of the places from `start` to `stop`, counted from there."""
+        if (start, stop) == (1, len(self.order)):
+            return self.order[1:] - 1, np.maximum(self.starts - 1, 0)
+        is_between = (self.order >= start) & (self.order < stop)
+        times = np.bincount(self.rows[start:stop], minlength=len(self.distinct))
+        return self.order[is_between] - start, np.cumsum(times) - times
+
+
+def _sorted_places(keys: Array) -> Array:
+    """Return the stable order that sorts keys, int64 [E] from 0 on."""
+    # numpy sorts numbers of 16 bits by radix, on any CPU faster than it sorts larger ones.
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    rest = keys >> 16
+    while rest.any():
+        part = np.argsort(np.take(rest.astype(np.uint16), order), kind="stable")
+        order = np.take(order, part)
+        rest >>= 16
+    return order

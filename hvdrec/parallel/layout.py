@@ -99,14 +99,6 @@ def arrange(
     )
 
 
-def sorted_by_owner(group: Group, keys: Array) -> tuple[Array, Array]:
-    """Return the stable order that sorts keys by owner, and how many each owner has [ranks]."""
-    if not group.is_sharded:
-        return np.arange(len(keys)), np.array([len(keys)])
-    owners = (keys // group.local_rows).astype(np.int32)
-    return np.argsort(owners, kind="stable"), np.bincount(owners, minlength=group.ranks)
-
-
 def bytes_of_rows(groups: Sequence[Group], state_width: Mapping[int, int]) -> int:
     """Return the bytes of a rank's rows with their optimizer state, all float32.
 

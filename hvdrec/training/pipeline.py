@@ -99,11 +99,13 @@ def preparer(
     """
     parts = config.train.accumulate
     drawn = -(-config.train.uniform_negatives // tables.world.size) if catalogue else 0
+    draws = bool(catalogue or config.model.unknown_rate)
 
     def prepare(number: int, batch: Batch) -> Prepared:
         # A step's random numbers depend on its place alone: a resumed run repeats them.
-        random = np.random.default_rng([config.seed, first_step + number, rank])
-        if catalogue:
+        place = [config.seed, first_step + number, rank]
+        random = np.random.default_rng(place) if draws else None
+        if catalogue and random:
             batch = catalogue.appended(batch, drawn, random)
         found = tables.find(
             batch.features, parts=parts, unknown_rate=config.model.unknown_rate, random=random
@@ -112,7 +114,10 @@ def preparer(
         return Prepared(
             batch,
             found,
-            tuple(positive[i:j].nonzero().squeeze(1) for i, j in cuts(len(positive), parts)),
+            tuple(
+                torch.from_numpy(np.flatnonzero(positive[i:j].numpy()))
+                for i, j in cuts(len(positive), parts)
+            ),
             _totals(batch, positive),
             drawn,
         )

@@ -1,17 +1,23 @@
-"""The MLP computes the same in oneDNN's layout and in torch's."""
+"""The MLP computes the same whichever way it takes, and parts are joined as torch.cat does."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import grad
 
 from hvdrec.models import layers
-from hvdrec.models.layers import ONEDNN_WORK, Mlp
+from hvdrec.models.layers import ONEDNN_WORK, Mlp, joined
 
 WIDTH, HIDDEN = 120, (300, 200)
 PRODUCTS = 120 * 300 + 300 * 200
 ROWS = -(-ONEDNN_WORK // PRODUCTS)
+
+
+@pytest.fixture(autouse=True)
+def _not_intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "is_intel", lambda: False)
 
 
 def trained(
@@ -42,6 +48,11 @@ def test_layouts_agree(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
+def test_intels_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "is_intel", lambda: True)
+    assert not trained()[1]
+
+
 def test_a_step_repeats_bit_for_bit() -> None:
     first, second = trained(dropout=0.1)[0], trained(dropout=0.1)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -64,3 +75,93 @@ def test_without_training_and_in_bf16_layers_stay() -> None:
         assert not network._takes_onednn(inputs)
     assert not network.eval()._takes_onednn(inputs)
     assert Mlp(WIDTH, (), 0.0)(inputs) is inputs
+
+
+def test_relu_in_the_product_gives_what_torch_gives_in_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def step(fuses: bool) -> list[Tensor]:
+        monkeypatch.setattr(Mlp, "_fuses", lambda *_: fuses)
+        torch.manual_seed(0)
+        network = Mlp(WIDTH, (*HIDDEN, 100), 0.0)
+        inputs = torch.randn(64, WIDTH, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = network(inputs)
+        assert out.dtype is torch.bfloat16
+        # The same gradient reaches the last layer from two sides, and is not written to.
+        gradient = torch.randn_like(out)
+        before = gradient.clone()
+        out.backward(gradient)
+        assert torch.equal(gradient, before)
+        return [out.detach(), inputs.grad, *(p.grad for p in network.parameters())]
+
+    found, wanted = step(True), step(False)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype is theirs.dtype
+        # Both round to 8 bits, after sums in another order.
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.01 * theirs.abs().max().item())
+
+
+def test_the_relu_is_in_the_product_where_that_is_possible() -> None:
+    inputs = torch.randn(8, WIDTH)
+    plain, dropping = Mlp(WIDTH, HIDDEN, 0.0), Mlp(WIDTH, HIDDEN, 0.1)
+    assert not plain._fuses(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain._fuses(inputs) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert not dropping._fuses(inputs)
+        assert not plain.eval()._fuses(inputs)
+    with torch.autocast("cpu", torch.float16):
+        assert not plain.train()._fuses(inputs)
+
+
+def columns(*widths: int) -> tuple[Tensor, list[Tensor]]:
+    matrix = (torch.arange(4 * sum(widths)).reshape(4, -1) + 0.5).requires_grad_()
+    return matrix, list(torch.split(matrix * 2, list(widths), 1))
+
+
+def copied(monkeypatch: pytest.MonkeyPatch, parts: list[Tensor]) -> tuple[Tensor, int]:
+    """Return what `joined` gives, and of how many pieces."""
+    pieces = [1]
+    cat = torch.cat
+
+    def counting(given: list[Tensor], dim: int) -> Tensor:
+        pieces[0] = len(given)
+        return cat(given, dim)
+
+    monkeypatch.setattr(torch, "cat", counting)
+    out = joined(parts)
+    monkeypatch.undo()
+    assert torch.equal(out, cat(parts, 1))
+    return out, pieces[0]
+
+
+def test_columns_of_one_matrix_are_joined_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, a = columns(2, 1, 3)
+    second, b = columns(1, 1)
+    empty = torch.zeros(4, 0)
+    assert copied(monkeypatch, a)[1] == 1
+    out, pieces = copied(monkeypatch, [*a, empty, *b])
+    assert pieces == 2
+    for matrix, gradient in zip((first, second), grad(out.sum(), (first, second)), strict=True):
+        assert torch.equal(gradient, torch.full_like(matrix, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [("missing", 2), ("swapped", 3), ("between", 4), ("detached", 3), ("other", 2)],
+)
+def test_other_columns_are_joined_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, pieces: int
+) -> None:
+    matrix, (a, b, c) = columns(2, 1, 3)
+    parts = {
+        "missing": [a, b],
+        "swapped": [b, a, c],
+        "between": [a, torch.zeros(4, 1), b, c],
+        "detached": [a.detach(), b.detach(), c.detach()],
+        "other": [a, columns(2, 1, 3)[1][1]],
+    }[name]
+    out, count = copied(monkeypatch, parts)
+    assert count == pieces
+    assert out.requires_grad == (name != "detached")
+    assert matrix.grad is None

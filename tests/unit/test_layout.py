@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdrec.parallel.layout import Group, arrange, bytes_of_rows, sorted_by_owner
+from hvdrec.parallel.layout import Group, arrange, bytes_of_rows
 
 GROUPS = st.builds(
     Group,
@@ -38,19 +38,6 @@ def test_the_ranks_parts_make_the_whole(group: Group) -> None:
     for table, rows in group.rows.items():
         parts = [group.ids(table, rank) for rank in range(group.ranks)]
         assert sorted(np.concatenate(parts).tolist()) == list(range(rows))
-
-
-@given(GROUPS, st.lists(st.integers(0, 10**6), max_size=30))
-def test_sorting_by_owner_is_stable_and_counts(group: Group, drawn: list[int]) -> None:
-    keys = np.array(drawn, dtype=np.int64) % (group.local_rows * group.ranks)
-    order, counts = sorted_by_owner(group, keys)
-    owners = (keys[order] // group.local_rows).tolist()
-    assert owners == sorted(owners)
-    assert counts.tolist() == [owners.count(rank) for rank in range(group.ranks)]
-    for rank in range(group.ranks):
-        pairs = zip(order, keys[order], strict=True)
-        mine = [place for place, key in pairs if key // group.local_rows == rank]
-        assert mine == sorted(mine)
 
 
 def test_large_tables_are_sharded_and_small_ones_are_not() -> None:

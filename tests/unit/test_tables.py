@@ -71,11 +71,11 @@ def test_the_cost_of_a_batch_is_its_distinct_rows() -> None:
     codes = {"user_id": torch.tensor([5, 5, 6, 5]), "hour": torch.tensor([0, 3, 3, 0])}
     (found,) = tables.find(codes)
     assert len(found.rows) == 1 + 2 + 1
-    whole = found.values[0].places.reshape(2, 4)
+    whole = found.values[0].places
     (cut,) = tables.find(codes, parts=2)
     assert [values.places.tolist() for values in cut.values] == [
-        whole[:, :2].flatten().tolist(),
-        whole[:, 2:].flatten().tolist(),
+        whole[:4].tolist(),
+        whole[4:].tolist(),
     ]
 
 
