@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hvdrec.models.dropout import ReluDropout
 
@@ -20,10 +21,10 @@ ONEDNN_WORK = 100_000_000
 class Mlp(nn.Sequential):
     """Linear-ReLU(-dropout) layers: [N, width] -> [N, last of hidden].
 
-    On a CPU training takes the fastest way through them. In bf16 a layer's ReLU is part of its
-    matrix product. Large steps in float32 run in oneDNN's tensor layout, but for Intel's CPUs: on
-    AMD's Zen 4 its products are a fifth faster than those that torch takes for dense tensors, which
-    are MKL's. The parameters stay as they are, and their names are those of nn.Sequential.
+    On a CPU training takes the fastest way through them: without dropout `_LinearRelu`, in bf16
+    and on Intel's CPUs; else large steps in float32 run in oneDNN's tensor layout, but for Intel's:
+    on AMD's Zen 4 its products are a fifth faster than those that torch takes for dense tensors,
+    MKL's. The parameters stay as they are, and their names are those of nn.Sequential.
     """
 
     def __init__(self, width: int, hidden: Sequence[int], dropout: float) -> None:
@@ -41,17 +42,20 @@ class Mlp(nn.Sequential):
         self._has_dropout = dropout > 0
         self._products = sum(before * size for before, size in pairwise(widths))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = inputs
-        if self._fuses(inputs):
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
+        """Map inputs [N, width], which may be given in parts that lie side by side."""
+        parts = [inputs] if isinstance(inputs, Tensor) else pieces(inputs)
+        if (kind := self._own_layers(parts)) is not None:
+            linear = [layer for layer in self if isinstance(layer, nn.Linear)]
             with torch.autocast("cpu", enabled=False):
-                hidden = hidden.bfloat16()
-                linear = [layer for layer in self if isinstance(layer, nn.Linear)]
                 for one in linear:
-                    hidden = _LinearRelu.apply(  # type: ignore[no-untyped-call]
-                        hidden, one.weight, one.bias, one is not linear[-1]
+                    out: Tensor = _LinearRelu.apply(  # type: ignore[no-untyped-call]
+                        kind, one is not linear[-1], one.weight, one.bias, *parts
                     )
-        elif not self._takes_onednn(inputs):
+                    parts = [out]
+            return out
+        hidden = joined(parts)
+        if not self._takes_onednn(hidden):
             for layer in self:
                 hidden = layer(hidden)
         elif self._has_dropout:
@@ -65,32 +69,38 @@ class Mlp(nn.Sequential):
             hidden = hidden.to_dense()
         return hidden
 
-    def _fuses(self, inputs: Tensor) -> bool:
-        return bool(
-            self._trains_with_onednn(inputs)
-            and not self._has_dropout
-            and torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") is torch.bfloat16
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
+    def _own_layers(self, parts: Sequence[Tensor]) -> torch.dtype | None:
+        """Return in which type `_LinearRelu` is to compute the layers, or None for torch's own."""
+        if self._has_dropout or not self._trains_on_cpu(parts[0]):
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            is_short = torch.get_autocast_dtype("cpu") is torch.bfloat16
+            return torch.bfloat16 if is_short and _has_bf16_products() else None
+        is_single = all(part.dtype is torch.float32 for part in (self[0].weight, *parts))
+        return torch.float32 if is_single and is_intel() else None
 
     def _takes_onednn(self, inputs: Tensor) -> bool:
         return bool(
-            self._trains_with_onednn(inputs)
+            self._trains_on_cpu(inputs)
             and inputs.dtype is torch.float32
             and inputs.shape[0] * self._products >= ONEDNN_WORK
             and not torch.is_autocast_enabled("cpu")
             and not is_intel()
-        )
-
-    def _trains_with_onednn(self, inputs: Tensor) -> bool:
-        return bool(
-            self.training
-            and inputs.device.type == "cpu"
-            and not torch.compiler.is_compiling()
             and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
             and torch.backends.mkldnn.enabled
         )
+
+    def _trains_on_cpu(self, inputs: Tensor) -> bool:
+        return bool(
+            self.training
+            and self._products
+            and inputs.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        )
+
+
+def _has_bf16_products() -> bool:
+    return bool(torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache
@@ -102,49 +112,83 @@ def is_intel() -> bool:
         return False
 
 
-class _LinearRelu(torch.autograd.Function):
-    """relu(x W^T + b) in bf16, in one pass: [N, width], [out, width], [out] -> [N, out].
+ALIGNED = 16
+"""Inputs' widths are rounded up to a multiple of this: products of odd ones take a fifth longer."""
 
-    Weights and their gradients are float32. As its own pass over the products, ReLU took a sixth
-    of the forward pass on a CPU with matrix units (AMX).
+
+class _LinearRelu(torch.autograd.Function):
+    """relu(x W^T + b) in bf16 or float32: parts of x side by side, [out, width], [out] -> [N, out].
+
+    Weights and their gradients are float32. Parts are written to where the product reads them, in
+    its type. In bf16 ReLU is part of the product: as its own pass it took a sixth of the forward
+    pass on a CPU with matrix units (AMX). is_inner: the gradient comes from another such layer,
+    which made it for this one alone, so it may be overwritten.
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, is_inner: bool) -> Tensor:
-        ctx.is_inner = is_inner
-        short = weight.bfloat16()
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            inputs, short, bias.bfloat16(), "relu", [], ""
-        )
-        ctx.save_for_backward(inputs, short, out)
+    def forward(
+        ctx: Any, kind: torch.dtype, is_inner: bool, weight: Tensor, bias: Tensor, *parts: Tensor
+    ) -> Tensor:
+        width = weight.shape[1]
+        padding = -width % ALIGNED
+        if len(parts) == 1 and parts[0].dtype is kind and not padding:
+            inputs = parts[0]
+        else:
+            inputs = parts[0].new_empty(len(parts[0]), width + padding, dtype=kind)
+            inputs[:, width:] = 0
+            places = torch.split(inputs[:, :width], [part.shape[1] for part in parts], 1)
+            for place, part in zip(places, parts, strict=True):
+                place.copy_(part)
+        matrix = functional.pad(weight.to(kind), (0, padding)) if padding else weight.to(kind)
+        if kind is torch.bfloat16:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(
+                inputs, matrix, bias.to(kind), "relu", [], ""
+            )
+        else:
+            out = torch.addmm(bias, inputs, matrix.t()).relu_()
+        ctx.is_inner, ctx.parts = is_inner, [(part.shape[1], part.dtype) for part in parts]
+        ctx.save_for_backward(inputs, matrix, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        inputs, weight, out = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, matrix, out = ctx.saved_tensors
         passed = gradients[0]
         if ctx.is_inner:
-            # What the next layer made of its gradient, for this one alone.
             torch.ops.aten.threshold_backward.grad_input(passed, out, 0, grad_input=passed)
         else:
             passed = torch.ops.aten.threshold_backward(passed, out, 0)
-        of_inputs = passed.mm(weight) if ctx.needs_input_grad[0] else None
-        return of_inputs, passed.t().mm(inputs).float(), passed.sum(0).float(), None
+        of_parts: list[Tensor | None] = []
+        start = 0
+        for (width, kind), is_wanted in zip(ctx.parts, ctx.needs_input_grad[4:], strict=True):
+            columns = matrix[:, start : start + width]
+            of_parts.append(passed.mm(columns).to(kind) if is_wanted else None)
+            start += width
+        of_weight = passed.t().mm(inputs)[:, :start].float()
+        return None, None, of_weight, passed.sum(0).float(), *of_parts
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    """Return [N, sum of widths] of parts [N, width].
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return [N, sum of widths] of parts [N, width]."""
+    found = pieces(parts)
+    return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
-    Parts that are all columns of one matrix, in their order, are copied as that matrix.
+
+def pieces(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return parts [N, width] in fewer: the columns of one matrix, in their order, are that matrix.
+
+    Parts without columns are left out.
     """
-    parts = [part for part in parts if part.shape[1]] or parts[:1]
-    merged: list[Tensor] = []
+    some = [part for part in parts if part.shape[1]] or list(parts[:1])
+    if torch.compiler.is_compiling():
+        return some
+    found: list[Tensor] = []
     start = 0
-    while start < len(parts):
-        whole = None if torch.compiler.is_compiling() else _whole(parts, start)
-        merged.append(parts[start] if whole is None else whole[0])
-        start += 1 if whole is None else whole[1]
-    return torch.cat(merged, dim=-1) if len(merged) > 1 else merged[0]
+    while start < len(some):
+        matrix, count = _whole(some, start) or (some[start], 1)
+        found.append(matrix)
+        start += count
+    return found
 
 
 def _whole(parts: list[Tensor], start: int) -> tuple[Tensor, int] | None:

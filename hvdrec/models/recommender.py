@@ -5,7 +5,7 @@ Shapes: N rows, D the towers' output width (``model.tower.output``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -70,7 +70,7 @@ class Tower(nn.Module):
 
 
 class Ranker(nn.Module):
-    """A DNN over a row's joined vectors [N, width], beside optional cross layers: [N] logits."""
+    """A DNN over a row's vectors [N, width], beside optional cross layers: [N] logits."""
 
     def __init__(self, width: int, shape: RankerShape) -> None:
         super().__init__()
@@ -79,10 +79,11 @@ class Ranker(nn.Module):
         self.cross = CrossNetwork(width, shape.cross_layers) if shape.cross_layers else None
         self.head = nn.Linear(last + (width if self.cross is not None else 0), 1)
 
-    def forward(self, vectors: Tensor) -> Tensor:
-        deep = self.hidden(vectors)
+    def forward(self, parts: Sequence[Tensor]) -> Tensor:
+        """Map vectors, given in parts that lie side by side."""
+        deep = self.hidden(parts)
         if self.cross is not None:
-            deep = torch.cat([self.cross(vectors), deep], dim=-1)
+            deep = torch.cat([self.cross(joined(parts)), deep], dim=-1)
         logit: Tensor = self.head(deep)
         return logit.squeeze(-1)
 
@@ -221,7 +222,7 @@ class Recommender(nn.Module):
             return product.sum(dim=-1) / self.temperature
         matches = self._match_products(joined(user), joined(item)) if self.matches else []
         heads = [head_products(of_user, of_item, self.heads)] if self.heads else []
-        logit: Tensor = self.ranker(joined([*user, *item, product, *matches, *scene, *heads]))
+        logit: Tensor = self.ranker([*user, *item, product, *matches, *scene, *heads])
         return logit
 
     def _match_products(self, user: Tensor, item: Tensor) -> list[Tensor]:

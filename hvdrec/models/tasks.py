@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdrec.models.dropout import Dropout
-from hvdrec.models.layers import CrossNetwork, Mlp
+from hvdrec.models.layers import CrossNetwork, Mlp, joined
 from hvdrec.sections import Ranker as RankerShape
 from hvdrec.sections import Task
 
@@ -53,7 +53,9 @@ class TaskRanker(nn.Module):
             own = Mlp(last, shape.task_hidden, shape.dropout)
             self.heads.append(nn.Sequential(*own, nn.Linear(own.output_width, 1)))
 
-    def forward(self, vectors: Tensor) -> Tensor:
+    def forward(self, parts: Sequence[Tensor]) -> Tensor:
+        """Map vectors, given in parts that lie side by side."""
+        vectors = joined(parts)
         crossed = None if self.cross is None else self.cross(vectors)
         return self.after_first(self.first(vectors), crossed)
 

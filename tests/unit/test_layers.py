@@ -77,41 +77,47 @@ def test_without_training_and_in_bf16_layers_stay() -> None:
     assert Mlp(WIDTH, (), 0.0)(inputs) is inputs
 
 
-def test_relu_in_the_product_gives_what_torch_gives_in_bf16(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
+def test_own_layers_give_what_torchs_give(
+    monkeypatch: pytest.MonkeyPatch, kind: torch.dtype
 ) -> None:
-    def step(fuses: bool) -> list[Tensor]:
-        monkeypatch.setattr(Mlp, "_fuses", lambda *_: fuses)
+    def step(chosen: torch.dtype | None) -> list[Tensor]:
+        monkeypatch.setattr(Mlp, "_own_layers", lambda *_: chosen)
         torch.manual_seed(0)
-        network = Mlp(WIDTH, (*HIDDEN, 100), 0.0)
-        inputs = torch.randn(64, WIDTH, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = network(inputs)
-        assert out.dtype is torch.bfloat16
-        # The same gradient reaches the last layer from two sides, and is not written to.
+        network = Mlp(WIDTH + 3, (*HIDDEN, 100), 0.0)
+        vectors = torch.randn(64, WIDTH, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind is torch.bfloat16):
+            out = network([vectors[:, :50], torch.randn(64, 3), vectors[:, 50:]])
+        assert out.dtype is kind
         gradient = torch.randn_like(out)
         before = gradient.clone()
-        out.backward(gradient)
-        assert torch.equal(gradient, before)
-        return [out.detach(), inputs.grad, *(p.grad for p in network.parameters())]
+        found = grad([out], [vectors, *network.parameters()], [gradient])
+        assert torch.equal(gradient, before)  # others may hold it, too
+        return [out.detach(), *found]
 
-    found, wanted = step(True), step(False)
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(step(kind), step(None), strict=True):
         assert ours.dtype is theirs.dtype
-        # Both round to 8 bits, after sums in another order.
-        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.01 * theirs.abs().max().item())
+        # In bf16 both round to 8 bits, after sums in another order.
+        share, least = (0.02, 0.01) if kind is torch.bfloat16 else (1e-5, 1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=share, atol=least * theirs.abs().max().item())
 
 
-def test_the_relu_is_in_the_product_where_that_is_possible() -> None:
-    inputs = torch.randn(8, WIDTH)
+def test_own_layers_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [torch.randn(8, WIDTH)]
     plain, dropping = Mlp(WIDTH, HIDDEN, 0.0), Mlp(WIDTH, HIDDEN, 0.1)
-    assert not plain._fuses(inputs)
+    assert plain._own_layers(given) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert plain._fuses(inputs) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        assert not dropping._fuses(inputs)
-        assert not plain.eval()._fuses(inputs)
+        has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert plain._own_layers(given) is (torch.bfloat16 if has_products else None)
+        assert dropping._own_layers(given) is None
+        assert plain.eval()._own_layers(given) is None
     with torch.autocast("cpu", torch.float16):
-        assert not plain.train()._fuses(inputs)
+        assert plain.train()._own_layers(given) is None
+    monkeypatch.setattr(layers, "is_intel", lambda: True)
+    assert plain._own_layers(given) is torch.float32
+    assert plain._own_layers([given[0].double()]) is None
+    assert plain.double()._own_layers(given) is None
+    assert Mlp(WIDTH, (), 0.0)._own_layers(given) is None
 
 
 def columns(*widths: int) -> tuple[Tensor, list[Tensor]]:

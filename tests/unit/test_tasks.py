@@ -71,7 +71,7 @@ def test_mixture_of_experts_against_numpy() -> None:
             last = [weights[f"heads.{t}.3.{kind}"] for kind in ("weight", "bias")]
             expected[row, t] = (last[0] @ _relu(tower) + last[1]).item()
     with torch.no_grad():
-        found = ranker(torch.from_numpy(inputs)).numpy()
+        found = ranker([torch.from_numpy(inputs)]).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
@@ -86,7 +86,7 @@ def test_shared_bottom_with_cross_layers_against_numpy() -> None:
         axis=1,
     )
     with torch.no_grad():
-        np.testing.assert_allclose(ranker(torch.from_numpy(x)).numpy(), expected, atol=1e-12)
+        np.testing.assert_allclose(ranker([torch.from_numpy(x)]).numpy(), expected, atol=1e-12)
 
 
 def test_losses_count_only_the_rows_that_tell() -> None:
