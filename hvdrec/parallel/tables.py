@@ -243,7 +243,7 @@ class DistributedTables:
             order, distinct = pd.factorize(rows.numpy())
             exchange.rows = torch.from_numpy(distinct).to(self.device)
             exchange.order = torch.from_numpy(order).to(self.device)
-            outgoing = kernel.fetch(rows.to(self.device))
+            outgoing = kernel.fetch(exchange.rows).index_select(0, exchange.order)
         handle: int = hvd.alltoall_async(
             outgoing, splits=exchange.counts, name=f"vectors/{group.name}"
         )
