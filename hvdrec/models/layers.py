@@ -86,8 +86,7 @@ class Mlp(nn.Sequential):
             and inputs.shape[0] * self._products >= ONEDNN_WORK
             and not torch.is_autocast_enabled("cpu")
             and not is_intel()
-            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-            and torch.backends.mkldnn.enabled
+            and _has_onednn()
         )
 
     def _trains_on_cpu(self, inputs: Tensor) -> bool:
@@ -99,8 +98,13 @@ class Mlp(nn.Sequential):
         )
 
 
+def _has_onednn() -> bool:
+    is_built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(is_built and torch.backends.mkldnn.enabled)
+
+
 def _has_bf16_products() -> bool:
-    return bool(torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(_has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache
