@@ -36,9 +36,9 @@ from hvdrec.training.step import Trainee, take_step
 
 CONSTANTS_FILE = "plan.json"
 SAMPLED_BATCHES = 6
-TRIAL_STEPS, TRIAL_ROW_GROUPS, TRIAL_SECONDS = 24, 3, 12.0
-"""A trial has at least so many steps, and unless they take longer, as many as so many row groups:
-a row group is read at once."""
+WARM_UP_STEPS, TRIAL_STEPS, TRIAL_SECONDS = 8, 24, 12.0
+"""A trial has at least so many steps behind its first ones, and unless they take longer, as many as
+three windows of the reader, or three row groups: those are read at once."""
 LARGEST_TRIAL = 1_000_000
 """Rows of a table in the trial of `calibrate`: a step's cost does not depend on them."""
 
@@ -160,7 +160,13 @@ def calibrate(config: Config) -> Constants:
 def _enough(config: Config, rows: int) -> int:
     """Return how many steps a trial on so many rows takes, unless they are slow."""
     loader = ShardLoader.of(config, "train", rows, 0, 1, shuffle=True)
-    return max(TRIAL_STEPS, TRIAL_ROW_GROUPS * loader.largest_row_group // rows)
+    read_at_once = max(_window(config, rows), loader.largest_row_group)
+    return 3 * max(TRIAL_STEPS // 3, math.ceil(read_at_once / rows))
+
+
+def _window(config: Config, rows: int) -> int:
+    """Return how many rows a trial's reader shuffles together: few, to read all the time."""
+    return min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
 
 
 def _seconds_alone(
@@ -189,12 +195,10 @@ def _step_seconds(
     a while does not count.
     """
     torch.manual_seed(0)
-    # Small windows: then rows are read all the time, as in training.
-    window = min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
     config = replace(
         config,
         train=replace(config.train, batch_size=rows * world.size),
-        loader=replace(config.loader, shuffle_rows=window),
+        loader=replace(config.loader, shuffle_rows=_window(config, rows)),
     )
     model = Recommender(config, sizes, with_tables=False).to(device)
     tables = make_tables(config, sizes, world, device)
@@ -206,10 +210,12 @@ def _step_seconds(
         _endless(loader, lambda n, batch: prepare(n, _within(batch, config, sizes)))
     ) as prepared:
         trial = steps(prepared, tables, device)
-        float(take_step(trainee, next(trial), 0, 0.0).total)
+        # The first ones are slower: memory is got for them, and the reader fills its queue.
+        for number, step in enumerate(itertools.islice(trial, WARM_UP_STEPS)):
+            float(take_step(trainee, step, number, 0.0).total)
         ends = [time.perf_counter()]
         for number, step in enumerate(itertools.islice(trial, count), start=1):
-            float(take_step(trainee, step, number, 0.0).total)
+            float(take_step(trainee, step, WARM_UP_STEPS + number, 0.0).total)
             ends.append(time.perf_counter())
             seconds = ends[-1] - ends[0]
             if world.size == 1 and number >= TRIAL_STEPS and seconds > TRIAL_SECONDS:
