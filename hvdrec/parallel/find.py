@@ -89,7 +89,7 @@ def _find(
             continue
         code = arrays[feature.name]
         # Without their sign, numbers below zero are the largest.
-        if code.size and code.view(np.uint64).max() >= group.rows[table]:
+        if code.size and code.astype(np.uint64).max() >= group.rows[table]:
             worst = int(code.min() if code.min() < 0 else code.max())
             raise UserError(
                 f"feature '{feature.name}': code {worst} is outside table '{table}' of "
