@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvdrec.batch import Batch
+from hvdrec.columns import ROW_KEYS, Blocks, Layout, fill
 from hvdrec.config import Config
 from hvdrec.errors import UserError, choices
 from hvdrec.order import Plan, Progress, Window, plan_epoch
@@ -32,16 +33,11 @@ from hvdrec.row_groups import (
     list_row_groups,
     read_row_groups,
 )
-from hvdrec.schema import KEY_COLUMNS, MISSING, Feature, Schema
+from hvdrec.schema import KEY_COLUMNS, Schema
 from hvdrec.storage import Place, Url, read_metadata, version
 
 Array = NDArray[Any]
-Columns = dict[str, Array]
-Blocks = dict[tuple[str, ...], Array]
-"""Columns of one type side by side, by their names: a row is gathered from all of them at once."""
 T = TypeVar("T")
-CodeType = type[np.int32] | type[np.int64]
-KEYS = KEY_COLUMNS[:2]
 
 
 class ShardLoader:
@@ -88,17 +84,7 @@ class ShardLoader:
         self._features = [f for f in schema.features if columns is None or f.name in columns]
         self._tasks = tuple(tasks)
         self._columns = [*(f.name for f in self._features), *KEY_COLUMNS, *self._tasks]
-        self._lists = {f.name: f.max_length for f in self._features if f.is_list}
-        single = [f for f in self._features if not f.is_list]
-        self._numbers = tuple(f.name for f in single if not f.is_embedded)
-        self._kinds: dict[tuple[str, ...], type[np.generic]] = {
-            **{(f.name,): _kind(f, np.int32) for f in self._features if f.is_list},
-            tuple(f.name for f in single if f.is_embedded): np.int32,
-            self._numbers: np.float32,
-            KEYS: np.int64,
-            (*KEY_COLUMNS[2:], *self._tasks): np.float32,
-        }
-        self._kinds.pop((), None)  # no block without columns
+        self._layout = Layout.of(self._features, self._tasks)
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._shuffle, self._window_rows = shuffle, window_rows
         self._workers, self._prefetch = workers, prefetch
@@ -274,7 +260,7 @@ class ShardLoader:
 
     def _read(self, window: Window, tables: Iterator[pa.Table]) -> Blocks:
         """Return the rows of a window's fragments, one behind the other."""
-        blocks = self._allocated(sum(fragment.rows for fragment in window))
+        blocks = self._layout.allocated(sum(fragment.rows for fragment in window))
         start = 0
         for fragment in window:
             table = next(
@@ -285,10 +271,10 @@ class ShardLoader:
             part = {names: block[start:stop] for names, block in blocks.items()}
             if fragment.chosen is None:
                 wanted = table.slice(fragment.start, fragment.rows)
-                _fill(self._columns_of(part), wanted, self._features)
+                fill(self._layout.columns(part), wanted, self._features)
             else:
-                whole = self._allocated(table.num_rows)
-                _fill(self._columns_of(whole), table, self._features)
+                whole = self._layout.allocated(table.num_rows)
+                fill(self._layout.columns(whole), table, self._features)
                 for names, block in part.items():
                     np.take(whole[names], fragment.positions(), 0, out=block)
             start = stop
@@ -304,20 +290,20 @@ class ShardLoader:
 
     def _batch(self, pieces: Sequence[Blocks]) -> Batch:
         """Return the pieces' rows with padding behind them."""
-        rows = sum(len(piece[KEYS]) for piece in pieces)
+        rows = sum(len(piece[ROW_KEYS]) for piece in pieces)
         if len(pieces) == 1 and rows == self.batch_size:
             blocks = pieces[0]
         else:
-            blocks = self._allocated(self.batch_size)
+            blocks = self._layout.allocated(self.batch_size)
             for names, block in blocks.items():
                 np.concatenate([block[:0], *(piece[names] for piece in pieces)], out=block[:rows])
                 block[rows:] = 0
         tensors: dict[str, torch.Tensor] = {}
         for names, block in blocks.items():
             kind = np.int64 if block.dtype.kind == "i" else np.float32
-            if names[0] in self._lists:
+            if names[0] in self._layout.lists:
                 tensors[names[0]] = torch.from_numpy(block.astype(kind))
-            elif names == self._numbers:
+            elif names == self._layout.numbers:
                 # They stay side by side: so the model joins them to its inputs at once.
                 tensors.update(zip(names, torch.from_numpy(block).unbind(1), strict=True))
             else:
@@ -328,76 +314,3 @@ class ShardLoader:
         tasks = torch.stack(labels, dim=1) if labels else None
         features = {feature.name: tensors[feature.name] for feature in self._features}
         return Batch(features, user, item, label, weight, rows, tasks)
-
-    def _allocated(self, rows: int) -> Blocks:
-        return {
-            names: np.empty((rows, self._lists.get(names[0], len(names))), kind)
-            for names, kind in self._kinds.items()
-        }
-
-    def _columns_of(self, blocks: Blocks) -> Columns:
-        """Return views of the blocks' columns, [rows], or [rows, max_length] of a list."""
-        found: Columns = {}
-        for names, block in blocks.items():
-            if names[0] in self._lists:
-                found[names[0]] = block
-            else:
-                found.update(zip(names, block.T, strict=True))
-        return found
-
-
-def table_arrays(
-    table: pa.Table, features: Sequence[Feature], code_type: CodeType = np.int64
-) -> Columns:
-    """Return a table's encoded columns as arrays: codes [N] or [N, max_length], or float32 [N].
-
-    Lists are padded with 0 on the right, sequences on the left; of a longer list the first, of a
-    longer sequence the last max_length codes stay.
-    """
-    rows = table.num_rows
-    columns: Columns = {
-        feature.name: np.empty(
-            (rows, feature.max_length) if feature.is_list else rows, _kind(feature, code_type)
-        )
-        for feature in features
-    }
-    _fill(columns, table, features)
-    return columns
-
-
-def _kind(feature: Feature, code_type: CodeType) -> type[np.generic]:
-    return code_type if feature.is_embedded else np.float32
-
-
-def _fill(columns: Mapping[str, Array], table: pa.Table, features: Sequence[Feature]) -> None:
-    """Write a table's columns into arrays of as many rows."""
-    sequences = {feature.name for feature in features if feature.kind == "sequence"}
-    for name, column in columns.items():
-        start = 0
-        for chunk in table[name].chunks:
-            stop = start + len(chunk)
-            if column.ndim == 1:
-                column[start:stop] = chunk.to_numpy()
-            else:
-                _pad(column[start:stop], chunk, at_end=name in sequences)
-            start = stop
-
-
-def _pad(out: Array, lists: pa.ListArray, *, at_end: bool) -> None:
-    """Write lists into the rows of `out` [N, width], at their start or their end, zeros around."""
-    width = out.shape[1]
-    offsets = lists.offsets.to_numpy()
-    values = lists.values.to_numpy()
-    lengths = np.diff(offsets)
-    if lengths.max(initial=0) > width:
-        lengths = np.minimum(lengths, width)
-        starts = offsets[1:] - lengths if at_end else offsets[:-1]
-        before = np.cumsum(lengths) - lengths
-        values = values[np.repeat(starts - before, lengths) + np.arange(lengths.sum())]
-    else:
-        values = values[offsets[0] : offsets[-1]]
-    places = np.arange(width, dtype=np.int32)
-    # A mask meets the values in the order in which they lie.
-    taken = places >= (width - lengths)[:, None] if at_end else places < lengths[:, None]
-    out[...] = MISSING
-    out[taken] = values

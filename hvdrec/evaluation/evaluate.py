@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdrec.artifacts import read_manifest
+from hvdrec.columns import table_arrays
 from hvdrec.config import Config
 from hvdrec.evaluation.compare import compare
 from hvdrec.evaluation.held_out import Retrieval, Scores, part_of, ranking_report
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.tasks import task_auc, task_report
 from hvdrec.features.fit import check_task_labels
-from hvdrec.loader import ShardLoader, table_arrays
+from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
 from hvdrec.models.tables import Rows
 from hvdrec.parallel import ranks

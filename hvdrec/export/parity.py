@@ -13,11 +13,11 @@ import pyarrow.dataset as ds
 import torch
 from numpy.typing import NDArray
 
+from hvdrec.columns import table_arrays
 from hvdrec.config import Config
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs
-from hvdrec.loader import table_arrays
 from hvdrec.models.recommender import Recommender
 from hvdrec.schema import Feature
 from hvdrec.scoring import Scorer

@@ -25,7 +25,7 @@ from hvdrec.models.layers import (
 )
 from hvdrec.models.tables import ATTENTION, EmbeddingTables, Rows
 from hvdrec.models.tasks import TaskRanker, combined
-from hvdrec.schema import Feature, Schema
+from hvdrec.schema import SIDES, Feature, Schema
 from hvdrec.sections import Ranker as RankerShape
 from hvdrec.sections import Tower as TowerShape
 
@@ -175,7 +175,7 @@ class Recommender(nn.Module):
         vectors = self._pooled(vectors)
         users, items, scene = (
             {feature.name: vectors[feature.name] for feature in self.schema.side(side)}
-            for side in ("user", "item", "scene")
+            for side in SIDES
         )
         user = self._parts(self.user_tower, users, self.user_direct)
         item = self._parts(self.item_tower, items, self.item_direct)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvdrec.columns import table_arrays
 from hvdrec.config import Config
 from hvdrec.errors import UserError
-from hvdrec.loader import ShardLoader, table_arrays
+from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
 from hvdrec.storage import read_table
 from hvdrec.training import checkpoint

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from hvdrec import loader as loader_module
 from hvdrec.batch import Batch
+from hvdrec.columns import table_arrays
 from hvdrec.errors import UserError
-from hvdrec.loader import ShardLoader, table_arrays
+from hvdrec.loader import ShardLoader
 from hvdrec.order import Progress
 from hvdrec.schema import Feature, Schema
 
@@ -255,7 +256,7 @@ def test_no_thread_stays_at_the_end_or_when_the_iterator_is_dropped(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_thread_stays")
-@pytest.mark.parametrize("where", ["hvdrec.loader._fill", "hvdrec.loader.ShardLoader._batch"])
+@pytest.mark.parametrize("where", ["hvdrec.loader.fill", "hvdrec.loader.ShardLoader._batch"])
 def test_what_goes_wrong_in_the_thread_is_raised_with_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -294,14 +295,14 @@ def test_batches_are_made_in_another_thread_and_not_too_far_ahead(
 def test_it_counts_how_long_the_consumer_waited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill = loader_module._fill
+    fill = loader_module.fill
 
     def slowly(*arguments: Any) -> None:
         time.sleep(0.05)
         fill(*arguments)
 
     write_shards(tmp_path, [20], 4)
-    monkeypatch.setattr(loader_module, "_fill", slowly)
+    monkeypatch.setattr(loader_module, "fill", slowly)
     loader = ShardLoader(tmp_path, SCHEMA, batch_size=5, rank=0, world_size=1)
     began = time.perf_counter()
     for _ in loader.epoch(0):
