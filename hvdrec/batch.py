@@ -13,7 +13,7 @@ from torch import Tensor
 class Batch:
     """Rows as tensors; behind the first `rows` rows there is padding of weight zero.
 
-    features: name -> int64 codes [N] or [N, max_length] (0 pads), or float32 [N]; user_index,
+    features: name -> int32 codes [N] or [N, max_length] (0 pads), or float32 [N]; user_index,
     item_index: int64 [N]; label, weight: float32 [N]; tasks: float32 [N, T] of further labels, NaN
     where a row tells nothing, or None where none are read. Padding rows are zero everywhere.
     """

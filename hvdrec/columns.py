@@ -26,27 +26,25 @@ class Layout:
     """Which columns of rows lie side by side.
 
     kinds: the type of each block; lists: name -> max_length of columns that are a block by
-    themselves; numbers: the names of the block of numeric features, empty if there are none.
+    themselves.
     """
 
     kinds: Mapping[tuple[str, ...], type[np.generic]]
     lists: Mapping[str, int]
-    numbers: tuple[str, ...]
 
     @classmethod
     def of(cls, features: Sequence[Feature], tasks: Sequence[str]) -> Layout:
         """Lay out features, the keys of rows, their labels, and those of tasks; codes are int32."""
         single = [f for f in features if not f.is_list]
-        numbers = tuple(f.name for f in single if not f.is_embedded)
         kinds: dict[tuple[str, ...], type[np.generic]] = {
             **{(f.name,): _kind(f, np.int32) for f in features if f.is_list},
             tuple(f.name for f in single if f.is_embedded): np.int32,
-            numbers: np.float32,
+            tuple(f.name for f in single if not f.is_embedded): np.float32,
             ROW_KEYS: np.int64,
             (*LABELS, *tasks): np.float32,
         }
         kinds.pop((), None)  # no block without columns
-        return cls(kinds, {f.name: f.max_length for f in features if f.is_list}, numbers)
+        return cls(kinds, {f.name: f.max_length for f in features if f.is_list})
 
     def allocated(self, rows: int) -> Blocks:
         """Return blocks of so many rows, not yet filled."""

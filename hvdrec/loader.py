@@ -8,10 +8,11 @@ the batches held ready.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -170,38 +171,63 @@ class ShardLoader:
 
         number: 0-based, among the batches that are delivered now. See `epoch`.
         """
-        plan = self.plan(epoch, past)
+        with closing(self.epochs(epoch, epoch + 1, prepare, past)) as epochs:
+            for items in epochs:
+                yield from items
+
+    def epochs(
+        self,
+        start: int,
+        stop: int | None,
+        prepare: Callable[[int, Batch], T],
+        past: Sequence[Progress] = (),
+    ) -> Generator[Iterator[T], None, None]:
+        """Deliver the epochs from `start` up to `stop`, or without end; see `prepared`.
+
+        Yields an iterator of each, which is to be exhausted before the next is taken. The next
+        epoch is already read while an epoch's last batches wait for their turn. past: of the first.
+        """
         ready: queue.Queue[T | BaseException | None] = queue.Queue(self._prefetch)
         stopped = threading.Event()
+
+        def numbers() -> Iterable[int]:
+            return itertools.count(start) if stop is None else range(start, stop)
+
+        plans = (self.plan(epoch, past if epoch == start else ()) for epoch in numbers())
         maker = threading.Thread(
             target=self._make,
-            args=(plan, prepare, ready, stopped),
+            args=(plans, prepare, ready, stopped),
             name="hvdrec-loader",
             daemon=True,
         )
         maker.start()
         try:
-            while True:
-                began = time.perf_counter()
-                item = ready.get()
-                self.waited_seconds += time.perf_counter() - began
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            for _ in numbers():
+                yield self._taken(ready)
         finally:
             stopped.set()
             maker.join()
 
+    def _taken(self, ready: queue.Queue[T | BaseException | None]) -> Iterator[T]:
+        """Take what was put for one epoch."""
+        while True:
+            began = time.perf_counter()
+            item = ready.get()
+            self.waited_seconds += time.perf_counter() - began
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
     def _make(
         self,
-        plan: Plan,
+        plans: Iterator[Plan],
         prepare: Callable[[int, Batch], T],
         ready: queue.Queue[T | BaseException | None],
         stopped: threading.Event,
     ) -> None:
-        """Put the batches, then None or what went wrong, unless the consumer stops before."""
+        """Put each epoch's batches, then None, or what went wrong, unless the consumer stops."""
 
         def put(item: T | BaseException | None) -> bool:
             while not stopped.is_set():
@@ -212,15 +238,19 @@ class ShardLoader:
                     continue
             return False
 
+        number = 0
         try:
-            with closing(self._batches(plan, stopped)) as batches:
-                for number, batch in enumerate(batches):
-                    if not put(prepare(number, batch.pin_memory() if self._pin_memory else batch)):
-                        return
+            for plan in plans:
+                with closing(self._batches(plan, stopped)) as batches:
+                    for batch in batches:
+                        pinned = batch.pin_memory() if self._pin_memory else batch
+                        if not put(prepare(number, pinned)):
+                            return
+                        number += 1
+                if not put(None):
+                    return
         except BaseException as error:  # whatever it is, the consumer must hear of it
             put(error)
-        else:
-            put(None)
 
     def _batches(self, plan: Plan, stopped: threading.Event) -> Generator[Batch, None, None]:
         """Cut batches across windows, carrying the rows that are over into the next."""
@@ -300,15 +330,14 @@ class ShardLoader:
                 block[rows:] = 0
         tensors: dict[str, torch.Tensor] = {}
         for names, block in blocks.items():
-            kind = np.int64 if block.dtype.kind == "i" else np.float32
             if names[0] in self._layout.lists:
-                tensors[names[0]] = torch.from_numpy(block.astype(kind))
-            elif names == self._layout.numbers:
-                # They stay side by side: so the model joins them to its inputs at once.
-                tensors.update(zip(names, torch.from_numpy(block).unbind(1), strict=True))
+                tensors[names[0]] = torch.from_numpy(block)
             else:
-                columns = torch.from_numpy(np.ascontiguousarray(block.T, kind))
-                tensors.update(zip(names, columns.unbind(), strict=True))
+                # Features stay side by side: so numbers are joined to a model's inputs at once.
+                matrix = torch.from_numpy(block)
+                is_key = names[0] in KEY_COLUMNS
+                columns = matrix.t().contiguous().unbind() if is_key else matrix.unbind(1)
+                tensors.update(zip(names, columns, strict=True))
         user, item, label, weight = (tensors.pop(name) for name in KEY_COLUMNS)
         labels = [tensors.pop(name) for name in self._tasks]
         tasks = torch.stack(labels, dim=1) if labels else None

@@ -7,8 +7,8 @@ and the configuration alone, so that it is the same whoever writes it.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,8 @@ from hvdrec.features.fit import (
 )
 from hvdrec.features.graph import build
 from hvdrec.features.raw import one_chunk
-from hvdrec.schema import Feature, Schema, Side
+from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
+from hvdrec.schema import Schema, Side
 from hvdrec.structure import to_dict
 from hvdrec.workers import ALONE, Workers
 
@@ -201,17 +202,15 @@ def _write_shard(shard: _Shard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Write a shard; return the item indices of its positive rows, and how often each occurs."""
     state, samples = _state(shard.source), shard.source.samples
     schema = state.encoder.fitted.schema
-    kinds = _encoded_types(schema.features)
-    kinds |= {"user_index": pa.int64(), "item_index": pa.int64()}
     labels = shard.source.labels
-    kinds |= {name: pa.float32() for name in ("label", "weight", *labels)}
+    kinds = shard_types(schema.features, labels)
     files = sorted((samples / shard.split).glob("*.parquet"))
     positives = [np.empty(0, np.int64)]
     with (
         closing(
             _tables(files, _sample_columns(schema, labels), shard.start, shard.groups)
         ) as tables,
-        _writer(shard.file, kinds) as write,
+        parquet_writer(shard.file, kinds) as write,
     ):
         for table in tables:
             if not table.num_rows:
@@ -261,7 +260,7 @@ def _write_side(
     schema = _state(source).encoder.fitted.schema
     key = schema.user_key if side == "user" else schema.item_key
     kinds = {"key": pq.read_schema(source.samples / name).field(key).type}
-    kinds |= _encoded_types(schema.side(side))
+    kinds |= encoded_types(schema.side(side))
     if counts is not None:
         kinds["train_count"] = pa.int64()
     total = pq.read_metadata(source.samples / name).num_rows
@@ -269,7 +268,7 @@ def _write_side(
     parts = [_Part(source, name, side, s, min(row_group_rows, total - s)) for s in starts]
     with (
         closing(workers.map(_encode_part, parts)) as encoded,
-        _writer(file, kinds) as write,
+        parquet_writer(file, kinds, nullable=("key",)) as write,
     ):
         for part, table in zip(parts, encoded, strict=True):
             if counts is None:
@@ -290,27 +289,6 @@ def _encode_part(part: _Part) -> pa.Table:
         rows = next(t)
     columns = {feature.name: encoder.encode(feature, rows[feature.name]) for feature in features}
     return pa.table({"key": one_chunk(rows[key]), **columns})
-
-
-def _encoded_types(features: Sequence[Feature]) -> dict[str, pa.DataType]:
-    def kind(feature: Feature) -> pa.DataType:
-        scalar = pa.int32() if feature.is_embedded else pa.float32()
-        return pa.list_(scalar) if feature.is_list else scalar
-
-    return {feature.name: kind(feature) for feature in features}
-
-
-@contextmanager
-def _writer(file: Path, kinds: Mapping[str, pa.DataType]) -> Iterator[Callable[[pa.Table], None]]:
-    """Yield a function that writes a table as one row group; its columns are put in order."""
-    schema = pa.schema(list(kinds.items()))
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-
-        def write(table: pa.Table) -> None:
-            ordered = table.select(schema.names).cast(schema)
-            writer.write_table(ordered, row_group_size=max(1, len(table)))
-
-        yield write
 
 
 def _count(files: Sequence[Path]) -> int:

@@ -25,8 +25,8 @@ ATTENTION: tuple[Pooling, ...] = ("attention", "self-attention")
 class Values:
     """E values, in both directions.
 
-    places: int64 [E], their table rows; order: int64 [E], the values sorted by table row;
-    row_starts: int64 [R], where each table row's begin in that order.
+    places: int32 [E], their table rows; order: int32 [E], the values sorted by table row;
+    row_starts: int32 [R], where each table row's begin in that order.
     """
 
     places: Tensor
@@ -38,9 +38,9 @@ class Values:
 class Lists:
     """The entries of a list feature of N rows, without padding, in both directions.
 
-    places: int64 [E], the entries' table rows, row by row; starts: int64 [N], where each row's
-    begin; divisors: [N, 1], what the sum over a row's entries is divided by. rows: int64 [E], the
-    same entries sorted by table row, as the rows that hold them; row_starts: int64 [R], where each
+    places: int32 [E], the entries' table rows, row by row; starts: int32 [N], where each row's
+    begin; divisors: [N, 1], what the sum over a row's entries is divided by. rows: int32 [E], the
+    same entries sorted by table row, as the rows that hold them; row_starts: int32 [R], where each
     table row's begin.
     """
 

@@ -108,10 +108,12 @@ def _find(
             of_single.append(group.keys(table, code))
     count = len(next(iter(arrays.values()))) if arrays else 0
     width, first = len(of_single), 1 + count * len(of_single)
-    # In front is the key of MISSING, which each batch has.
-    keys = np.concatenate([np.zeros(first, np.int64), *of_lists])
+    keys = np.empty(first + sum(map(len, of_lists)), group.key_type)
+    keys[0] = 0  # that of MISSING, which each batch has
+    side_by_side = keys[1:first].reshape(count, width)
     for column, of_feature in enumerate(of_single):
-        keys[1:first].reshape(count, width)[:, column] = of_feature
+        side_by_side[:, column] = of_feature
+    np.concatenate([keys[:0], *of_lists], out=keys[first:], casting="unsafe")
     looked_up = _LookedUp.of(keys)
     distinct = looked_up.distinct
     counts = np.array([len(distinct)])
@@ -144,9 +146,9 @@ def cuts(rows: int, parts: int) -> list[tuple[int, int]]:
 class _LookedUp:
     """The keys at E places: each once, and where.
 
-    The first key is the lowest. distinct: int64 [R], ascending; rows: int64 [E], the place of each
-    key among them; order: int64 [E], the places sorted by key, those of one key in their order;
-    starts: int64 [R], where those of each begin.
+    The first key is the lowest. distinct: [R] of the keys' type, ascending; rows: int32 [E], the
+    place of each key among them; order: int32 [E], the places sorted by key, those of one key in
+    their order; starts: int32 [R], where those of each begin.
     """
 
     distinct: Array
@@ -156,14 +158,16 @@ class _LookedUp:
 
     @classmethod
     def of(cls, keys: Array) -> _LookedUp:
-        """List keys, int64 [E], from 0 on; the first is 0."""
+        """List keys, uint32 or int64 [E], from 0 on; the first is 0."""
         order = _sorted_places(keys)
         in_order = np.take(keys, order)
         is_other = in_order[1:] != in_order[:-1]
-        starts = np.concatenate([[0], np.flatnonzero(is_other) + 1])
-        rows = np.zeros(len(keys), np.int64)
-        rows[order[1:]] = np.cumsum(is_other)
-        return cls(np.take(in_order, starts), rows, order, starts)
+        starts = np.zeros(1 + np.count_nonzero(is_other), np.int32)
+        starts[1:] = np.flatnonzero(is_other)
+        starts[1:] += 1
+        rows = np.zeros(len(keys), np.int32)
+        rows[order[1:]] = np.cumsum(is_other, dtype=np.int32)
+        return cls(np.take(in_order, starts), rows, order.astype(np.int32), starts)
 
     def values(self, start: int, stop: int) -> Values:
         """Return the places from `start` to `stop` in both directions; the first is never asked."""
@@ -181,28 +185,28 @@ class _LookedUp:
         order, starts = self._sorted(ends[0], ends[-1])
         return Lists(
             torch.from_numpy(self.rows[ends[0] : ends[-1]]),
-            torch.from_numpy((ends - ends[0])[:-1]),
+            torch.from_numpy((ends - ends[0])[:-1].astype(np.int32)),
             torch.from_numpy(np.sqrt(divisors) if root else divisors)[:, None],
-            torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)[order]),
+            torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[order]),
             torch.from_numpy(starts),
         )
 
     def _sorted(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return `order` and `starts` of the places from `start` to `stop`, counted from there."""
         if (start, stop) == (1, len(self.order)):
-            return self.order[1:] - 1, np.maximum(self.starts - 1, 0)
-        is_between = (self.order >= start) & (self.order < stop)
+            return self.order[1:] - np.int32(1), np.maximum(self.starts - np.int32(1), np.int32(0))
+        order = self.order[(self.order >= start) & (self.order < stop)]
+        order -= np.int32(start)
         times = np.bincount(self.rows[start:stop], minlength=len(self.distinct))
-        return self.order[is_between] - start, np.cumsum(times) - times
+        return order, (np.cumsum(times) - times).astype(np.int32)
 
 
 def _sorted_places(keys: Array) -> Array:
-    """Return the stable order that sorts keys, int64 [E] from 0 on."""
+    """Return the stable order that sorts keys, int64 [E]."""
     # numpy sorts numbers of 16 bits by radix, on any CPU faster than it sorts larger ones.
     order = np.argsort(keys.astype(np.uint16), kind="stable")
-    rest = keys >> 16
-    while rest.any():
-        part = np.argsort(np.take(rest.astype(np.uint16), order), kind="stable")
-        order = np.take(order, part)
-        rest >>= 16
+    for shift in range(16, 8 * keys.itemsize, 16):
+        digits = (keys >> keys.dtype.type(shift)).astype(np.uint16)
+        if digits.any():
+            order = np.take(order, np.argsort(np.take(digits, order), kind="stable"))
     return order

@@ -56,6 +56,11 @@ class Group:
         """Return the length of a rank's array."""
         return sum(-(-rows // self.ranks) for rows in self.rows.values())
 
+    @property
+    def key_type(self) -> type[np.uint32] | type[np.int64]:
+        """Return the smallest type that holds all keys, see `keys`."""
+        return np.uint32 if self.ranks * self.local_rows <= 2**32 else np.int64
+
     def ids(self, table: str, rank: int) -> Array:
         """Return which rows of a table a rank holds, int64, in their order there."""
         return np.arange(rank if self.is_sharded else 0, self.rows[table], self.ranks)

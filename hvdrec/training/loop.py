@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from hvdrec.training.machine import pick_device, set_threads
 from hvdrec.training.optimizer import (
     make_optimizer,
 )
-from hvdrec.training.pipeline import Catalogue, preparer, steps
+from hvdrec.training.pipeline import Catalogue, Prepared, preparer, steps
 from hvdrec.training.step import Trainee, settle, take_step
 from hvdrec.training.warm_start import check_size, warm_start
 
@@ -282,23 +282,27 @@ def _run_epochs(job: _Job, position: Position) -> Position:
         begun, position = _validate(job, position, 0)
         position = replace(position, finished=train_config.epochs == 0)
         _save(job, position, begun)
-    while position.epoch < train_config.epochs and not position.finished:
-        position = _run_epoch(job, position)
-        epoch = position.epoch + 1
-        last = epoch == train_config.epochs
-        metrics: dict[str, Any] = {}
-        if epoch % train_config.validate_every == 0 or last:
-            metrics, position = _validate(job, position, epoch)
-        stop = position.stale >= train_config.patience
-        if metrics and job.stop is not None:
-            stop = job.stop(position.epoch, float(metrics[metric_name(job.config)])) or stop
-        position = replace(position, epoch=epoch, past=(), finished=last or stop)
-        _save(job, position, metrics)
+    tables, past = job.trainee.tables, position.past
+    prepare = preparer(tables, job.config, position.step, job.world.rank, job.catalogue)
+    epochs = job.loader.epochs(position.epoch, train_config.epochs, prepare, past)
+    with closing(epochs):
+        while position.epoch < train_config.epochs and not position.finished:
+            position = _run_epoch(job, position, next(epochs))
+            epoch = position.epoch + 1
+            last = epoch == train_config.epochs
+            metrics: dict[str, Any] = {}
+            if epoch % train_config.validate_every == 0 or last:
+                metrics, position = _validate(job, position, epoch)
+            stop = position.stale >= train_config.patience
+            if metrics and job.stop is not None:
+                stop = job.stop(position.epoch, float(metrics[metric_name(job.config)])) or stop
+            position = replace(position, epoch=epoch, past=(), finished=last or stop)
+            _save(job, position, metrics)
     return position
 
 
-def _run_epoch(job: _Job, position: Position) -> Position:
-    """Train to the end of the epoch under way."""
+def _run_epoch(job: _Job, position: Position, prepared: Iterator[Prepared]) -> Position:
+    """Train to the end of the epoch under way, on what is left of it."""
     config, loader = job.config.train, job.loader
     batch_size = loader.batch_size
     past = position.past
@@ -308,8 +312,6 @@ def _run_epoch(job: _Job, position: Position) -> Position:
     losses = torch.zeros(3 + len(job.config.tasks), device=job.device)
     sums = _Sums(losses, started=time.perf_counter())
     step = position.step
-    prepare = preparer(job.trainee.tables, job.config, step, job.world.rank, job.catalogue)
-    prepared = loader.prepared(position.epoch, prepare, past)
     for number, now in enumerate(steps(prepared, job.trainee.tables, job.device), start=1):
         progress = (position.epoch + done / loader.rows) / config.epochs
         loss = take_step(job.trainee, now, step, progress)

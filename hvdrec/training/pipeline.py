@@ -68,7 +68,7 @@ class Catalogue:
         def behind(column: Tensor, more: NDArray[Any] | None = None) -> Tensor:
             if more is None:
                 return torch.cat([column, column.new_zeros(count, *column.shape[1:])])
-            return torch.cat([column, torch.from_numpy(more[drawn])])
+            return torch.cat([column, torch.from_numpy(more[drawn]).to(column.dtype)])
 
         return Batch(
             {

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from hvdrec.parallel.setup import make_tables, row_optimizer, table_groups
 from hvdrec.text import table
 from hvdrec.training.machine import pick_device, set_threads
 from hvdrec.training.optimizer import make_optimizer
-from hvdrec.training.pipeline import Prepared, preparer, steps
+from hvdrec.training.pipeline import preparer, steps
 from hvdrec.training.step import Trainee, take_step
 
 CONSTANTS_FILE = "plan.json"
@@ -207,9 +207,9 @@ def _step_seconds(
     loader = ShardLoader.of(config, "train", rows, world.rank, world.size, shuffle=True)
     # The reader's thread works beside the step, as in training: it may need the same cores.
     with closing(
-        _endless(loader, lambda n, batch: prepare(n, _within(batch, config, sizes)))
-    ) as prepared:
-        trial = steps(prepared, tables, device)
+        loader.epochs(0, None, lambda n, batch: prepare(n, _within(batch, config, sizes)))
+    ) as epochs:
+        trial = steps(itertools.chain.from_iterable(epochs), tables, device)
         # The first ones are slower: memory is got for them, and the reader fills its queue.
         for number, step in enumerate(itertools.islice(trial, WARM_UP_STEPS)):
             float(take_step(trainee, step, number, 0.0).total)
@@ -222,15 +222,6 @@ def _step_seconds(
                 break
     thirds = np.array_split(np.diff(ends), 3)
     return float(np.median([third.mean() for third in thirds]))
-
-
-def _endless(
-    loader: ShardLoader, prepare: Callable[[int, Batch], Prepared]
-) -> Generator[Prepared, None, None]:
-    """Deliver one epoch after the other."""
-    for epoch in itertools.count():
-        with closing(loader.prepared(epoch, prepare)) as prepared:
-            yield from prepared
 
 
 def _within(batch: Batch, config: Config, sizes: Mapping[str, int]) -> Batch:

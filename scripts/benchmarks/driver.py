@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 CONFIG_B = HERE.parents[1] / "configs" / "movielens-1m-ranking.toml"
+SHARDS = HERE.parents[1] / "hvdrec" / "features" / "shards.py"
 CORES = len(os.sched_getaffinity(0))
 MANY, FEW = 10_000_000, 10_000
 SETUP_SECONDS = 900  # for a program's start, tables and warm-up; after that it counts as hung
@@ -113,7 +114,8 @@ def make_data(work: Path, name: str) -> None:
     def draw() -> None:
         call(sys.executable, program, "a", folder, *sizes[name])
 
-    stamp = program.read_text() + (CONFIG_B.read_text() if name == "work_b" else "")
+    made_by = [program, SHARDS, *([CONFIG_B] if name == "work_b" else [])]
+    stamp = "".join(file.read_text() for file in made_by)
     once(folder, stamp, encode if name == "work_b" else draw)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -64,12 +63,9 @@ def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[Traine
 
 def endless(trainee: Trainee, loader: ShardLoader) -> Iterator[Step]:
     """Yield the steps of one epoch after the other."""
-    number = 0
-    for epoch in itertools.count():
-        prepare = preparer(trainee.tables, trainee.config, number, trainee.tables.world.rank)
-        for step in steps(loader.prepared(epoch, prepare), trainee.tables, torch.device("cpu")):
-            number += 1
-            yield step
+    prepare = preparer(trainee.tables, trainee.config, 0, trainee.tables.world.rank)
+    for prepared in loader.epochs(0, None, prepare):
+        yield from steps(prepared, trainee.tables, torch.device("cpu"))
 
 
 def run(trainee: Trainee, loader: ShardLoader, options: argparse.Namespace) -> dict[str, Any]:

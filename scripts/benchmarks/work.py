@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config, load
 from hvdrec.features.fit import Fitted
+from hvdrec.features.shards import parquet_writer, shard_types
 from hvdrec.schema import FIRST_CODE, Feature
 from hvdrec.sections import Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train
 
@@ -26,6 +27,7 @@ NUMBERS = 13
 WIDTH = 16
 BATCH = 4096
 BATCHES = 64
+GROUP_ROWS = 16_384
 EXPONENT = 1.05
 
 CONFIG_B = Path(__file__).parents[2] / "configs" / "movielens-1m-ranking.toml"
@@ -68,7 +70,7 @@ def write_work_a(folder: Path, rows: int = 1_000_000, distinct_of: int = 0) -> N
     # hvdrec's codes 0 and 1 stand for missing and unknown values.
     flat_ids = (ids.reshape(-1, FEATURES) + FIRST_CODE).astype(np.int32)
     flat_dense = dense.reshape(-1, NUMBERS)
-    zeros = np.zeros(len(flat_ids), np.int32)
+    zeros = np.zeros(len(flat_ids), np.int64)
     table = pa.table(
         {
             **{f"c{i}": flat_ids[:, i] for i in range(FEATURES)},
@@ -79,13 +81,12 @@ def write_work_a(folder: Path, rows: int = 1_000_000, distinct_of: int = 0) -> N
             "weight": np.ones(len(flat_ids), np.float32),
         }
     )
+    features = config_a(folder).features
     half = len(flat_ids) // 2
     for number in range(2):
-        pq.write_table(
-            table.slice(number * half, half),
-            shards / f"part-{number}.parquet",
-            row_group_size=16_384,
-        )
+        with parquet_writer(shards / f"part-{number}.parquet", shard_types(features)) as write:
+            for start in range(number * half, (number + 1) * half, GROUP_ROWS):
+                write(table.slice(start, GROUP_ROWS))
     (folder / "features" / "sizes.json").write_text(
         json.dumps({f"c{i}": rows + FIRST_CODE for i in range(FEATURES)})
     )

@@ -109,7 +109,8 @@ def check_rows(graph: Path, features: tuple[Feature, ...], raw: pa.Table, found:
         [codes] = session.run(names, {**others, **inputs})
         got = found[feature.name]
         if feature.is_list:
-            assert got.type == pa.list_(pa.int32())
+            assert got.type.value_type == pa.int32()
+            assert not got.type.value_field.nullable
             assert got.to_pylist() == [[code for code in row if code] for row in codes.tolist()]
         else:
             assert got.type == (pa.int32() if feature.is_embedded else pa.float32())
@@ -167,6 +168,7 @@ def test_shards_hold_what_the_graph_gives_in_the_order_of_the_samples(
         for name, source in (("item_index", "item"), ("label", "label"), ("weight", "weight")):
             assert found[name].to_pylist() == table[source].to_pylist()
         assert found.schema.field("item_index").type == pa.int64()
+        assert not any(found.schema.field(name).nullable for name in found.column_names)
     items = pq.read_table(out / "items.parquet")
     assert items["key"].to_pylist() == list(range(ITEMS))
     train = tables["train"].to_pydict()
