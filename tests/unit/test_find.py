@@ -28,6 +28,8 @@ def pieces(order: torch.Tensor, starts: torch.Tensor) -> list[list[int]]:
 @given(KEYS, st.data())
 def test_keys_are_listed_once_and_found_again(drawn: list[int], data: st.DataObject) -> None:
     keys = np.array([0, *drawn])
+    if data.draw(st.booleans()):
+        keys = (keys % 2**32).astype(np.uint32)
     found = _LookedUp.of(keys)
     assert found.distinct.tolist() == sorted(set(keys.tolist()))
     assert found.distinct[found.rows].tolist() == keys.tolist()
@@ -56,6 +58,22 @@ def test_entries_of_lists_know_the_rows_that_hold_them(
     wanted = places_of(found.rows[ends[0] : ends[-1]], len(found.distinct))
     held = pieces(lists.rows, lists.row_starts)
     assert held == [holders[places].tolist() for places in wanted]
+
+
+def test_keys_of_tables_of_any_size_are_told_apart() -> None:
+    config = small_config()
+    for rows, kind in ((2**32 - 40, np.uint32), (2**34, np.int64)):
+        sizes = SIZES | {"user_id": rows}
+        (group,) = arrange(sizes, dict.fromkeys(sizes, 4), 2, "sharded")
+        assert group.key_type is kind
+        users = torch.tensor([rows - 1, 2, rows - 2, rows - 1, 2**31 + 3])
+        (found,) = find_rows(config.schema, [group], {"user_id": users}, travels=True)
+        wanted = np.unique([0, *group.keys("user_id", users.numpy()).tolist()])
+        assert found.rows.tolist() == (wanted % group.local_rows).tolist()
+        assert (
+            found.values[0].places.tolist()
+            == np.searchsorted(wanted, group.keys("user_id", users.numpy())).tolist()
+        )
 
 
 def test_rows_are_sorted_by_the_rank_that_holds_them() -> None:

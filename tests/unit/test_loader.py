@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -93,7 +94,7 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     return {**batch.features, **{name: getattr(batch, name) for name in keys}}
 
 
-def numbers(batches: Sequence[Batch]) -> list[int]:
+def numbers(batches: Iterable[Batch]) -> list[int]:
     return [n for batch in batches for n in batch.user_index[: batch.rows].tolist()]
 
 
@@ -290,6 +291,31 @@ def test_batches_are_made_in_another_thread_and_not_too_far_ahead(
     time.sleep(0.1)
     assert makers == ["hvdrec-loader"] * 5  # one taken, three ready, one in hand
     epoch.close()
+
+
+def test_epochs_are_as_each_is_by_itself_and_the_next_is_begun_ahead(tmp_path: Path) -> None:
+    write_shards(tmp_path, [30, 30], 10)
+    loader = ShardLoader(tmp_path, SCHEMA, batch_size=4, rank=0, world_size=1, window_rows=20)
+    past = [Progress(1, 4, 5)]
+    made: list[int] = []
+
+    def prepare(number: int, batch: Batch) -> Batch:
+        made.append(number)
+        return batch
+
+    found = []
+    with closing(loader.epochs(3, 6, prepare, past)) as epochs:
+        for epoch in epochs:
+            first = next(epoch)
+            found.append(numbers([first, *epoch]))
+            if len(found) == 1:
+                deadline = time.monotonic() + 10
+                while len(made) <= 10 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                assert len(made) > 10  # of the next epoch, nothing of which was asked for
+    alone = [numbers(loader.epoch(n, past if n == 3 else ())) for n in (3, 4, 5)]
+    assert found == alone
+    assert made == list(range(10 + 15 + 15))
 
 
 def test_it_counts_how_long_the_consumer_waited(
