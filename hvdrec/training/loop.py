@@ -41,7 +41,7 @@ from hvdrec.training.inputs import (
     log_probability_of_items,
 )
 from hvdrec.training.log import TrainingLog
-from hvdrec.training.machine import pick_device, set_threads
+from hvdrec.training.machine import collector_spared, pick_device, set_threads
 from hvdrec.training.optimizer import (
     make_optimizer,
 )
@@ -184,7 +184,8 @@ def _train(
             },
             step=position.step,
         )
-        position = _run_epochs(job, position)
+        with collector_spared():
+            position = _run_epochs(job, position)
         log.write("end", step=position.step, best=position.best, best_step=position.best_step)
     metric = metric_name(config)
     return {

@@ -29,7 +29,7 @@ from hvdrec.parallel.plan import Cluster, Constants, Plan, Work, plan_step, smal
 from hvdrec.parallel.ranks import World
 from hvdrec.parallel.setup import make_tables, row_optimizer, table_groups
 from hvdrec.text import table
-from hvdrec.training.machine import pick_device, set_threads
+from hvdrec.training.machine import collector_spared, pick_device, set_threads
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import preparer, steps
 from hvdrec.training.step import Trainee, take_step
@@ -206,9 +206,12 @@ def _step_seconds(
     prepare = preparer(tables, config, 0, world.rank)
     loader = ShardLoader.of(config, "train", rows, world.rank, world.size, shuffle=True)
     # The reader's thread works beside the step, as in training: it may need the same cores.
-    with closing(
-        loader.epochs(0, None, lambda n, batch: prepare(n, _within(batch, config, sizes)))
-    ) as epochs:
+    with (
+        collector_spared(),
+        closing(
+            loader.epochs(0, None, lambda n, batch: prepare(n, _within(batch, config, sizes)))
+        ) as epochs,
+    ):
         trial = steps(itertools.chain.from_iterable(epochs), tables, device)
         # The first ones are slower: memory is got for them, and the reader fills its queue.
         for number, step in enumerate(itertools.islice(trial, WARM_UP_STEPS)):

@@ -41,7 +41,7 @@ from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
 from hvdrec.parallel.setup import make_tables
-from hvdrec.training.machine import set_up_process
+from hvdrec.training.machine import collector_spared, set_up_process
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import Step, preparer, steps
 from hvdrec.training.step import Trainee, take_step
@@ -210,7 +210,8 @@ def main() -> None:
         batch=options.batch or config.train.batch_size,
     )
     trainee, loader = trained(config, table_sizes(options.data), options.threads)
-    result = run(trainee, loader, options)
+    with collector_spared():
+        result = run(trainee, loader, options)
     if ranks.current().is_first:
         print(json.dumps(result))
 
