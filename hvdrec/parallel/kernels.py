@@ -133,7 +133,7 @@ class TorchKernel:
 
     def fetch(self, rows: Tensor) -> Tensor:
         """See Kernel."""
-        found = self.weight.index_select(0, rows)
+        found = _read(self.weight, rows)
         if torch.is_grad_enabled():
             self._fetched = (rows, found.detach())
         return found
@@ -143,7 +143,7 @@ class TorchKernel:
         options, rate = self.optimizer, self.rate
         known, self._fetched = self._fetched, None
         is_known = known is not None and known[0] is rows
-        weight = known[1] if known is not None and is_known else self.weight.index_select(0, rows)
+        weight = known[1] if known is not None and is_known else _read(self.weight, rows)
         if options.weight_decay:
             gradient = gradient.add(weight, alpha=options.weight_decay)
         match options.name:
@@ -161,19 +161,40 @@ class TorchKernel:
                 variance = self._decay("variance", rows, gradient.square(), options.beta2)
                 root = variance.div_(1 - options.beta2**step).sqrt_().add_(options.eps)
                 moved = weight.addcdiv(mean, root, value=-rate / (1 - options.beta1**step))
-        self.weight.index_copy_(0, rows, moved)
+        _write(self.weight, rows, moved)
 
     def _add(self, key: str, rows: Tensor, value: Tensor) -> Tensor:
         """Add to state and return the new values of these rows."""
-        total = self.state[key].index_select(0, rows).add_(value)
-        self.state[key].index_copy_(0, rows, total)
+        total = _read(self.state[key], rows).add_(value)
+        _write(self.state[key], rows, total)
         return total
 
     def _decay(self, key: str, rows: Tensor, value: Tensor, beta: float) -> Tensor:
         """Move state towards a value and return the new values of these rows."""
-        moved = self.state[key].index_select(0, rows).lerp_(value, 1 - beta)
-        self.state[key].index_copy_(0, rows, moved)
+        moved = _read(self.state[key], rows).lerp_(value, 1 - beta)
+        _write(self.state[key], rows, moved)
         return moved
+
+
+def _read(held: Tensor, rows: Tensor) -> Tensor:
+    """Return copies of rows."""
+    return _in_pairs(held).index_select(0, rows).view(held.dtype)
+
+
+def _write(held: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Overwrite rows, each given once."""
+    if held.dim() == 1:
+        held.index_put_((rows,), values)  # index_copy_ took three times as long
+    else:
+        _in_pairs(held).index_copy_(0, rows, _in_pairs(values))
+
+
+def _in_pairs(values: Tensor) -> Tensor:
+    """Return float32 [n, width] on a CPU as half as many doubles, which are copied faster."""
+    is_even = values.dim() == 2 and values.shape[1] % 2 == 0 and values.is_contiguous()
+    if is_even and values.dtype is torch.float32 and values.device.type == "cpu":
+        return values.view(torch.float64)
+    return values
 
 
 FBGEMM_OPTIMIZERS = {
