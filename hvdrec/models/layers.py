@@ -77,7 +77,7 @@ class Mlp(nn.Sequential):
             is_short = torch.get_autocast_dtype("cpu") is torch.bfloat16
             return torch.bfloat16 if is_short and _has_bf16_products() else None
         is_single = all(part.dtype is torch.float32 for part in (self[0].weight, *parts))
-        return torch.float32 if is_single and is_intel() else None
+        return torch.float32 if is_single and is_intel() and _has_onednn() else None
 
     def _takes_onednn(self, inputs: Tensor) -> bool:
         return bool(
@@ -124,9 +124,9 @@ class _LinearRelu(torch.autograd.Function):
     """relu(x W^T + b) in bf16 or float32: parts of x side by side, [out, width], [out] -> [N, out].
 
     Weights and their gradients are float32. Parts are written to where the product reads them, in
-    its type. In bf16 ReLU is part of the product: as its own pass it took a sixth of the forward
-    pass on a CPU with matrix units (AMX). is_inner: the gradient comes from another such layer,
-    which made it for this one alone, so it may be overwritten.
+    its type. Bias and ReLU are part of the product: as a pass of its own ReLU took a sixth of the
+    forward pass in bf16 on a CPU with matrix units (AMX). is_inner: the gradient comes from another
+    such layer, which made it for this one alone, so it may be overwritten.
     """
 
     @staticmethod
@@ -144,12 +144,9 @@ class _LinearRelu(torch.autograd.Function):
             for place, part in zip(places, parts, strict=True):
                 place.copy_(part)
         matrix = functional.pad(weight.to(kind), (0, padding)) if padding else weight.to(kind)
-        if kind is torch.bfloat16:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(
-                inputs, matrix, bias.to(kind), "relu", [], ""
-            )
-        else:
-            out = torch.addmm(bias, inputs, matrix.t()).relu_()
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            inputs, matrix, bias.to(kind), "relu", [], ""
+        )
         ctx.is_inner, ctx.parts = is_inner, [(part.shape[1], part.dtype) for part in parts]
         ctx.save_for_backward(inputs, matrix, out)
         return out
