@@ -19,8 +19,10 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from work import BATCH
 
 WIDTH = 16
 
@@ -43,6 +45,14 @@ class Network(nn.Module):
         return logit.squeeze(-1)
 
 
+def mine(data: NDArray[Any], batch: int) -> Tensor:
+    """Return this rank's part of data [batches, rows, ...], cut into batches of other sizes."""
+    rows = data.reshape(-1, *data.shape[2:])
+    cut = rows[: len(rows) // batch * batch].reshape(-1, batch, *data.shape[2:])
+    size = batch // hvd.size()
+    return torch.from_numpy(cut[:, hvd.rank() * size : (hvd.rank() + 1) * size].copy())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="directory with work_a.npz")
@@ -50,17 +60,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=BATCH, help="of all ranks")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options = parser.parse_args()
     hvd.init()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     with np.load(options.data / "work_a.npz", allow_pickle=False) as data:
-        batch = data["ids"].shape[1] // hvd.size()
-        mine = slice(hvd.rank() * batch, (hvd.rank() + 1) * batch)
-        ids, dense, label = (
-            torch.from_numpy(data[name][:, mine]) for name in ("ids", "dense", "label")
-        )
+        ids, dense, label = (mine(data[name], options.batch) for name in ("ids", "dense", "label"))
         rows = int(data["rows"])
     sparse = options.tables == "sparse"
     network = Network(ids.shape[2], rows, dense.shape[2], sparse=sparse)
@@ -74,15 +82,16 @@ def main() -> None:
         if number == options.warmup:
             started = time.perf_counter()
         place = number % len(ids)
-        logit = network(ids[place], dense[place])
-        loss = functional.binary_cross_entropy_with_logits(logit, label[place])
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+            logit = network(ids[place], dense[place])
+        loss = functional.binary_cross_entropy_with_logits(logit.float(), label[place])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     seconds = time.perf_counter() - started
     if hvd.rank() == 0:
         facts = {
-            "samples_per_second": options.steps * batch * hvd.size() / seconds,
+            "samples_per_second": options.steps * len(label[0]) * hvd.size() / seconds,
             "steps": options.steps,
             "seconds": seconds,
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -21,6 +21,7 @@ from typing import Any
 from driver import CONFIG_B, Failed, default_work, last_line, make_data, say
 from measurements import BIN, SPEED
 from tqdm import tqdm
+from work import BATCH
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -98,8 +99,9 @@ def sent(hosts: Hosts) -> int:
 def measure_steps(hosts: Hosts, options: argparse.Namespace) -> dict[str, Any]:
     """Return seconds of a step by program, their ratios, and hvdrec's bytes."""
     data = str(options.work_dir / "work_a")
-    ours = (PYTHON, str(HERE / "ours.py"), "--work", "a", "--threads", "1", "--data", data)
-    peer = (PYTHON, str(HERE / "horovod_peer.py"), "--data", data)
+    work = ("--data", data, "--batch", str(options.batch), "--precision", options.precision)
+    ours = (PYTHON, str(HERE / "ours.py"), "--work", "a", "--threads", "1", *work)
+    peer = (PYTHON, str(HERE / "horovod_peer.py"), *work)
     programs = {
         "hvdrec": (*ours, "--placement", "sharded", "--steps", str(STEPS[1])),
         "sparse": (*peer, "--tables", "sparse", "--steps", "5"),
@@ -249,6 +251,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default=LAUNCHERS[0], help="of --only steps"
     )
+    parser.add_argument(
+        "--batch", type=int, default=BATCH, help="of --only steps, of all ranks (default: 4096)"
+    )
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of --only steps, of all"
+    )
     parser.add_argument("--turns", type=int, default=5, help="of each program (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument(
@@ -260,6 +268,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.turns < 1:
         parser.error("--turns must be at least 1")
+    if options.batch < 1 or options.batch % (2 * HOSTS):
+        parser.error(f"--batch must be a multiple of the {2 * HOSTS} ranks")
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?[gm]bit", options.rate):
         parser.error(f"--rate {options.rate}: must be as 1gbit or 100mbit")
     options.work_dir = options.work_dir.absolute()
