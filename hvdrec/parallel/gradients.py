@@ -200,9 +200,14 @@ class _Message:
             torch._foreach_copy_(list(self.tensors), shaped)
 
 
+def bucket_bytes(total: int) -> int:
+    """Return how many bytes of gradients fill a bucket, of `total`."""
+    return max(SMALLEST_BUCKET, total // BUCKETS)
+
+
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Divide parameters, the last first, into buckets of about the same number of bytes."""
-    enough = max(SMALLEST_BUCKET, sum(p.nbytes for p in parameters) // BUCKETS)
+    enough = bucket_bytes(sum(p.nbytes for p in parameters))
     buckets: list[list[nn.Parameter]] = []
     for parameter in reversed(parameters):
         if not buckets or sum(p.nbytes for p in buckets[-1]) >= enough:

@@ -4,7 +4,8 @@ Bytes follow from what travels: for U distinct rows of a rank's batch and N rank
 of width w sends U (N - 1) / N times (4 + 8 w) bytes from each rank: row numbers, vectors and
 gradients. For a replicated one, row numbers go round once, and the gradients of the V rows that any
 rank met are reduced over a ring: 4 U (N - 1) + 8 w V (N - 1) / N. Dense gradients are reduced over
-the ring, too. Times add up what was measured once (`Constants`).
+the ring, too, most of them during the backward pass. Times add up what was measured once
+(`Constants`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hvdrec.errors import UserError
+from hvdrec.parallel.gradients import bucket_bytes
 from hvdrec.parallel.layout import Group, bytes_of_rows
 from hvdrec.parallel.tables import replicated_bytes
 
@@ -161,6 +163,7 @@ def plan_step(
     if ranks > 1:
         # Row numbers travel while the step before computes: they count as bytes only.
         seconds |= {n: _message(v, v, cluster, constants) for n, v in ring.items()}
+        seconds["dense gradients"] -= _hidden(ring["dense gradients"], work, cluster, constants)
         hosts_share = (ranks - cluster.ranks_per_host) / (ranks - 1) * cluster.ranks_per_host
         for name, value in spread.items():
             seconds[name] = _message(value, value * hosts_share, cluster, constants)
@@ -185,6 +188,16 @@ def _message(sent: float, leaves_host: float, cluster: Cluster, constants: Const
     hosts = math.ceil(cluster.ranks / cluster.ranks_per_host)
     network = 8 * leaves_host / cluster.bandwidth if hosts > 1 and cluster.bandwidth else 0.0
     return constants.message_seconds + max(sent * constants.byte_seconds, network)
+
+
+def _hidden(sent: float, work: Work, cluster: Cluster, constants: Constants) -> float:
+    """Return the seconds in which dense gradients travel while a rank still computes others.
+
+    All but the last bucket of them can, during the backward pass, which is half of a step at least.
+    """
+    travel = _message(sent, sent, cluster, constants) - constants.message_seconds
+    last = min(1.0, bucket_bytes(4 * work.dense) / max(1, 4 * work.dense))
+    return min((1.0 - last) * travel, _compute(work, cluster, constants) / 2)
 
 
 def smallest_cluster(

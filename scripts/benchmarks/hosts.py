@@ -184,7 +184,8 @@ def _measure_plan(
         rate = options.rate if used > 1 else ""
         cap(hosts, rate)
         run = work / f"{count}-{used}"
-        train = (HVDREC, "train", *model, "--paths.run", str(run), "--train.epochs", "1")
+        # In the first epoch much of so few data is read before the first step.
+        train = (HVDREC, "train", *model, "--paths.run", str(run), "--train.epochs", "2")
         how = ("--train.log-every", "5", "--train.average-decay", "0")
         launch(hosts, launcher, used, count // used, *train, *how)
         yield {

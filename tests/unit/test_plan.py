@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,20 @@ def test_time_is_compute_and_messages() -> None:
     )
     assert far.seconds["dense gradients"] == pytest.approx(0.002 + 8 * 3000 / 1e6)
     assert far.step_seconds > near.step_seconds
+
+
+def test_most_dense_gradients_travel_during_the_backward_pass() -> None:
+    work = replace(WORK, dense=1_000_000)  # 4 MB, in four buckets
+
+    def dense(bandwidth: float) -> float:
+        cluster = Cluster(4, 1, bandwidth=bandwidth)
+        constants = replace(CONSTANTS, byte_seconds=0.0)
+        plan = plan_step((REPLICATED, SHARDED), work, cluster, constants, STATE)
+        return plan.seconds["dense gradients"] - constants.message_seconds
+
+    travel = 2 * 4e6 * 3 / 4 * 8
+    assert dense(travel / 0.0012) == pytest.approx(0.0012 / 4)  # the last bucket waits
+    assert dense(travel / 0.1) == pytest.approx(0.1 - 0.002 / 2)  # longer than the pass
 
 
 def test_ranks_that_share_cores_compute_longer() -> None:
