@@ -87,6 +87,12 @@ def programs() -> dict[str, Program]:
         "two_ranks.hvdrec": Program("work_a", (*a, *sharded), "", mpirun, processes=2),
         "two_ranks.gloo": Program("work_a", (*a, *sharded), "", horovodrun, processes=2),
         "two_ranks.alone": Program("work_a", (*a, *two, "--batch", "2048"), copies=2, processes=2),
+        "two_ranks.hvdrec_4096": Program(
+            "work_a", (*a, *sharded, "--batch", "8192"), "", mpirun, processes=2
+        ),
+        "two_ranks.alone_4096": Program(
+            "work_a", (*a, *two, "--batch", "4096"), copies=2, processes=2
+        ),
         "two_ranks.torchrec": Program(
             "work_a", (*a, *two, "--distributed"), "torchrec", torchrun, processes=2
         ),
@@ -117,6 +123,13 @@ def ratios() -> list[Ratio]:
         # Of times, so the speeds stand the other way round.
         Ratio("vocabulary", "vocabulary_ratio", "vocabulary.few", "vocabulary.many"),
         Ratio("two_ranks", "two_ranks.share", "two_ranks.hvdrec", "two_ranks.alone"),
+        # The same with 4,096 rows a rank, not of both together.
+        Ratio(
+            "two_ranks",
+            "two_ranks.share_4096_each",
+            "two_ranks.hvdrec_4096",
+            "two_ranks.alone_4096",
+        ),
         Ratio("two_ranks", "two_ranks.gloo.share", "two_ranks.gloo", "two_ranks.alone"),
         Ratio("two_ranks", "two_ranks.ratio.torchrec", "two_ranks.hvdrec", "two_ranks.torchrec"),
         Ratio("memory", "memory_share", "memory.two_ranks", "memory.one_rank", MEMORY),
