@@ -66,11 +66,12 @@ class Group:
         return np.arange(rank if self.is_sharded else 0, self.rows[table], self.ranks)
 
     def keys(self, table: str, codes: Array) -> Array:
-        """Return ``owner * local_rows + place there`` of codes, int64 of the same shape.
+        """Return ``owner * local_rows + place there`` of codes, `key_type` of the same shape.
 
         The rows of MISSING of all tables, which are zero, share key 0.
         """
         base = self.bases[table]
+        codes = codes.astype(self.key_type)  # in that of the codes, keys could be too large
         if self.is_sharded:
             place, owner = np.divmod(codes, self.ranks)
             keys = owner * self.local_rows + place + base

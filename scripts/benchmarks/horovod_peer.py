@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from work import BATCH
 
 WIDTH = 16
 
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=BATCH, help="of all ranks")
+    parser.add_argument("--batch", type=int, required=True, help="of all ranks")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options = parser.parse_args()
     hvd.init()

@@ -253,7 +253,10 @@ def arguments() -> argparse.Namespace:
         "--launcher", choices=LAUNCHERS, default=LAUNCHERS[0], help="of --only steps"
     )
     parser.add_argument(
-        "--batch", type=int, default=BATCH, help="of --only steps, of all ranks (default: 4096)"
+        "--batch",
+        type=int,
+        default=BATCH,
+        help="of --only steps, of all ranks (default: %(default)s)",
     )
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of --only steps, of all"
