@@ -109,7 +109,8 @@ class DenseGradients:
     """The gradients of dense parameters, joined over the ranks while the backward pass goes on.
 
     The backward pass comes to a model's last parameters first: from them on gradients are put into
-    a few buckets, and a bucket goes out as one message when the last of its gradients is there.
+    a few buckets, and a bucket goes out as one message when the last of its gradients is there. A
+    large gradient is a bucket by itself, which need not be copied.
 
     how: step: each becomes its sum over the ranks. adasum: Adasum of the ranks' gradients, each of
     its own mean loss (Maleki et al., MLSys 2021). average: no messages, each rank keeps its own.
@@ -152,8 +153,9 @@ class DenseGradients:
 
     def wait(self) -> None:
         """Wait until the parameters have their joined gradients."""
-        for message in self._sent.values():
-            message.wait()
+        for bucket, message in self._sent.items():
+            for parameter, gradient in zip(self._buckets[bucket], message.wait(), strict=True):
+                parameter.grad = gradient
         self._sent = {}
 
     def _arrived(self, bucket: int, _: Tensor) -> None:
@@ -175,7 +177,7 @@ class DenseGradients:
 
 @dataclass(frozen=True)
 class _Message:
-    """Tensors that are joined over the ranks in place; `joined` is what travels, if they are."""
+    """Tensors that are joined over the ranks, in place; several travel as one copy, `joined`."""
 
     tensors: Sequence[Tensor]
     joined: Tensor | None
@@ -189,15 +191,19 @@ class _Message:
             # Its sums are of each tensor alone.
             handle = hvd.grouped_allreduce_async_(list(tensors), op=hvd.Adasum, name=name)
             return _Message(tensors, None, handle)
-        joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        return _Message(tensors, joined, hvd.allreduce_async_(joined, op=hvd.Sum, name=name))
+        joined = None
+        if len(tensors) > 1 or not tensors[0].is_contiguous():
+            joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        sent = tensors[0] if joined is None else joined
+        return _Message(tensors, joined, hvd.allreduce_async_(sent, op=hvd.Sum, name=name))
 
-    def wait(self) -> None:
+    def wait(self) -> Sequence[Tensor]:
+        """Return the joined tensors, each of its shape."""
         wait(self.handle)
-        if self.joined is not None:
-            parts = torch.split(self.joined, [tensor.numel() for tensor in self.tensors])
-            shaped = [p.view_as(t) for p, t in zip(parts, self.tensors, strict=True)]
-            torch._foreach_copy_(list(self.tensors), shaped)
+        if self.joined is None:
+            return self.tensors
+        parts = torch.split(self.joined, [tensor.numel() for tensor in self.tensors])
+        return [p.view_as(t) for p, t in zip(parts, self.tensors, strict=True)]
 
 
 def bucket_bytes(total: int) -> int:
@@ -206,14 +212,16 @@ def bucket_bytes(total: int) -> int:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Divide parameters, the last first, into buckets of about the same number of bytes."""
+    """Divide parameters, the last first, into large ones and buckets of about as many bytes."""
     enough = bucket_bytes(sum(p.nbytes for p in parameters))
-    buckets: list[list[nn.Parameter]] = []
+    buckets = [[p] for p in reversed(parameters) if p.nbytes >= enough]
+    small: list[list[nn.Parameter]] = []
     for parameter in reversed(parameters):
-        if not buckets or sum(p.nbytes for p in buckets[-1]) >= enough:
-            buckets.append([])
-        buckets[-1].append(parameter)
-    return buckets
+        if parameter.nbytes < enough:
+            if not small or sum(p.nbytes for p in small[-1]) >= enough:
+                small.append([])
+            small[-1].append(parameter)
+    return buckets + small
 
 
 def average(tensors: Iterable[Tensor]) -> None:
@@ -221,7 +229,7 @@ def average(tensors: Iterable[Tensor]) -> None:
     if current().size > 1:
         mine = list(tensors)
         torch._foreach_div_(mine, current().size)
-        _Message.send(mine, "step", "average").wait()
+        torch._foreach_copy_(mine, list(_Message.send(mine, "step", "average").wait()))
 
 
 def broadcast_state(tensors: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdrec.models.tables import Block, Lists, Rows, Values
+from hvdrec.parallel.alltoall import begin_alltoall
 from hvdrec.parallel.find import Found, find_rows
 from hvdrec.parallel.kernels import KERNELS, Kernel, KernelName, RowOptimizer
 from hvdrec.parallel.layout import Group
@@ -151,15 +152,14 @@ class DistributedTables:
 
     def _ask(self, group: Group, found: Found) -> _Exchange:
         exchange = _Exchange(found)
+        name = f"rows/{group.name}/{self._asks % 2}"
         if self.world.size == 1:
             exchange.rows = self._moved(found.rows)
-            return exchange
-        import horovod.torch as hvd
-
-        name = f"rows/{group.name}/{self._asks % 2}"
-        if group.is_sharded:
-            exchange.handle = hvd.alltoall_async(found.rows, splits=found.counts, name=name)
+        elif group.is_sharded:
+            exchange.handle = begin_alltoall(found.rows, found.counts, name)
         else:
+            import horovod.torch as hvd
+
             exchange.handle = hvd.allgather_async(found.rows, name=name)
         return exchange
 
@@ -214,8 +214,6 @@ class DistributedTables:
         """Wait for what is asked of this rank; start to send sharded rows and return the handle."""
         if self.world.size == 1:
             return None
-        import horovod.torch as hvd
-
         assert exchange.handle is not None
         if not group.is_sharded:
             everyone = wait(exchange.handle).numpy()
@@ -244,10 +242,7 @@ class DistributedTables:
             exchange.rows = torch.from_numpy(distinct).to(self.device)
             exchange.order = torch.from_numpy(order).to(self.device)
             outgoing = kernel.fetch(exchange.rows).index_select(0, exchange.order)
-        handle: int = hvd.alltoall_async(
-            outgoing, splits=exchange.counts, name=f"vectors/{group.name}"
-        )
-        return handle
+        return begin_alltoall(outgoing, exchange.counts, f"vectors/{group.name}")
 
     def send_gradients(self, asked: Asked) -> Sent:
         """Begin to bring the gradients of a batch's rows to where the rows are; does not wait."""
@@ -279,19 +274,16 @@ class DistributedTables:
     def _send_back(self, group: Group, exchange: _Exchange, gradient: Tensor) -> int | None:
         if self.world.size == 1:
             return None
+        name = f"gradients/{group.name}"
+        if group.is_sharded:
+            return begin_alltoall(gradient, exchange.found.counts, name)
         import horovod.torch as hvd
 
-        handle: int
-        if group.is_sharded:
-            handle = hvd.alltoall_async(
-                gradient, splits=exchange.found.counts, name=f"gradients/{group.name}"
-            )
-        else:
-            assert exchange.rows is not None
-            assert exchange.order is not None
-            total = gradient.new_zeros(len(exchange.rows), group.width)
-            total[exchange.order] = gradient
-            handle = hvd.allreduce_async_(total, op=hvd.Sum, name=f"gradients/{group.name}")
+        assert exchange.rows is not None
+        assert exchange.order is not None
+        total = gradient.new_zeros(len(exchange.rows), group.width)
+        total[exchange.order] = gradient
+        handle: int = hvd.allreduce_async_(total, op=hvd.Sum, name=name)
         return handle
 
     def update(self, asked: Asked, gradients: Sequence[Tensor]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from hvdrec.parallel import gradients, ranks
+from hvdrec.parallel.alltoall import begin_alltoall
 
 
 def main() -> None:
@@ -28,6 +29,15 @@ def main() -> None:
     (joined.sum() * (rank + 1)).backward()
     assert rows.grad is not None
     assert torch.equal(rows.grad, torch.full((rank, 2), float(sum(r + 1 for r in everyone))))
+    # More rows, then fewer, as batches have them; some ranks are sent nothing.
+    for step in (1, 2, 40, 3, 0):
+        counts = [step * (r % 2) + rank for r in everyone]
+        rows = torch.cat([torch.full((n, 3), 10.0 * rank + r) for r, n in enumerate(counts)])
+        handle = begin_alltoall(rows, torch.tensor(counts, dtype=torch.int32), "rows_of_step")
+        came, counts_came = ranks.wait(handle)
+        assert counts_came.tolist() == [step * (rank % 2) + r for r in everyone]
+        expected = np.repeat([10.0 * r + rank for r in everyone], counts_came.numpy())
+        assert np.array_equal(came.numpy(), np.tile(expected[:, None], 3))
     # The second is large enough for a bucket of its own; only the first rank uses the last.
     used, large, unused = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 1 << 17, 2))
     dense = gradients.DenseGradients([used, large, unused])
