@@ -177,7 +177,11 @@ class DenseGradients:
 
 @dataclass(frozen=True)
 class _Message:
-    """Tensors that are joined over the ranks, in place; several travel as one copy, `joined`."""
+    """Tensors that are joined over the ranks.
+
+    joined: what travels: a copy of several tensors, the memory of one; None with Adasum, where each
+    travels by itself.
+    """
 
     tensors: Sequence[Tensor]
     joined: Tensor | None
@@ -191,11 +195,9 @@ class _Message:
             # Its sums are of each tensor alone.
             handle = hvd.grouped_allreduce_async_(list(tensors), op=hvd.Adasum, name=name)
             return _Message(tensors, None, handle)
-        joined = None
-        if len(tensors) > 1 or not tensors[0].is_contiguous():
-            joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        sent = tensors[0] if joined is None else joined
-        return _Message(tensors, joined, hvd.allreduce_async_(sent, op=hvd.Sum, name=name))
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        joined = torch.cat(flat) if len(flat) > 1 else flat[0]
+        return _Message(tensors, joined, hvd.allreduce_async_(joined, op=hvd.Sum, name=name))
 
     def wait(self) -> Sequence[Tensor]:
         """Return the joined tensors, each of its shape."""

@@ -33,6 +33,8 @@ PYTHON, HVDREC = str(BIN / "python"), str(BIN / "hvdrec")
 SECONDS = 1800
 RANKS = (2, 4)
 LAUNCHERS = ("horovodrun --gloo", "mpirun")
+TOLD_LINES = 12
+"""Of what a program printed that failed."""
 STEPS = (10, 40)
 """hvdrec takes so many steps in two runs: what a step sends is the difference of their bytes."""
 ONLY = {
@@ -64,7 +66,9 @@ def launch(hosts: Hosts, launcher: str, count: int, per_host: int, *command: str
 
 def _output(done: Done, command: tuple[str, ...]) -> str:
     if done.status:
-        raise Failed(f"{' '.join(command[:3])}: exit code {done.status}: {last_line(done.output)}")
+        # The launcher has the last word, but not the reason.
+        said = [line for line in done.output.splitlines() if line.strip()][-TOLD_LINES:]
+        raise Failed("\n  ".join([f"{' '.join(command[:3])}: exit code {done.status}:", *said]))
     return done.output
 
 
