@@ -1,8 +1,8 @@
 """Rows from each rank to each, as many as a step has, in messages that Horovod knows again.
 
 It knows a collective by its name and its tensor's shape, and about one that it does not know all
-ranks ask the first one, which costs most under Gloo. The number of rows changes with each step: they
-are sent from tensors that have room behind them, which does not travel.
+ranks ask the first one, which costs most under Gloo. The number of rows changes with each step: so
+they are sent from tensors that have room behind them, which does not travel.
 """
 
 from __future__ import annotations
