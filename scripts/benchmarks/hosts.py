@@ -45,7 +45,7 @@ EPILOG = """\
 examples:
   scripts/benchmark_hosts                    everything, as tables (about 25 minutes)
   scripts/benchmark_hosts --only steps --json
-  scripts/benchmark_hosts --only steps --batch 65536 --precision bf16   less to compute, more to send
+  scripts/benchmark_hosts --only steps --batch 65536 --precision bf16   computes less, sends more
 
 Needs root, iproute2 and openssh-server. MovieLens-1M is downloaded if it is not there. Ratios are
 of the medians over the turns. Exit code: 0; 1 if a program failed; 2 for a mistake in the
