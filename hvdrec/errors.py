@@ -1,22 +1,61 @@
-"""The error that a user can mend."""
+"""Errors that a user can fix: one line that names the file or field, the value and the remedy."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: configuration, data or command line.
+    """A mistake in the configuration, the data or the command line.
 
-    The text is one line that names the file or field, the value, what is allowed and what to do.
-    The command line prints it and exits with code 2; library callers catch this type.
+    The text is one line: what is wrong, what is allowed and what to do. The command line prints it
+    and exits with code 2.
+
+    Attributes:
+        field: The file, configuration field or option at fault; empty if there is not one.
+        value: Its value; None if there is not one.
     """
+
+    def __init__(self, text: str, *, field: str = "", value: object = None) -> None:
+        super().__init__(text)
+        self.field = field
+        self.value = value
 
 
 class SharedError(UserError):
-    """A mistake that every rank of a job has heard of; the first rank tells the user."""
+    """A mistake that all ranks of a job know about; only rank 0 prints it."""
+
+
+def invalid_value(field: str, value: object, problem: str, remedy: str = "") -> UserError:
+    """Build the error for a value that is not allowed: ``field = value: problem; remedy``."""
+    text = f"{field} = {shown(value)}: {problem}" + (f"; {remedy}" if remedy else "")
+    return UserError(text, field=field, value=value)
+
+
+def invalid_file(path: object, problem: str, remedy: str = "") -> UserError:
+    """Build the error for a file or directory that cannot be used: ``path: problem; remedy``."""
+    text = f"{path}: {problem}" + (f"; {remedy}" if remedy else "")
+    return UserError(text, field=str(path))
+
+
+def unknown_name(field: str, name: object, known: Iterable[object]) -> UserError:
+    """Build the error for a name that does not exist, with the known names and the nearest one."""
+    names = [str(each) for each in known]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    text = f"{field} = {shown(name)}: unknown; known: {choices(names)}{hint}"
+    return UserError(text, field=field, value=name)
 
 
 def choices(names: Iterable[object]) -> str:
-    """Return the legal choices as they stand in an error's line: ``[a, b, c]``."""
+    """Format the allowed choices for an error message: ``[a, b, c]``."""
     return "[" + ", ".join(str(name) for name in names) + "]"
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Format a value as it stands in TOML, cut to `limit` characters."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -29,7 +29,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from hvdrec.artifacts import write_artifact
+from hvdrec.storage.artifacts import write_artifact
 
 UNKNOWN = "unknown"
 USERS = {UNKNOWN: [0.5, 0.5], "1": [1.0, 0.0], "2": [0.0, 1.0]}

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hvdrec.batch import Batch
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature, Pooling
+from hvdrec.config.sections import Model, Parallel, Ranker, Samples, Task, Tower, Train
+from hvdrec.data.batch import Batch
+from hvdrec.embeddings.setup import row_optimizer, table_groups
+from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.ranks import World
-from hvdrec.parallel.setup import row_optimizer, table_groups
-from hvdrec.parallel.tables import DistributedTables
-from hvdrec.schema import Feature, Pooling
-from hvdrec.sections import Model, Parallel, Ranker, Samples, Task, Tower, Train
 
 SIZES = {"user_id": 9, "item_id": 11, "genres": 6, "price": 7, "hour": 5, "shop": 8}
 

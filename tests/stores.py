@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdrec.artifacts import read_manifest, write_manifest
-from hvdrec.scoring.store import Store
+from hvdrec.scoring.stores.store import Store
+from hvdrec.storage.artifacts import read_manifest, write_manifest
 from tests.bundles import write_bundle
 
 WIDTH = 3

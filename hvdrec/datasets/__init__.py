@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hvdrec.artifacts import write_artifact
 from hvdrec.datasets import complete_journey, movielens
 from hvdrec.datasets.download import Source, cache_directory, fetch_first
 from hvdrec.datasets.registry import Dataset
 from hvdrec.errors import UserError, choices
+from hvdrec.storage.artifacts import write_artifact
 
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset for dataset in (movielens.DATASET, complete_journey.DATASET)

@@ -18,8 +18,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from hvdrec.artifacts import sha256
 from hvdrec.errors import UserError
+from hvdrec.storage.artifacts import sha256
 
 TIMEOUT_SECONDS = 8.0
 CHUNK = 1 << 20

@@ -17,18 +17,11 @@ from hvdrec.evaluation.held_out import (
     ranking_report,
     read_interactions,
 )
-from hvdrec.evaluation.item_item import (
-    Measure,
-    choose,
-    cooccurrence,
-    ease,
-    ease_bytes,
-    taken_items,
-)
+from hvdrec.evaluation.item_item import Measure, choose, cooccurrence, ease, ease_bytes, taken_items
 from hvdrec.evaluation.ranking import order_metrics
 from hvdrec.evaluation.tasks import task_baselines
 from hvdrec.parallel import ranks
-from hvdrec.storage import read_metadata
+from hvdrec.storage.urls import read_metadata
 
 CHOICE_USERS, CHOICE_ROWS = 10_000, 500_000
 """Most users and rows of the validation split on which a baseline's setting is chosen."""

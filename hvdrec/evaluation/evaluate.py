@@ -11,19 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdrec.artifacts import read_manifest
-from hvdrec.columns import table_arrays
 from hvdrec.config import Config
+from hvdrec.data.collate import table_arrays
+from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import compare
 from hvdrec.evaluation.held_out import Retrieval, Scores, part_of, ranking_report
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.tasks import task_auc, task_report
 from hvdrec.features.fit import check_task_labels
-from hvdrec.loader import ShardLoader
+from hvdrec.models.embedding import Rows
 from hvdrec.models.recommender import Recommender
-from hvdrec.models.tables import Rows
 from hvdrec.parallel import ranks
-from hvdrec.storage import read_table
+from hvdrec.storage.artifacts import read_manifest
+from hvdrec.storage.urls import read_table
 
 Array = NDArray[Any]
 RowsOf = Callable[[Mapping[str, Tensor]], Rows]

@@ -22,7 +22,7 @@ from hvdrec.evaluation.retrieval import (
     retrieval_sums,
 )
 from hvdrec.parallel import ranks
-from hvdrec.storage import Place, read_metadata, read_tables
+from hvdrec.storage.urls import Place, read_metadata, read_tables
 
 Array = NDArray[Any]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hvdrec.text import table
+from hvdrec.cli.text import table
 
 OF_TASKS = ("auc", "gauc", "log_loss", "calibration", "base_rate", "rows")
 TITLES = {"ranking": "Ranking", "retrieval": "Retrieval over the whole catalogue"}

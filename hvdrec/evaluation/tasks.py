@@ -14,7 +14,7 @@ from hvdrec.evaluation.baselines import fit_baselines
 from hvdrec.evaluation.held_out import Interactions, Scores
 from hvdrec.evaluation.ranking import ranking_metrics
 from hvdrec.parallel import ranks
-from hvdrec.storage import read_tables
+from hvdrec.storage.urls import read_tables
 
 Array = NDArray[Any]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hvdrec.config import Config
 from hvdrec.export.embed import key_array
 from hvdrec.samples.split import SPLITS
-from hvdrec.storage import read_table
+from hvdrec.storage.urls import read_table
 
 Array = NDArray[Any]
 DAY = 86_400

@@ -16,10 +16,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature
 from hvdrec.errors import UserError
 from hvdrec.features.raw import rows_to_inputs
-from hvdrec.schema import Feature
-from hvdrec.workers import Workers
+from hvdrec.parallel.pool import Workers
 
 BLOCK = 8192
 

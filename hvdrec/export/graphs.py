@@ -13,10 +13,10 @@ import torch
 from onnx import compose, helper
 from torch import Tensor, nn
 
+from hvdrec.config.schema import Feature
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import build, output_name
 from hvdrec.models.recommender import Recommender
-from hvdrec.schema import Feature
 
 OPSET = 20
 Function = Callable[[dict[str, Tensor]], Tensor]

@@ -13,15 +13,15 @@ import pyarrow.dataset as ds
 import torch
 from numpy.typing import NDArray
 
-from hvdrec.columns import table_arrays
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature
+from hvdrec.data.collate import table_arrays
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
-from hvdrec.schema import Feature
 from hvdrec.scoring import Scorer
-from hvdrec.storage import Place, read_table, read_tables
+from hvdrec.storage.urls import Place, read_table, read_tables
 
 Arrays = Mapping[str, NDArray[Any]]
 Row = dict[str, Any]

@@ -20,10 +20,10 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature
 from hvdrec.errors import UserError
 from hvdrec.evaluation.ranking import auc
 from hvdrec.features.raw import rows_to_inputs
-from hvdrec.schema import Feature
 
 Array = NDArray[Any]
 BLOCK = 4096

@@ -21,24 +21,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvdrec.artifacts import read_manifest, write_artifact
 from hvdrec.config import Config
+from hvdrec.config.schema import Schema, Side
+from hvdrec.config.structure import to_dict
 from hvdrec.errors import UserError
 from hvdrec.features.encoder import Encoder, Rows
-from hvdrec.features.fit import (
-    Fitted,
-    check_columns,
-    check_file,
-    check_task_labels,
-    fit,
-    one_line,
-)
+from hvdrec.features.fit import Fitted, check_columns, check_file, check_task_labels, fit, one_line
 from hvdrec.features.graph import build
 from hvdrec.features.raw import one_chunk
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
-from hvdrec.schema import Schema, Side
-from hvdrec.structure import to_dict
-from hvdrec.workers import ALONE, Workers
+from hvdrec.parallel.pool import ALONE, Workers
+from hvdrec.storage.artifacts import read_manifest, write_artifact
 
 SPLITS = ("train", "validation", "test")
 USERS, ITEMS = "users_train.parquet", "items.parquet"

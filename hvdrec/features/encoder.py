@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hvdrec.config.schema import MISSING, Feature
 from hvdrec.errors import UserError
 from hvdrec.features.fit import ARROW_TYPES, Fitted
 from hvdrec.features.graph import build, build_positions, output_name
 from hvdrec.features.raw import flat_to_input, one_chunk
-from hvdrec.schema import MISSING, Feature
 
 
 class Encoder:

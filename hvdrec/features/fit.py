@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvdrec.artifacts import Manifest
 from hvdrec.config import Config
+from hvdrec.config.schema import FIRST_CODE, MISSING_INT, Feature, Schema
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError, choices
-from hvdrec.schema import FIRST_CODE, MISSING_INT, Feature, Schema
-from hvdrec.storage import Place, read_table
-from hvdrec.structure import from_dict, to_dict
+from hvdrec.storage.artifacts import Manifest
+from hvdrec.storage.urls import Place, read_table
 
 if TYPE_CHECKING:
     import duckdb

@@ -14,8 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from hvdrec.config.schema import FIRST_CODE, MISSING, MISSING_INT, UNKNOWN, Feature
 from hvdrec.features.fit import HASH_PRIME, Fitted, FittedFeature, hash_coefficients
-from hvdrec.schema import FIRST_CODE, MISSING, MISSING_INT, UNKNOWN, Feature
 
 OPSET = 20
 ML_OPSET = 4

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hvdrec.schema import MISSING_INT, Feature
+from hvdrec.config.schema import MISSING_INT, Feature
 
 FILL = {pa.string(): "", pa.int64(): MISSING_INT, pa.float64(): float("nan")}
 """How a missing value enters the graph."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdrec.schema import Feature
+from hvdrec.config.schema import Feature
 
 PAGE_BYTES = 16 << 20
 """Of a column in a row group, mostly all of it: of a list in pages, decoding took twice as long."""

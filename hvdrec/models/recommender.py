@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdrec.config import Config
+from hvdrec.config.schema import SIDES, Feature, Schema
+from hvdrec.config.sections import Ranker as RankerShape
+from hvdrec.config.sections import Tower as TowerShape
 from hvdrec.models.dropout import Dropout
+from hvdrec.models.embedding import ATTENTION, EmbeddingTables, Rows
 from hvdrec.models.layers import (
     AttentionPooling,
     CrossNetwork,
@@ -23,11 +27,7 @@ from hvdrec.models.layers import (
     head_products,
     joined,
 )
-from hvdrec.models.tables import ATTENTION, EmbeddingTables, Rows
 from hvdrec.models.tasks import TaskRanker, combined
-from hvdrec.schema import SIDES, Feature, Schema
-from hvdrec.sections import Ranker as RankerShape
-from hvdrec.sections import Tower as TowerShape
 
 Codes = Mapping[str, Tensor]
 POOLS = {"attention": AttentionPooling, "self-attention": SelfAttentionPooling}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hvdrec.config.sections import Ranker as RankerShape
+from hvdrec.config.sections import Task
 from hvdrec.models.dropout import Dropout
 from hvdrec.models.layers import CrossNetwork, Mlp, joined
-from hvdrec.sections import Ranker as RankerShape
-from hvdrec.sections import Task
 
 
 class TaskRanker(nn.Module):

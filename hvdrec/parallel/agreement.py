@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import hvdrec
-from hvdrec.artifacts import MANIFEST
+from hvdrec.storage.artifacts import MANIFEST
 
 ABSENT = "not there"
 NAMED_HOSTS, NAMED_FIELDS = 4, 4

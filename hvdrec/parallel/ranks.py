@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hvdrec.errors import SharedError, UserError
 from hvdrec.parallel import agreement
-from hvdrec.parallel.launcher import (
+from hvdrec.parallel.environment import (
     check_gloo_address,
     check_rendezvous,
     is_launched,

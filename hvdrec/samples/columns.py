@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hvdrec.config.schema import RawType
 from hvdrec.errors import UserError, choices
-from hvdrec.schema import RawType
 
 Array = NDArray[Any]
 

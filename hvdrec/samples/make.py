@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hvdrec.artifacts import write_artifact
 from hvdrec.config import Config
+from hvdrec.config.sections import Samples
+from hvdrec.config.structure import to_dict
 from hvdrec.errors import UserError
-from hvdrec.samples import negatives, tables
+from hvdrec.samples import negatives
+from hvdrec.samples import sources as tables
 from hvdrec.samples.columns import groups
 from hvdrec.samples.engine import Engine, connect, visible
 from hvdrec.samples.history import Events, Moments
@@ -27,8 +29,7 @@ from hvdrec.samples.write import (
     write_table,
     write_users,
 )
-from hvdrec.sections import Samples
-from hvdrec.structure import to_dict
+from hvdrec.storage.artifacts import write_artifact
 
 DRAWN_ROWS = 2_097_152
 Array = NDArray[Any]

@@ -14,10 +14,11 @@ from ibis.expr.types import Table
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.sections import Samples
 from hvdrec.errors import UserError, choices
 from hvdrec.samples.columns import canonical, cast, codes, concatenated, family, type_name
 from hvdrec.samples.engine import Engine
-from hvdrec.samples.tables import (
+from hvdrec.samples.sources import (
     LABEL,
     ROW,
     WEIGHT,
@@ -28,7 +29,6 @@ from hvdrec.samples.tables import (
     require_one_match,
     task_label,
 )
-from hvdrec.sections import Samples
 
 Array = NDArray[Any]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdrec.config.sections import Samples
 from hvdrec.errors import UserError
-from hvdrec.sections import Samples
 
 Array = NDArray[Any]
 SPLITS = ("train", "validation", "test")

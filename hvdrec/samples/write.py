@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature
 from hvdrec.errors import UserError, choices
 from hvdrec.samples.columns import cast, concatenated, plain
 from hvdrec.samples.engine import Engine, visible
 from hvdrec.samples.history import Events, Moments
 from hvdrec.samples.rows import Keys, Rows, declared
+from hvdrec.samples.sources import Joined, Side, Source, derive_ready
 from hvdrec.samples.split import RANDOM
-from hvdrec.samples.tables import Joined, Side, Source, derive_ready
-from hvdrec.schema import Feature
 
 PART_ROWS = 524_288
 ROW_GROUP_ROWS = 65_536

@@ -14,7 +14,7 @@ from hvdrec.scoring.errors import BundleError, ReplacedError, RequestError, Scor
 from hvdrec.scoring.graph import ROWS, VECTORS, Graph, input_types
 from hvdrec.scoring.inputs import check_count, check_names, check_share, column, listed
 from hvdrec.scoring.recommend import Key, Recommendation, Retrieval
-from hvdrec.scoring.store import Store
+from hvdrec.scoring.stores.store import Store
 from hvdrec.scoring.tower import BLOCK_ROWS, Tower
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hvdrec.scoring.bundle import BundleInfo, Field
 from hvdrec.scoring.errors import BundleError
 from hvdrec.scoring.graph import Graph, input_types
 from hvdrec.scoring.inputs import MISSING, check_names, key_value, rows_to_inputs
-from hvdrec.scoring.store import EmbeddingStore, Store
+from hvdrec.scoring.stores.store import EmbeddingStore, Store
 
 Array = NDArray[Any]
 BLOCK_ROWS = 4096

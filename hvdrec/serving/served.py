@@ -77,6 +77,6 @@ def stores_from(redis: str | None) -> Stores | None:
     """Return what gives a bundle its stores of users and items; None for its own arrays."""
     if redis is None:
         return None
-    from hvdrec.scoring.redis_store import open_stores
+    from hvdrec.scoring.stores.redis.store import open_stores
 
     return partial(open_stores, redis)

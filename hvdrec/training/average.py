@@ -8,9 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hvdrec.parallel.tables import DistributedTables
-
-AVERAGE = "average"
+from hvdrec.embeddings.kernels import AVERAGE
+from hvdrec.embeddings.sharded import DistributedTables
 
 
 class Averages:

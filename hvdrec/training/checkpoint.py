@@ -20,19 +20,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hvdrec.artifacts import read_manifest, write_artifact, write_text
 from hvdrec.config import Config
+from hvdrec.config.structure import from_dict, to_dict
+from hvdrec.data.sampler import Progress
+from hvdrec.embeddings.files import read_into_model, read_tables, table_meta, write_tables
+from hvdrec.embeddings.setup import make_tables
+from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.errors import UserError
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
-from hvdrec.order import Progress
 from hvdrec.parallel import ranks
-from hvdrec.parallel.setup import make_tables
-from hvdrec.parallel.tables import DistributedTables
-from hvdrec.structure import from_dict, to_dict
+from hvdrec.storage.artifacts import read_manifest, write_artifact, write_text
 from hvdrec.training.average import Averages
 from hvdrec.training.optimizer import optimizer_tensors, restore_optimizer
-from hvdrec.training.table_files import read_into_model, read_tables, table_meta, write_tables
 
 CONFIG_FILE = "config.json"
 AVERAGES_FILE = "averages.safetensors"

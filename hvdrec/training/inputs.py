@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvdrec.columns import table_arrays
 from hvdrec.config import Config
+from hvdrec.data.collate import table_arrays
+from hvdrec.data.loader import ShardLoader
 from hvdrec.errors import UserError
-from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
-from hvdrec.storage import read_table
+from hvdrec.storage.urls import read_table
 from hvdrec.training import checkpoint
 from hvdrec.training.pipeline import Catalogue
 

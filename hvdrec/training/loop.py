@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdrec.artifacts import read_manifest, write_text
 from hvdrec.config import Config
+from hvdrec.config.structure import to_dict
+from hvdrec.data.loader import ShardLoader
+from hvdrec.data.sampler import Progress
+from hvdrec.embeddings.kernels import KernelName
+from hvdrec.embeddings.setup import check_synchronization, make_tables
 from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
 from hvdrec.features.fit import Fitted, check_task_labels
-from hvdrec.loader import ShardLoader
 from hvdrec.models.recommender import Recommender
-from hvdrec.order import Progress
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state, global_sum
-from hvdrec.parallel.kernels import KernelName
 from hvdrec.parallel.ranks import World
-from hvdrec.parallel.setup import check_synchronization, make_tables
 from hvdrec.parallel.shared import shared_directory
-from hvdrec.parallel.watch import watched
-from hvdrec.structure import to_dict
+from hvdrec.parallel.watchdog import watched
+from hvdrec.storage.artifacts import read_manifest, write_text
 from hvdrec.training import checkpoint
 from hvdrec.training.average import Averages
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
@@ -42,9 +42,7 @@ from hvdrec.training.inputs import (
 )
 from hvdrec.training.log import TrainingLog
 from hvdrec.training.machine import collector_spared, pick_device, set_threads
-from hvdrec.training.optimizer import (
-    make_optimizer,
-)
+from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import Catalogue, Prepared, preparer, steps
 from hvdrec.training.step import Trainee, settle, take_step
 from hvdrec.training.warm_start import check_size, warm_start

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdrec.batch import Batch
 from hvdrec.config import Config
+from hvdrec.config.sections import Train
+from hvdrec.data.batch import Batch
+from hvdrec.embeddings.lookup import cuts
+from hvdrec.embeddings.sharded import DistributedTables, Sent
 from hvdrec.models.losses import (
     binary_cross_entropy,
     in_batch_softmax,
@@ -21,11 +24,8 @@ from hvdrec.models.losses import (
     task_cross_entropies,
 )
 from hvdrec.models.recommender import Output, Recommender
-from hvdrec.parallel.find import cuts
 from hvdrec.parallel.gradients import DenseGradients, gather_rows, global_sum
 from hvdrec.parallel.ranks import current
-from hvdrec.parallel.tables import DistributedTables, Sent
-from hvdrec.sections import Train
 from hvdrec.training.pipeline import Step
 
 Combine = Callable[[Mapping[str, Tensor]], Output]

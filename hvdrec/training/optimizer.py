@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hvdrec.sections import Train
+from hvdrec.config.sections import Train
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:

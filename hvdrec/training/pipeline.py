@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdrec.batch import Batch
 from hvdrec.config import Config
+from hvdrec.data.batch import Batch
+from hvdrec.embeddings.lookup import Found, cuts
+from hvdrec.embeddings.sharded import Asked, DistributedTables
 from hvdrec.models.losses import task_weights
-from hvdrec.parallel.find import Found, cuts
 from hvdrec.parallel.gradients import PendingSum, begin_global_sum
-from hvdrec.parallel.tables import Asked, DistributedTables
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hvdrec.config import Config
+from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.gradients import DenseGradients, average
-from hvdrec.parallel.tables import DistributedTables
 from hvdrec.training.average import Averages
 from hvdrec.training.objective import Combine, StepLoss, clip, compute_gradients
 from hvdrec.training.optimizer import optimizer_tensors, schedule, set_learning_rate

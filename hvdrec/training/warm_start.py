@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from hvdrec.config import Config
+from hvdrec.config.schema import FIRST_CODE
+from hvdrec.config.sections import WarmStart
+from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.errors import UserError
 from hvdrec.evaluation.held_out import read_interactions
 from hvdrec.evaluation.item_item import linear_weights, taken_items
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
-from hvdrec.parallel.tables import DistributedTables
-from hvdrec.schema import FIRST_CODE
-from hvdrec.sections import WarmStart
-from hvdrec.storage import read_table
+from hvdrec.storage.urls import read_table
 
 Array = NDArray[Any]
 OVERSAMPLING = 32

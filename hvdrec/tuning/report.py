@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hvdrec.text import table
+from hvdrec.cli.text import table
 from hvdrec.tuning.search import Search, Trial
 from hvdrec.tuning.space import as_overrides, as_toml
 

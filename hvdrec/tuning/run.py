@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from hvdrec.config import Config
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
 from hvdrec.parallel import ranks
 from hvdrec.parallel.agreement import digest
-from hvdrec.parallel.watch import watched
-from hvdrec.structure import from_dict, to_dict
+from hvdrec.parallel.watchdog import watched
 from hvdrec.training.checkpoint import has_checkpoint, latest_meta
 from hvdrec.training.loop import check_features, metric_name, train
 from hvdrec.tuning.report import told

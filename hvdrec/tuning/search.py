@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hvdrec.artifacts import write_text
 from hvdrec.config import Config
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
-from hvdrec.structure import from_dict, to_dict
+from hvdrec.storage.artifacts import write_text
 from hvdrec.tuning.space import Space, Values, as_overrides, as_toml, parse_space, size, values_of
 
 if TYPE_CHECKING:

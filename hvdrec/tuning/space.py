@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from hvdrec.config import Config
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError, choices
-from hvdrec.structure import from_dict, to_dict
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

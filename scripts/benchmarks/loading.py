@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hvdrec.artifacts import write_manifest
+from hvdrec.storage.artifacts import write_manifest
 
 ENTRIES, WIDTH, HIDDEN = 1_000_000, 64, (200, 80)
 SEEN = 20

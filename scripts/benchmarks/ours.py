@@ -35,12 +35,12 @@ from work import (
 )
 
 from hvdrec.config import Config
-from hvdrec.loader import ShardLoader
+from hvdrec.data.loader import ShardLoader
+from hvdrec.embeddings.setup import make_tables
 from hvdrec.models.layers import Mlp
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
-from hvdrec.parallel.setup import make_tables
 from hvdrec.training.machine import collector_spared, set_up_process
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import Step, preparer, steps

@@ -21,10 +21,10 @@ import numpy as np
 from loading import write_bundle
 from threadpoolctl import threadpool_limits
 
-from hvdrec.artifacts import write_manifest
 from hvdrec.export.index import write_index
 from hvdrec.export.precision import compressed
 from hvdrec.scoring import Scorer
+from hvdrec.storage.artifacts import write_manifest
 
 ITEMS, USERS, WIDTH, K = 1_000_000, 1000, 64, 100
 CLUSTERS = 3000

@@ -24,11 +24,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from synthetic import write_tables
 
-from hvdrec import config as configuration
 from hvdrec import samples
 from hvdrec.config import Config
+from hvdrec.config import run as configuration
 from hvdrec.export import ranker_graph
-from hvdrec.export.bundle import export
+from hvdrec.export.writer import export
 from hvdrec.features.encode import encode
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.config import Config, load
+from hvdrec.config.schema import FIRST_CODE, Feature
+from hvdrec.config.sections import Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train
 from hvdrec.features.fit import Fitted
 from hvdrec.features.shards import parquet_writer, shard_types
-from hvdrec.schema import FIRST_CODE, Feature
-from hvdrec.sections import Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train
 
 FEATURES = 8
 NUMBERS = 13

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdrec.artifacts import read_manifest
+from hvdrec.storage.artifacts import read_manifest
 from tests.hosts.machines import HVDREC, Hosts
 from tests.hosts.test_two_hosts import report
 from tests.parallel.launch import BIN, launch

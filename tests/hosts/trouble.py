@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hvdrec import cli
+from hvdrec.cli import main as cli
 from hvdrec.errors import UserError
 from hvdrec.parallel import ranks
 from hvdrec.training import loop

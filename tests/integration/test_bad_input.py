@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from hvdrec.artifacts import read_manifest, verify_artifact, write_manifest
+from hvdrec.storage.artifacts import read_manifest, verify_artifact, write_manifest
 from tests.integration.conftest import Result, SmallRun, hvdrec, succeed
 
 Write = Callable[..., Path]

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from hvdrec.artifacts import verify_artifact
 from hvdrec.scoring import Scorer
+from hvdrec.storage.artifacts import verify_artifact
 from tests.integration.conftest import SmallRun, hvdrec, succeed
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hvdrec.batch import Batch
+from hvdrec.data.batch import Batch
 from hvdrec.models.recommender import Recommender
 from tests.parallel.launch import run_program
 from tests.small_model import (

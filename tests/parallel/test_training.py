@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hvdrec.artifacts import read_manifest
+from hvdrec.storage.artifacts import read_manifest
 from tests.parallel.conftest import HVDREC
 from tests.parallel.launch import launch
 

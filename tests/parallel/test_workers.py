@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from hvdrec.artifacts import read_manifest, verify_artifact, write_manifest
+from hvdrec.storage.artifacts import read_manifest, verify_artifact, write_manifest
 from tests.parallel.conftest import HVDREC
 from tests.parallel.launch import PROGRAMS, launch
 

@@ -13,10 +13,10 @@ import pytest
 from diskcache import FanoutCache
 from moto.server import ThreadedMotoServer
 
-from hvdrec.artifacts import MANIFEST, read_manifest, verify_artifact
 from hvdrec.config import load
-from hvdrec.loader import ShardLoader
-from hvdrec.storage import Url
+from hvdrec.data.loader import ShardLoader
+from hvdrec.storage.artifacts import MANIFEST, read_manifest, verify_artifact
+from hvdrec.storage.urls import Url
 from tests.integration.conftest import SmallRun, hvdrec, succeed
 from tests.integration.test_bad_input import refused
 
@@ -120,7 +120,7 @@ def test_rows_come_once_though_the_server_is_away_for_a_while(
         prefetch=1,
     )
     listener, back = Listener(), threading.Thread(target=come_back)
-    logger = logging.getLogger("hvdrec.storage")
+    logger = logging.getLogger("hvdrec.storage.urls")
     logger.addHandler(listener)
     found: list[tuple[int, int, float, float]] = []
     try:

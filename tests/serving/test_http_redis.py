@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from hvdrec.scoring import Scorer
-from hvdrec.scoring.publish import publish
+from hvdrec.scoring.stores.redis.publish import publish
 from tests.serving.conftest import PATIENT
 from tests.serving.launch import Running, serving, wait_for
 from tests.serving.redis_store.process import RedisProcess

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdrec.artifacts import write_manifest
 from hvdrec.scoring import Scorer
+from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
 EXAMPLE = Path(__file__).parents[2] / "scripts" / "examples" / "node"

@@ -101,7 +101,13 @@ def test_no_deprecated_call(path: Path) -> None:
 
 
 def test_the_command_line_recommends(path: Path) -> None:
-    command = [sys.executable, "-c", "from hvdrec.cli import main; main()", "recommend", str(path)]
+    command = [
+        sys.executable,
+        "-c",
+        "from hvdrec.cli import main; main()",
+        "recommend",
+        str(path),
+    ]
     done = subprocess.run(
         [*command, "--user", "1", "--scene", "hour=21", "-k", "2", "--exclude", "10", "--json"],
         capture_output=True,

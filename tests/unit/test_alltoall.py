@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hvdrec.parallel import alltoall
+from hvdrec.embeddings import alltoall
 
 
 def test_room_stays_while_the_number_of_rows_changes_little(

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from hvdrec import __version__
-from hvdrec.artifacts import (
+from hvdrec.errors import UserError
+from hvdrec.storage.artifacts import (
     read_manifest,
     sha256,
     verify_artifact,
     write_artifact,
     write_text,
 )
-from hvdrec.errors import UserError
 
 
 def make(path: Path, kind: str = "raw", text: str = "hello", **options: bool) -> Path:

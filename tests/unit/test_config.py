@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from hvdrec.config import Config, load, override
+from hvdrec.config.schema import Feature
+from hvdrec.config.sections import Model, Ranker, Tower
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
-from hvdrec.schema import Feature
-from hvdrec.sections import Model, Ranker, Tower
-from hvdrec.structure import from_dict, to_dict
 
 MINIMAL: dict[str, Any] = {
     "name": "small",

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvdrec import datasets
-from hvdrec.artifacts import read_manifest
 from hvdrec.config import load
 from hvdrec.datasets import complete_journey, download, movielens
 from hvdrec.datasets.download import Source, cache_directory, fetch, fetch_first
 from hvdrec.errors import UserError
+from hvdrec.storage.artifacts import read_manifest
 
 CONTENT = b"what the owner gives\n" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

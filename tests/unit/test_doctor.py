@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdrec import doctor
-from hvdrec.doctor import Check, Report
+from hvdrec.cluster import doctor
+from hvdrec.cluster.doctor import Check, Report
 
 NOTHING: dict[str, str | None] = {
     "numpy": "2.4.0",
@@ -243,7 +243,7 @@ def test_a_broken_horovod_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -
     def broken() -> None:
         raise ImportError("libmpi.so.40: cannot open\nshared object file")
 
-    monkeypatch.setattr("hvdrec.parallel.build.horovod_build", broken)
+    monkeypatch.setattr("hvdrec.cluster.build.horovod_build", broken)
     checks = {check.name: check for check in doctor.diagnose().checks}
     assert checks["horovod for torch"] == Check(
         "horovod for torch",
@@ -270,7 +270,7 @@ def version(name):
 
 sys.meta_path.insert(0, Absent())
 importlib.metadata.version = version
-from hvdrec.doctor import diagnose
+from hvdrec.cluster.doctor import diagnose
 report = diagnose()
 print(report.render())
 sys.exit(report.exit_status)

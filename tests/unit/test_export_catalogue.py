@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature
+from hvdrec.config.sections import Export, Negatives, Paths, Samples
 from hvdrec.export.catalogue import write_catalogue
-from hvdrec.schema import Feature
-from hvdrec.sections import Export, Negatives, Paths, Samples
 
 DAY = 86_400
 NOW = 1_700_000_000

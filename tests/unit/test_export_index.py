@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hvdrec.config import Config
+from hvdrec.config.sections import Export
 from hvdrec.errors import UserError
 from hvdrec.export import index as building
 from hvdrec.export.index import (
@@ -25,7 +26,6 @@ from hvdrec.export.precision import compressed
 from hvdrec.scoring import index as indexing
 from hvdrec.scoring.index import INDEX, INDEX_ROWS, IndexSearch
 from hvdrec.scoring.retrieval import ExactSearch
-from hvdrec.sections import Export
 from tests.small_model import small_config
 
 WIDTH, NOTHING = 8, np.empty(0, dtype=np.int64)

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdrec.artifacts import read_manifest, write_artifact
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature
+from hvdrec.config.sections import Encode, Samples
 from hvdrec.errors import UserError
 from hvdrec.features.encode import encode
 from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import HASH_PRIME, Fitted, fit, hash_coefficients
 from hvdrec.features.graph import build, output_name
 from hvdrec.features.raw import rows_to_inputs
-from hvdrec.schema import Feature
-from hvdrec.sections import Encode, Samples
+from hvdrec.storage.artifacts import read_manifest, write_artifact
 
 FEATURES = (
     Feature("user", min_count=2),
@@ -291,7 +291,7 @@ def test_wrong_type_and_missing_column_are_named(tmp_path: Path) -> None:
     place = table.column_names.index("hour")
     pq.write_table(table.set_column(place, "hour", table["hour"].cast(pa.string())), part)
     # The sizes of a manifest are checked first: write it anew.
-    from hvdrec.artifacts import write_manifest
+    from hvdrec.storage.artifacts import write_manifest
 
     write_manifest(found, "samples", {})
     with pytest.raises(UserError, match="column 'hour' is string, its feature needs int64"):

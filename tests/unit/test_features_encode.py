@@ -14,17 +14,17 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from hvdrec.artifacts import write_artifact, write_manifest
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature
+from hvdrec.config.sections import Encode, Samples, Task
+from hvdrec.config.structure import to_dict
 from hvdrec.errors import UserError
 from hvdrec.features.encode import SPLITS, encode, even_sizes
 from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs
-from hvdrec.schema import Feature
-from hvdrec.sections import Encode, Samples, Task
-from hvdrec.structure import to_dict
+from hvdrec.storage.artifacts import write_artifact, write_manifest
 
 FEATURES = (
     Feature("item", side="item", dtype="int"),

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvdrec.config.schema import FIRST_CODE, MISSING_INT, Feature, Schema
 from hvdrec.errors import UserError
 from hvdrec.features.fit import Fitted, fit
-from hvdrec.schema import FIRST_CODE, MISSING_INT, Feature, Schema
 
 KEYS = (Feature("user"), Feature("item", side="item"))
 

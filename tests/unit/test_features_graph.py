@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvdrec.config.schema import FIRST_CODE, MISSING, MISSING_INT, UNKNOWN, Feature, Schema
 from hvdrec.features.fit import HASH_PRIME, Fitted, FittedFeature, hash_coefficients
 from hvdrec.features.graph import LARGEST, build, build_positions, output_name
-from hvdrec.schema import FIRST_CODE, MISSING, MISSING_INT, UNKNOWN, Feature, Schema
 
 WORDS = ["b", "a", "ü", "a b", "nul\0inside", "\U0001f600"]
 NUMBERS = [7, -1, 0, 2**63 - 1, -(2**63) + 1]

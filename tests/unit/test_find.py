@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hvdrec.parallel.find import _LookedUp, find_rows
-from hvdrec.parallel.layout import arrange
+from hvdrec.embeddings.lookup import _LookedUp, find_rows
+from hvdrec.embeddings.placement import arrange
 from tests.small_model import SIZES, small_batch, small_config
 
 KEYS = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 2**40)), max_size=40)

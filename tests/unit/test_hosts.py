@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from hvdrec import cli
+from hvdrec.cli import main as cli
+from hvdrec.cluster.hosts import check_hosts, compare, explain_ssh, parse_hosts
+from hvdrec.cluster.probe import answer
 from hvdrec.errors import UserError
-from hvdrec.parallel.answer import answer
-from hvdrec.parallel.hosts import check_hosts, compare, explain_ssh, parse_hosts
 
 
 def test_hosts_are_read_as_launchers_read_them() -> None:
@@ -82,7 +82,7 @@ def test_what_ssh_says_is_explained(text: str, said: str) -> None:
 def test_this_host_is_fit_without_ssh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hvdrec.parallel.hosts.SSH", ("false",))
+    monkeypatch.setattr("hvdrec.cluster.hosts.SSH", ("false",))
     (check,) = check_hosts({"localhost": 2}, [tmp_path])
     assert (check.host, check.slots, check.problems) == ("localhost", 2, ())
     with pytest.raises(SystemExit) as ended:
@@ -101,7 +101,7 @@ def test_problems_are_lines_and_the_status_is_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refuse = ("sh", "-c", "echo 'Permission denied (publickey).' >&2; exit 255", "ssh")
-    monkeypatch.setattr("hvdrec.parallel.hosts.SSH", refuse)
+    monkeypatch.setattr("hvdrec.cluster.hosts.SSH", refuse)
     with pytest.raises(SystemExit) as ended:
         cli.main(["hosts", "-H", "198.51.100.1:1,localhost:1,198.51.100.2:1"])
     assert ended.value.code == 2

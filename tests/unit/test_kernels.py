@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvdrec.errors import UserError
-from hvdrec.parallel import kernels
-from hvdrec.parallel.kernels import (
+from hvdrec.embeddings import kernels
+from hvdrec.embeddings.kernels import (
     HUGE_BYTES,
     KERNELS,
     FbgemmKernel,
@@ -21,6 +20,7 @@ from hvdrec.parallel.kernels import (
     fastest_kernel,
     fbgemm_refuses,
 )
+from hvdrec.errors import UserError
 
 BOTH = [
     (kernel, optimizer)

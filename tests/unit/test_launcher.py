@@ -11,8 +11,8 @@ from threading import Thread
 import pytest
 
 from hvdrec.errors import UserError
-from hvdrec.parallel import launcher
-from hvdrec.parallel.launcher import (
+from hvdrec.parallel import environment as launcher
+from hvdrec.parallel.environment import (
     ALONE_DEFAULTS,
     BACKEND_VARIABLES,
     DEFAULTS,

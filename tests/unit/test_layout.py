@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdrec.parallel.layout import Group, arrange, bytes_of_rows
+from hvdrec.embeddings.placement import Group, arrange, bytes_of_rows
 
 GROUPS = st.builds(
     Group,

@@ -22,13 +22,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdrec import loader as loader_module
-from hvdrec.batch import Batch
-from hvdrec.columns import table_arrays
+from hvdrec.config.schema import Feature, Schema
+from hvdrec.data import loader as loader_module
+from hvdrec.data.batch import Batch
+from hvdrec.data.collate import table_arrays
+from hvdrec.data.loader import ShardLoader
+from hvdrec.data.sampler import Progress
 from hvdrec.errors import UserError
-from hvdrec.loader import ShardLoader
-from hvdrec.order import Progress
-from hvdrec.schema import Feature, Schema
 
 SCHEMA = Schema(
     (
@@ -257,7 +257,9 @@ def test_no_thread_stays_at_the_end_or_when_the_iterator_is_dropped(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_thread_stays")
-@pytest.mark.parametrize("where", ["hvdrec.loader.fill", "hvdrec.loader.ShardLoader._batch"])
+@pytest.mark.parametrize(
+    "where", ["hvdrec.data.loader.fill", "hvdrec.data.loader.ShardLoader._batch"]
+)
 def test_what_goes_wrong_in_the_thread_is_raised_with_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -347,7 +349,7 @@ def test_reading_prints_and_warns_of_nothing(tmp_path: Path) -> None:
     write_shards(tmp_path, [5], 4)
     group = (str(tmp_path / "shard-00000.parquet"), 1)
     program = (
-        "import threading; from hvdrec.row_groups import read_row_groups; "
+        "import threading; from hvdrec.data.petastorm import read_row_groups; "
         f"tables = read_row_groups([{group}], ['user_index'], 1, threading.Event()); "
         "print([table['user_index'].to_pylist() for table in tables])"
     )

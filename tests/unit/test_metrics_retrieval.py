@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 
 from hvdrec.errors import UserError
 from hvdrec.evaluation import retrieval
-from hvdrec.evaluation.retrieval import (
-    Csr,
-    csr,
-    rank_catalogue,
-    retrieval_metrics,
-    retrieval_sums,
-)
+from hvdrec.evaluation.retrieval import Csr, csr, rank_catalogue, retrieval_metrics, retrieval_sums
 
 Array = NDArray[Any]
 

@@ -8,15 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hvdrec.models.layers import (
-    AttentionPooling,
-    CrossNetwork,
-    SelfAttentionPooling,
-    head_products,
-)
-from hvdrec.models.tables import EmbeddingTables, pooled
+from hvdrec.config.sections import Ranker
+from hvdrec.models.embedding import EmbeddingTables, pooled
+from hvdrec.models.layers import AttentionPooling, CrossNetwork, SelfAttentionPooling, head_products
 from hvdrec.parallel.ranks import World
-from hvdrec.sections import Ranker
 from tests.small_model import (
     SIZES,
     Setting,

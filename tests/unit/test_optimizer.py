@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hvdrec.sections import Train
+from hvdrec.config.sections import Train
 from hvdrec.training.optimizer import (
     make_optimizer,
     optimizer_tensors,

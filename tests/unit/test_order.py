@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdrec.order import Fragment, Plan, Progress, plan_epoch
+from hvdrec.data.sampler import Fragment, Plan, Progress, plan_epoch
 
 Row = tuple[int, int]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from hvdrec.embeddings.placement import Group
 from hvdrec.errors import UserError
-from hvdrec.parallel.layout import Group
-from hvdrec.parallel.plan import Cluster, Constants, Work, plan_step, smallest_cluster
-from hvdrec.training.planning import parse_quantity
+from hvdrec.planner.plan import Cluster, Constants, Work, plan_step, smallest_cluster
+from hvdrec.planner.planning import parse_quantity
 
 SHARDED = Group(16, 4, {"user": 1000})
 REPLICATED = Group(8, 1, {"hour": 24})

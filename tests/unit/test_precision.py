@@ -11,11 +11,11 @@ import onnxruntime
 import pytest
 import torch
 
+from hvdrec.config.sections import Ranker, Tower
 from hvdrec.errors import UserError
 from hvdrec.export.precision import compressed, quantize_ranker, restored
 from hvdrec.export.ranker_graph import core
 from hvdrec.features.graph import output_name
-from hvdrec.sections import Ranker, Tower
 from tests.small_model import small_config, small_model
 
 

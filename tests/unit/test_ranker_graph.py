@@ -12,11 +12,11 @@ import torch
 from onnx import numpy_helper
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Feature, Pooling
+from hvdrec.config.sections import Ranker, Tower
 from hvdrec.export.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import Recommender
-from hvdrec.schema import Feature, Pooling
-from hvdrec.sections import Ranker, Tower
 from tests.small_model import SIZES, small_batch, small_config, small_model
 
 ALL = ("user_id", "history", "age", "item_id", "genres", "price")

@@ -12,8 +12,8 @@ import pytest
 
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.errors import StoreError
-from hvdrec.scoring.redis_server import FIRST_PAUSE, LONGEST_PAUSE, Pause, RedisServer
-from hvdrec.scoring.redis_store import open_stores
+from hvdrec.scoring.stores.redis.server import FIRST_PAUSE, LONGEST_PAUSE, Pause, RedisServer
+from hvdrec.scoring.stores.redis.store import open_stores
 from tests.stores import make_bundle
 
 
@@ -112,7 +112,7 @@ def test_a_timeout_that_cannot_be(timeout: Any) -> None:
 def test_stores_are_opened_without_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hvdrec.scoring.redis_server.FIRST_PAUSE", 1000.0)
+    monkeypatch.setattr("hvdrec.scoring.stores.redis.server.FIRST_PAUSE", 1000.0)
     bundle = make_bundle(tmp_path / "bundle", key_dtype="int")
     users, items = open_stores("redis://127.0.0.1:1/0", bundle)
     assert (users.dtype, items.dtype) == ("int", "int")

@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any
 
+from hvdrec.cli.text import LONGEST_CELL, table
 from hvdrec.evaluation.report import jsonable, render
-from hvdrec.text import LONGEST_CELL, table
 
 REPORT: dict[str, Any] = {
     "run": "runs/movielens-1m/run",

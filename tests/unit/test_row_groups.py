@@ -1,4 +1,4 @@
-"""Petastorm reads the planned row groups, in order and not too far ahead: `hvdrec.row_groups`."""
+"""Petastorm reads the planned row groups, in order and not too far ahead: `hvdrec.data.petastorm`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hvdrec import row_groups
+from hvdrec.data import petastorm as row_groups
+from hvdrec.data.petastorm import RowGroup, read_row_groups
 from hvdrec.errors import UserError
-from hvdrec.row_groups import RowGroup, read_row_groups
 
 
 def write_shard(file: Path, groups: int, start: int = 0) -> list[RowGroup]:

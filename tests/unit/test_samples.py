@@ -20,14 +20,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hvdrec import samples
-from hvdrec.artifacts import read_manifest, verify_artifact
 from hvdrec.config import Config
+from hvdrec.config.sections import Samples, Split, Task
+from hvdrec.config.structure import from_dict
 from hvdrec.errors import UserError
 from hvdrec.samples import negatives
 from hvdrec.samples.history import Events, Moments
 from hvdrec.samples.split import shuffled, split_rows
-from hvdrec.sections import Samples, Split, Task
-from hvdrec.structure import from_dict
+from hvdrec.storage.artifacts import read_manifest, verify_artifact
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")

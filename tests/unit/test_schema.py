@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from hvdrec.config.schema import Feature, Schema
 from hvdrec.errors import UserError
-from hvdrec.schema import Feature, Schema
 
 USER = Feature("user_id")
 ITEM = Feature("item_id", side="item")

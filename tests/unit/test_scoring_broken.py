@@ -22,9 +22,9 @@ import onnx
 import pytest
 from onnx import external_data_helper, helper
 
-from hvdrec.artifacts import write_manifest
 from hvdrec.scoring import BundleError, Scorer
 from hvdrec.scoring import graph as graph_module
+from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 from tests.other_bundle import put, write_other_bundle
 

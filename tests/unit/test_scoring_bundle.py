@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
-from hvdrec.artifacts import write_manifest
 from hvdrec.scoring import BundleError, RequestError, Scorer, ScoringError
+from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
 Change = Callable[[dict[str, Any]], Any]

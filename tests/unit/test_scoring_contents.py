@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdrec.artifacts import write_manifest
 from hvdrec.scoring import BundleError, contents
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.contents import check_contents
+from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
 GENRES = "items/filters/genres"

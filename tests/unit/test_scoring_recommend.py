@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdrec.artifacts import write_manifest
 from hvdrec.scoring import BundleError, Recommendation, RequestError, Scorer
 from hvdrec.scoring.catalogue import Titles
 from hvdrec.scoring.diversity import diversified
+from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdrec.scoring import store
 from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.retrieval import inner_products, largest
-from hvdrec.scoring.store import EmbeddingStore
+from hvdrec.scoring.stores import store
+from hvdrec.scoring.stores.store import EmbeddingStore
 
 text = st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x1FFFF), max_size=6)
 few = st.sampled_from(["", "a", "ab", "b", "a\0", "a\0b", "é", "ab" * 9])

@@ -11,7 +11,7 @@ import pytest
 
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.errors import StoreError
-from hvdrec.scoring.redis_layout import (
+from hvdrec.scoring.stores.redis.layout import (
     MARK,
     Names,
     SideInfo,
@@ -23,8 +23,8 @@ from hvdrec.scoring.redis_layout import (
     parse_meta,
     unpack,
 )
-from hvdrec.scoring.redis_store import Expected, Published, RedisStore
-from hvdrec.scoring.store import EmbeddingStore, Store
+from hvdrec.scoring.stores.redis.store import Expected, Published, RedisStore
+from hvdrec.scoring.stores.store import EmbeddingStore, Store
 from tests.stores import WIDTH, StoreSuite, make_bundle
 
 
@@ -153,7 +153,7 @@ class TestVersions:
         self, replies: Replies, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = [100.0]
-        monkeypatch.setattr("hvdrec.scoring.redis_store.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("hvdrec.scoring.stores.redis.store.time.monotonic", lambda: now[0])
         users, items = redis_stores(replies)
         users.lookup(["a"])
         first = items.lookup(["b"])[0].tolist()

@@ -18,12 +18,12 @@ import numpy as np
 import onnx
 import pytest
 
-from hvdrec.artifacts import write_manifest
 from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError, watch
 from hvdrec.scoring import contents as contents_module
 from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.errors import ReplacedError
 from hvdrec.scoring.watch import WatchedScorer
+from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 from tests.other_bundle import point, put, write_other_bundle
 

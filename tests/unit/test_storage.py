@@ -15,8 +15,15 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hvdrec import storage
-from hvdrec.artifacts import (
+from hvdrec.cli import main
+from hvdrec.config import Config
+from hvdrec.config.schema import Feature
+from hvdrec.config.sections import Paths
+from hvdrec.data.batch import Batch
+from hvdrec.data.loader import ShardLoader
+from hvdrec.errors import UserError
+from hvdrec.storage import urls as storage
+from hvdrec.storage.artifacts import (
     DRAFT_MANIFEST,
     MANIFEST,
     fetch_artifact,
@@ -24,14 +31,7 @@ from hvdrec.artifacts import (
     verify_artifact,
     write_artifact,
 )
-from hvdrec.batch import Batch
-from hvdrec.cli import main
-from hvdrec.config import Config
-from hvdrec.errors import UserError
-from hvdrec.loader import ShardLoader
-from hvdrec.schema import Feature
-from hvdrec.sections import Paths
-from hvdrec.storage import Url, place, read_tables, retried
+from hvdrec.storage.urls import Url, place, read_tables, retried
 from tests.unit.test_loader import SCHEMA, numbers, shard, tensors, write_shards
 
 
@@ -155,7 +155,7 @@ def failing(times: int, error: Callable[[], Exception]) -> Callable[[], int]:
 
 @pytest.mark.usefixtures("store")
 def test_what_passes_is_tried_again_and_told(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="hvdrec.storage"):
+    with caplog.at_level(logging.WARNING, logger="hvdrec.storage.urls"):
         assert retried(failing(3, lambda: ConnectionError("gone")), "s3://b/x") == 7
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 4

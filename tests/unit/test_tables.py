@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from hvdrec.config.sections import Parallel
+from hvdrec.embeddings import setup
+from hvdrec.embeddings.kernels import RowOptimizer
+from hvdrec.embeddings.placement import arrange
+from hvdrec.embeddings.setup import check_memory, free_memory, make_tables
+from hvdrec.embeddings.sharded import DistributedTables, initial_rows
 from hvdrec.errors import UserError
-from hvdrec.parallel import setup
-from hvdrec.parallel.kernels import RowOptimizer
-from hvdrec.parallel.layout import arrange
 from hvdrec.parallel.ranks import World
-from hvdrec.parallel.setup import check_memory, free_memory, make_tables
-from hvdrec.parallel.tables import DistributedTables, initial_rows
-from hvdrec.sections import Parallel
 from tests.small_model import SIZES, Setting, small_config, small_model, small_tables
 
 CPU = torch.device("cpu")

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.sections import Ranker, Task
 from hvdrec.export.precision import quantize_ranker
 from hvdrec.export.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
 from hvdrec.models.losses import task_cross_entropies, task_weights
 from hvdrec.models.tasks import TaskRanker, combined
-from hvdrec.sections import Ranker, Task
 from tests.small_model import small_batch, small_config, small_model, with_tasks
 
 Array = NDArray[Any]

@@ -13,9 +13,9 @@ import torch
 from scipy import sparse
 
 from hvdrec.config import Config
+from hvdrec.config.sections import Tower, WarmStart
 from hvdrec.errors import UserError
 from hvdrec.parallel.ranks import World
-from hvdrec.sections import Tower, WarmStart
 from hvdrec.training.warm_start import check_size, factors, item_item_weights, warm_start
 from tests.small_model import Setting, small_config, small_model, small_tables
 

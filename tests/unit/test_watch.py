@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hvdrec.parallel.ranks import World
-from hvdrec.parallel.watch import turn_seconds
+from hvdrec.parallel.watchdog import turn_seconds
 
 
 def turns(*hosts: str) -> list[float]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec.errors import UserError
-from hvdrec.workers import AHEAD, ALONE, HELD, Workers, local_workers
+from hvdrec.parallel.pool import AHEAD, ALONE, HELD, Workers, local_workers
 
 
 def squared(number: int) -> int:

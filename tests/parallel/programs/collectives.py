@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hvdrec.embeddings.alltoall import begin_alltoall
 from hvdrec.parallel import gradients, ranks
-from hvdrec.parallel.alltoall import begin_alltoall
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from hvdrec.config import load
 from hvdrec.export import embed
-from hvdrec.parallel.workers import open_workers
+from hvdrec.parallel.rank_pool import open_workers
 
 
 def main() -> None:

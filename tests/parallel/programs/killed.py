@@ -7,9 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
-from hvdrec.artifacts import write_artifact
-from hvdrec.parallel import workers
-from hvdrec.parallel.workers import open_workers
+from hvdrec.parallel import rank_pool as workers
+from hvdrec.parallel.rank_pool import open_workers
+from hvdrec.storage.artifacts import write_artifact
 
 
 def task(number: int) -> int:

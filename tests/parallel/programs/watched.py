@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from hvdrec.errors import SharedError, UserError
 from hvdrec.parallel import ranks
-from hvdrec.parallel.watch import watched
+from hvdrec.parallel.watchdog import watched
 
 
 def fail() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.errors import StoreError
-from hvdrec.scoring.redis_layout import Names
-from hvdrec.scoring.redis_store import RedisStore, open_stores
+from hvdrec.scoring.stores.redis.layout import Names
+from hvdrec.scoring.stores.redis.store import RedisStore, open_stores
 from tests.serving.redis_store.process import SECONDS, RedisProcess
 from tests.stores import (
     TEXT_KEYS,

@@ -11,8 +11,8 @@ import pytest
 
 from hvdrec.scoring import Scorer
 from hvdrec.scoring.errors import StoreError
-from hvdrec.scoring.publish import publish
-from hvdrec.scoring.redis_store import open_stores
+from hvdrec.scoring.stores.redis.publish import publish
+from hvdrec.scoring.stores.redis.store import open_stores
 from tests.serving.redis_store.process import SECONDS, RedisProcess
 from tests.serving.redis_store.published import (
     PATIENT,
@@ -37,7 +37,7 @@ def test_versions_switched_under_load(
 ) -> None:
     """Every answer is of one version, a user's and its items' of the same; none fails."""
     # However busy the machine is.
-    monkeypatch.setattr("hvdrec.scoring.redis_store.REQUEST_SECONDS", SECONDS)
+    monkeypatch.setattr("hvdrec.scoring.stores.redis.store.REQUEST_SECONDS", SECONDS)
     bundles = [fill(make_bundle(tmp_path / str(n)), float(n)) for n in range(3)]
     publish(bundles[0], server.url, keep=SECONDS)
     users, items = stores_of(server, bundles[0])

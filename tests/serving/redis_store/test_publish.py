@@ -17,7 +17,7 @@ import redis
 
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.errors import BundleError, StoreError
-from hvdrec.scoring.publish import LEASE_SECONDS, publish
+from hvdrec.scoring.stores.redis.publish import LEASE_SECONDS, publish
 from tests.serving.redis_store.process import RedisProcess
 from tests.serving.redis_store.published import (
     everything,
@@ -129,7 +129,7 @@ def test_a_killed_publication_expires(server: RedisProcess, bundle: Path) -> Non
     first = publish(fill(bundle, 1.0), server.url)
     program = (
         "import os, sys\n"
-        "from hvdrec.scoring.publish import publish\n"
+        "from hvdrec.scoring.stores.redis.publish import publish\n"
         "publish(*sys.argv[1:], progress=lambda done, total: os._exit(9))\n"
     )
     done = subprocess.run(
@@ -149,7 +149,7 @@ def test_a_long_publication_puts_its_expiry_off(
     server: RedisProcess, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("hvdrec.scoring.publish.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hvdrec.scoring.stores.redis.publish.time.monotonic", lambda: now[0])
     client, names = server.client(), names_of(bundle)
 
     def later(done: int, total: int) -> None:
@@ -197,7 +197,7 @@ def test_rows_that_vanish_meanwhile_are_noticed(
 def test_rows_that_vanish_at_the_switch_are_noticed(
     server: RedisProcess, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hvdrec.scoring import publish as module
+    from hvdrec.scoring.stores.redis import publish as module
 
     first = publish(fill(bundle, 1.0), server.url)
     client, keys_of = server.client(), module._keys_of
@@ -275,7 +275,7 @@ def test_models_that_nobody_reads_are_dropped(
     client = server.client()
     for path in bundles[:4]:
         assert publish(path, server.url).dropped_models == ()  # all were read a moment ago
-    monkeypatch.setattr("hvdrec.scoring.publish.UNREAD_SECONDS", 0)
+    monkeypatch.setattr("hvdrec.scoring.stores.redis.publish.UNREAD_SECONDS", 0)
     done = publish(bundles[4], server.url, keep=100)
     assert sorted(done.dropped_models) == sorted(models[:3])
     kept = {f"{{{model}}}" for model in models[3:]} | {"tiny:models"}

@@ -12,9 +12,9 @@ import pytest
 
 from hvdrec.scoring import RequestError
 from hvdrec.scoring.errors import StoreError
-from hvdrec.scoring.publish import publish
-from hvdrec.scoring.publish_rows import publish_rows
-from hvdrec.scoring.redis_versions import read_current
+from hvdrec.scoring.stores.redis.publish import publish
+from hvdrec.scoring.stores.redis.publish_rows import publish_rows
+from hvdrec.scoring.stores.redis.versions import read_current
 from tests.serving.redis_store.process import RedisProcess
 from tests.serving.redis_store.published import (
     expected_lasting,
@@ -102,7 +102,7 @@ def test_single_rows_go_to_the_version_that_came_in_between(
             publish(others.pop(), server.url)
         return found
 
-    monkeypatch.setattr("hvdrec.scoring.publish_rows.read_current", overtaken)
+    monkeypatch.setattr("hvdrec.scoring.stores.redis.publish_rows.read_current", overtaken)
     row = np.ones((1, WIDTH), np.float32)
     version = publish_rows(server.url, first.model, "user", ["fresh"], row)
     assert version != first.version

@@ -11,9 +11,9 @@ import pytest
 
 from hvdrec.scoring import Scorer
 from hvdrec.scoring.errors import StoreError
-from hvdrec.scoring.publish import publish
-from hvdrec.scoring.redis_store import open_stores
-from hvdrec.scoring.store import Store
+from hvdrec.scoring.stores.redis.publish import publish
+from hvdrec.scoring.stores.redis.store import open_stores
+from hvdrec.scoring.stores.store import Store
 from tests.bundles import write_bundle
 from tests.other_bundle import put, write_other_bundle
 from tests.serving.redis_store.process import SECONDS, RedisProcess
@@ -48,8 +48,8 @@ class TestRedis(StoreSuite):
 def test_more_rows_than_one_bucket(
     server: RedisProcess, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hvdrec.scoring.redis_layout.BUCKET_ROWS", 100)
-    monkeypatch.setattr("hvdrec.scoring.publish.COMMAND_ROWS", 30)
+    monkeypatch.setattr("hvdrec.scoring.stores.redis.layout.BUCKET_ROWS", 100)
+    monkeypatch.setattr("hvdrec.scoring.stores.redis.publish.COMMAND_ROWS", 30)
     keys = [f"user {n}" for n in range(5000)]
     values = np.random.default_rng(0).standard_normal((len(keys), WIDTH))
     rewrite_side(bundle, "user", keys, values, "int8")

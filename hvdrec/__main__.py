@@ -1,0 +1,5 @@
+"""``python -m hvdrec`` is the command line."""
+
+from hvdrec.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Check hosts and this machine."""

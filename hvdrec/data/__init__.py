@@ -1,0 +1,1 @@
+"""Shards to batches: which rank reads which rows when."""

@@ -1,0 +1,1 @@
+"""Embedding tables outside the model: lookup, placement, sharded exchange, kernels, files."""

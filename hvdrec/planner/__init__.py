@@ -1,0 +1,1 @@
+"""Predict memory, bytes and time of a training step."""

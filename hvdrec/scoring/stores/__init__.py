@@ -1,0 +1,1 @@
+"""Embedding stores of the scorer."""

@@ -1,0 +1,1 @@
+"""Embeddings in Redis: the store and its publisher."""

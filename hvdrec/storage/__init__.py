@@ -1,0 +1,1 @@
+"""Files: atomic artifact directories, and local and remote paths."""
