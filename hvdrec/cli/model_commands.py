@@ -165,7 +165,7 @@ def _export(options: argparse.Namespace, rest: list[str], workers: Workers) -> A
     from dataclasses import replace
 
     from hvdrec.evaluation.report import jsonable
-    from hvdrec.export.writer import export
+    from hvdrec.exporting.writer import export
     from hvdrec.training.checkpoint import checkpoint_metrics, load_model, read_config
 
     config = _with_export_fields(read_config(options.run), options, rest)

@@ -68,7 +68,7 @@ def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def score(options: argparse.Namespace, rest: list[str]) -> Answer:
-    from hvdrec.export.score_file import score_table
+    from hvdrec.exporting.score_file import score_table
 
     facts = score_table(options.bundle, options.input, options.output)
     return Answer(facts, f"scored {facts['rows']} rows\nwrote {options.output}")

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hvdrec.embeddings.kernels import AVERAGE
 from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.errors import UserError
 from hvdrec.models.embedding import EmbeddingTables
-from hvdrec.embeddings.kernels import AVERAGE
 
 REPLICATED = "tables.safetensors"
 WEIGHT = "weight"

@@ -21,8 +21,8 @@ import numpy as np
 from loading import write_bundle
 from threadpoolctl import threadpool_limits
 
-from hvdrec.export.index import write_index
-from hvdrec.export.precision import compressed
+from hvdrec.exporting.index import write_index
+from hvdrec.exporting.precision import compressed
 from hvdrec.scoring import Scorer
 from hvdrec.storage.artifacts import write_manifest
 

@@ -27,8 +27,8 @@ from synthetic import write_tables
 from hvdrec import samples
 from hvdrec.config import Config
 from hvdrec.config import run as configuration
-from hvdrec.export import ranker_graph
-from hvdrec.export.writer import export
+from hvdrec.exporting import ranker_graph
+from hvdrec.exporting.writer import export
 from hvdrec.features.encode import encode
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name

@@ -17,7 +17,7 @@ import pytest
 from hvdrec.config import Config
 from hvdrec.config.schema import Feature
 from hvdrec.config.sections import Export, Negatives, Paths, Samples
-from hvdrec.export.catalogue import write_catalogue
+from hvdrec.exporting.catalogue import write_catalogue
 
 DAY = 86_400
 NOW = 1_700_000_000

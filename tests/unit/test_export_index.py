@@ -14,15 +14,15 @@ import pytest
 from hvdrec.config import Config
 from hvdrec.config.sections import Export
 from hvdrec.errors import UserError
-from hvdrec.export import index as building
-from hvdrec.export.index import (
+from hvdrec.exporting import index as building
+from hvdrec.exporting.index import (
     breadth_first,
     lengthened,
     lengths_differ,
     require_index_library,
     write_index,
 )
-from hvdrec.export.precision import compressed
+from hvdrec.exporting.precision import compressed
 from hvdrec.scoring import index as indexing
 from hvdrec.scoring.index import INDEX, INDEX_ROWS, IndexSearch
 from hvdrec.scoring.retrieval import ExactSearch

@@ -13,8 +13,8 @@ import torch
 
 from hvdrec.config.sections import Ranker, Tower
 from hvdrec.errors import UserError
-from hvdrec.export.precision import compressed, quantize_ranker, restored
-from hvdrec.export.ranker_graph import core
+from hvdrec.exporting.precision import compressed, quantize_ranker, restored
+from hvdrec.exporting.ranker_graph import core
 from hvdrec.features.graph import output_name
 from tests.small_model import small_config, small_model
 

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from hvdrec.config import Config
 from hvdrec.config.schema import Feature, Pooling
 from hvdrec.config.sections import Ranker, Tower
-from hvdrec.export.ranker_graph import core, factored
+from hvdrec.exporting.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import Recommender
 from tests.small_model import SIZES, small_batch, small_config, small_model

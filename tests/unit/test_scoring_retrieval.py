@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdrec.export.precision import compressed, restored
+from hvdrec.exporting.precision import compressed, restored
 from hvdrec.scoring import index as indexing
 from hvdrec.scoring import retrieval
 from hvdrec.scoring.bundle import stamp_of

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.config.sections import Ranker, Task
-from hvdrec.export.precision import quantize_ranker
-from hvdrec.export.ranker_graph import core, factored
+from hvdrec.exporting.precision import quantize_ranker
+from hvdrec.exporting.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
 from hvdrec.models.losses import task_cross_entropies, task_weights
 from hvdrec.models.tasks import TaskRanker, combined

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from hvdrec.config import load
-from hvdrec.export import embed
+from hvdrec.exporting import embed
 from hvdrec.parallel.rank_pool import open_workers
 
 

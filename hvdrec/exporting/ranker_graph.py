@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdrec.export.graphs import (
+from hvdrec.exporting.graphs import (
     OPSET,
     example,
     export_function,

@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
-from hvdrec.export.embed import key_array
+from hvdrec.exporting.embed import key_array
 from hvdrec.samples.split import SPLITS
 from hvdrec.storage.urls import read_table
 

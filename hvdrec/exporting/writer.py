@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 from hvdrec.config import Config
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import UserError
-from hvdrec.export.catalogue import write_catalogue
-from hvdrec.export.embed import write_side
-from hvdrec.export.graphs import item_tower, user_tower
-from hvdrec.export.index import require_index_library, write_index
-from hvdrec.export.parity import largest_difference
-from hvdrec.export.precision import make_smaller
-from hvdrec.export.ranker_graph import ranker
+from hvdrec.exporting.catalogue import write_catalogue
+from hvdrec.exporting.embed import write_side
+from hvdrec.exporting.graphs import item_tower, user_tower
+from hvdrec.exporting.index import require_index_library, write_index
+from hvdrec.exporting.parity import largest_difference
+from hvdrec.exporting.precision import make_smaller
+from hvdrec.exporting.ranker_graph import ranker
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.pool import ALONE, Workers

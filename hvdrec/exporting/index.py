@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.errors import UserError
-from hvdrec.export.precision import restored
+from hvdrec.exporting.precision import restored
 from hvdrec.scoring.index import COST, INDEX, INDEX_ROWS, IndexSearch
 from hvdrec.scoring.retrieval import ExactSearch
 
