@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvdrec.config import Config
-from hvdrec.config.structure import from_dict, to_dict
+from hvdrec.config.stored import from_stored
+from hvdrec.config.structure import to_dict
 from hvdrec.data.sampler import Progress
 from hvdrec.embeddings.files import read_into_model, read_tables, table_meta, write_tables
 from hvdrec.embeddings.setup import make_tables
@@ -152,7 +153,7 @@ def read_config(run: Path) -> Config:
     if not file.is_file():
         raise UserError(f"{run}: no run here ({CONFIG_FILE} is missing); train first: hvdrec train")
     try:
-        return from_dict(Config, json.loads(file.read_text()))
+        return from_stored(json.loads(file.read_text()))
     except (json.JSONDecodeError, UserError) as error:
         raise UserError(f"{file}: {error}; train again") from None
 

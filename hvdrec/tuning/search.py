@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hvdrec.config import Config
+from hvdrec.config.stored import without_retired
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
 from hvdrec.storage.artifacts import write_text
@@ -130,10 +131,11 @@ def load(folder: Path) -> Search | None:
     file = folder / FILE
     try:
         raw = json.loads(file.read_text())
+        raw["config"] = without_retired(raw["config"])
         return from_dict(Search, {key: raw[key] for key in raw if key != "best"})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); --overwrite starts anew") from None
 
 
