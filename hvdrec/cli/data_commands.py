@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvdrec.cli.answer import Answer, load_config, notify
-from hvdrec.cli.text import table
+from hvdrec.cli.text_table import table
 
 if TYPE_CHECKING:
     from hvdrec.parallel.pool import Workers

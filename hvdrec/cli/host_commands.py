@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hvdrec.cli.answer import Answer
-from hvdrec.cli.text import table
+from hvdrec.cli.text_table import table
 
 
 def hosts(options: argparse.Namespace, rest: list[str]) -> Answer:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvdrec.cli.answer import Answer, load_config, notify
+from hvdrec.cli.reports import render_evaluation, render_plan, render_search
 from hvdrec.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def train(options: argparse.Namespace, rest: list[str]) -> Answer:
 def tune(options: argparse.Namespace, rest: list[str]) -> Answer:
     config = _load_config_together(options, rest)
     from hvdrec.config.structure import to_dict
-    from hvdrec.tuning.report import render
     from hvdrec.tuning.run import FOLDER, Options, tune
     from hvdrec.tuning.search import FILE, told_best
 
@@ -52,7 +52,7 @@ def tune(options: argparse.Namespace, rest: list[str]) -> Answer:
         "best": told_best(search),
         "trials": to_dict(search.trials),
     }
-    return Answer(facts, render(search, str(file)))
+    return Answer(facts, render_search(search, str(file)))
 
 
 def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
@@ -67,7 +67,6 @@ def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
         constants_for,
         make_plan,
         parse_quantity,
-        render_plan,
     )
 
     for name in ("ranks", "ranks_per_host", "cores"):
@@ -117,7 +116,7 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
 def _evaluate(options: argparse.Namespace) -> Answer:
     from hvdrec.config.structure import to_dict
     from hvdrec.evaluation.evaluate import evaluate
-    from hvdrec.evaluation.report import jsonable, render
+    from hvdrec.evaluation.report import jsonable
     from hvdrec.parallel import ranks
     from hvdrec.storage.artifacts import write_text
     from hvdrec.training.checkpoint import load_model, load_model_and_tables, read_config
@@ -150,7 +149,7 @@ def _evaluate(options: argparse.Namespace) -> Answer:
     if options.output is not None and world.is_first:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.output, json.dumps(facts, indent=1) + "\n")
-    return Answer(facts, render(report))
+    return Answer(facts, render_evaluation(report))
 
 
 def export(options: argparse.Namespace, rest: list[str]) -> Answer:

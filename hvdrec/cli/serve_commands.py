@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hvdrec.cli.answer import Answer
-from hvdrec.cli.text import table
+from hvdrec.cli.text_table import table
 from hvdrec.errors import UserError
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hvdrec.cli.text import table
 from hvdrec.config import Config
 from hvdrec.data.batch import Batch
 from hvdrec.data.loader import ShardLoader
@@ -258,41 +257,3 @@ def parse_quantity(text: str, units: Mapping[str, float], option: str) -> float:
         f"{option} {text}: must be a number above 0 with one of {list(units)}, e.g. "
         f"80{next(iter(units))}"
     )
-
-
-def render_plan(config: Config, planned: Planned) -> str:
-    """Return a plan for people."""
-    plan, cluster = planned.plan, planned.cluster
-    tables = table(
-        ["table", "rows", "width", "placement", "MB per rank", "rows per step"],
-        [
-            [t.table, t.rows, t.width, t.placement, f"{t.memory / 1e6:.2f}", f"{t.distinct:.0f}"]
-            for t in plan.tables
-        ],
-    )
-    names = list(dict.fromkeys([*plan.seconds, *plan.bytes_sent]))
-    parts = table(
-        ["part of a step", "KB sent", "ms"],
-        [
-            [
-                name,
-                f"{plan.bytes_sent[name] / 1e3:.1f}" if name in plan.bytes_sent else "",
-                f"{1e3 * plan.seconds[name]:.2f}" if name in plan.seconds else "hidden",
-            ]
-            for name in names
-        ],
-    )
-    largest = max(plan.seconds, key=lambda name: plan.seconds[name])
-    lines = [
-        f"{cluster.ranks} ranks, batch {config.train.batch_size} ({planned.work.rows} rows a rank)",
-        f"memory: {plan.memory / 1e9:.3f} GB on each rank for weights and optimizer",
-        f"a step: {plan.total_bytes / 1e6:.3f} MB sent by each rank, "
-        f"{1e3 * plan.step_seconds:.1f} ms, most of it {largest}; "
-        f"{config.train.batch_size / plan.step_seconds:.0f} rows/s",
-    ]
-    if not plan.fits:
-        need = f"{planned.smallest} ranks would" if planned.smallest else "no number of ranks would"
-        lines.append(f"does not fit into {cluster.memory / 1e9:g} GB a rank; {need}")
-    if not planned.constants.is_measured:
-        lines.append("times are rough: nothing was measured; add --calibrate")
-    return "\n\n".join([tables, parts, "\n".join(lines)])

@@ -248,5 +248,5 @@ def test_nothing_else_is_needed() -> None:
         "print(*sorted(name for name in sys.modules if name.startswith('hvdrec.')))"
     )
     done = run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    allowed = ("hvdrec.serving", "hvdrec.scoring", "hvdrec.errors", "hvdrec.cli.text")
+    allowed = ("hvdrec.serving", "hvdrec.scoring", "hvdrec.errors", "hvdrec.cli.text_table")
     assert all(name.startswith(allowed) for name in done.stdout.split())

@@ -6,8 +6,9 @@ import json
 import math
 from typing import Any
 
-from hvdrec.cli.text import LONGEST_CELL, table
-from hvdrec.evaluation.report import jsonable, render
+from hvdrec.cli.reports import render_evaluation
+from hvdrec.cli.text_table import LONGEST_CELL, table
+from hvdrec.evaluation.report import jsonable
 
 REPORT: dict[str, Any] = {
     "run": "runs/movielens-1m/run",
@@ -25,7 +26,7 @@ REPORT: dict[str, Any] = {
 
 
 def test_render_sets_model_and_baselines_side_by_side() -> None:
-    assert render(REPORT) == (
+    assert render_evaluation(REPORT) == (
         "Ranking, test split\n"
         "ranking   model  popularity  user_item_mean\n"
         "-------  ------  ----------  --------------\n"
@@ -43,7 +44,7 @@ def test_render_sets_model_and_baselines_side_by_side() -> None:
 
 def test_notes_follow_the_tables() -> None:
     notes = ["ease: l2 = 300 for ranking", "second"]
-    text = render({"ranking": {"auc": 0.5}, "notes": notes})
+    text = render_evaluation({"ranking": {"auc": 0.5}, "notes": notes})
     assert text.endswith("auc      0.5000\n\nease: l2 = 300 for ranking\nsecond")
 
 
@@ -61,7 +62,7 @@ def test_render_tells_of_each_task_in_a_row() -> None:
             "other": {"retrieval": {}},
         },
     }
-    assert render(report).split("\n\n")[1] == (
+    assert render_evaluation(report).split("\n\n")[1] == (
         "Tasks, test split\n"
         "task     auc    gauc  log_loss  calibration  base_rate  rows  auc of item_mean\n"
         "----  ------  ------  --------  -----------  ---------  ----  ----------------\n"
@@ -71,7 +72,7 @@ def test_render_tells_of_each_task_in_a_row() -> None:
 
 
 def test_render_leaves_out_what_was_not_measured() -> None:
-    text = render({"ranking": {"auc": 0.5}})
+    text = render_evaluation({"ranking": {"auc": 0.5}})
     assert text == "Ranking\nranking   model\n-------  ------\nauc      0.5000"
 
 

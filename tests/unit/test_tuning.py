@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvdrec.cli.reports import render_search
 from hvdrec.config import Config, load, override
 from hvdrec.errors import UserError
 from hvdrec.tuning import search as search_module
-from hvdrec.tuning.report import render, told
+from hvdrec.tuning.report import told
 from hvdrec.tuning.search import (
     FILE,
     Search,
@@ -282,7 +283,7 @@ def test_the_report_ends_with_what_to_paste(config: Config) -> None:
     search = search.with_trial(Trial(1, values, "complete", 0.8, 9, 4.0))
     bad = Trial(2, {**values, "model.dimension": 32}, "failed", reason="too large")
     search = search.with_trial(bad)
-    assert render(search, "work/tune/trials.json") == (
+    assert render_search(search, "work/tune/trials.json") == (
         "3 trials by validation auc\n"
         "trial      auc  embedding_learning_rate  dimension  seconds  state\n"
         "-----  -------  -----------------------  ---------  -------  --------\n"

@@ -1,0 +1,157 @@
+"""Results as text for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hvdrec.cli.text_table import table
+
+if TYPE_CHECKING:
+    from hvdrec.config import Config
+    from hvdrec.planner.planning import Planned
+    from hvdrec.tuning.search import Search
+
+TRIALS_SHOWN = 10
+OF_TASKS = ("auc", "gauc", "log_loss", "calibration", "base_rate", "rows")
+TITLES = {"ranking": "Ranking", "retrieval": "Retrieval over the whole catalogue"}
+
+
+def render_evaluation(report: Mapping[str, Any]) -> str:
+    """Return the tables of a report.
+
+    report: ``ranking`` and ``retrieval`` hold metrics by name, ``tasks`` holds those of each task;
+    ``baselines`` holds the same by the baseline's name; ``notes`` are lines that follow.
+    """
+    baselines: Mapping[str, Any] = report.get("baselines") or {}
+    parts = []
+    for kind, title in TITLES.items():
+        model = report.get(kind)
+        if not model:
+            continue
+        named = {name: found[kind] for name, found in baselines.items() if kind in found}
+        rows = [
+            [
+                metric,
+                _format_metric(value),
+                *(_format_metric(found.get(metric)) for found in named.values()),
+            ]
+            for metric, value in model.items()
+        ]
+        heading = f"{title}, {report['split']} split" if "split" in report else title
+        parts.append(f"{heading}\n{table([kind, 'model', *named], rows)}")
+        if kind == "ranking" and report.get("tasks"):
+            parts.append(_tasks(report, baselines))
+    if report.get("notes"):
+        parts.append("\n".join(report["notes"]))
+    return "\n\n".join(parts)
+
+
+def _tasks(report: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
+    """Return one row per task: its metrics, and the AUC of each baseline of its own label."""
+    others = {name: found["tasks"] for name, found in baselines.items() if "tasks" in found}
+    rows = [
+        [
+            task,
+            *(_format_metric(metrics[name]) for name in OF_TASKS),
+            *(_format_metric(found[task]["auc"]) for found in others.values()),
+        ]
+        for task, metrics in report["tasks"].items()
+    ]
+    heading = f"Tasks, {report['split']} split" if "split" in report else "Tasks"
+    columns = ["task", *OF_TASKS, *(f"auc of {name}" for name in others)]
+    return f"{heading}\n{table(columns, rows)}"
+
+
+def _format_metric(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "n/a"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def render_search(search: Search, place: str) -> str:
+    """Return the best trials in a table, and the best one's values ready to be pasted.
+
+    place: where all trials are written.
+    """
+    from hvdrec.tuning.space import as_overrides, as_toml
+
+    fields = list(dict.fromkeys(name for trial in search.trials for name in trial.values))
+    short = _short_names(fields)
+    rows = [
+        [
+            str(trial.number),
+            "" if trial.value is None else f"{trial.value:.5f}",
+            *(_format_value(trial.values[name]) for name in fields),
+            f"{trial.seconds:.0f}",
+            trial.state,
+        ]
+        for trial in search.ranked()[:TRIALS_SHOWN]
+    ]
+    heading = f"{len(search.trials)} trials by validation {search.metric}"
+    if len(search.trials) > TRIALS_SHOWN:
+        heading += f", the best {TRIALS_SHOWN}"
+    headers = ["trial", search.metric, *(short[name] for name in fields), "seconds", "state"]
+    parts = [f"{heading}\n{table(headers, rows)}"]
+    best = search.best
+    if best is None:
+        parts.append("no trial came to its end")
+    elif best.number == 0:
+        parts.append("nothing was better than the configuration as it stands (trial 0)")
+    else:
+        parts.append(f"The best, on the command line:\n{as_overrides(best.values)}")
+        parts.append(f"and in the configuration:\n{as_toml(best.values)}")
+    parts.append(f"wrote {place}")
+    return "\n\n".join(parts)
+
+
+def _short_names(fields: list[str]) -> dict[str, str]:
+    """Return the fields' last names where these tell them apart."""
+    names = [field.rpartition(".")[2] for field in fields]
+    return {
+        field: name if names.count(name) == 1 else field
+        for field, name in zip(fields, names, strict=True)
+    }
+
+
+def _format_value(value: object) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def render_plan(config: Config, planned: Planned) -> str:
+    """Return a plan for people."""
+    plan, cluster = planned.plan, planned.cluster
+    tables = table(
+        ["table", "rows", "width", "placement", "MB per rank", "rows per step"],
+        [
+            [t.table, t.rows, t.width, t.placement, f"{t.memory / 1e6:.2f}", f"{t.distinct:.0f}"]
+            for t in plan.tables
+        ],
+    )
+    names = list(dict.fromkeys([*plan.seconds, *plan.bytes_sent]))
+    parts = table(
+        ["part of a step", "KB sent", "ms"],
+        [
+            [
+                name,
+                f"{plan.bytes_sent[name] / 1e3:.1f}" if name in plan.bytes_sent else "",
+                f"{1e3 * plan.seconds[name]:.2f}" if name in plan.seconds else "hidden",
+            ]
+            for name in names
+        ],
+    )
+    largest = max(plan.seconds, key=lambda name: plan.seconds[name])
+    lines = [
+        f"{cluster.ranks} ranks, batch {config.train.batch_size} ({planned.work.rows} rows a rank)",
+        f"memory: {plan.memory / 1e9:.3f} GB on each rank for weights and optimizer",
+        f"a step: {plan.total_bytes / 1e6:.3f} MB sent by each rank, "
+        f"{1e3 * plan.step_seconds:.1f} ms, most of it {largest}; "
+        f"{config.train.batch_size / plan.step_seconds:.0f} rows/s",
+    ]
+    if not plan.fits:
+        need = f"{planned.smallest} ranks would" if planned.smallest else "no number of ranks would"
+        lines.append(f"does not fit into {cluster.memory / 1e9:g} GB a rank; {need}")
+    if not planned.constants.is_measured:
+        lines.append("times are rough: nothing was measured; add --calibrate")
+    return "\n\n".join([tables, parts, "\n".join(lines)])
