@@ -33,6 +33,8 @@ REQUIRED = (
 )
 Stamp = tuple[int, int, int, int]
 SIDES = ("user", "item", "scene")
+ARGUMENTS = {"item": "items"}
+"""Argument of `Scorer.score` that holds a side's fields, where it differs from the side's name."""
 DTYPES = ("string", "int", "float")
 KINDS = ("categorical", "categorical_list", "sequence", "numeric", "hashed")
 
@@ -55,6 +57,11 @@ class Field:
     """Most entries of a list that count: the first, or of a sequence the last."""
     default: str | int | float | None
     """Value of a scene field that a request leaves out; None: missing."""
+
+    @property
+    def path(self) -> str:
+        """Where the field stands in a request: ``user.age``, ``items.year``, ``scene.hour``."""
+        return f"{ARGUMENTS.get(self.side, self.side)}.{self.name}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo, Field, read_array
-from hvdrec.scoring.errors import BundleError, RequestError, choices, shown
+from hvdrec.scoring.errors import (
+    BundleError,
+    RequestError,
+    choices,
+    invalid_request,
+    unknown_field,
+)
 from hvdrec.scoring.inputs import WANTED, check_names, listed
 
 Array = NDArray[Any]
@@ -93,10 +99,8 @@ class Catalogue:
         Raises RequestError where the bundle does not hold that.
         """
         if self._seen is None:
-            raise RequestError(
-                "skip_seen = True: the bundle does not hold what users have seen; "
-                "export it with export.seen = true"
-            )
+            problem = "the bundle does not hold the items that users have seen"
+            raise invalid_request("skip_seen", True, problem, "export it with export.seen = true")
         return self._seen[user_row] if user_row >= 0 else np.empty(0, dtype=np.int32)
 
     def allowed(self, wanted: Mapping[str, Any] | None) -> Array | None:
@@ -119,10 +123,8 @@ class Catalogue:
 
     def _no_filter(self, name: Any) -> RequestError:
         is_feature = any(field.name == name for field in self._info.side("item"))
-        remedy = f"; name '{name}' in export.filters and export again" if is_feature else ""
-        return RequestError(
-            f"allowed field '{name}' does not exist; known: {choices(self.filters)}{remedy}"
-        )
+        remedy = f"name '{name}' in export.filters and export again" if is_feature else ""
+        return unknown_field(f"allowed.{name}", self.filters, remedy)
 
 
 class Titles:
@@ -255,10 +257,8 @@ class Postings:
             return int(value)
         more = ", ..." if len(self._values) > SHOWN_VALUES else ""
         known = choices(self.values(SHOWN_VALUES))[:-1] + more
-        raise RequestError(
-            f"{name} = {shown(value)}: must be {WANTED[self._field.dtype]}, "
-            f"not {type(value).__name__}; known: {known}]"
-        )
+        problem = f"must be {WANTED[self._field.dtype]}, not {type(value).__name__}"
+        raise invalid_request(name, value, problem, f"known: {known}]")
 
     def _place(self, value: str | int) -> int:
         """Return a value's place; -1 where no item has it."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdrec.scoring.bundle import Field
-from hvdrec.scoring.errors import RequestError, choices
+from hvdrec.scoring.errors import invalid_request, unknown_field
 from hvdrec.scoring.recommend import Key
 from hvdrec.scoring.scorer import Raw, Scorer
 
@@ -19,7 +19,7 @@ def parse_key(scorer: Scorer, side: str, text: str) -> Key:
     try:
         return int(text)
     except ValueError:
-        raise RequestError(f"{side} = '{text}': the key is an integer") from None
+        raise invalid_request(side, text, "the key is an integer") from None
 
 
 def parse_user(scorer: Scorer, text: str) -> Key | Raw:
@@ -29,7 +29,7 @@ def parse_user(scorer: Scorer, text: str) -> Key | Raw:
     try:
         raw: Raw = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RequestError(f"user = {text}: no valid JSON object ({error})") from None
+        raise invalid_request("user", text, f"is not valid JSON ({error})") from None
     return raw
 
 
@@ -40,9 +40,9 @@ def parse_scene(scorer: Scorer, pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
-            raise RequestError(f"scene '{pair}': write FIELD=VALUE, for example hour=21")
+            raise invalid_request("scene", pair, "must be FIELD=VALUE", "for example hour=21")
         if name not in fields:
-            raise RequestError(f"scene field '{name}' does not exist; known: {choices(fields)}")
+            raise unknown_field(f"scene.{name}", fields)
         scene[name] = _parse(fields[name], text)
     return scene
 
@@ -54,7 +54,9 @@ def parse_allowed(scorer: Scorer, pairs: Sequence[str]) -> dict[str, list[Any]]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
-            raise RequestError(f"allowed '{pair}': write FIELD=VALUE, for example genres=Drama")
+            raise invalid_request(
+                "allowed", pair, "must be FIELD=VALUE", "for example genres=Drama"
+            )
         field = fields.get(name)
         # What is no item field, or no filter, `recommend` refuses with the choices.
         value = text if field is None else _parse_scalar(field, text)
@@ -80,4 +82,4 @@ def _parse_scalar(field: Field, text: str) -> str | int | float:
         return kinds[field.dtype](text)
     except ValueError:
         wanted = {"int": "an integer", "float": "a number"}[field.dtype]
-        raise RequestError(f"{field.name} = '{text}': must be {wanted}") from None
+        raise invalid_request(field.path, text, f"must be {wanted}") from None

@@ -1,4 +1,4 @@
-"""Errors of the slim module; each text is one line that says what is allowed and what to do."""
+"""Errors of the slim module: one line that names the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -6,34 +6,69 @@ from collections.abc import Iterable
 
 
 class ScoringError(ValueError):
-    """Whatever a user of the slim module can mend."""
+    """An error that a user of the scorer can fix; the base of all errors that scoring raises.
+
+    Attributes:
+        field: The argument, request field or file at fault, such as ``k``, ``scene.hour``,
+            ``items.year`` or ``bundle/ranker.onnx``; empty if there is not one.
+        value: Its value; None if there is not one.
+    """
+
+    def __init__(self, text: str, *, field: str = "", value: object = None) -> None:
+        super().__init__(text)
+        self.field = field
+        self.value = value
 
 
 class BundleError(ScoringError):
-    """A bundle that is missing, damaged or of another format."""
+    """The bundle is missing, damaged or of another format."""
 
 
 class ReplacedError(BundleError):
-    """A bundle in whose place another one was put while it was read; loading again helps."""
+    """Another bundle replaced this one while it was read; load it again."""
 
 
 class RequestError(ScoringError):
-    """A request with an unknown field or a value of the wrong type."""
+    """A request has an unknown field or a value that is not allowed."""
 
 
 class StoreError(ScoringError):
-    """A store that cannot answer now; the request may be tried again."""
+    """An embedding store cannot answer now; the request may be repeated."""
+
+
+def invalid_request(field: str, value: object, problem: str, remedy: str = "") -> RequestError:
+    """Build the error for a value that is not allowed: ``field = value: problem; remedy``."""
+    text = f"{field} = {shown(value)}: {problem}" + (f"; {remedy}" if remedy else "")
+    return RequestError(text, field=field, value=value)
+
+
+def unknown_field(field: str, known: Iterable[object], remedy: str = "") -> RequestError:
+    """Build the error for a field that does not exist, with the known fields."""
+    text = f"{field}: unknown field; known: {choices(known)}" + (f"; {remedy}" if remedy else "")
+    return RequestError(text, field=field)
+
+
+def invalid_bundle(
+    path: object, problem: str, remedy: str = "export the bundle again"
+) -> BundleError:
+    """Build the error for a file or directory of a bundle: ``path: problem; remedy``."""
+    return BundleError(f"{path}: {problem}; {remedy}", field=str(path))
 
 
 def choices(names: Iterable[object]) -> str:
-    """Return the legal choices as they stand in an error's line."""
+    """Format the allowed choices for an error message: ``[a, b, c]``."""
     return "[" + ", ".join(str(name) for name in names) + "]"
 
 
 def shown(value: object) -> str:
-    """Return a value as it stands in an error's line: on one line, shortened."""
+    """Format a value for an error message: on one line, at most 60 characters."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # an integer of thousands of digits has no decimal text
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its type if it has no text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

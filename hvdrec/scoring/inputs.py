@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import Field
-from hvdrec.scoring.errors import RequestError, choices, shown
+from hvdrec.scoring.errors import invalid_request, shown, unknown_field
 
 Array = NDArray[Any]
 MISSING: Mapping[str, Any] = {"string": "", "int": -(2**63), "float": math.nan}
@@ -57,14 +57,14 @@ def column(field: Field, values: Sequence[Any]) -> Array:
 def check_count(name: str, value: Any) -> None:
     """Raise RequestError unless a value is a whole number from 1."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"{name} = {shown(value)}: must be a whole number from 1")
+        raise invalid_request(name, value, "must be an integer of at least 1")
 
 
 def check_share(name: str, value: Any) -> None:
     """Raise RequestError unless a value is a number in [0, 1)."""
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not is_number or not 0 <= value < 1:
-        raise RequestError(f"{name} = {shown(value)}: must be a number in [0, 1)")
+        raise invalid_request(name, value, "must be a number in [0, 1)")
 
 
 def listed(values: Any, what: str) -> Sequence[Any]:
@@ -80,39 +80,45 @@ def listed(values: Any, what: str) -> Sequence[Any]:
         return plain
     if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray):
         return list(values)
-    raise RequestError(f"{what} = {shown(values)}: must be a list, not {_kind(values)}")
+    raise invalid_request(what, values, f"must be a list, not {_kind(values)}")
 
 
 def check_names(given: Any, known: Collection[str], what: str) -> None:
     """Raise RequestError for something that is no mapping, or for a name that is no field."""
     if not isinstance(given, Mapping):
-        raise RequestError(
-            f"{what} = {shown(given)}: must be a mapping of fields to values, not {_kind(given)}"
-        )
+        problem = f"must be a mapping of fields to values, not {_kind(given)}"
+        raise invalid_request(what, given, problem)
     for name in given:
         if name not in known:
-            raise RequestError(f"{what} field '{name}' does not exist; known: {choices(known)}")
+            raise unknown_field(f"{what}.{name}", known)
 
 
-def key_value(key: Any, dtype: str, name: str) -> str | int | None:
-    """Return a user or item key in its type, None for a missing one.
+def key_value(key: Any, dtype: str, name: str, key_name: str = "the key") -> str | int | None:
+    """Convert the key of a user or an item to its type.
 
-    Raises RequestError for another type.
+    Args:
+        key: What a caller passed as the key.
+        dtype: Type of the side's keys, "string" or "int".
+        name: Where the key stands in the request, for the error.
+        key_name: Name of the key's column, for the error.
+
+    Returns:
+        The key; None if it is None or NaN.
+
+    Raises:
+        RequestError: The key has another type.
     """
     if is_missing(key):
         return None
-    if dtype == "int":
-        if isinstance(key, int | np.integer) and not isinstance(key, bool):
-            if -(2**63) <= int(key) < 2**63:
-                return int(key)
-            raise RequestError(f"{name} = {shown(key)}: does not fit 64 bits")
-        hint = f"; pass {key}" if isinstance(key, str) and _is_integer(key) else ""
-        raise RequestError(f"{name} = {shown(key)}: the key is an integer, not {_kind(key)}{hint}")
-    if isinstance(key, str):
-        return _text(str(key), name)
-    raise RequestError(
-        f"{name} = {shown(_plain(key))}: the key is a string, not {_kind(key)}{_quoted(key)}"
-    )
+    if dtype == "string":
+        if isinstance(key, str):
+            return _text(str(key), name)
+        problem = f"{key_name} is a string, not {_kind(key)}"
+        raise invalid_request(name, _plain(key), problem, _quoted(key))
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        return _int64(int(key), name)
+    remedy = f"pass {key}" if isinstance(key, str) and _is_integer(key) else ""
+    raise invalid_request(name, key, f"{key_name} is an integer, not {_kind(key)}", remedy)
 
 
 def is_missing(value: Any) -> bool:
@@ -144,43 +150,44 @@ def _scalar(field: Field, value: Any) -> Any:
         return MISSING[field.dtype]
     if field.dtype == "string":
         if isinstance(value, str):
-            return _text(str(value), field.name)
+            return _text(str(value), field.path)
     elif isinstance(value, bool | np.bool_):
         pass
     elif isinstance(value, int | np.integer):
-        return _integer(field, int(value))
+        convert = _float64 if field.dtype == "float" else _int64
+        return convert(int(value), field.path)
     elif field.dtype == "float" and isinstance(value, float | np.floating):
         return float(value)
-    hint = _quoted(value) if field.dtype == "string" else ""
-    raise RequestError(
-        f"{field.name} = {shown(_plain(value))}: must be {WANTED[field.dtype]}, "
-        f"not {_kind(value)}{hint}"
-    )
+    remedy = _quoted(value) if field.dtype == "string" else ""
+    problem = f"must be {WANTED[field.dtype]}, not {_kind(value)}"
+    raise invalid_request(field.path, _plain(value), problem, remedy)
 
 
-def _integer(field: Field, value: int) -> int | float:
-    if field.dtype == "int":
-        if -(2**63) <= value < 2**63:
-            return value
-        raise RequestError(f"{field.name} = {shown(value)}: does not fit 64 bits")
+def _int64(value: int, name: str) -> int:
+    if -(2**63) <= value < 2**63:
+        return value
+    raise invalid_request(name, value, "does not fit 64 bits")
+
+
+def _float64(value: int, name: str) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise RequestError(f"{field.name} = {shown(value)}: is too large a number") from None
+        raise invalid_request(name, value, "is too large for a float") from None
 
 
 def _entries(field: Field, value: Any) -> Sequence[Any]:
     """Return a list's entries, cut to those that count."""
     if is_missing(value):
         return []
-    entries = listed(value, field.name)
+    entries = listed(value, field.path)
     kept = entries[-field.max_length :] if field.pads_left else entries[: field.max_length]
     return _converted(field, kept)
 
 
 def _text(text: str, name: str) -> str:
     if _is_broken(text):
-        raise RequestError(f"{name} = {shown(text)}: is no valid Unicode text")
+        raise invalid_request(name, text, "is not valid Unicode text")
     return text
 
 
@@ -199,7 +206,7 @@ def _is_integer(text: str) -> bool:
 def _quoted(value: Any) -> str:
     """Return the hint for a number that stands where a string belongs."""
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return f'; pass "{shown(_plain(value))}"' if is_number else ""
+    return f'pass "{shown(_plain(value))}"' if is_number else ""
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.catalogue import Catalogue
 from hvdrec.scoring.diversity import diversified
-from hvdrec.scoring.errors import RequestError, shown
+from hvdrec.scoring.errors import invalid_request
 from hvdrec.scoring.index import INDEX, IndexSearch
 from hvdrec.scoring.inputs import listed
 from hvdrec.scoring.retrieval import ExactSearch, Search
@@ -97,14 +97,14 @@ class Retrieval:
         excluded = self._rows(exclude)
         kept = self.catalogue.allowed(allowed)
         if not isinstance(skip_seen, bool | np.bool_):
-            raise RequestError(f"skip_seen = {shown(skip_seen)}: must be True or False")
+            raise invalid_request("skip_seen", skip_seen, "must be True or False")
         embedding, made_of = self._users.embed_one(user)
         if skip_seen:
             seen = self.catalogue.seen(self._users.row(user))
             excluded = np.concatenate([excluded, seen]) if seen.size else excluded
         if not np.isfinite(embedding).all():
-            raise RequestError(
-                f"user = {shown(user)}: its embedding is not finite; check its numeric features"
+            raise invalid_request(
+                "user", user, "its embedding is not finite", "check its numeric features"
             )
         if made_of == "nothing":
             rows = self.catalogue.first("trending", count, excluded, kept)
@@ -134,5 +134,5 @@ class Retrieval:
         keys = listed(list(exclude) if isinstance(exclude, Set) else exclude, "exclude")
         rows = self._items.store.cached_rows(keys)
         if rows is None:
-            rows = self._items.store.rows([self._items.key(key) for key in keys])
+            rows = self._items.store.rows([self._items.key(key, "exclude") for key in keys])
         return rows[rows >= 0]

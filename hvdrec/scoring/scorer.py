@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_bundle
-from hvdrec.scoring.errors import BundleError, ReplacedError, RequestError, ScoringError, shown
+from hvdrec.scoring.errors import (
+    BundleError,
+    ReplacedError,
+    RequestError,
+    ScoringError,
+    invalid_request,
+)
 from hvdrec.scoring.graph import ROWS, VECTORS, Graph, input_types
 from hvdrec.scoring.inputs import check_count, check_names, check_share, column, listed
 from hvdrec.scoring.recommend import Key, Recommendation, Retrieval
@@ -211,7 +217,10 @@ class Scorer:
                     try:
                         self._score_together([request])
                     except RequestError as error:
-                        raise RequestError(f"requests[{number}]: {error}") from None
+                        place = f"requests[{number}]."
+                        raise RequestError(
+                            f"{place}{error}", field=place + error.field, value=error.value
+                        ) from None
                 raise
             out.update(zip(numbers, scores, strict=True))
         return [out[number] for number in range(len(checked))]
@@ -248,14 +257,13 @@ class Scorer:
     ) -> Iterator[dict[str, Array]]:
         """Yield the ranker's inputs for rows, at most BLOCK_ROWS at a time."""
         check_names({} if scenes is None else scenes, self._scene, "scene")
-        columns = {name: listed(values, name) for name, values in (scenes or {}).items()}
+        columns = {name: listed(values, f"scene.{name}") for name, values in (scenes or {}).items()}
         users, items = listed(users, "users"), listed(items, "items")
         lengths = {"users": len(users), "items": len(items)}
         lengths |= {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise RequestError(
-                f"rows = {lengths}: users, items and scene fields must be of one length"
-            )
+            problem = "users, items and scene fields must have the same length"
+            raise invalid_request("rows", lengths, problem)
         for start in range(0, len(users), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             yield {
@@ -275,8 +283,9 @@ class Scorer:
     def _require_tasks(self) -> None:
         if not self.info.tasks:
             raise RequestError(
-                "tasks: this bundle's ranker has a single label; score without them, or export a "
-                "model with [[tasks]]"
+                "tasks: this bundle's ranker has a single label; score without tasks, or export a "
+                "model with [[tasks]]",
+                field="tasks",
             )
 
     def recommend(
@@ -410,9 +419,8 @@ def shared_runs(counts: Sequence[int]) -> Iterator[list[int]]:
 
 def _checked(number: int, request: Any) -> Request:
     if not isinstance(request, tuple | list) or len(request) != 3:
-        raise RequestError(
-            f"requests[{number}] = {shown(request)}: must be three values, user, items and scene"
-        )
+        problem = "must be three values, user, items and scene"
+        raise invalid_request(f"requests[{number}]", request, problem)
     user, items, scene = request
     return user, listed(items, f"requests[{number}].items"), scene
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, Field
+from hvdrec.scoring.bundle import ARGUMENTS, BundleInfo, Field
 from hvdrec.scoring.errors import BundleError
 from hvdrec.scoring.graph import Graph, input_types
 from hvdrec.scoring.inputs import MISSING, check_names, key_value, rows_to_inputs
@@ -43,7 +43,7 @@ class Tower:
                 f"{info.path}: is of model {info.model}, the given store's {side}s are of model "
                 f"{model}; open the store for this bundle"
             )
-        self._side = side
+        self._argument = ARGUMENTS.get(side, side)
         self._fields = info.side(side)
         self._known = tuple(dict.fromkeys([self.key_name, *(f.name for f in self._fields)]))
         self._key_is_feature = any(field.name == self.key_name for field in self._fields)
@@ -105,16 +105,16 @@ class Tower:
         inputs = rows_to_inputs(self._fields, rows)
         return self.graph.run_blocks(inputs, rows=len(rows), block=BLOCK_ROWS)
 
-    def key(self, key: Any) -> str | int | None:
-        """Return a key in its type, None for a missing one; RequestError for another type."""
-        return key_value(key, self.store.dtype, self.key_name)
+    def key(self, key: Any, argument: str = "") -> str | int | None:
+        """Convert a key to its type, None for a missing one; RequestError for another type."""
+        return key_value(key, self.store.dtype, argument or self._argument, self.key_name)
 
     def _raw(self, entry: Any, key: str | int | None) -> Mapping[str, Any]:
         if not _is_mapping(entry):
             return {self.key_name: key}
-        check_names(entry, self._known, self._side)
+        check_names(entry, self._known, self._argument)
         if not self._key_is_feature:
-            self.key(entry.get(self.key_name))
+            self.key(entry.get(self.key_name), f"{self._argument}.{self.key_name}")
         raw: Mapping[str, Any] = entry
         return raw
 

@@ -18,9 +18,9 @@ from hvdrec.scoring.bundle import MANIFEST, Stamp, check_unchanged, read_array, 
 from hvdrec.scoring.errors import (
     BundleError,
     ReplacedError,
-    RequestError,
     ScoringError,
     StoreError,
+    invalid_request,
     shown,
 )
 
@@ -61,7 +61,7 @@ class WatchedScorer:
         """Load the bundle and follow its path; ``load`` opens and verifies one."""
         is_number = isinstance(interval, int | float) and not isinstance(interval, bool)
         if not is_number or not 0 < interval <= threading.TIMEOUT_MAX:
-            raise RequestError(f"interval = {shown(interval)}: must be seconds, more than 0")
+            raise invalid_request("interval", interval, "must be a positive number of seconds")
         self._path = path.absolute()  # the process may change its directory
         self._load = load
         self._on_reload = on_reload

@@ -149,7 +149,7 @@ def test_a_taken_directory(small_run: SmallRun) -> None:
 
 def test_scene_field_that_does_not_exist(small_run: SmallRun) -> None:
     done = hvdrec("recommend", small_run.work / "bundle", "--user", "u1", "--scene", "our=3")
-    refused(done, "scene field 'our' does not exist; known: [hour, shop]")
+    refused(done, "scene.our: unknown field; known: [hour, shop]")
 
 
 def test_scene_value_of_the_wrong_type(small_run: SmallRun) -> None:

@@ -86,7 +86,7 @@ def test_filters_trends_and_diversity(scorer: Scorer) -> None:
 def test_errors_show_plain_values(scorer: Scorer) -> None:
     with pytest.raises(RequestError) as caught:
         scorer.score(np.int64(1), ["10"])  # type: ignore[arg-type]
-    assert str(caught.value) == 'user_id = 1: the key is a string, not int64; pass "1"'
+    assert str(caught.value) == 'user = 1: user_id is a string, not int64; pass "1"'
 
 
 def test_no_deprecated_call(path: Path) -> None:

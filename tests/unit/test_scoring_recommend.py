@@ -191,10 +191,10 @@ def test_filters_come_before_the_candidates_are_counted(scorer: Scorer) -> None:
 @pytest.mark.parametrize(
     ("allowed", "text"),
     [
-        ({"genre": ["War"]}, "allowed field 'genre' does not exist; known: [genres, year]"),
+        ({"genre": ["War"]}, "allowed.genre: unknown field; known: [genres, year]"),
         (
             {"item_id": ["10"]},
-            "allowed field 'item_id' does not exist; known: [genres, year]; "
+            "allowed.item_id: unknown field; known: [genres, year]; "
             "name 'item_id' in export.filters and export again",
         ),
         ({"genres": "War"}, "allowed.genres = 'War': must be a list, not str"),
@@ -237,8 +237,7 @@ def test_a_long_list_of_values_is_cut_in_the_error(tmp_path: Path) -> None:
 
 def test_a_bundle_without_filters(bare: Scorer) -> None:
     assert refusal(bare.recommend, "1", allowed={"genres": ["War"]}) == (
-        "allowed field 'genres' does not exist; known: []; "
-        "name 'genres' in export.filters and export again"
+        "allowed.genres: unknown field; known: []; name 'genres' in export.filters and export again"
     )
     assert len(bare.recommend("1", allowed={})) == 4
 
@@ -271,7 +270,7 @@ def test_all_that_may_be_left_out_at_once(scorer: Scorer) -> None:
 
 def test_a_bundle_that_does_not_hold_what_was_seen(bare: Scorer) -> None:
     text = (
-        "skip_seen = True: the bundle does not hold what users have seen; "
+        "skip_seen = True: the bundle does not hold the items that users have seen; "
         "export it with export.seen = true"
     )
     assert refusal(bare.recommend, "1", skip_seen=True) == text
