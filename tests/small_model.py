@@ -16,6 +16,7 @@ from hvdrec.embeddings.setup import row_optimizer, table_groups
 from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.ranks import World
+from hvdrec.training.build import build_model
 
 SIZES = {"user_id": 9, "item_id": 11, "genres": 6, "price": 7, "hour": 5, "shop": 8}
 
@@ -130,7 +131,7 @@ def with_tasks(config: Config, **ranker: object) -> Config:
 
 def small_model(config: Config, seed: int = 0, *, with_tables: bool = True) -> Recommender:
     """Return the same dense weights with tables and without."""
-    model = Recommender(config, SIZES, with_tables=with_tables).double()
+    model = build_model(config, SIZES, with_tables=with_tables).double()
     for name, parameter in model.named_parameters():
         random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         torch.nn.init.normal_(parameter, std=0.3, generator=random)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdrec.config import Config
 from hvdrec.config.schema import SIDES, Feature, Schema
+from hvdrec.config.sections import Model, Task
 from hvdrec.config.sections import Ranker as RankerShape
 from hvdrec.config.sections import Tower as TowerShape
 from hvdrec.models.dropout import Dropout
@@ -89,47 +89,62 @@ class Ranker(nn.Module):
 
 
 class Recommender(nn.Module):
-    """The whole model.
+    """Two towers and a ranker.
 
-    What is stored and served of a user (an item) is its *representation*: the tower's embedding
-    [N, D], followed by the vectors of the features that go directly into the ranker.
-    With the objective ``retrieval`` there is no ranker; the logit is then the towers' inner product
-    over the temperature. With an output width of 0 there are no towers: the ranker alone, over the
-    vectors of all features.
+    The *representation* of a user (or an item) is what is stored and served: the tower's embedding
+    [N, D], followed by the vectors of the features that feed the ranker directly.
+    Without a ranker, the logit is the inner product of the embeddings divided by the temperature.
+    With an output width of 0 there are no towers: the ranker reads the vectors of all features.
+
+    Args:
+        schema: The features and the keys of users and items.
+        shape: The ``[model]`` section of the configuration.
+        sizes: Number of rows of each embedding table, by table name.
+        tasks: The labels to predict; empty for one label.
+        with_ranker: False for a pure retrieval model.
+        temperature: Divisor of the logit of a model without a ranker.
+        with_tables: False if each forward pass brings the table rows that it needs (training).
     """
 
     def __init__(
-        self, config: Config, sizes: Mapping[str, int], *, with_tables: bool = True
+        self,
+        schema: Schema,
+        shape: Model,
+        sizes: Mapping[str, int],
+        *,
+        tasks: Sequence[Task] = (),
+        with_ranker: bool = True,
+        temperature: float = 1.0,
+        with_tables: bool = True,
     ) -> None:
         super().__init__()
-        schema, model = config.schema, config.model
-        self.schema: Schema = schema
-        self.temperature = config.train.temperature
-        self.output_width = model.tower.output
+        self.schema = schema
+        self.temperature = temperature
+        self.output_width = shape.tower.output
         self.tables = EmbeddingTables(
-            schema, sizes, model.dimension, pooling=model.pooling, with_weights=with_tables
+            schema, sizes, shape.dimension, pooling=shape.pooling, with_weights=with_tables
         )
         self.pools = nn.ModuleDict(
             {
-                name: POOLS[how](self.tables.width(schema[name]), schema[name].max_length)
-                for name, how in model.pooling.items()
-                if how in ATTENTION
+                name: POOLS[pooling](self.tables.width(schema[name]), schema[name].max_length)
+                for name, pooling in shape.pooling.items()
+                if pooling in ATTENTION
             }
         )
-        self.user_direct = self._direct(model.ranker.direct, schema.side("user"))
-        self.item_direct = self._direct(model.ranker.direct, schema.side("item"))
-        self.user_tower = self._tower(schema.side("user"), model.tower)
-        self.item_tower = self._tower(schema.side("item"), model.tower)
-        self.heads = model.ranker.heads
-        self.matches = self._matches() if model.ranker.matches else ()
-        width = 3 * model.tower.output + len(self.matches) + self.heads**2
+        self.user_direct = self._direct(shape.ranker.direct, schema.side("user"))
+        self.item_direct = self._direct(shape.ranker.direct, schema.side("item"))
+        self.user_tower = self._tower(schema.side("user"), shape.tower)
+        self.item_tower = self._tower(schema.side("item"), shape.tower)
+        self.heads = shape.ranker.heads
+        self.matches = self._matches() if shape.ranker.matches else ()
+        width = 3 * shape.tower.output + len(self.matches) + self.heads**2
         width += self._width((*self.user_direct, *self.item_direct, *schema.side("scene")))
-        self.tasks, self._combine = config.tasks, model.ranker.combine
+        self.tasks, self._combine = tuple(tasks), shape.ranker.combine
         self.ranker: Ranker | TaskRanker | None = None
-        if config.tasks:
-            self.ranker = TaskRanker(width, model.ranker, len(config.tasks))
-        elif config.train.objective != "retrieval":
-            self.ranker = Ranker(width, model.ranker)
+        if tasks:
+            self.ranker = TaskRanker(width, shape.ranker, len(tasks))
+        elif with_ranker:
+            self.ranker = Ranker(width, shape.ranker)
 
     def user_width(self) -> int:
         """Return the width of a user's representation."""

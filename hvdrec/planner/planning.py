@@ -23,11 +23,11 @@ from hvdrec.embeddings.setup import make_tables, row_optimizer, table_groups
 from hvdrec.errors import UserError
 from hvdrec.features.fit import Fitted
 from hvdrec.models.embedding import dimensions
-from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.ranks import World
 from hvdrec.planner.messages import time_messages
 from hvdrec.planner.plan import Cluster, Constants, Plan, Work, plan_step, smallest_cluster
+from hvdrec.training.build import build_model
 from hvdrec.training.machine import collector_spared, pick_device, set_threads
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import preparer, steps
@@ -82,7 +82,7 @@ def measure_work(
     rows = math.ceil(config.train.batch_size / world_size)
     mine = list(_batches(config, rows, world_size))
     everyone = list(_batches(config, config.train.batch_size, 1))
-    model = Recommender(config, sizes, with_tables=False)
+    model = build_model(config, sizes, with_tables=False)
 
     def mean(batches: Sequence[Batch], places: Sequence[Group]) -> list[float]:
         counts = [
@@ -199,7 +199,7 @@ def _step_seconds(
         train=replace(config.train, batch_size=rows * world.size),
         loader=replace(config.loader, shuffle_rows=_window(config, rows)),
     )
-    model = Recommender(config, sizes, with_tables=False).to(device)
+    model = build_model(config, sizes, with_tables=False).to(device)
     tables = make_tables(config, sizes, world, device)
     trainee = Trainee(config, model, tables, make_optimizer(model, config.train))
     prepare = preparer(tables, config, 0, world.rank)

@@ -33,6 +33,7 @@ from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.storage.artifacts import read_manifest, write_artifact, write_text
 from hvdrec.training.average import Averages
+from hvdrec.training.build import build_model
 from hvdrec.training.optimizer import optimizer_tensors, restore_optimizer
 
 CONFIG_FILE = "config.json"
@@ -163,7 +164,7 @@ def load_model(run: Path, config: Config, which: Which = "best") -> tuple[Recomm
     directory = _find(Path(run), which)
     meta = read_manifest(directory, "checkpoint").meta
     fitted = Fitted.load(config.paths.of("features"))
-    model = Recommender(config, fitted.sizes)
+    model = build_model(config, fitted.sizes, with_tables=True)
     read_into_model(directory, meta["tables"], model.tables)
     load_dense(model, directory, config)
     return model.eval(), directory.name
@@ -179,7 +180,7 @@ def load_model_and_tables(
     directory = ranks.together(lambda: _find(Path(run), which))
     meta = ranks.together(lambda: read_manifest(directory, "checkpoint").meta)
     fitted = ranks.together(lambda: Fitted.load(config.paths.of("features")))
-    model = Recommender(config, fitted.sizes, with_tables=False)
+    model = build_model(config, fitted.sizes, with_tables=False)
     # Looking at rows needs no state beside them.
     plain = replace(config, train=replace(config.train, embedding_optimizer="sgd"))
     tables = ranks.together(

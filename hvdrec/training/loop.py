@@ -24,7 +24,6 @@ from hvdrec.embeddings.setup import check_synchronization, make_tables
 from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
 from hvdrec.features.fit import Fitted, check_task_labels
-from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state, global_sum
 from hvdrec.parallel.ranks import World
@@ -33,6 +32,7 @@ from hvdrec.parallel.watchdog import watched
 from hvdrec.storage.artifacts import read_manifest, write_text
 from hvdrec.training import checkpoint
 from hvdrec.training.average import Averages
+from hvdrec.training.build import build_model
 from hvdrec.training.checkpoint import CONFIG_FILE, Position
 from hvdrec.training.inputs import (
     check_codes,
@@ -134,7 +134,7 @@ def _train(
         ranks.together(lambda: check_size(config, fitted.sizes[config.schema.item_key]))
     ranks.together(lambda: _prepare(world, run, config, overwrite and not resuming))
     torch.manual_seed(config.seed)
-    model = Recommender(config, fitted.sizes, with_tables=False)
+    model = build_model(config, fitted.sizes, with_tables=False)
     if config.train.warm_start.history and not resuming:
         warm_start(config, fitted.sizes[config.schema.item_key], model, tables)
     broadcast_state(dict(model.state_dict()))

@@ -38,9 +38,9 @@ from hvdrec.config import Config
 from hvdrec.data.loader import ShardLoader
 from hvdrec.embeddings.setup import make_tables
 from hvdrec.models.layers import Mlp
-from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
+from hvdrec.training.build import build_model
 from hvdrec.training.machine import collector_spared, set_up_process
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import Step, preparer, steps
@@ -53,7 +53,7 @@ def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[Traine
     set_up_process(threads)
     torch.manual_seed(0)
     device = torch.device("cpu")
-    model = Recommender(config, sizes, with_tables=False)
+    model = build_model(config, sizes, with_tables=False)
     tables = make_tables(config, sizes, world, device)
     broadcast_state(dict(model.state_dict()))
     rows = math.ceil(config.train.batch_size / world.size)

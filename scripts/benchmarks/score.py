@@ -35,6 +35,7 @@ from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
 from hvdrec.scoring import Scorer
+from hvdrec.training.build import build_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "movielens-1m.toml"
 CANDIDATES = 500
@@ -138,7 +139,7 @@ def prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
     encode(config.paths.of("samples"), config.paths.of("features"), config)
     fitted = Fitted.load(config.paths.of("features"))
     torch.manual_seed(0)
-    return config, Recommender(config, fitted.sizes).eval(), fitted
+    return config, build_model(config, fitted.sizes, with_tables=True).eval(), fitted
 
 
 def exported(config: Config, model: Recommender, kind: str) -> Path:

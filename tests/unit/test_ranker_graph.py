@@ -105,7 +105,7 @@ def test_scene_lists_are_pooled_per_request(pooling: Pooling) -> None:
     tags = Feature("tags", side="scene", kind="categorical_list")
     model_config = replace(config.model, pooling={"tags": pooling})
     config = replace(config, features=(*config.features, tags), model=model_config)
-    model = Recommender(config, {**SIZES, "tags": 5}).eval()
+    model = Recommender(config.schema, config.model, {**SIZES, "tags": 5}).eval()
     session = onnxruntime.InferenceSession(core(model).SerializeToString())
     users, items = torch.randn(2, model.user_width()), torch.randn(3, model.item_width())
     codes = {
