@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +17,6 @@ class Answer:
     """For people."""
     status: int = 0
     """The exit status."""
-
-
-def is_first_rank() -> bool:
-    """Return whether this process talks; asks only what is already loaded."""
-    ranks = sys.modules.get("hvdrec.parallel.ranks")
-    workers = sys.modules.get("hvdrec.parallel.rank_pool")
-    return (ranks is None or bool(ranks.current().is_first)) and (
-        workers is None or bool(workers.is_first())
-    )
-
-
-def notify(line: str) -> None:
-    """Tell people what is being done."""
-    if is_first_rank():
-        print(line, file=sys.stderr, flush=True)
 
 
 def load_config(options: argparse.Namespace, rest: list[str]) -> Any:

@@ -14,8 +14,9 @@ from hvdrec.cli import data_commands as data
 from hvdrec.cli import host_commands as hosts
 from hvdrec.cli import model_commands as model
 from hvdrec.cli import serve_commands as bundle
-from hvdrec.cli.answer import Answer, is_first_rank
+from hvdrec.cli.answer import Answer
 from hvdrec.errors import SharedError, UserError
+from hvdrec.parallel.progress import is_first_rank
 from hvdrec.scoring.errors import ScoringError
 from hvdrec.serving import add_arguments
 

@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdrec.cli.answer import Answer, load_config, notify
+from hvdrec.cli.answer import Answer, load_config
 from hvdrec.cli.reports import render_evaluation, render_plan, render_search
 from hvdrec.errors import UserError
+from hvdrec.parallel.progress import is_first_rank
 
 if TYPE_CHECKING:
     from hvdrec.config import Config
-    from hvdrec.parallel.pool import Workers
 
 UNTRAINED = re.compile(
     r"--(export\.|tasks\.\d+\.share(=|$)|model\.ranker\.combine(=|$)|fields-help$)"
@@ -36,23 +36,16 @@ def train(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 def tune(options: argparse.Namespace, rest: list[str]) -> Answer:
     config = _load_config_together(options, rest)
-    from hvdrec.config.structure import to_dict
-    from hvdrec.tuning.run import FOLDER, Options, tune
-    from hvdrec.tuning.search import FILE, told_best
+    from hvdrec.tuning.run import tune
 
-    search = tune(
+    result = tune(
         config,
-        Options(tuple(options.search), options.trials, options.prune, options.overwrite),
-        notify,
+        options.search,
+        trials=options.trials,
+        prune=options.prune,
+        overwrite=options.overwrite,
     )
-    file = Path(config.paths.work) / FOLDER / FILE
-    facts = {
-        "path": str(file),
-        "metric": search.metric,
-        "best": told_best(search),
-        "trials": to_dict(search.trials),
-    }
-    return Answer(facts, render_search(search, str(file)))
+    return Answer(result.to_dict(), render_search(result))
 
 
 def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
@@ -103,111 +96,52 @@ def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
-    if options.ease_items < 0:
-        raise UserError(f"--ease-items {options.ease_items}: must not be negative")
-    from hvdrec.parallel import ranks
-    from hvdrec.parallel.watchdog import watched
-
-    ranks.init()
-    with watched():
-        return _evaluate(options)
-
-
-def _evaluate(options: argparse.Namespace) -> Answer:
-    from hvdrec.config.structure import to_dict
-    from hvdrec.evaluation.evaluate import evaluate
-    from hvdrec.evaluation.report import jsonable
-    from hvdrec.parallel import ranks
     from hvdrec.storage.artifacts import write_text
-    from hvdrec.training.checkpoint import load_model, load_model_and_tables, read_config
-    from hvdrec.training.machine import pick_device, set_threads
+    from hvdrec.training.evaluate_run import evaluate
 
-    world = ranks.current()
-    config = ranks.together(lambda: read_config(options.run))
-    ranks.agree_on_config(to_dict(config))
-    ranks.agree_on_files(config.paths.of("features"), "evaluate the same features everywhere")
-    set_threads(config, world)
-    device = ranks.together(lambda: pick_device(config, world))
-    rows_of = None
-    if world.size == 1:
-        model, name = load_model(options.run, config, options.checkpoint)
-        model.to(device)
-    else:
-        model, tables, name = load_model_and_tables(options.run, config, options.checkpoint, device)
-        ranks.agree_on_files(options.run / "checkpoints" / name, "evaluate the same run everywhere")
-        rows_of = tables.rows_of
-    report = evaluate(
-        model,
-        config,
-        options.split,
-        with_baselines=options.baselines,
+    result = evaluate(
+        options.run,
+        split=options.split,
+        checkpoint=options.checkpoint,
+        baselines=options.baselines,
         ease_items=options.ease_items,
-        rows_of=rows_of,
     )
-    report = {"run": str(options.run), "checkpoint": name, **report}
-    facts = jsonable(report)
-    if options.output is not None and world.is_first:
+    facts = result.to_dict()
+    if options.output is not None and is_first_rank():
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.output, json.dumps(facts, indent=1) + "\n")
-    return Answer(facts, render_evaluation(report))
+    return Answer(facts, render_evaluation(facts))
 
 
 def export(options: argparse.Namespace, rest: list[str]) -> Answer:
-    from hvdrec.parallel.rank_pool import open_workers
-
-    with open_workers(options.workers) as workers:
-        # The other ranks of an MPI job have then done their part.
-        return Answer({}, "") if workers is None else _export(options, rest, workers)
-
-
-def _export(options: argparse.Namespace, rest: list[str], workers: Workers) -> Answer:
     from dataclasses import replace
 
-    from hvdrec.evaluation.report import jsonable
-    from hvdrec.exporting.writer import export
-    from hvdrec.training.checkpoint import checkpoint_metrics, load_model, read_config
+    from hvdrec.exporting.export_run import export_with
+    from hvdrec.parallel.rank_pool import open_workers
+    from hvdrec.training.checkpoint import read_config
 
-    config = _with_export_fields(read_config(options.run), options, rest)
-    if options.to is not None:
-        config = replace(config, paths=replace(config.paths, bundle=str(options.to)))
-    if options.parity_rows is not None:
-        config = replace(config, export=replace(config.export, parity_rows=options.parity_rows))
-    model, name = load_model(options.run, config, options.checkpoint)
-    meta = export(
-        config,
-        model,
-        checkpoint=name,
-        metrics=checkpoint_metrics(options.run, options.checkpoint),
-        overwrite=options.overwrite,
-        notify=notify,
-        workers=workers,
-    )
-    out = config.paths.of("bundle")
-    parity = meta["parity"]
+    with open_workers(options.workers) as pool:
+        if pool is None:  # the first rank of the MPI job answers
+            return Answer({}, "")
+        config = _with_export_fields(read_config(options.run), options, rest)
+        if options.to is not None:
+            config = replace(config, paths=replace(config.paths, bundle=str(options.to)))
+        if options.parity_rows is not None:
+            config = replace(config, export=replace(config.export, parity_rows=options.parity_rows))
+        result = export_with(
+            pool, options.run, config, checkpoint=options.checkpoint, overwrite=options.overwrite
+        )
     lines = [
-        f"{meta['users']} users, {meta['items']} items; {parity['rows']} scores of held-out rows "
-        f"are within {parity['largest_difference']:.2g} of torch"
+        f"{result.users} users, {result.items} items; {result.parity['rows']} scores of held-out "
+        f"rows are within {result.parity['largest_difference']:.2g} of torch"
     ]
-    if "precision" in meta:
-        cost = meta["precision"]
+    if result.precision is not None:
+        cost = result.precision
         lines.append(
             f"embeddings {cost['embeddings']}, ranker {cost['ranker']}: validation AUC "
             f"{cost['auc']:.5f}, {cost['auc_loss']:.2g} less than in float32"
         )
-    text = "\n".join([*lines, f"wrote {out}"])
-    kept = (
-        "name",
-        "checkpoint",
-        "users",
-        "items",
-        "user_width",
-        "item_width",
-        "parity",
-        "precision",
-        "metrics",
-    )
-    told = {key: meta[key] for key in kept if key in meta}
-    return Answer(jsonable({"path": str(out), **told}), text)
+    return Answer(result.to_dict(), "\n".join([*lines, f"wrote {result.path}"]))
 
 
 def _load_config_together(options: argparse.Namespace, rest: list[str]) -> Config:

@@ -11,7 +11,7 @@ from hvdrec.cli.text_table import table
 if TYPE_CHECKING:
     from hvdrec.config import Config
     from hvdrec.planner.planning import Planned
-    from hvdrec.tuning.search import Search
+    from hvdrec.tuning.search import TuneResult
 
 TRIALS_SHOWN = 10
 OF_TASKS = ("auc", "gauc", "log_loss", "calibration", "base_rate", "rows")
@@ -70,11 +70,8 @@ def _format_metric(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def render_search(search: Search, place: str) -> str:
-    """Return the best trials in a table, and the best one's values ready to be pasted.
-
-    place: where all trials are written.
-    """
+def render_search(search: TuneResult) -> str:
+    """Return the best trials in a table, and the best one's values ready to be pasted."""
     from hvdrec.tuning.space import as_overrides, as_toml
 
     fields = list(dict.fromkeys(name for trial in search.trials for name in trial.values))
@@ -102,7 +99,7 @@ def render_search(search: Search, place: str) -> str:
     else:
         parts.append(f"The best, on the command line:\n{as_overrides(best.values)}")
         parts.append(f"and in the configuration:\n{as_toml(best.values)}")
-    parts.append(f"wrote {place}")
+    parts.append(f"wrote {search.path}")
     return "\n\n".join(parts)
 
 

@@ -6,9 +6,10 @@ import contextlib
 import io
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hvdrec.config.schema import Feature, Schema
 from hvdrec.config.sections import (
@@ -23,8 +24,8 @@ from hvdrec.config.sections import (
     Task,
     Train,
 )
-from hvdrec.config.structure import from_dict
-from hvdrec.errors import UserError, choices
+from hvdrec.config.structure import from_dict, to_dict
+from hvdrec.errors import UserError, choices, invalid_value
 from hvdrec.storage.urls import is_url
 
 
@@ -94,6 +95,42 @@ def load(path: Path) -> Config:
         return from_dict(Config, raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def load_config(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a run's configuration from a TOML file.
+
+    Args:
+        path: The TOML file.
+        overrides: Values that replace those of the file, by dotted name: ``{"train.epochs": 3}``.
+
+    Raises:
+        UserError: The file cannot be read, or a key, type or value is not allowed.
+    """
+    return with_fields(load(Path(path)), overrides or {})
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the configuration with fields replaced, by dotted name: ``tasks.0.share``.
+
+    Raises:
+        UserError: A field does not exist, or a value is not allowed.
+    """
+    if not values:
+        return config
+    raw = to_dict(config)
+    for field, value in values.items():
+        *tables, name = field.split(".")
+        table: Any = raw
+        for each in tables:
+            is_item = isinstance(table, list) and each.isdecimal() and int(each) < len(table)
+            if not is_item and not (isinstance(table, dict) and each in table):
+                raise invalid_value(field, value, f"there is no '{each}'")
+            table = table[int(each) if is_item else each]
+        if not isinstance(table, dict):
+            raise invalid_value(field, value, "is not a field of a table")
+        table[name] = to_dict(value)
+    return from_dict(Config, raw)
 
 
 def override(config: Config, arguments: Sequence[str], prog: str) -> Config:

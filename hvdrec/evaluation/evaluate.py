@@ -30,7 +30,7 @@ RowsOf = Callable[[Mapping[str, Tensor]], Rows]
 BLOCK = 8192
 
 
-def evaluate(
+def evaluate_model(
     model: Recommender,
     config: Config,
     split: str = "test",

@@ -32,6 +32,7 @@ from hvdrec.features.raw import one_chunk
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import ALONE, Workers
 from hvdrec.storage.artifacts import read_manifest, write_artifact
+from hvdrec.storage.urls import Place
 
 SPLITS = ("train", "validation", "test")
 USERS, ITEMS = "users_train.parquet", "items.parquet"
@@ -75,7 +76,7 @@ class _Part:
 
 def encode(
     samples: Path,
-    out: Path,
+    out: Place,
     config: Config,
     *,
     overwrite: bool = False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """Set by MPI launchers, by `horovodrun --mpi` too: they tell that there is one, no more."""
+HEAD_START_SECONDS = 1.0
 
 _rank = 0
 
@@ -62,18 +64,20 @@ def open_workers(count: int) -> Iterator[Workers | None]:
 
 def _world() -> Intracomm | None:
     """Return the ranks of this process's MPI job, if it is in one."""
+    global _rank  # noqa: PLW0603 -- one job per process
     if any(name in os.environ for name in MPI_VARIABLES):
         from mpi4py import MPI
 
         return MPI.COMM_WORLD
-    if "HOROVOD_RANK" in os.environ:
-        from hvdrec.parallel import ranks
-
-        if ranks.init().size > 1:
-            raise SharedError(
-                "these ranks have no MPI, by which this verb shares its work: start it with mpirun "
-                "or horovodrun --mpi, or by itself with --workers N"
-            )
+    if int(os.environ.get("HOROVOD_SIZE", "1")) > 1:
+        _rank = int(os.environ.get("HOROVOD_RANK", "0"))
+        if _rank:
+            # The launcher ends the job with the first rank that exits; rank 0 prints the error.
+            time.sleep(HEAD_START_SECONDS)
+        raise SharedError(
+            "these ranks have no MPI, which shares the work of this stage: start it with mpirun "
+            "or horovodrun --mpi, or in one process with --workers N"
+        )
     return None
 
 

@@ -6,78 +6,91 @@ import fcntl
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hvdrec.config import Config
+from hvdrec.config import Config, with_fields
 from hvdrec.config.structure import from_dict, to_dict
-from hvdrec.errors import UserError
+from hvdrec.errors import UserError, invalid_value
 from hvdrec.parallel import ranks
 from hvdrec.parallel.agreement import digest
+from hvdrec.parallel.progress import print_line
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training.checkpoint import has_checkpoint, latest_meta
 from hvdrec.training.loop import check_features, metric_name, train
-from hvdrec.tuning.report import told
 from hvdrec.tuning.search import (
     FILE,
     Search,
     State,
     Trial,
+    TuneResult,
+    describe_trial,
     first_difference,
     is_hopeless,
     load,
     next_values,
 )
-from hvdrec.tuning.space import EXAMPLE, parse_space, with_values
+from hvdrec.tuning.space import EXAMPLE, parse_space
+
+__all__ = ["TuneResult", "tune"]
 
 FOLDER = "tune"
-Notify = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a search was asked for: texts of `space.parse_space`; how many trials in all; whether
-    hopeless ones end early; whether to begin anew."""
+def tune(
+    config: Config,
+    search: Sequence[str] = (),
+    *,
+    trials: int = 20,
+    prune: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TuneResult:
+    """Search for field values that give the best validation metric.
 
-    space: tuple[str, ...] = ()
-    trials: int = 20
-    prune: bool = False
-    overwrite: bool = False
+    Each trial trains on the prepared features in its own directory, ``WORK/tune/trial-NNN``. The
+    first trial is the configuration as it is. Only the best trial keeps its checkpoints. Rerun the
+    call to resume an interrupted search, in the middle of a trial if it has a checkpoint. The test
+    split is never read. On a Horovod job all ranks train each trial together.
 
+    Args:
+        config: The run; its features must be prepared.
+        search: Fields with a range or choices, such as ``train.learning_rate=log:1e-4:1e-2`` (see
+            `space.parse_space`). May be empty when a search is resumed.
+        trials: Number of trials in all, with those of earlier calls.
+        prune: Stop a trial that is worse than the median of the complete ones at the same epoch.
+        overwrite: Remove an earlier search first.
+        progress: Print a line for each trial on standard error, on the first rank.
 
-def tune(config: Config, options: Options, notify: Notify = lambda line: None) -> Search:
-    """Search for the values of fields that give the best validation metric; return all trials.
-
-    Each trial trains in a directory of its own, WORK/tune/trial-NNN, on the prepared features; the
-    first is the configuration as it stands. Checkpoints are kept of the best trial alone. A search
-    that was begun there before goes on until there are `options.trials`; a trial that was
-    interrupted goes on from its checkpoint. The test split is never read. Runs alone or on every
-    rank of a Horovod job, where all ranks train each trial together.
-
-    Raises UserError before anything is written if the features are missing, if a field cannot be
-    searched, or if the search that was begun is another one.
+    Raises:
+        UserError: The features are missing, a field cannot be searched, or the search that would
+            be resumed is a different one; nothing is written.
     """
     world = ranks.init()
     ranks.agree_on_config(to_dict(config))
-    if options.trials < 1:
-        raise UserError(f"--trials {options.trials}: must be at least 1")
+    if trials < 1:
+        raise invalid_value("trials", trials, "must be at least 1")
     ranks.together(lambda: check_features(config))
     folder = Path(config.paths.work) / FOLDER
     with watched(), _held(folder):
         plain = ranks.broadcast_object(
             ranks.together(
-                lambda: to_dict(_begin(config, options, folder)) if world.is_first else None
+                lambda: (
+                    to_dict(_begin(config, tuple(search), folder, overwrite=overwrite))
+                    if world.is_first
+                    else None
+                )
             )
         )
-        search = from_dict(Search, plain)
-        while (trial := _next_trial(search, options.trials)) is not None:
-            search = _run(search.with_trial(trial), trial, folder, options, notify)
-        return search
+        state = from_dict(Search, plain)
+        while (trial := _next_trial(state, trials)) is not None:
+            state = _run(state.with_trial(trial), trial, folder, prune=prune, progress=progress)
+    return state.result(str(folder / FILE))
 
 
 @contextmanager
@@ -103,9 +116,9 @@ def _held(folder: Path) -> Iterator[None]:
             lock.close()
 
 
-def _begin(config: Config, options: Options, folder: Path) -> Search:
+def _begin(config: Config, space: tuple[str, ...], folder: Path, *, overwrite: bool) -> Search:
     """Return the search to go on with, or a new one; for the first rank alone."""
-    if options.overwrite:
+    if overwrite:
         (folder / FILE).unlink(missing_ok=True)
         for each in folder.glob("trial-*"):
             shutil.rmtree(each)
@@ -113,13 +126,13 @@ def _begin(config: Config, options: Options, folder: Path) -> Search:
     features = digest(config.paths.of("features"))
     before = load(folder)
     if before is None:
-        if not options.space:
+        if not space:
             raise UserError(f"--search: give at least one field with a range: {EXAMPLE}")
-        parse_space(options.space, config)
-        return Search(config, features, options.space, metric, is_loss=metric == "log_loss")
+        parse_space(space, config)
+        return Search(config, features, space, metric, is_loss=metric == "log_loss")
     other = first_difference(before.config, config)
-    if other is None and options.space and set(options.space) != set(before.space):
-        other = f"--search {' '.join(before.space)}, now {' '.join(options.space)}"
+    if other is None and space and set(space) != set(before.space):
+        other = f"--search {' '.join(before.space)}, now {' '.join(space)}"
     if other is None and before.features != features:
         other = "other features"
     if other is not None:
@@ -165,7 +178,7 @@ class _Running:
         """Train; return the trial as it ended. What it fails by ends no other."""
         metric = self._search.metric
         try:
-            config = with_values(self._search.config, self.trial.values)
+            config = with_fields(self._search.config, self.trial.values)
             config = replace(config, paths=replace(config.paths, run=str(self.run)))
             found = train(config, resume=True, stop=self._stop)["validation"]
         except (UserError, MemoryError, torch.OutOfMemoryError) as error:
@@ -193,10 +206,10 @@ class _Running:
         return self._is_stopped
 
 
-def _run(search: Search, trial: Trial, folder: Path, options: Options, notify: Notify) -> Search:
+def _run(search: Search, trial: Trial, folder: Path, *, prune: bool, progress: bool) -> Search:
     """Train a trial, all ranks together; return the search with what came of it."""
     is_first = ranks.current().is_first
-    running = _Running(search, trial, folder, prunes=options.prune)
+    running = _Running(search, trial, folder, prunes=prune)
     step = ranks.broadcast_object(_step(running.run) if is_first else None)
     running.note(trial.started(step))
     if running.trial.state == "running":
@@ -204,7 +217,8 @@ def _run(search: Search, trial: Trial, folder: Path, options: Options, notify: N
     search = search.with_trial(running.trial)
     if is_first:
         _drop_checkpoints(search, folder)
-    notify(told(search, running.trial))
+    if progress:
+        print_line(describe_trial(search, running.trial))
     return search
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,6 +80,37 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class TuneResult:
+    """The trials of a search.
+
+    Attributes:
+        path: The file ``trials.json``, which holds all trials.
+        metric: Name of the validation metric that decides.
+        best: The best complete trial; None if there is none. ``best.values`` are overrides for
+            `hvdrec.load_config`.
+        trials: All trials, by number.
+    """
+
+    path: str
+    metric: str
+    best: Trial | None
+    trials: tuple[Trial, ...]
+
+    def ranked(self) -> list[Trial]:
+        """Return the complete trials, the best first, then the others."""
+        return ranked(self.trials, self.metric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        return {
+            "path": self.path,
+            "metric": self.metric,
+            "best": describe_best(self.best, self.metric),
+            "trials": to_dict(self.trials),
+        }
+
+
+@dataclass(frozen=True)
 class Search:
     """A search over a configuration.
 
@@ -100,19 +131,13 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The best trial that came to its end; the first of equal ones."""
-        ranked = self.ranked()
-        return ranked[0] if ranked and ranked[0].state == "complete" else None
+        """The best complete trial; the first of equal ones."""
+        first = next(iter(ranked(self.trials, self.metric)), None)
+        return first if first is not None and first.state == "complete" else None
 
-    def ranked(self) -> list[Trial]:
-        """Return the trials: complete ones first, the best in front."""
-
-        def place(trial: Trial) -> tuple[bool, bool, float]:
-            value = 0.0 if trial.value is None else trial.value
-            worse = value if self.is_loss else -value
-            return trial.state != "complete", trial.value is None, worse
-
-        return sorted(self.trials, key=place)
+    def result(self, path: str) -> TuneResult:
+        """Return the trials as the result of a search, which is stored at `path`."""
+        return TuneResult(path, self.metric, self.best, self.trials)
 
     def with_trial(self, trial: Trial) -> Search:
         """Return the search with a trial added or replaced."""
@@ -122,7 +147,9 @@ class Search:
 
     def save(self, folder: Path) -> None:
         """Write ``trials.json``, with what to do with the best one, for other programs."""
-        text = json.dumps({**to_dict(self), "best": told_best(self)}, indent=1)
+        text = json.dumps(
+            {**to_dict(self), "best": describe_best(self.best, self.metric)}, indent=1
+        )
         write_text(folder / FILE, f"{text}\n")
 
 
@@ -139,14 +166,34 @@ def load(folder: Path) -> Search | None:
         raise UserError(f"{file}: cannot be read ({error}); --overwrite starts anew") from None
 
 
-def told_best(search: Search) -> dict[str, Any] | None:
-    """Return which trial is the best, by what, and its values as options and as TOML."""
+def describe_trial(search: Search, trial: Trial) -> str:
+    """Return one line about a trial that has ended."""
     best = search.best
+    best_so_far = "" if best is None else f"; best {best.value:.5f} of trial {best.number}"
+    value = "" if trial.value is None else f" {search.metric} {trial.value:.5f}"
+    reason = f" ({trial.reason})" if trial.reason else ""
+    overrides = as_overrides(trial.values)
+    return f"trial {trial.number} {trial.state}{value}{reason}: {overrides}{best_so_far}"
+
+
+def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
+    """Return the complete trials, the best first, then the others."""
+
+    def key(trial: Trial) -> tuple[bool, bool, float]:
+        value = 0.0 if trial.value is None else trial.value
+        worse = value if metric == "log_loss" else -value
+        return trial.state != "complete", trial.value is None, worse
+
+    return sorted(trials, key=key)
+
+
+def describe_best(best: Trial | None, metric: str) -> dict[str, Any] | None:
+    """Return the best trial's number, metric and values, as options and as TOML."""
     if best is None:
         return None
     return {
         "trial": best.number,
-        search.metric: best.value,
+        metric: best.value,
         "overrides": as_overrides(best.values),
         "toml": as_toml(best.values),
     }

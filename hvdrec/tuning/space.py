@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from hvdrec.config import Config
-from hvdrec.config.structure import from_dict, to_dict
+from hvdrec.config import Config, with_fields
+from hvdrec.config.structure import to_dict
 from hvdrec.errors import UserError, choices
 
 if TYPE_CHECKING:
@@ -139,23 +139,11 @@ def parse_space(given: Sequence[str], config: Config) -> Space:
         found = _parse(text, values.strip(), _kind_of(field))
         for value in found.examples():
             try:
-                with_values(config, {field: value})
+                with_fields(config, {field: value})
             except UserError as error:
                 raise UserError(f"--search {text}: {error}") from None
         space[field] = found
     return space
-
-
-def with_values(config: Config, values: Values) -> Config:
-    """Return a configuration with some fields replaced; raises UserError as `from_dict` does."""
-    raw = to_dict(config)
-    for field, value in values.items():
-        *tables, name = field.split(".")
-        table = raw
-        for each in tables:
-            table = table[each]
-        table[name] = value
-    return from_dict(Config, raw)
 
 
 def values_of(config: Config, space: Space) -> dict[str, Any]:

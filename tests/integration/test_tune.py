@@ -104,7 +104,7 @@ def test_another_search_in_the_same_place_is_refused(tuned: Path, options: tuple
         ((), "--search: give at least one field with a range: train.learning_rate=log:1e-4:1e-2"),
         (("--search", "model.dimensions=8,16"), "is no field; fields that can be searched: [mod"),
         (("--search", "samples.label=a,b"), "decides what the samples and features are, which"),
-        (("--search", SEARCH[0], "--trials", "0"), "--trials 0: must be at least 1"),
+        (("--search", SEARCH[0], "--trials", "0"), "trials = 0: must be at least 1"),
         (("--search", SEARCH[0], "--paths.features", "none"), "none: no features artifact here"),
         (
             ("--search", SEARCH[0], *ONLY_FBGEMM, "--train.embedding-optimizer", "adam"),

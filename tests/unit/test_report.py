@@ -8,7 +8,7 @@ from typing import Any
 
 from hvdrec.cli.reports import render_evaluation
 from hvdrec.cli.text_table import LONGEST_CELL, table
-from hvdrec.evaluation.report import jsonable
+from hvdrec.evaluation.result import jsonable
 
 REPORT: dict[str, Any] = {
     "run": "runs/movielens-1m/run",

@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdrec.cli.reports import render_search
-from hvdrec.config import Config, load, override
+from hvdrec.config import Config, load, override, with_fields
 from hvdrec.errors import UserError
 from hvdrec.tuning import search as search_module
-from hvdrec.tuning.report import told
 from hvdrec.tuning.search import (
     FILE,
     Search,
@@ -36,7 +35,6 @@ from hvdrec.tuning.space import (
     parse_space,
     size,
     values_of,
-    with_values,
 )
 from tests.small_data import TOML
 
@@ -126,7 +124,7 @@ def test_values_can_be_pasted(config: Config, tmp_path: Path) -> None:
         "model.ranker.hidden": [256, 128],
         "model.ranker.direct": [],
     }
-    expected = with_values(config, values)
+    expected = with_fields(config, values)
     assert override(config, shlex.split(as_overrides(values)), "hvdrec train") == expected
     assert as_toml(values) == (
         '[train]\nembedding_learning_rate = 1e-05\nschedule = "cosine"\n\n'
@@ -216,7 +214,7 @@ def test_failed_and_pruned_trials_count_as_tried(config: Config) -> None:
             Trial(number, values, state, None if state == "failed" else 0.9 - number)
         )
     assert next_values(search) is None
-    assert [trial.state for trial in search.ranked()] == ["complete", "pruned", "failed"]
+    assert [trial.state for trial in search.result("").ranked()] == ["complete", "pruned", "failed"]
     assert search.best == search.trials[0]
 
 
@@ -224,7 +222,7 @@ def test_the_lowest_loss_is_the_best(config: Config) -> None:
     search = replace(_search(config), metric="log_loss", is_loss=True)
     for number, value in enumerate((0.5, 0.3, 0.4)):
         search = search.with_trial(Trial(number, {}, "complete", value))
-    assert [trial.number for trial in search.ranked()] == [1, 2, 0]
+    assert [trial.number for trial in search.result("").ranked()] == [1, 2, 0]
 
 
 def test_a_trial_below_the_median_is_hopeless_once_five_are_complete(config: Config) -> None:
@@ -283,7 +281,7 @@ def test_the_report_ends_with_what_to_paste(config: Config) -> None:
     search = search.with_trial(Trial(1, values, "complete", 0.8, 9, 4.0))
     bad = Trial(2, {**values, "model.dimension": 32}, "failed", reason="too large")
     search = search.with_trial(bad)
-    assert render_search(search, "work/tune/trials.json") == (
+    assert render_search(search.result("work/tune/trials.json")) == (
         "3 trials by validation auc\n"
         "trial      auc  embedding_learning_rate  dimension  seconds  state\n"
         "-----  -------  -----------------------  ---------  -------  --------\n"
@@ -299,7 +297,7 @@ def test_the_report_ends_with_what_to_paste(config: Config) -> None:
         "\n"
         "wrote work/tune/trials.json"
     )
-    assert told(search, bad) == (
+    assert search_module.describe_trial(search, bad) == (
         "trial 2 failed (too large): --train.embedding-learning-rate 0.2 --model.dimension 32; "
         "best 0.80000 of trial 1"
     )

@@ -1,0 +1,143 @@
+"""The stage ``export``: write the bundle of a trained run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hvdrec.config import Config, with_fields
+from hvdrec.errors import invalid_value
+from hvdrec.evaluation.result import jsonable
+from hvdrec.exporting.writer import export as write_bundle
+from hvdrec.parallel.pool import Workers
+from hvdrec.parallel.progress import show_progress
+from hvdrec.parallel.rank_pool import open_workers
+from hvdrec.storage.artifacts import read_manifest
+from hvdrec.training.checkpoint import Which, checkpoint_metrics, load_model, read_config
+
+__all__ = ["ExportResult", "export"]
+
+ALLOWED = "fields of [export], tasks.N.share, model.ranker.combine and paths.bundle can"
+UNTRAINED = re.compile(r"export\.\w+|tasks\.\d+\.share|model\.ranker\.combine|paths\.bundle")
+"""Fields that do not influence training, so that export may change them."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A bundle that was written.
+
+    Attributes:
+        path: Directory or URL of the bundle.
+        name: Name of the run.
+        checkpoint: Name of the checkpoint.
+        users: Number of users with stored embeddings.
+        items: Number of items.
+        user_width: Width of a user's representation.
+        item_width: Width of an item's representation.
+        parity: ``rows``, the number of scores compared with torch, and ``largest_difference``.
+        metrics: The validation metrics of the checkpoint.
+        precision: The cost of int8 or float16 in validation AUC; None for a float32 bundle.
+    """
+
+    path: str
+    name: str
+    checkpoint: str
+    users: int
+    items: int
+    user_width: int
+    item_width: int
+    parity: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    precision: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON values; NaN becomes None."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: jsonable(value) for key, value in plain.items() if value is not None}
+
+
+def export(
+    run: Path | str,
+    *,
+    to: Path | str | None = None,
+    checkpoint: Which = "best",
+    overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    workers: int = 0,
+    progress: bool = True,
+) -> ExportResult:
+    """Write the bundle of a run, after proving that it scores as torch does.
+
+    Under mpirun the ranks share the work, and each of them returns the same result.
+
+    Args:
+        run: Directory of the run.
+        to: Directory or URL of the bundle; by default ``paths.bundle`` of the run.
+        checkpoint: The checkpoint with the best validation metric, or the latest one.
+        overrides: Values of configuration fields that need no training:
+            ``{"export.embeddings": "int8", "tasks.0.share": 2.0, "model.ranker.combine": "sum"}``.
+        overwrite: Replace a bundle that is already there.
+        workers: Processes that share the work outside mpirun; 0: one per core, at most 8. The
+            bundle does not depend on it.
+        progress: Print the steps on standard error, on the first rank.
+
+    Raises:
+        UserError: The run cannot be read, a field cannot be overridden, a bundle is already there,
+            or its scores differ from torch by more than ``export.tolerance``; nothing is
+            published.
+    """
+    changes = dict(overrides or {}) | ({} if to is None else {"paths.bundle": str(to)})
+    with open_workers(workers) as pool:
+        if pool is not None:
+            config = _with_untrained_fields(read_config(Path(run)), changes)
+            return export_with(
+                pool,
+                Path(run),
+                config,
+                checkpoint=checkpoint,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    # The first rank of the MPI job has finished the bundle, which all ranks see.
+    config = _with_untrained_fields(read_config(Path(run)), changes)
+    return _result(config, read_manifest(config.paths.of("bundle"), "bundle").meta)
+
+
+def export_with(
+    pool: Workers,
+    run: Path,
+    config: Config,
+    *,
+    checkpoint: Which = "best",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ExportResult:
+    """Do what `export` does, with an open pool of workers and the resolved configuration."""
+    model, name = load_model(run, config, checkpoint)
+    with show_progress(progress) as display:
+        meta = write_bundle(
+            config,
+            model,
+            checkpoint=name,
+            metrics=checkpoint_metrics(run, checkpoint),
+            overwrite=overwrite,
+            notify=display.describe,
+            workers=pool,
+        )
+    return _result(config, meta)
+
+
+def _with_untrained_fields(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return the configuration with other values of fields that need no training."""
+    for name, value in changes.items():
+        if not UNTRAINED.fullmatch(name):
+            raise invalid_value(name, value, "cannot change after training", ALLOWED)
+    return with_fields(config, changes)
+
+
+def _result(config: Config, meta: Mapping[str, Any]) -> ExportResult:
+    names = [field.name for field in fields(ExportResult) if field.name in meta]
+    return ExportResult(path=str(config.paths.of("bundle")), **{name: meta[name] for name in names})

@@ -1,0 +1,73 @@
+"""Progress for people: a bar on a terminal or in a notebook, lines elsewhere, on rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def is_first_rank() -> bool:
+    """Return True if this process reports for its job: it is rank 0, or runs alone.
+
+    The modules that know the rank are slow to import, so they are asked only if they are loaded.
+    """
+    ranks = sys.modules.get("hvdrec.parallel.ranks")
+    workers = sys.modules.get("hvdrec.parallel.rank_pool")
+    return (ranks is None or bool(ranks.current().is_first)) and (
+        workers is None or bool(workers.is_first())
+    )
+
+
+def print_line(line: str) -> None:
+    """Print a line on standard error, on the first rank."""
+    if is_first_rank():
+        print(line, file=sys.stderr, flush=True)
+
+
+class ProgressDisplay:
+    """Shows the step under way and the rows that are done.
+
+    Args:
+        bar: The tqdm bar; None prints each step as a line.
+        is_silent: True if nothing is shown.
+    """
+
+    def __init__(self, bar: Any = None, *, is_silent: bool = False) -> None:
+        self._bar, self._is_silent = bar, is_silent
+
+    def describe(self, step: str) -> None:
+        """Show the name of the step that begins."""
+        if self._bar is not None:
+            self._bar.set_description(step)
+        elif not self._is_silent:
+            print_line(step)
+
+    def advance(self, rows: int) -> None:
+        """Add rows that are done."""
+        if self._bar is not None:
+            self._bar.update(rows)
+
+
+@contextmanager
+def show_progress(shown: bool = True) -> Iterator[ProgressDisplay]:
+    """Yield a display: a bar of rows on a terminal or in a notebook, else lines.
+
+    Args:
+        shown: False shows nothing.
+    """
+    if not shown or not is_first_rank():
+        yield ProgressDisplay(is_silent=True)
+    elif not can_show_bar():
+        yield ProgressDisplay()
+    else:
+        from tqdm.auto import tqdm
+
+        with tqdm(unit="row", unit_scale=True, leave=False) as bar:
+            yield ProgressDisplay(bar)
+
+
+def can_show_bar() -> bool:
+    """Return True on a terminal and in a notebook, whose standard error is not a terminal."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

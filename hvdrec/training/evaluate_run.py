@@ -1,0 +1,72 @@
+"""Evaluation of a trained run: load a checkpoint, then measure it beside the baselines.
+
+This stands in `training` because checkpoints do; `evaluation` holds the metrics.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hvdrec.config.structure import to_dict
+from hvdrec.errors import invalid_value
+from hvdrec.evaluation.evaluate import evaluate_model
+from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
+from hvdrec.evaluation.result import EvaluationResult, Split
+from hvdrec.parallel import ranks
+from hvdrec.parallel.watchdog import watched
+from hvdrec.training.checkpoint import Which, load_model, load_model_and_tables, read_config
+from hvdrec.training.machine import pick_device, set_threads
+
+__all__ = ["EvaluationResult", "evaluate"]
+
+
+def evaluate(
+    run: Path | str,
+    *,
+    split: Split = "test",
+    checkpoint: Which = "best",
+    baselines: bool = True,
+    ease_items: int = LARGEST_CATALOGUE,
+) -> EvaluationResult:
+    """Evaluate a checkpoint of a run on a split, beside the baselines.
+
+    Runs alone or on every rank of a Horovod job. The ranks share the work, and each of them
+    returns the same result.
+
+    Args:
+        run: Directory of the run.
+        split: The split to measure on.
+        checkpoint: The checkpoint with the best validation metric, or the latest one.
+        baselines: Also measure popularity, means, co-occurrence and EASE.
+        ease_items: Largest catalogue for which EASE is fitted, in items; 0: never.
+
+    Raises:
+        UserError: The run or its features cannot be read, or differ between hosts.
+    """
+    if ease_items < 0:
+        raise invalid_value("ease_items", ease_items, "must not be negative", "0 leaves EASE out")
+    world = ranks.init()
+    with watched():
+        run = Path(run)
+        config = ranks.together(lambda: read_config(run))
+        ranks.agree_on_config(to_dict(config))
+        ranks.agree_on_files(config.paths.of("features"), "evaluate the same features everywhere")
+        set_threads(config, world)
+        device = ranks.together(lambda: pick_device(config, world))
+        rows_of = None
+        if world.size == 1:
+            model, name = load_model(run, config, checkpoint)
+            model.to(device)
+        else:
+            model, tables, name = load_model_and_tables(run, config, checkpoint, device)
+            ranks.agree_on_files(run / "checkpoints" / name, "evaluate the same run everywhere")
+            rows_of = tables.rows_of
+        report = evaluate_model(
+            model,
+            config,
+            split,
+            with_baselines=baselines,
+            ease_items=ease_items,
+            rows_of=rows_of,
+        )
+    return EvaluationResult(run=str(run), checkpoint=name, **report)
