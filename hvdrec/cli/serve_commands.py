@@ -23,8 +23,8 @@ def fetch(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from hvdrec.cli.request_text import parse_allowed, parse_key, parse_scene, parse_user
     from hvdrec.scoring import Scorer
-    from hvdrec.scoring.command import parse_allowed, parse_key, parse_scene, parse_user
 
     scorer = Scorer.load(options.bundle)
     user, scene = parse_user(scorer, options.user), parse_scene(scorer, options.scene)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from hvdrec.config import Config
 from hvdrec.errors import UserError
 from hvdrec.exporting.precision import restored
-from hvdrec.scoring.index import COST, INDEX, INDEX_ROWS, IndexSearch
-from hvdrec.scoring.retrieval import ExactSearch
+from hvdrec.scoring.exact import ExactSearch
+from hvdrec.scoring.hnsw import COST, INDEX, INDEX_ROWS, HnswSearch
 
 Array = NDArray[Any]
 Notify = Callable[[str], None]
@@ -66,7 +66,7 @@ def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dic
     users, scales = _stored(draft / "users")
     chosen = np.unique(np.linspace(0, len(users) - 1, min(QUERIES, len(users))).astype(np.int64))
     queries = restored(users[chosen], None if scales is None else scales[chosen])[:, :width]
-    search = IndexSearch(draft, exact, width)
+    search = HnswSearch(draft, exact, width)
     search.use(index, rows)
     queries = np.ascontiguousarray(queries)
     recall = _tuned(index, search, exact, queries, notify)
@@ -98,7 +98,7 @@ def lengths_differ(vectors: Array) -> bool:
 
 
 def lengthened(vectors: Array) -> Array:
-    """Return vectors [n, width + 1], all as long as the longest; see `hvdrec.scoring.index`."""
+    """Return vectors [n, width + 1], all as long as the longest; see `hvdrec.scoring.hnsw`."""
     squares = np.square(vectors, dtype=np.float64).sum(axis=1)
     missing = np.sqrt(squares.max(initial=0.0) - squares)
     return np.concatenate([vectors, missing[:, None].astype(np.float32)], axis=1)
@@ -160,7 +160,7 @@ def breadth_first(links: Array, start: int) -> Array:
 
 
 def _tuned(
-    index: Any, search: IndexSearch, exact: ExactSearch, queries: Array, notify: Notify
+    index: Any, search: HnswSearch, exact: ExactSearch, queries: Array, notify: Notify
 ) -> float:
     """Set the search effort and return the recall that was measured with it."""
     at, nothing = min(AT, len(exact)), np.empty(0, dtype=np.int64)

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.errors import BundleError, ReplacedError, choices, shown
-from hvdrec.scoring.external import external_locations
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 16 << 20
@@ -98,9 +97,9 @@ class BundleInfo:
 def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
     """Read and check a bundle's manifest.
 
-    Checks kind, format, that every listed file lies in the directory with its size, and that the
-    graphs ask for no other file; with ``verify`` also the SHA-256 of each file. Links in ``path``
-    are followed once, so that all files come from one directory. Raises BundleError.
+    Checks kind, format, and that every listed file lies in the directory with its size; with
+    ``verify`` also the SHA-256 of each file. Links in ``path`` are followed once, so that all files
+    come from one directory. Raises BundleError.
     """
     try:
         path = path.resolve()
@@ -125,8 +124,6 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
             raise BundleError(f"{path}: '{name}' is missing from the bundle; export it again")
     for name, (size, _) in files.items():
         stamps[name] = _check_size(path, name, size)
-    for name in GRAPHS:
-        _check_graph(path, name, files)
     for name, (_, sha256) in files.items() if verify else ():
         _check_sum(path, name, sha256)
     return info
@@ -325,22 +322,6 @@ def _located(path: Path, name: str) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{file}: is no regular file; export the bundle again")
     return status
-
-
-def _check_graph(path: Path, name: str, files: Mapping[str, object]) -> None:
-    """Raise BundleError where a graph asks for a file that the manifest does not list."""
-    try:
-        locations = external_locations(path / name)
-    except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{path / name}: no readable graph ({_first_line(error)}); export the bundle again"
-        ) from None
-    for location in sorted(locations):
-        if location not in files:
-            raise BundleError(
-                f"{path / name}: asks for the file {shown(location)}, which the manifest does not "
-                "list; do not use this bundle"
-            )
 
 
 def _first_line(error: BaseException) -> str:

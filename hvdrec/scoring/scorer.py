@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_bundle
+from hvdrec.scoring.candidates import CandidateRetriever, Key, Recommendation
+from hvdrec.scoring.embedder import BLOCK_ROWS, Embedder
 from hvdrec.scoring.errors import (
     BundleError,
     ReplacedError,
@@ -17,11 +19,9 @@ from hvdrec.scoring.errors import (
     ScoringError,
     invalid_request,
 )
-from hvdrec.scoring.graph import ROWS, VECTORS, Graph, input_types
-from hvdrec.scoring.inputs import check_count, check_names, check_share, column, listed
-from hvdrec.scoring.recommend import Key, Recommendation, Retrieval
+from hvdrec.scoring.graph_inputs import check_count, check_names, check_share, column, listed
+from hvdrec.scoring.session import ROWS, VECTORS, GraphSession, input_types
 from hvdrec.scoring.stores.store import Store
-from hvdrec.scoring.tower import BLOCK_ROWS, Tower
 
 if TYPE_CHECKING:
     from hvdrec.scoring.watch import WatchedScorer
@@ -42,14 +42,14 @@ class Scorer:
         self, info: BundleInfo, threads: int, users: Store | None = None, items: Store | None = None
     ) -> None:
         self.info = info
-        self._users = Tower(info, "user", threads, users)
-        self._items = Tower(info, "item", threads, items)
-        self._retrieval = Retrieval(info, self._users, self._items)
+        self._users = Embedder(info, "user", threads, users)
+        self._items = Embedder(info, "item", threads, items)
+        self._retrieval = CandidateRetriever(info, self._users, self._items)
         scene = info.side("scene")
         self._scene = {field.name: field for field in scene}
         self._defaults = {field.name: _default(info, field) for field in scene}
         pairs = {"user_embedding": VECTORS, "item_embedding": VECTORS, "request": ROWS}
-        self._ranker = Graph(
+        self._ranker = GraphSession(
             info.path / "ranker.onnx",
             {**pairs, **input_types(scene)},
             "score",
@@ -80,9 +80,9 @@ class Scorer:
         info = read_bundle(Path(path), verify=verify)
         scorer = cls(info, int(threads), users, items)
         if verify:
-            from hvdrec.scoring.contents import check_contents
+            from hvdrec.scoring.verify import verify_arrays
 
-            check_contents(info)
+            verify_arrays(info)
         check_unchanged(info)
         return scorer
 

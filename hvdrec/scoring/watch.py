@@ -25,7 +25,7 @@ from hvdrec.scoring.errors import (
 )
 
 if TYPE_CHECKING:
-    from hvdrec.scoring.recommend import Key, Recommendation
+    from hvdrec.scoring.candidates import Key, Recommendation
     from hvdrec.scoring.scorer import Array, Entries, Raw, Request, Scorer
 
 LOG = logging.getLogger("hvdrec.scoring")

@@ -23,9 +23,9 @@ from hvdrec.exporting.index import (
     write_index,
 )
 from hvdrec.exporting.precision import compressed
-from hvdrec.scoring import index as indexing
-from hvdrec.scoring.index import INDEX, INDEX_ROWS, IndexSearch
-from hvdrec.scoring.retrieval import ExactSearch
+from hvdrec.scoring import hnsw
+from hvdrec.scoring.exact import ExactSearch
+from hvdrec.scoring.hnsw import INDEX, INDEX_ROWS, HnswSearch
 from tests.small_model import small_config
 
 WIDTH, NOTHING = 8, np.empty(0, dtype=np.int64)
@@ -38,7 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Threads that wait for each other on a busy machine take long, and build the same.
     """
     monkeypatch.setattr(building, "COST", 40)
-    monkeypatch.setattr(indexing, "COST", 40)
+    monkeypatch.setattr(hnsw, "COST", 40)
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     yield
@@ -70,7 +70,7 @@ def write_vectors(
 def share_found(folder: Path, at: int = 100) -> float:
     """Return how much of the best, by a full sort, the written index finds for all users."""
     items, users = (np.load(folder / side / "embeddings.npy") for side in ("items", "users"))
-    search = IndexSearch(folder, ExactSearch(items), WIDTH)
+    search = HnswSearch(folder, ExactSearch(items), WIDTH)
     search.open()
     assert search._index.ntotal == len(items)
     hits = 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdrec.scoring import Recommendation, RequestError, Scorer, tower
+from hvdrec.scoring import Recommendation, RequestError, Scorer, embedder
 from hvdrec.scoring.scorer import ALONE_ITEMS, shared_runs
 from tests.bundles import write_bundle
 
@@ -228,7 +228,7 @@ def test_many_rows_go_in_blocks(scorer: Scorer, monkeypatch: pytest.MonkeyPatch)
     rows = scorer.score_rows(users, items, {"hour": hours})
     one_scene = scorer.score("1", items, {"hour": 21})
     for block in (1, 5, 12):
-        monkeypatch.setattr(tower, "BLOCK_ROWS", block)
+        monkeypatch.setattr(embedder, "BLOCK_ROWS", block)
         monkeypatch.setattr("hvdrec.scoring.scorer.BLOCK_ROWS", block)
         np.testing.assert_allclose(
             scorer.score_rows(users, items, {"hour": hours}), rows, rtol=1e-6
@@ -260,7 +260,7 @@ def test_shared_runs_hold_each_request_once(counts: list[int]) -> None:
     runs = list(shared_runs(counts))
     assert sorted(place for run in runs for place in run) == list(range(len(counts)))
     for run in runs:
-        assert len(run) == 1 or sum(counts[place] for place in run) <= tower.BLOCK_ROWS
+        assert len(run) == 1 or sum(counts[place] for place in run) <= embedder.BLOCK_ROWS
         assert len(run) == 1 or max(counts[place] for place in run) < ALONE_ITEMS
 
 
@@ -370,7 +370,7 @@ def test_many_threads_get_what_one_gets(bundle: Path) -> None:
 
 def test_importing_scoring_brings_in_no_training_package() -> None:
     program = (
-        "import sys, hvdrec.scoring, hvdrec.scoring.command\n"
+        "import sys, hvdrec.scoring, hvdrec.scoring.watch\n"
         "tops = {name.partition('.')[0] for name in sys.modules}\n"
         "print(sorted(tops & {'torch', 'horovod', 'pyarrow', 'pandas', 'onnx', 'duckdb'}))\n"
         "own = {n for n in sys.modules if n.startswith('hvdrec.')}\n"

@@ -112,7 +112,7 @@ def set_feature(**values: Any) -> Change:
         (lambda m: m["meta"].update(tasks=[{"share": 1}]), "'name' is missing"),
         (
             lambda m: m["meta"]["schema"]["features"][6].update(default="noon"),
-            "B: default of a scene field: hour = 'noon': must be an integer, not str",
+            "B: default of a scene field: scene.hour = 'noon': must be an integer, not str",
         ),
     ],
 )
@@ -235,5 +235,5 @@ def test_a_graph_that_takes_or_gives_something_else(bundle: Path) -> None:
 
 @pytest.mark.parametrize("threads", [0, 1.5, True])
 def test_threads(bundle: Path, threads: Any) -> None:
-    with pytest.raises(RequestError, match=r"^threads = .*: must be a whole number from 1$"):
+    with pytest.raises(RequestError, match=r"^threads = .*: must be an integer of at least 1$"):
         Scorer.load(bundle, threads=threads)

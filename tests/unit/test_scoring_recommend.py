@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdrec.scoring import BundleError, Recommendation, RequestError, Scorer
-from hvdrec.scoring.catalogue import Titles
 from hvdrec.scoring.diversity import diversified
+from hvdrec.scoring.item_data import Titles
 from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 

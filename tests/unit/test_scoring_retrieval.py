@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec.exporting.precision import compressed, restored
-from hvdrec.scoring import index as indexing
-from hvdrec.scoring import retrieval
+from hvdrec.scoring import exact as exact_module
+from hvdrec.scoring import hnsw
 from hvdrec.scoring.bundle import stamp_of
 from hvdrec.scoring.errors import BundleError, ReplacedError
-from hvdrec.scoring.index import IndexSearch
-from hvdrec.scoring.retrieval import ExactSearch, Search, inner_products
+from hvdrec.scoring.exact import ExactSearch, ItemSearch, inner_products
+from hvdrec.scoring.hnsw import HnswSearch
 
 NOTHING = np.empty(0, dtype=np.int64)
 KINDS = ["float32", "float16", "int8"]
@@ -64,8 +64,8 @@ def test_exact_search(
     scales = np.full(len(exact), 0.5, np.float32) if kind == "int8" else None
     scores = exact[:, :2] @ np.array(query) * (0.5 if kind == "int8" else 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "BLOCK_ROWS", block)
-        patch.setattr(retrieval, "GROUP_ROWS", 4)
+        patch.setattr(exact_module, "BLOCK_ROWS", block)
+        patch.setattr(exact_module, "GROUP_ROWS", 4)
         search = ExactSearch(exact.astype(kind), scales)
         rows, found = search.search(np.array(query, np.float32), count, rows_out, mask)
     assert rows.tolist() == expected_rows(scores, count, rows_out, mask)
@@ -147,14 +147,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """The index is asked even where going through all vectors would be quicker."""
-    monkeypatch.setattr(indexing, "COST", 0)
+    monkeypatch.setattr(hnsw, "COST", 0)
 
 
-def search_of(path: Path) -> IndexSearch:
-    return IndexSearch(path, ExactSearch(VECTORS), WIDTH)
+def search_of(path: Path) -> HnswSearch:
+    return HnswSearch(path, ExactSearch(VECTORS), WIDTH)
 
 
-def share_found(search: Search, count: int = COUNT) -> float:
+def share_found(search: ItemSearch, count: int = COUNT) -> float:
     exact = ExactSearch(VECTORS)
     hits = [
         len(np.intersect1d(search.search(q, count, NOTHING)[0], exact.search(q, count, NOTHING)[0]))
@@ -208,7 +208,7 @@ def test_few_items_are_gone_through_without_the_index(
     search.open()
     asked: list[int] = []
     index = search._index.search
-    monkeypatch.setattr(indexing, "COST", 40)
+    monkeypatch.setattr(hnsw, "COST", 40)
     monkeypatch.setattr(
         search._index, "search", lambda *a, **b: (asked.append(a[1]), index(*a, **b))[1]
     )
@@ -306,8 +306,8 @@ def test_an_index_that_was_replaced_after_the_bundle_was_loaded(
 ) -> None:
     copy = Path(shutil.copytree(path, tmp_path / "b"))
     stamps = {name: stamp_of((copy / name).stat())}
-    IndexSearch(copy, ExactSearch(VECTORS), WIDTH, stamps=stamps).open()
+    HnswSearch(copy, ExactSearch(VECTORS), WIDTH, stamps=stamps).open()
     (tmp_path / "new").write_bytes((copy / name).read_bytes())
     (tmp_path / "new").rename(copy / name)
     with pytest.raises(ReplacedError, match=f"{name}: was replaced after the bundle was loaded"):
-        IndexSearch(copy, ExactSearch(VECTORS), WIDTH, stamps=stamps).open()
+        HnswSearch(copy, ExactSearch(VECTORS), WIDTH, stamps=stamps).open()

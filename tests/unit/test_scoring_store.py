@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec.scoring.bundle import BundleInfo
-from hvdrec.scoring.retrieval import inner_products, largest
+from hvdrec.scoring.exact import inner_products, largest
 from hvdrec.scoring.stores import store
 from hvdrec.scoring.stores.store import EmbeddingStore
 
@@ -107,13 +107,13 @@ def test_largest(scores: list[int], count: int, excluded: list[int], group: int)
     allowed = [row for row in range(len(scores)) if row not in excluded]
     best = sorted(allowed, key=lambda row: (-scores[row], row))[:count]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvdrec.scoring.retrieval.GROUP_ROWS", group)
+        patch.setattr("hvdrec.scoring.exact.GROUP_ROWS", group)
         found = largest(np.array(scores, np.float32), count, np.array(excluded, np.int64))
     assert found.tolist() == sorted(best)
 
 
 def test_inner_products_are_of_the_first_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvdrec.scoring.retrieval.BLOCK_ROWS", 2)
+    monkeypatch.setattr("hvdrec.scoring.exact.BLOCK_ROWS", 2)
     vectors = np.array([[1, 2, 9], [3, 4, 9], [5, 6, 9]], dtype=np.float32)
     found = inner_products(vectors, np.array([1, 10], dtype=np.float32))
     assert found.tolist() == [21.0, 43.0, 65.0]

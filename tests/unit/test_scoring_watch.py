@@ -18,8 +18,7 @@ import numpy as np
 import onnx
 import pytest
 
-from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError, watch
-from hvdrec.scoring import contents as contents_module
+from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError, verify, watch
 from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.errors import ReplacedError
 from hvdrec.scoring.watch import WatchedScorer
@@ -339,24 +338,24 @@ def test_a_bundle_replaced_while_it_is_read_is_no_mixture(
     """Half of the files are read before another bundle takes the place, half behind it."""
     from hvdrec.scoring import scorer as module
 
-    plain = module.Graph
+    plain = module.GraphSession
 
     def replacing(*arguments: Any) -> Any:
-        monkeypatch.setattr(module, "Graph", plain)
+        monkeypatch.setattr(module, "GraphSession", plain)
         put(other, path)
         return plain(*arguments)
 
-    monkeypatch.setattr(module, "Graph", replacing)
+    monkeypatch.setattr(module, "GraphSession", replacing)
     with pytest.raises(ReplacedError, match=r"was replaced while the bundle was read"):
         Scorer.load(path)
     assert answers(Scorer.load(path)) == answers(Scorer.load(other))
 
     put(ours, path)
-    monkeypatch.setattr(module, "Graph", replacing)
+    monkeypatch.setattr(module, "GraphSession", replacing)
     with Scorer.watch(path, interval=NEVER) as watched:  # loads again by itself
         assert answers(watched) == answers(Scorer.load(other))
         put(ours, path)
-        monkeypatch.setattr(module, "Graph", replacing)
+        monkeypatch.setattr(module, "GraphSession", replacing)
         assert not watched.look()
         assert watched.last_error is None
         assert watched.look()
@@ -369,27 +368,27 @@ def test_a_link_pointed_elsewhere_while_it_is_followed(
     """All files come from the directory that the link led to when reading began."""
     from hvdrec.scoring import scorer as module
 
-    link, plain = tmp_path / "current", module.Graph
+    link, plain = tmp_path / "current", module.GraphSession
     point(link, ours)
 
     def pointing(*arguments: Any) -> Any:
         point(link, other)
         return plain(*arguments)
 
-    monkeypatch.setattr(module, "Graph", pointing)
+    monkeypatch.setattr(module, "GraphSession", pointing)
     assert answers(Scorer.load(link)) == answers(Scorer.load(ours))
 
 
 def test_one_look_at_a_time(path: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     with Scorer.watch(path, interval=NEVER) as watched:
-        plain = contents_module.check_contents
+        plain = verify.verify_arrays
 
         def looking(info: Any) -> None:
             seen.append(watched.look())
             plain(info)
 
-        monkeypatch.setattr(contents_module, "check_contents", looking)
+        monkeypatch.setattr(verify, "verify_arrays", looking)
         put(other, path)
         assert watched.look()
     assert seen == [False]

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo, check_unchanged, read_bundle
-from hvdrec.scoring.contents import check_contents
 from hvdrec.scoring.errors import StoreError, shown
 from hvdrec.scoring.stores.redis.layout import (
     BUCKET_ROWS,
@@ -41,6 +40,7 @@ from hvdrec.scoring.stores.redis.layout import (
 from hvdrec.scoring.stores.redis.server import Command, RedisServer, WatchError
 from hvdrec.scoring.stores.redis.versions import not_whole
 from hvdrec.scoring.stores.store import EmbeddingStore
+from hvdrec.scoring.verify import verify_arrays
 
 Array = NDArray[Any]
 LEASE_SECONDS = 900.0
@@ -97,7 +97,7 @@ def publish(
         side: EmbeddingStore(info, side, width)
         for side, width in zip(SIDES, (info.user_width, info.item_width), strict=True)
     }
-    check_contents(info)
+    verify_arrays(info)
     check_unchanged(info)
     now = time.gmtime()
     version = VersionInfo(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.errors import RequestError, StoreError, choices, shown
-from hvdrec.scoring.inputs import key_value
+from hvdrec.scoring.graph_inputs import key_value
 from hvdrec.scoring.stores.redis.layout import (
     MARK,
     PREFIX,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import ARGUMENTS, BundleInfo, Field
 from hvdrec.scoring.errors import BundleError
-from hvdrec.scoring.graph import Graph, input_types
-from hvdrec.scoring.inputs import MISSING, check_names, key_value, rows_to_inputs
+from hvdrec.scoring.graph_inputs import MISSING, check_names, key_value, rows_to_inputs
+from hvdrec.scoring.session import GraphSession, input_types
 from hvdrec.scoring.stores.store import EmbeddingStore, Store
 
 Array = NDArray[Any]
@@ -19,7 +19,7 @@ BLOCK_ROWS = 4096
 MadeOf = Literal["stored", "features", "nothing"]
 
 
-class Tower:
+class Embedder:
     """Embeds users or items, given by key or by raw features."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Tower:
                     f"feature '{field.name}' is of type {field.dtype}; export the bundle again"
                 )
         file = info.path / f"{side}_tower.onnx"
-        self.graph = Graph(file, input_types(self._fields), "embedding", threads)
+        self.graph = GraphSession(file, input_types(self._fields), "embedding", threads)
 
     def embed(self, entries: Sequence[Any]) -> Array:
         """Return embeddings, float32 [n, width], of keys or mappings of raw features.

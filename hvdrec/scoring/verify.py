@@ -15,7 +15,7 @@ Array = NDArray[Any]
 BLOCK_ROWS = 1 << 18
 
 
-def check_contents(info: BundleInfo) -> None:
+def verify_arrays(info: BundleInfo) -> None:
     """Read every array of a bundle; BundleError where one holds what no exporter writes.
 
     Keys must ascend, each once, and strings be UTF-8: the search for a key relies on it. Numbers

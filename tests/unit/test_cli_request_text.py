@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hvdrec.cli.request_text import parse_key, parse_scene, parse_user
 from hvdrec.scoring import RequestError, Scorer
-from hvdrec.scoring.command import parse_key, parse_scene, parse_user
 from tests.bundles import write_bundle
 
 

@@ -16,7 +16,7 @@ SPARSE = 2
 """Up to a share of 1 in so many, allowed rows are gathered; above, all rows are gone through."""
 
 
-class Search(Protocol):
+class ItemSearch(Protocol):
     """Finds the items nearest to a user."""
 
     @property
@@ -51,7 +51,7 @@ class ExactSearch:
     def search(
         self, query: Array, count: int, excluded: Array, allowed: Array | None = None
     ) -> tuple[Array, Array]:
-        """Return the rows of the ``count`` largest inner products; see `Search.search`."""
+        """Return the rows of the ``count`` largest inner products; see `ItemSearch.search`."""
         if allowed is None:
             scores = self.products(query)
             rows = largest(scores, count, excluded)

@@ -1,6 +1,6 @@
 """Approximate retrieval: a graph of near neighbours (HNSW) that is walked towards the user.
 
-Malkov and Yashunin: Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical
+Malkov and Yashunin: Efficient and Robust Approximate Nearest Neighbor ItemSearch Using Hierarchical
 Navigable Small World Graphs, 2016; built and read by faiss, which the extra ``index`` installs.
 Its vectors are int8, to find their neighbourhood: what it finds is scored with the bundle's own
 embeddings. Where lengths differ, the walk does not lead to the largest inner products, but to the
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import Stamp, read_array, stamp_of
 from hvdrec.scoring.errors import BundleError, ReplacedError
-from hvdrec.scoring.retrieval import ExactSearch, largest, remaining
+from hvdrec.scoring.exact import ExactSearch, largest, remaining
 
 Array = NDArray[Any]
 INDEX = "items/index.faiss"
@@ -33,8 +33,8 @@ SPARE = 1.5
 """What is asked of the index beyond the expected number where only some items are allowed."""
 
 
-class IndexSearch:
-    """Retrieval over a bundle's index, and over all its vectors where that is quicker or better.
+class HnswSearch:
+    """Search over a bundle's index, and over all its vectors where that is quicker or better.
 
     Safe from many threads. Without faiss all is searched exactly, after a warning.
     """
@@ -82,7 +82,7 @@ class IndexSearch:
     def search(
         self, query: Array, count: int, excluded: Array, allowed: Array | None = None
     ) -> tuple[Array, Array]:
-        """Return rows near a query and their inner products; see `Search.search`.
+        """Return rows near a query and their inner products; see `ItemSearch.search`.
 
         What the index gives beyond what is excluded or not allowed is enough, or else the rows that
         are left are all gone through: a filter loses no item.

@@ -20,7 +20,7 @@ from hvdrec.scoring.errors import (
     invalid_request,
     unknown_field,
 )
-from hvdrec.scoring.inputs import WANTED, check_names, listed
+from hvdrec.scoring.graph_inputs import WANTED, check_names, listed
 
 Array = NDArray[Any]
 FILTERS = "items/filters"
@@ -28,7 +28,7 @@ SHOWN_VALUES = 20
 """So many of a filter's values stand in an error's line."""
 
 
-class Catalogue:
+class ItemData:
     """Items' titles, popularity, trending counts and filters, and what users have seen."""
 
     def __init__(self, info: BundleInfo, users: int, items: int) -> None:
@@ -45,9 +45,11 @@ class Catalogue:
             for field in info.side("item")
             if info.holds(f"{FILTERS}/{field.name}/values.npy")
         }
-        self._seen: Lists | None = None
+        self._seen: RowLists | None = None
         if info.holds("users/seen_offsets.npy"):
-            self._seen = Lists(info, "users/seen_offsets.npy", "users/seen_rows.npy", users, items)
+            self._seen = RowLists(
+                info, "users/seen_offsets.npy", "users/seen_rows.npy", users, items
+            )
         self._orders: dict[str, Array] = {}
 
     def popularity(self) -> Array:
@@ -175,7 +177,7 @@ class Titles:
         )
 
 
-class Lists:
+class RowLists:
     """Rows of items in lists, one behind the other: offsets int64 [lists + 1] and rows int32."""
 
     def __init__(self, info: BundleInfo, offsets: str, rows: str, lists: int, items: int) -> None:
@@ -232,7 +234,7 @@ class Postings:
                 raise BundleError(
                     f"{info.path}: '{name}' is missing from the bundle; export it again"
                 )
-        self._lists = Lists(info, *names, len(self._values), items)
+        self._lists = RowLists(info, *names, len(self._values), items)
 
     def values(self, count: int | None = None) -> list[str | int]:
         """Return the values that items have, the first ``count`` of them in ascending order."""

@@ -21,7 +21,7 @@ ROWS = "tensor(int64)"
 LARGE_BYTES = 8 << 20
 
 
-class Graph:
+class GraphSession:
     """A graph with outputs of rows; `run` is safe from many threads at once.
 
     A large file is opened by the first run, or by `open`: its vocabularies take long to load.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdrec.scoring.bundle import Field
+from hvdrec.scoring.candidates import Key
 from hvdrec.scoring.errors import invalid_request, unknown_field
-from hvdrec.scoring.recommend import Key
 from hvdrec.scoring.scorer import Raw, Scorer
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdrec.scoring import BundleError, contents
+from hvdrec.scoring import BundleError, verify
 from hvdrec.scoring.bundle import read_bundle
-from hvdrec.scoring.contents import check_contents
+from hvdrec.scoring.verify import verify_arrays
 from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
@@ -44,14 +44,14 @@ def write(bundle: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def check(bundle: Path) -> None:
-    check_contents(read_bundle(bundle, verify=True))
+    verify_arrays(read_bundle(bundle, verify=True))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 1 << 18])
 def test_a_whole_bundle_passes_in_blocks_of_any_size(
     bundle: Path, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contents, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(verify, "BLOCK_ROWS", rows)
     write(bundle, WHOLE)
     check(bundle)
 
@@ -118,7 +118,7 @@ def test_one_of_two_that_belong_together_is_missing(bundle: Path, name: str) -> 
 def test_keys_are_compared_across_blocks(
     bundle: Path, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contents, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(verify, "BLOCK_ROWS", rows)
     for keys in ([b"10", b"10", b"30", b"40"], [b"10", b"30", b"20", b"40"]):
         write(bundle, {"items/keys.npy": np.array(keys)})
         with pytest.raises(BundleError, match=r"items/keys.npy: does not hold keys in ascending"):

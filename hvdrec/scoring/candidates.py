@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo
-from hvdrec.scoring.catalogue import Catalogue
 from hvdrec.scoring.diversity import diversified
+from hvdrec.scoring.embedder import Embedder
 from hvdrec.scoring.errors import invalid_request
-from hvdrec.scoring.index import INDEX, IndexSearch
-from hvdrec.scoring.inputs import listed
-from hvdrec.scoring.retrieval import ExactSearch, Search
-from hvdrec.scoring.tower import Tower
+from hvdrec.scoring.exact import ExactSearch, ItemSearch
+from hvdrec.scoring.graph_inputs import listed
+from hvdrec.scoring.hnsw import INDEX, HnswSearch
+from hvdrec.scoring.item_data import ItemData
 
 Array = NDArray[Any]
 Key = str | int
@@ -65,17 +65,17 @@ class Candidates:
         return np.argsort(-scores, kind="stable")[:k]
 
 
-class Retrieval:
+class CandidateRetriever:
     """Chooses candidates from a bundle's catalogue; safe to share between threads."""
 
-    def __init__(self, info: BundleInfo, users: Tower, items: Tower) -> None:
+    def __init__(self, info: BundleInfo, users: Embedder, items: Embedder) -> None:
         self._users, self._items = users, items
         self._width = info.retrieval_width
-        self.catalogue = Catalogue(info, len(users.store), len(items.store))
+        self.catalogue = ItemData(info, len(users.store), len(items.store))
         exact = ExactSearch(items.store.embeddings, items.store.scales)
-        self.search: Search = exact
+        self.search: ItemSearch = exact
         if self._width and info.holds(INDEX):
-            self.search = IndexSearch(info.path, exact, self._width, stamps=info.stamps)
+            self.search = HnswSearch(info.path, exact, self._width, stamps=info.stamps)
 
     def open(self) -> None:
         """Open what the first requests would wait for."""

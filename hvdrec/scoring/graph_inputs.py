@@ -1,7 +1,7 @@
 """Raw values of requests as the arrays that the graphs take.
 
 A missing value is None or NaN and enters a graph as "" among strings, -2**63 among integers, NaN
-among floats. Lists are padded with it, on the right; sequences on the left.
+among floats. RowLists are padded with it, on the right; sequences on the left.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def rows_to_inputs(fields: Sequence[Field], rows: Sequence[Mapping[str, Any]]) -
 def column(field: Field, values: Sequence[Any]) -> Array:
     """Return one field's values as an array [N], or [N, L] for lists.
 
-    Strings come as an object array, integers as int64, floats as float64. Lists are cut to what
+    Strings come as an object array, integers as int64, floats as float64. RowLists are cut to what
     counts. Raises RequestError for a value of the wrong type.
     """
     if not field.is_list:
