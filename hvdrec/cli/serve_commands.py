@@ -14,9 +14,9 @@ from hvdrec.errors import UserError
 
 def fetch(options: argparse.Namespace, rest: list[str]) -> Answer:
     from hvdrec.storage.artifacts import fetch_artifact
-    from hvdrec.storage.urls import place
+    from hvdrec.storage.urls import as_location
 
-    source, to = place(options.source), options.to
+    source, to = as_location(options.source), options.to
     is_new = fetch_artifact(source, to, "bundle", overwrite=options.overwrite)
     facts = {"path": str(to), "source": str(source), "fetched": is_new}
     return Answer(facts, f"wrote {to}" if is_new else f"{to}: holds this bundle already")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from hvdrec.config.schema import Pooling
-from hvdrec.storage.urls import Place, place
+from hvdrec.storage.urls import Location, as_location
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Paths:
     def of(self, stage: Literal["samples", "run"]) -> Path: ...
 
     @overload
-    def of(self, stage: Literal["features", "bundle"]) -> Place: ...
+    def of(self, stage: Literal["features", "bundle"]) -> Location: ...
 
-    def of(self, stage: Literal["samples", "features", "run", "bundle"]) -> Place:
+    def of(self, stage: Literal["samples", "features", "run", "bundle"]) -> Location:
         """Return the place of a stage."""
-        return place(getattr(self, stage) or str(Path(self.work) / stage))
+        return as_location(getattr(self, stage) or str(Path(self.work) / stage))
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Shards to batches: which rank reads which rows when."""
+"""Encoded shards to training batches: epoch plans, Parquet reading, collation and the loader."""

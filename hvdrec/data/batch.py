@@ -1,4 +1,4 @@
-"""Rows as tensors, as the loader delivers and training takes them."""
+"""The batch of tensors that the loader delivers and training consumes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors; behind the first `rows` rows there is padding of weight zero.
+    """N rows as tensors: `rows` data rows, then padding rows that are zero in every column.
 
-    features: name -> int32 codes [N] or [N, max_length] (0 pads), or float32 [N]; user_index,
-    item_index: int64 [N]; label, weight: float32 [N]; tasks: float32 [N, T] of further labels, NaN
-    where a row tells nothing, or None where none are read. Padding rows are zero everywhere.
+    Attributes:
+        features: Per feature, integer codes [N] or [N, max_length] (0 pads), or float32 [N].
+        user_index: Row numbers in the users table, int64 [N].
+        item_index: Row numbers in the items table, int64 [N].
+        label: float32 [N].
+        weight: float32 [N]; 0 for padding.
+        rows: The number of data rows.
+        tasks: Labels of T tasks, float32 [N, T], NaN where unknown; None if there are no tasks.
     """
 
     features: dict[str, Tensor]
@@ -27,27 +32,27 @@ class Batch:
     tasks: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
-        """Return some of the rows."""
-        part = self._each(lambda tensor: tensor[start:stop])
+        """Return rows [start, stop)."""
+        part = self._map(lambda tensor: tensor[start:stop])
         return replace(part, rows=max(0, min(stop, self.rows) - start))
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; from pinned memory the copy does not wait."""
+        """Return the batch on a device; copies from pinned memory are asynchronous."""
         if device.type == "cpu":
             return self
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        """Return a copy of the batch in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            {name: change(tensor) for name, tensor in self.features.items()},
-            change(self.user_index),
-            change(self.item_index),
-            change(self.label),
-            change(self.weight),
+            {name: function(tensor) for name, tensor in self.features.items()},
+            function(self.user_index),
+            function(self.item_index),
+            function(self.label),
+            function(self.weight),
             self.rows,
-            None if self.tasks is None else change(self.tasks),
+            None if self.tasks is None else function(self.tasks),
         )

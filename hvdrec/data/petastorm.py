@@ -1,8 +1,8 @@
-"""Petastorm, told exactly which row groups to read in which order.
+"""Reading planned row groups with Petastorm, in a given order.
 
-Petastorm deals out whole row groups by itself, turns lists into Python objects row by row, and
-opens a file twice for each row group. Here it gets a worker class of its own kind, which hands on
-Arrow tables, and a reader that takes the row groups it is given, never too many ahead.
+Stock Petastorm chooses the order of row groups itself, converts lists to Python objects row by row,
+and opens a file twice per row group. Its subclasses here publish Arrow tables in the planned order
+and limit how many row groups are read ahead.
 """
 
 from __future__ import annotations
@@ -28,72 +28,186 @@ from petastorm.workers_pool import EmptyResultError, thread_pool
 from petastorm.workers_pool.thread_pool import ThreadPool
 from petastorm.workers_pool.ventilator import ConcurrentVentilator
 
-from hvdrec.errors import UserError, choices
-from hvdrec.storage.urls import Place, open_in, parquet_files, read_metadata, retried
+from hvdrec.errors import UserError, choices, invalid_file, invalid_value
+from hvdrec.storage.urls import Location, open_unbuffered, parquet_files, read_metadata, retried
 
-# Petastorm calls what its pinned pyarrow has deprecated; it can do nothing about that, nor can we.
+# Petastorm calls functions that its pinned pyarrow deprecates; neither side can be changed here.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
 
-# Its idle threads look for work a thousand times a second, on the cores that train: a step of 40 ms
-# was interrupted 100 times. Here they are woken instead, and this is how long they sleep at most.
+# Idle Petastorm threads poll 1,000 times a second on the cores that train, which interrupted a step
+# of 40 ms 100 times. Here the ventilator wakes them, so this is only the longest sleep in seconds.
 thread_pool.IO_TIMEOUT_INTERVAL_S = 0.1
 
 RowGroup = tuple[str, int]
-
-
-class _ResultReader:
-    """Takes a worker's results, (row group, Arrow table or error), as they are."""
-
-    batched_output = True
-
-    def read_next(self, pool: Any, schema: Any, ngram: Any) -> Any:
-        try:
-            return pool.get_results()
-        except EmptyResultError:
-            raise StopIteration from None
+"""Path of a shard in its file system, and index of a row group in it."""
+REMEDY = "run hvdrec prepare again"
 
 
 class RowGroupCache:
-    """Petastorm's local disk cache of row groups, which the ranks of a host may share.
+    """Petastorm's cache of row groups on a local disk, shared by the ranks of a host.
 
-    versions: path of a shard -> what changes with its contents. Row groups are kept as Arrow
-    streams: the cache unpickles nothing that hvdrec wrote. Raises UserError for a directory that
-    cannot be used.
+    Row groups are stored as Arrow streams, so nothing that hvdrec wrote is unpickled.
     """
 
     def __init__(self, directory: Path, size_bytes: int, versions: Mapping[str, str]) -> None:
+        """Create or open the cache.
+
+        Args:
+            directory: Directory that only this user may write to.
+            size_bytes: Size above which the oldest row groups are evicted.
+            versions: Path of a shard -> text that changes with its contents.
+
+        Raises:
+            UserError: The directory cannot be used.
+        """
         self._versions = versions
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._kept = LocalDiskCache(str(directory), size_bytes, expected_row_size_bytes=0)
+            self._cache = LocalDiskCache(str(directory), size_bytes, expected_row_size_bytes=0)
         except (OSError, sqlite3.Error) as error:
-            raise UserError(
-                f"loader.cache_dir = '{directory}': cannot be used ({error}); name a directory on "
-                "a disk of this host that you may write"
+            raise invalid_value(
+                "loader.cache_dir",
+                str(directory),
+                f"cannot be used ({error})",
+                "name a writable directory on a local disk",
             ) from None
 
     def get(
         self, file: str, group: int, columns: Sequence[str], read: Callable[[], pa.Table]
     ) -> pa.Table:
-        """Return a row group as it is kept, or else read it and keep it."""
+        """Return a row group from the cache; on a miss, read it and store it."""
         text = json.dumps([file, self._versions[file], group, sorted(columns)])
         key = hashlib.sha256(text.encode()).hexdigest()
 
-        def fill() -> bytes:
+        def serialize() -> bytes:
             sink = pa.BufferOutputStream()
             table = read()
             with pa.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table)
             return bytes(sink.getvalue().to_pybytes())
 
-        with pa.ipc.open_stream(self._kept.get(key, fill)) as stream:
+        with pa.ipc.open_stream(self._cache.get(key, serialize)) as stream:
             return stream.read_all()
 
 
-class _StoreFiles(legacy.FileSystem):  # type: ignore[misc] # pyarrow is untyped
-    """What Petastorm asks of a file system, of the old kind: its pyarrow takes no other from it.
+@dataclass(frozen=True)
+class ShardStore:
+    """Where shards are read from.
 
-    It raises where the store does not answer, which fsspec's own isfile takes for an absent file.
+    Attributes:
+        filesystem: An fsspec file system; None for the local one.
+        cache: Local cache of row groups, if there is one.
+    """
+
+    filesystem: Any = None
+    cache: RowGroupCache | None = None
+
+
+def find_shards(directory: Location) -> dict[str, Location]:
+    """Map the path of each shard in its file system to its location, ordered by name."""
+    if not directory.is_dir():
+        raise invalid_file(directory, "no such directory", "run hvdrec prepare")
+    files = parquet_files(directory)
+    if not files:
+        raise invalid_file(directory, "contains no shards", "run hvdrec prepare")
+    return {str(f.resolve()) if isinstance(f, Path) else f.path: f for f in files}
+
+
+def list_row_groups(
+    files: Mapping[str, Location], columns: Sequence[str]
+) -> tuple[list[RowGroup], list[int]]:
+    """List the row groups of all shards, in order, and their numbers of rows.
+
+    Raises:
+        UserError: A shard is not a Parquet file or lacks one of the columns.
+    """
+    groups: list[RowGroup] = []
+    rows: list[int] = []
+    for path, file in files.items():
+        try:
+            metadata = read_metadata(file)
+        except (OSError, pa.ArrowException) as error:
+            raise invalid_file(
+                file, f"not a readable Parquet file ({_one_line(error)})", REMEDY
+            ) from None
+        names = metadata.schema.to_arrow_schema().names
+        for column in columns:
+            if column not in names:
+                problem = f"column '{column}' is missing; the shard has {choices(names)}"
+                raise invalid_file(file, problem, REMEDY)
+        for index in range(metadata.num_row_groups):
+            groups.append((path, index))
+            rows.append(metadata.row_group(index).num_rows)
+    return groups, rows
+
+
+def read_row_groups(
+    planned: Sequence[RowGroup],
+    columns: Sequence[str],
+    workers: int,
+    stopped: threading.Event,
+    store: ShardStore | None = None,
+) -> Generator[pa.Table, None, None]:
+    """Yield the tables of row groups in the planned order, read ahead by worker threads.
+
+    Reads from a remote store are retried, see `storage.urls.retried`.
+
+    Args:
+        planned: Row groups, each with at least one row; repetitions are allowed.
+        columns: Columns to read.
+        workers: Number of reading threads.
+        stopped: Event that ends the reader; closing the generator does, too.
+        store: Where the shards are; None for the local file system without a cache.
+
+    Raises:
+        UserError: A row group cannot be read.
+    """
+    ahead = workers + 2
+    store = store or ShardStore()
+    files = list(dict.fromkeys(file for file, _ in planned))
+    # Petastorm constructs the workers and passes them only its own arguments.
+    worker = type("_Worker", (_Worker,), {"store": store, "stopped": stopped})
+
+    # Paths are passed without a URL, which a '#' or '?' in them would cut short.
+    filesystem, _ = get_filesystem_and_path_or_paths("file:///")
+    if store.filesystem is not None:
+        filesystem = _LegacyFileSystem(store.filesystem)
+
+    def open_reader() -> _PlannedReader:
+        return _PlannedReader(
+            planned,
+            ahead,
+            filesystem,
+            files,
+            schema_fields=[f"^{column}$" for column in columns],
+            worker_class=worker,
+            # At most `ahead` row groups are out, so an unbounded queue never grows beyond that.
+            reader_pool=ThreadPool(workers, results_queue_size=0),
+            shuffle_row_groups=False,
+            num_epochs=1,
+            is_batched_reader=True,
+        )
+
+    with retried(open_reader, f"{files[0]} and others", stopped=stopped) as reader:
+        # Workers finish in any order: hold early results until their turn.
+        early: dict[int, list[pa.Table | Exception]] = {}
+        for index in reader.indices:
+            while not early.get(index):
+                if stopped.is_set():
+                    return
+                finished, result = next(reader)
+                early.setdefault(finished, []).append(result)
+            result = early[index].pop()
+            reader.ventilator.ventilate_next()
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+
+class _LegacyFileSystem(legacy.FileSystem):  # type: ignore[misc] # pyarrow is untyped
+    """The part of pyarrow's legacy file system interface that Petastorm calls, over fsspec.
+
+    It raises if the store does not respond; fsspec's own isfile would report an absent file.
     """
 
     def __init__(self, filesystem: Any) -> None:
@@ -106,31 +220,35 @@ class _StoreFiles(legacy.FileSystem):  # type: ignore[misc] # pyarrow is untyped
         return not self.isfile(path)
 
     def open(self, path: str, mode: str = "rb") -> Any:
-        return open_in(self._filesystem, path)
+        return open_unbuffered(self._filesystem, path)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where shards lie: a file system of fsspec's, or None for this machine's directories."""
+class _ResultReader:
+    """Passes on the results of workers, (row group, Arrow table or error), unchanged."""
 
-    filesystem: Any = None
-    cache: RowGroupCache | None = None
+    batched_output = True
+
+    def read_next(self, pool: Any, schema: Any, ngram: Any) -> Any:
+        try:
+            return pool.get_results()
+        except EmptyResultError:
+            raise StopIteration from None
 
 
 class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
-    """Reads a row group and hands on its place among all, with an Arrow table or an error."""
+    """Reads a row group and publishes its index with an Arrow table or an error."""
 
     publish_func: Any
-    source: Source
+    store: ShardStore
     stopped: threading.Event
 
     @staticmethod
     def new_results_queue_reader() -> _ResultReader:
         return _ResultReader()
 
-    def process(self, piece_index: int | None, *ignored: Any, **also_ignored: Any) -> None:
+    def process(self, piece_index: int | None, *_: Any, **__: Any) -> None:
         if piece_index is None:
-            return  # woken to see that the reader has stopped
+            return  # woken up to notice that the reader has stopped
         piece = self._split_pieces[piece_index]
         columns = list(self._schema.fields)
         result: pa.Table | Exception
@@ -138,43 +256,38 @@ class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
         def read() -> pa.Table:
             return retried(lambda: self._read(piece, columns), piece.path, stopped=self.stopped)
 
+        # Petastorm would print a raised exception and deliver it out of turn.
         try:
-            cache = self.source.cache
-            result = (
-                read() if cache is None else cache.get(piece.path, piece.row_group, columns, read)
-            )
+            cache = self.store.cache
+            result = cache.get(piece.path, piece.row_group, columns, read) if cache else read()
         except UserError as error:
             result = error
         except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            result = UserError(
-                f"{piece.path}: row group {piece.row_group} cannot be read ({reason}); "
-                "run hvdrec prepare again"
-            )
+            problem = f"row group {piece.row_group} cannot be read ({_one_line(error)})"
+            result = invalid_file(piece.path, problem, REMEDY)
         except Exception as error:
             result = error
-        # An exception would be printed by Petastorm, and raised before its turn.
         self.publish_func((piece_index, result))
 
     def _read(self, piece: Any, columns: list[str]) -> pa.Table:
-        if self.source.filesystem is None:
+        if self.store.filesystem is None:
             with pq.ParquetFile(piece.path) as file:
                 return file.read_row_group(piece.row_group, columns=columns, use_threads=False)
         with (
-            open_in(self.source.filesystem, piece.path) as opened,
+            open_unbuffered(self.store.filesystem, piece.path) as opened,
             pq.ParquetFile(opened, pre_buffer=True) as file,
         ):
             return file.read_row_group(piece.row_group, columns=columns, use_threads=False)
 
 
 class _Ventilator(ConcurrentVentilator):  # type: ignore[misc] # petastorm is untyped
-    """Gives workers the next row group whenever one was delivered in order, without a thread."""
+    """Hands out the next row group whenever one is delivered, without a thread of its own."""
 
     def start(self) -> None:
         for _ in range(self._max_ventilation_queue_size):
-            self.give_next()
+            self.ventilate_next()
 
-    def give_next(self) -> None:
+    def ventilate_next(self) -> None:
         if not self.completed():
             self._ventilate_fn(**self._items_to_ventilate[self._current_item_to_ventilate])
             self._current_item_to_ventilate += 1
@@ -183,7 +296,7 @@ class _Ventilator(ConcurrentVentilator):  # type: ignore[misc] # petastorm is un
 
 
 class _PlannedReader(Reader):  # type: ignore[misc] # petastorm is untyped
-    """Reads the planned row groups in the planned order, at most `ahead` of them ahead."""
+    """Reads planned row groups in order, at most `ahead` of them ahead of the consumer."""
 
     def __init__(self, planned: Sequence[RowGroup], ahead: int, *args: Any, **kwargs: Any) -> None:
         self._planned, self._ahead = planned, ahead
@@ -191,13 +304,13 @@ class _PlannedReader(Reader):  # type: ignore[misc] # petastorm is untyped
         super().__init__(*args, **kwargs)
 
     def _filter_row_groups(
-        self, dataset: Any, row_groups: Sequence[Any], *ignored: Any
+        self, dataset: Any, row_groups: Sequence[Any], *_: Any
     ) -> tuple[list[int], None]:
-        place = {(piece.path, piece.row_group): i for i, piece in enumerate(row_groups)}
-        self.indices = [place[group] for group in self._planned]
+        index = {(piece.path, piece.row_group): i for i, piece in enumerate(row_groups)}
+        self.indices = [index[group] for group in self._planned]
         return self.indices, None
 
-    def _create_ventilator(self, row_group_indexes: Sequence[int], *ignored: Any) -> _Ventilator:
+    def _create_ventilator(self, row_group_indexes: Sequence[int], *_: Any) -> _Ventilator:
         return _Ventilator(
             self._workers_pool.ventilate,
             [{"piece_index": index} for index in row_group_indexes],
@@ -210,94 +323,5 @@ class _PlannedReader(Reader):  # type: ignore[misc] # petastorm is untyped
             self._workers_pool.ventilate(None)
 
 
-def find_shards(directory: Place) -> dict[str, Place]:
-    """Return the shards of a directory in canonical order, by their path in its file system."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; run hvdrec prepare")
-    files = parquet_files(directory)
-    if not files:
-        raise UserError(f"{directory}: holds no shards; run hvdrec prepare")
-    return {str(f.resolve()) if isinstance(f, Path) else f.path: f for f in files}
-
-
-def list_row_groups(
-    files: Mapping[str, Place], columns: Sequence[str]
-) -> tuple[list[RowGroup], list[int]]:
-    """Return (file, index) and rows of each row group of the shards, in their order."""
-    groups: list[RowGroup] = []
-    rows: list[int] = []
-    for path, file in files.items():
-        try:
-            metadata = read_metadata(file)
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{file}: no readable Parquet ({reason}); run hvdrec prepare again"
-            ) from None
-        found = metadata.schema.to_arrow_schema().names
-        for column in columns:
-            if column not in found:
-                raise UserError(
-                    f"{file}: column '{column}' is missing; the shard has {choices(found)}; "
-                    "run hvdrec prepare again"
-                )
-        for index in range(metadata.num_row_groups):
-            groups.append((path, index))
-            rows.append(metadata.row_group(index).num_rows)
-    return groups, rows
-
-
-def read_row_groups(
-    planned: Sequence[RowGroup],
-    columns: Sequence[str],
-    workers: int,
-    stopped: threading.Event,
-    source: Source | None = None,
-) -> Generator[pa.Table, None, None]:
-    """Yield the planned row groups' tables, in order, read ahead by Petastorm's worker threads.
-
-    planned: (path in the source's file system, index of the row group), none of them without rows.
-    The reader is stopped when the generator is closed or `stopped` is set. A source that does not
-    answer is asked again, see `storage`. Raises UserError for a row group that cannot be read.
-    """
-    ahead = workers + 2
-    source = source or Source()
-    files = list(dict.fromkeys(file for file, _ in planned))
-    # Petastorm makes the workers itself, and gives them only what is its own.
-    worker = type("_Worker", (_Worker,), {"source": source, "stopped": stopped})
-
-    # The paths do not go through a URL, which would end at a '#' or '?' in them.
-    filesystem, _ = get_filesystem_and_path_or_paths("file:///")
-    if source.filesystem is not None:
-        filesystem = _StoreFiles(source.filesystem)
-
-    def open_reader() -> _PlannedReader:
-        return _PlannedReader(
-            planned,
-            ahead,
-            filesystem,
-            files,
-            schema_fields=[f"^{column}$" for column in columns],
-            worker_class=worker,
-            # No more than `ahead` are given out, so no worker needs to wait before it puts one.
-            reader_pool=ThreadPool(workers, results_queue_size=0),
-            shuffle_row_groups=False,
-            num_epochs=1,
-            is_batched_reader=True,
-        )
-
-    reader = retried(open_reader, f"{files[0]} and others", stopped=stopped)
-    with reader:
-        # Workers finish in any order: hold what came early until its turn.
-        early: dict[int, list[pa.Table | Exception]] = {}
-        for index in reader.indices:
-            while not early.get(index):
-                if stopped.is_set():
-                    return
-                came, result = next(reader)
-                early.setdefault(came, []).append(result)
-            result = early[index].pop()
-            reader.ventilator.give_next()
-            if isinstance(result, Exception):
-                raise result
-            yield result
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,10 +1,10 @@
-"""Which rank reads which rows when: pure functions of (seed, epoch, world size).
+"""Which rank reads which rows in which order: pure functions of (seed, epoch, world size).
 
-The row groups of a split, permuted anew in each epoch, form one long sequence. It is cut into one
-contiguous part per rank, equal to within one row, so a row group may be divided between two ranks.
-A rank groups its part into windows of some row groups, shuffles the rows of a window, and cuts
-batches across windows. How far an epoch has come is told by a few `Progress` entries; from them the
-rest of the epoch can be dealt out anew to any number of ranks.
+Each epoch permutes the row groups of a split into one sequence. The sequence is cut into one
+contiguous part per rank; sizes differ by at most one row, so two ranks may share a row group. A
+rank groups its part into windows of a few row groups, shuffles the rows within each window, and
+cuts batches across windows. A few `Progress` entries record how much of an epoch was delivered;
+from them the remaining rows can be redistributed to any number of ranks.
 """
 
 from __future__ import annotations
@@ -20,23 +20,32 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 NO_RANK = 2**32 - 1
-"""Stands where a rank stands in a key, for what all ranks have in common."""
+"""Takes the place of the rank in the key of a permutation that all ranks share."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A stretch of an epoch: `steps` steps of `world_size` ranks with `batch_size` rows each."""
+    """Delivered part of an epoch: `steps` steps of `world_size` ranks, `batch_size` rows each."""
 
     world_size: int
     batch_size: int
     steps: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """World size and batch size."""
+        return self.world_size, self.batch_size
+
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Rows of one row group: positions [start, stop) of it, or of `chosen`, if that is given.
+    """Rows of one row group: [start, stop) of the group, or of `chosen` if it is set.
 
-    group: index of the row group; chosen: ascending int64 row positions within it.
+    Attributes:
+        group: Index of the row group.
+        start: First position.
+        stop: End position, exclusive.
+        chosen: Ascending row positions within the group, int64, or None for all rows.
     """
 
     group: int
@@ -46,11 +55,11 @@ class Fragment:
 
     @property
     def rows(self) -> int:
-        """Return the number of rows."""
+        """The number of rows."""
         return self.stop - self.start
 
     def positions(self) -> Array:
-        """Return the row positions within the row group, int64 [rows]."""
+        """Return row positions within the row group, int64 [rows]."""
         if self.chosen is None:
             return np.arange(self.start, self.stop)
         return self.chosen[self.start : self.stop]
@@ -60,13 +69,16 @@ Window = tuple[Fragment, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one rank reads in (the rest of) an epoch.
+class EpochPlan:
+    """What one rank reads in an epoch, or in the rest of one.
 
-    windows: in order, without those that were delivered whole; first: number of the first of them,
-    for its shuffle; skip: how many rows at the head of the first window's shuffled order were
-    delivered before; rows: left to deliver; steps: left, the same on all ranks; key: what seeds the
-    shuffles, empty for none.
+    Attributes:
+        windows: The windows in order, without those that were fully delivered.
+        first: Number of the first window within the epoch; it seeds the window's shuffle.
+        skip: How many rows of the first window, in shuffled order, were already delivered.
+        rows: Rows left to deliver.
+        steps: Steps left, the same on all ranks.
+        key: Seed of the shuffles; empty for no shuffle.
     """
 
     windows: tuple[Window, ...]
@@ -77,7 +89,7 @@ class Plan:
     key: tuple[int, ...]
 
     def order(self, number: int) -> Array:
-        """Return in which order the rows of window `number` (counted from 0 here) are delivered."""
+        """Return the delivery order of the rows of `windows[number]`, int64 [rows]."""
         return window_order(self.key, self.first + number, _rows(self.windows[number]))
 
 
@@ -92,27 +104,36 @@ def plan_epoch(
     epoch: int,
     shuffle: bool = True,
     past: Sequence[Progress] = (),
-) -> Plan:
-    """Return what a rank reads in an epoch, after what the epoch's past has delivered.
+) -> EpochPlan:
+    """Plan the rows that a rank reads in the part of an epoch that `past` has not delivered.
 
-    group_rows: rows of every row group, in the canonical order; batch_size: rows of one rank's
-    batch. With the world and batch size of the last entry of `past` this continues its sequence of
-    batches exactly; with others the remaining rows are dealt out anew. `past` holds for the
-    window_rows, seed and shuffle it was made with: they must be the same here.
+    With the world size and batch size of the last entry of `past`, the plan continues its sequence
+    of batches exactly. Otherwise it redistributes the remaining rows.
+
+    Args:
+        group_rows: Rows of every row group, in file order.
+        rank: The rank to plan for.
+        world_size: Number of ranks.
+        batch_size: Rows of one rank's batch.
+        window_rows: Minimum rows of a shuffle window.
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        shuffle: If False, rows keep the order of the files.
+        past: Delivered parts, made with the same window_rows, seed and shuffle.
     """
-    settled, done = _settled(past, world_size, batch_size)
+    finished, done = _merge(past, world_size, batch_size)
     left = [Fragment(group, 0, rows) for group, rows in enumerate(group_rows) if rows]
-    for generation, progress in enumerate(settled):
+    for generation, progress in enumerate(finished):
         key = _key(seed, epoch, generation, progress.world_size, shuffle)
-        left = _left(left, progress, window_rows, key)
-    key = _key(seed, epoch, len(settled), world_size, shuffle)
+        left = _undelivered(left, progress, window_rows, key)
+    key = _key(seed, epoch, len(finished), world_size, shuffle)
     part = _deal(left, world_size, key)[rank]
     part_rows = _rows(part)
     windows = _windows(part, window_rows)
     delivered = min(done * batch_size, part_rows)
     first, skip = _locate(windows, delivered)
     largest_part = -(-_rows(left) // world_size)
-    return Plan(
+    return EpochPlan(
         windows=tuple(windows[first:]),
         first=first,
         skip=skip,
@@ -129,28 +150,23 @@ def window_order(key: tuple[int, ...], window: int, rows: int) -> Array:
     return np.random.default_rng((*key, window)).permutation(rows)
 
 
-def _settled(
+def _merge(
     past: Sequence[Progress], world_size: int, batch_size: int
 ) -> tuple[list[Progress], int]:
-    """Merge neighbours of one shape; take off the last, if its shape goes on, as steps done."""
+    """Merge adjacent entries of one shape; split off the steps of a last entry that continues."""
     merged: list[Progress] = []
     for progress in past:
-        last = merged[-1] if merged else None
-        if last and (last.world_size, last.batch_size) == (
-            progress.world_size,
-            progress.batch_size,
-        ):
-            steps = last.steps + progress.steps
-            merged[-1] = Progress(last.world_size, last.batch_size, steps)
+        if merged and merged[-1].shape == progress.shape:
+            merged[-1] = replace(progress, steps=merged[-1].steps + progress.steps)
         elif progress.steps:
             merged.append(progress)
-    if merged and (merged[-1].world_size, merged[-1].batch_size) == (world_size, batch_size):
+    if merged and merged[-1].shape == (world_size, batch_size):
         return merged[:-1], merged[-1].steps
     return merged, 0
 
 
 def _key(seed: int, epoch: int, generation: int, world_size: int, shuffle: bool) -> tuple[int, ...]:
-    # numpy seeds are not negative.
+    # NumPy refuses negative seeds.
     return (seed % 2**64, epoch, generation, world_size) if shuffle else ()
 
 
@@ -163,9 +179,9 @@ def _rows(fragments: Sequence[Fragment]) -> int:
 
 
 def _deal(fragments: list[Fragment], world_size: int, key: tuple[int, ...]) -> list[list[Fragment]]:
-    """Permute fragments and cut their sequence into equal contiguous parts, one per rank."""
+    """Permute the fragments and cut them into contiguous parts of equal size, one per rank."""
     if key:
-        # The rank is not part of this key: all ranks must come to the same order.
+        # All ranks must compute the same permutation, so their own rank is not in this key.
         order = np.random.default_rng(_rank_key(key, NO_RANK)).permutation(len(fragments))
         fragments = [fragments[i] for i in order.tolist()]
     ends = np.cumsum([fragment.rows for fragment in fragments], dtype=np.int64)
@@ -175,7 +191,7 @@ def _deal(fragments: list[Fragment], world_size: int, key: tuple[int, ...]) -> l
 
 
 def _cut(fragments: list[Fragment], ends: Array, start: int, stop: int) -> list[Fragment]:
-    """Return rows [start, stop) of the sequence of fragments; ends: where each ends in it."""
+    """Return rows [start, stop) of the concatenated fragments, which end at `ends`."""
     if start == stop:
         return []
     first = int(np.searchsorted(ends, start, side="right"))
@@ -188,7 +204,7 @@ def _cut(fragments: list[Fragment], ends: Array, start: int, stop: int) -> list[
 
 
 def _windows(part: list[Fragment], window_rows: int) -> list[Window]:
-    """Group a part into windows of at least `window_rows` rows; the last one may have fewer."""
+    """Group a part into windows of at least `window_rows` rows; the last may be smaller."""
     windows: list[Window] = []
     current: list[Fragment] = []
     rows = 0
@@ -204,7 +220,7 @@ def _windows(part: list[Fragment], window_rows: int) -> list[Window]:
 
 
 def _locate(windows: list[Window], delivered: int) -> tuple[int, int]:
-    """Return the first window that is not wholly delivered, and how many of its rows are."""
+    """Return the number of the first window with undelivered rows and its delivered rows."""
     for number, window in enumerate(windows):
         rows = _rows(window)
         if delivered < rows:
@@ -213,10 +229,10 @@ def _locate(windows: list[Window], delivered: int) -> tuple[int, int]:
     return len(windows), 0
 
 
-def _left(
+def _undelivered(
     fragments: list[Fragment], progress: Progress, window_rows: int, key: tuple[int, ...]
 ) -> list[Fragment]:
-    """Return what the ranks of a stretch, that was dealt these fragments, have not delivered."""
+    """Return the rows of the fragments that the ranks of `progress` did not deliver."""
     delivered = progress.steps * progress.batch_size
     left: list[Fragment] = []
     for rank, part in enumerate(_deal(fragments, progress.world_size, key)):
@@ -225,16 +241,16 @@ def _left(
         for number, window in enumerate(windows[first:], start=first):
             if number == first and skip:
                 order = window_order(_rank_key(key, rank), number, _rows(window))
-                left += _chosen(window, np.sort(order[skip:]))
+                left += _select(window, np.sort(order[skip:]))
             else:
                 left += window
     return left
 
 
-def _chosen(window: Window, places: Array) -> list[Fragment]:
-    """Return the rows at ascending places of a window (counted through its fragments)."""
+def _select(window: Window, rows: Array) -> list[Fragment]:
+    """Return the fragments of ascending row numbers of a window."""
     ends = np.cumsum([fragment.rows for fragment in window])
-    inside = np.split(places, np.searchsorted(places, ends[:-1]))
+    inside = np.split(rows, np.searchsorted(rows, ends[:-1]))
     chosen: list[Fragment] = []
     for fragment, end, here in zip(window, ends.tolist(), inside, strict=True):
         if len(here):

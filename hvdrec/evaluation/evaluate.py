@@ -104,7 +104,7 @@ def score_split(
 ) -> Scores:
     """Score every row of a split; each rank scores its part and gets everybody's."""
     world = ranks.current()
-    loader = ShardLoader.of(
+    loader = ShardLoader.from_config(
         config, split, config.evaluate.batch_size, world.rank, world.size, shuffle=False
     )
     parts: list[tuple[Array, ...]] = []

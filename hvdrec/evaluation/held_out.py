@@ -22,7 +22,7 @@ from hvdrec.evaluation.retrieval import (
     retrieval_sums,
 )
 from hvdrec.parallel import ranks
-from hvdrec.storage.urls import Place, read_metadata, read_tables
+from hvdrec.storage.urls import Location, read_metadata, read_tables
 
 Array = NDArray[Any]
 
@@ -64,7 +64,7 @@ class Interactions:
         return np.asarray(self.user * items + self.item)
 
 
-def read_interactions(features: Place, splits: list[str]) -> Interactions:
+def read_interactions(features: Location, splits: list[str]) -> Interactions:
     """Read the key columns of splits."""
     columns = ["user_index", "item_index", "label", "weight"]
     table = pa.concat_tables([read_tables(features / split, columns) for split in splits])

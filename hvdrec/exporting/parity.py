@@ -21,7 +21,7 @@ from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
 from hvdrec.scoring import Scorer
-from hvdrec.storage.urls import Place, read_table, read_tables
+from hvdrec.storage.urls import Location, read_table, read_tables
 
 Arrays = Mapping[str, NDArray[Any]]
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ def _unseen(config: Config, name: str) -> Any:
     return UNSEEN_KEY[known.get(name, "string")]
 
 
-def _preprocessed(graph: Place, features: Sequence[Feature], table: pa.Table) -> Arrays:
+def _preprocessed(graph: Location, features: Sequence[Feature], table: pa.Table) -> Arrays:
     session = onnxruntime.InferenceSession(graph.read_bytes(), providers=["CPUExecutionProvider"])
     names = [output_name(feature.name) for feature in features]
     outputs = session.run(names, rows_to_inputs(tuple(features), table))

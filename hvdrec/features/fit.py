@@ -21,7 +21,7 @@ from hvdrec.config.schema import FIRST_CODE, MISSING_INT, Feature, Schema
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError, choices
 from hvdrec.storage.artifacts import Manifest
-from hvdrec.storage.urls import Place, read_table
+from hvdrec.storage.urls import Location, read_table
 
 if TYPE_CHECKING:
     import duckdb
@@ -91,7 +91,7 @@ class Fitted:
         (directory / FITTED_FILE).write_text(text + "\n")
 
     @staticmethod
-    def load(directory: Place) -> Fitted:
+    def load(directory: Location) -> Fitted:
         """Read what `save` wrote; UserError if it is missing or damaged."""
         file = directory / FITTED_FILE
         try:
@@ -186,7 +186,7 @@ def check_file(file: Path, features: Iterable[Feature], others: Iterable[str] = 
             )
 
 
-def check_task_labels(directory: Place, manifest: Manifest, config: Config, remedy: str) -> None:
+def check_task_labels(directory: Location, manifest: Manifest, config: Config, remedy: str) -> None:
     """Raise UserError unless an artifact holds the labels of the configuration's tasks.
 
     It may hold more of them; remedy: the verb that makes the artifact anew.
@@ -240,7 +240,7 @@ def _fit_one(source: duckdb.DuckDBPyRelation, feature: Feature) -> FittedFeature
     return FittedFeature(feature, mean=mean, deviation=deviation)
 
 
-def _read_vocabulary(file: Place) -> list[Any]:
+def _read_vocabulary(file: Location) -> list[Any]:
     try:
         values: list[Any] = read_table(file)["value"].to_pylist()
     except FileNotFoundError:

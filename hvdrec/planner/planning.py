@@ -111,7 +111,7 @@ def measure_work(
 
 
 def _batches(config: Config, rows: int, world_size: int) -> Iterator[Batch]:
-    loader = ShardLoader.of(config, "train", rows, 0, world_size, shuffle=True)
+    loader = ShardLoader.from_config(config, "train", rows, 0, world_size, shuffle=True)
     with closing(loader.epoch(0)) as batches:
         yield from itertools.islice(batches, SAMPLED_BATCHES)
 
@@ -158,7 +158,7 @@ def calibrate(config: Config) -> Constants:
 
 def _enough(config: Config, rows: int) -> int:
     """Return how many steps a trial on so many rows takes, unless they are slow."""
-    loader = ShardLoader.of(config, "train", rows, 0, 1, shuffle=True)
+    loader = ShardLoader.from_config(config, "train", rows, 0, 1, shuffle=True)
     read_at_once = max(_window(config, rows), loader.largest_row_group)
     return 3 * max(TRIAL_STEPS // 3, math.ceil(read_at_once / rows))
 
@@ -203,7 +203,7 @@ def _step_seconds(
     tables = make_tables(config, sizes, world, device)
     trainee = Trainee(config, model, tables, make_optimizer(model, config.train))
     prepare = preparer(tables, config, 0, world.rank)
-    loader = ShardLoader.of(config, "train", rows, world.rank, world.size, shuffle=True)
+    loader = ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
     # The reader's thread works beside the step, as in training: it may need the same cores.
     with (
         collector_spared(),

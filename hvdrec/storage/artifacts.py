@@ -1,13 +1,13 @@
-"""Artifact directories that are there whole or not at all.
+"""Artifact directories that are either complete or absent.
 
-An artifact is written beside its final place, each file gets a SHA-256 in ``manifest.json``,
-everything is synced to disk, and the directory is renamed into place last.
+An artifact is written to a draft directory beside its final path, each file gets a SHA-256 in
+``manifest.json``, everything is synced to disk, and the directory is renamed last.
 
-A store that is reached by URL knows no rename. There an artifact is written on this machine's disk
-first and then put into the store, its manifest last, and one that is replaced loses its manifest
-first. What has no manifest is not there; and who reads an artifact while it is replaced may find
-files that are not those of its manifest, which sizes and checksums tell. While it is put there,
-``manifest.json.draft`` stands beside it, so that what an interrupted writer left can be replaced.
+Remote stores have no rename. There an artifact is written to a local directory and uploaded, its
+manifest last; an artifact that is replaced loses its manifest first. A directory without a manifest
+counts as absent. Who reads an artifact while it is replaced may get files of the other version,
+which sizes and checksums reveal. During an upload the store holds ``manifest.json.draft``, so
+that the next writer may replace what an interrupted one left behind.
 """
 
 from __future__ import annotations
@@ -25,21 +25,28 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hvdrec import __version__
-from hvdrec.errors import UserError, choices
-from hvdrec.storage.urls import Place, Url
+from hvdrec.errors import UserError, choices, invalid_file
+from hvdrec.storage.urls import Location, Url
 
 MANIFEST = "manifest.json"
 DRAFT_MANIFEST = f"{MANIFEST}.draft"
 FORMATS = {"bundle": 2}
-"""Format versions that are not 1, by kind of artifact."""
+"""Kind of artifact -> format version, where it is not 1."""
+REWRITE = "write the artifact again"
+DECODE_ERRORS = (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError)
+"""Errors that a manifest of damaged or unexpected contents raises."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` of an artifact says.
+    """The contents of ``manifest.json``.
 
-    ``files`` maps a path relative to the directory (POSIX separators) to its SHA-256 and its
-    size in bytes; ``meta`` is what the writing stage wanted to tell its readers.
+    Attributes:
+        kind: Kind of the artifact, such as "samples".
+        meta: Facts that the writing stage left for its readers.
+        files: Relative POSIX path of each file -> its "sha256" and its size in "bytes".
+        format: Version of the format of this kind of artifact.
+        written_by: Version of hvdrec that wrote it.
     """
 
     kind: str
@@ -50,27 +57,32 @@ class Manifest:
 
 
 def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def write_artifact(
-    path: Place, kind: str, meta: dict[str, Any] | None = None, *, overwrite: bool = False
+    path: Location, kind: str, meta: dict[str, Any] | None = None, *, overwrite: bool = False
 ) -> Iterator[Path]:
-    """Yield an empty directory to fill; on a clean exit it becomes ``path``, else it vanishes.
+    """Yield an empty directory that becomes the artifact on a clean exit and else is removed.
 
-    ``meta`` may be filled while writing: it is read on exit. With ``overwrite`` an artifact of the
-    same kind that stands at ``path`` is replaced, after the new one is complete.
-    Raises UserError where ``path`` is taken.
+    Args:
+        path: Where the artifact goes.
+        kind: Kind of the artifact.
+        meta: Facts for the manifest; read on exit, so the caller may fill it meanwhile.
+        overwrite: Replace an artifact of the same kind once the new one is complete.
+
+    Raises:
+        UserError: There is something at `path` that may not be replaced.
     """
-    _refuse_taken(path, kind, overwrite)
+    _require_free(path, kind, overwrite)
     if isinstance(path, Url):
         with tempfile.TemporaryDirectory(prefix="hvdrec-") as folder:
             yield Path(folder)
             write_manifest(Path(folder), kind, meta or {})
-            _put(Path(folder), path)
+            _upload(Path(folder), path)
         return
     with _drafted(path) as draft:
         yield draft
@@ -78,7 +90,7 @@ def write_artifact(
 
 
 def write_manifest(directory: Path, kind: str, meta: Mapping[str, Any]) -> None:
-    """List what a directory holds in its manifest, as `write_artifact` does on exit."""
+    """Write the manifest of a directory that holds all its files."""
     files = {
         file.relative_to(directory).as_posix(): {
             "sha256": sha256(file),
@@ -94,194 +106,122 @@ def write_manifest(directory: Path, kind: str, meta: Mapping[str, Any]) -> None:
         "meta": dict(meta),
         "files": files,
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=False) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def read_manifest(path: Place, kind: str) -> Manifest:
-    """Read and check the manifest of the artifact at ``path``.
+def read_manifest(path: Location, kind: str) -> Manifest:
+    """Read the manifest of an artifact and check that its files exist with their sizes.
 
-    Raises UserError if there is none, if it is damaged, of another kind or a newer format, or if
-    a file it lists lies outside the directory or is missing or has another size.
+    Raises:
+        UserError: The manifest is missing, damaged, of another kind or of a newer format, or a file
+            is missing, has another size or lies outside the directory.
     """
-    return _checked(_read(path, kind), path, kind)
+    return _check_manifest(_read_manifest(path, kind), path, kind)
 
 
-def _read(path: Place, kind: str) -> bytes:
-    try:
-        return (path / MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{path}: no {kind} artifact here ({MANIFEST} is missing); run the stage that writes it"
-        ) from None
+def verify_artifact(path: Path, kind: str) -> Manifest:
+    """Read the manifest of an artifact and compare the SHA-256 of every file.
 
-
-def _checked(text: bytes, path: Place, kind: str) -> Manifest:
-    """Return what a manifest says, once the files are there that it lists; see `read_manifest`."""
-    file = path / MANIFEST
-    try:
-        raw = json.loads(text)
-        manifest = Manifest(
-            raw["kind"], raw["meta"], raw["files"], raw["format"], raw["written_by"]
-        )
-        _require_types(manifest)
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: damaged manifest ({error}); write the artifact again") from None
-    if manifest.kind != kind:
-        raise UserError(f"{path}: is a '{manifest.kind}' artifact, expected '{kind}'")
-    known = FORMATS.get(kind, 1)
-    if manifest.format > known:
-        raise UserError(
-            f"{file}: format {manifest.format} is newer than this hvdrec reads ({known}); upgrade"
-        )
-    found = path.sizes() if isinstance(path, Url) else None
+    Raises:
+        UserError: `read_manifest` raises it, or a checksum differs.
+    """
+    manifest = read_manifest(path, kind)
     for name, facts in manifest.files.items():
-        _refuse_outside(name, file)
-        size = _size(path / name) if found is None else found.get(name)
-        if size is None:
-            raise UserError(
-                f"{path / name}: listed in {MANIFEST} but missing; write the artifact again"
-            )
-        if size != facts["bytes"]:
-            raise UserError(
-                f"{path / name}: {size} bytes, {MANIFEST} says {facts['bytes']}; "
-                "write the artifact again"
-            )
+        if sha256(path / name) != facts["sha256"]:
+            raise invalid_file(path / name, f"contents differ from {MANIFEST}", REWRITE)
     return manifest
 
 
-def fetch_artifact(source: Place, to: Path, kind: str, *, overwrite: bool = False) -> bool:
-    """Copy an artifact into a directory, which is there whole or not at all.
+def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = False) -> bool:
+    """Copy an artifact to a local directory and verify the SHA-256 of every file.
 
-    Every file is compared with the manifest's SHA-256 first. Where ``to`` holds the very same
-    artifact, whole, nothing is done and False returned; another one of its kind is replaced with
-    ``overwrite``. Raises UserError for what is no artifact of the kind, or was replaced while it
-    was read.
+    Args:
+        source: The artifact.
+        to: Directory to create, which is either complete or absent.
+        kind: Kind of the artifact.
+        overwrite: Replace another artifact of the same kind.
+
+    Returns:
+        False if `to` already holds this very artifact, so that nothing was copied.
+
+    Raises:
+        UserError: `source` is not a valid artifact or changed during the copy, or `to` is taken.
     """
-    text = _read(source, kind)
-    manifest = _checked(text, source, kind)
+    text = _read_manifest(source, kind)
+    manifest = _check_manifest(text, source, kind)
     with suppress(UserError):
-        if _read(to, kind) == text:
+        if _read_manifest(to, kind) == text:
             verify_artifact(to, kind)
             return False
-    _refuse_taken(to, kind, overwrite)
+    _require_free(to, kind, overwrite)
     with _drafted(to) as draft:
         for name, facts in manifest.files.items():
-            target = draft / name
+            file, target = source / name, draft / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            _get(source / name, target)
+            if isinstance(file, Url):
+                file.download(target)
+            else:
+                shutil.copyfile(file, target)
             if sha256(target) != facts["sha256"]:
-                raise UserError(
-                    f"{source / name}: contents differ from {MANIFEST}; if the {kind} is being "
-                    "replaced, fetch it again, otherwise write it again"
-                )
+                remedy = f"fetch the {kind} again if it is being replaced, else write it again"
+                raise invalid_file(file, f"contents differ from {MANIFEST}", remedy)
         (draft / MANIFEST).write_bytes(text)
     return True
 
 
-def verify_artifact(path: Path, kind: str) -> Manifest:
-    """Compare every file with the manifest's SHA-256; UserError on the first difference."""
-    manifest = read_manifest(path, kind)
-    for name, facts in manifest.files.items():
-        if sha256(Path(path) / name) != facts["sha256"]:
-            raise UserError(
-                f"{Path(path) / name}: contents differ from {MANIFEST}; write the artifact again"
-            )
-    return manifest
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole: beside its place, synced, then renamed."""
+    """Write a small file atomically: write a draft beside it, sync it, and rename it."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with draft.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
-    _sync_directory(path.parent)
+    _sync(path.parent)
 
 
-@contextmanager
-def _drafted(path: Path) -> Iterator[Path]:
-    """Yield a directory beside a place, which is synced and renamed to it on a clean exit."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    draft.mkdir()
+def _read_manifest(path: Location, kind: str) -> bytes:
     try:
-        yield draft
-        _sync_tree(draft)
-        _rename_into_place(draft, path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        return (path / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"no {kind} artifact here ({MANIFEST} is missing)"
+        raise invalid_file(path, problem, "run the stage that writes it") from None
 
 
-def _put(draft: Path, url: Url) -> None:
-    """Put what a directory holds into a store, the manifest last."""
-    names = [f.relative_to(draft).as_posix() for f in sorted(draft.rglob("*")) if f.is_file()]
-    names.remove(MANIFEST)
-    former = _listed(url / MANIFEST) | _listed(url / DRAFT_MANIFEST)
-    (url / DRAFT_MANIFEST).upload(draft / MANIFEST)
-    (url / MANIFEST).remove()
-    for name in names:
-        (url / name).upload(draft / name)
-    found = url.sizes()
-    for name in names:
-        if found.get(name) != (draft / name).stat().st_size:
-            raise UserError(f"{url / name}: did not arrive whole; write the artifact again")
-    for name in former.intersection(found).difference(names):
-        (url / name).remove()
-    (url / MANIFEST).upload(draft / MANIFEST)
-    (url / DRAFT_MANIFEST).remove()
-
-
-def _listed(manifest: Url) -> set[str]:
-    """Return the files of an artifact that is to be replaced, if one can tell."""
+def _check_manifest(text: bytes, path: Location, kind: str) -> Manifest:
+    """Parse a manifest and check it against the files of its directory."""
+    file = path / MANIFEST
     try:
-        names = set(json.loads(manifest.read_bytes())["files"])
-        for name in names:
-            _refuse_outside(name, manifest)
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        return set()
-    return names
+        raw = json.loads(text)
+        fields = ("kind", "meta", "files", "format", "written_by")
+        manifest = Manifest(*(raw[field] for field in fields))
+        _require_types(manifest)
+    except DECODE_ERRORS as error:
+        raise invalid_file(file, f"damaged manifest ({error})", REWRITE) from None
+    if manifest.kind != kind:
+        raise invalid_file(path, f"is a '{manifest.kind}' artifact, expected '{kind}'")
+    known = FORMATS.get(kind, 1)
+    if manifest.format > known:
+        problem = f"format {manifest.format} is newer than this hvdrec reads ({known})"
+        raise invalid_file(file, problem, "upgrade hvdrec")
+    sizes = path.sizes() if isinstance(path, Url) else None
+    for name, facts in manifest.files.items():
+        _require_inside(name, file)
+        size = _local_size(path / name) if sizes is None else sizes.get(name)
+        if size is None:
+            raise invalid_file(path / name, f"listed in {MANIFEST} but missing", REWRITE)
+        if size != facts["bytes"]:
+            problem = f"{size} bytes, {MANIFEST} says {facts['bytes']}"
+            raise invalid_file(path / name, problem, REWRITE)
+    return manifest
 
 
-def _get(source: Place, target: Path) -> None:
-    if isinstance(source, Url):
-        source.download(target)
-    else:
-        shutil.copyfile(source, target)
-
-
-def _refuse_taken(path: Place, kind: str, overwrite: bool) -> None:
-    """Raise UserError unless an artifact of a kind may be written at a place."""
-    held: bytes | None = None
-    with suppress(FileNotFoundError, NotADirectoryError):
-        held = (path / MANIFEST).read_bytes()
-    if held is None:
-        names = set(path.sizes()) if isinstance(path, Url) else set()
-        if DRAFT_MANIFEST in names or not (names or (isinstance(path, Path) and path.exists())):
-            return
-    if not overwrite:
-        raise UserError(f"{path}: already exists; pass --overwrite to replace it")
-    if held is None:
-        if isinstance(path, Path) and path.is_dir() and not any(path.iterdir()):
-            return
-        raise UserError(
-            f"{path}: exists and is no hvdrec artifact (no {MANIFEST}); choose another place"
-        )
-    try:
-        found = json.loads(held)["kind"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        found = kind  # a damaged artifact may be replaced
-    if found != kind:
-        raise UserError(f"{path}: holds a '{found}' artifact; only {choices([kind])} is replaced")
-
-
-def _size(file: Place) -> int | None:
+def _local_size(file: Location) -> int | None:
     return file.stat().st_size if isinstance(file, Path) and file.is_file() else None
 
 
 def _require_types(manifest: Manifest) -> None:
-    """Raise TypeError or KeyError where a manifest's values are not what they should be."""
+    """Raise TypeError or KeyError if a value of the manifest has the wrong type."""
     expected = [
         ("kind", manifest.kind, str),
         ("format", manifest.format, int),
@@ -290,43 +230,103 @@ def _require_types(manifest: Manifest) -> None:
     ]
     for name, facts in manifest.files.items() if isinstance(manifest.files, dict) else ():
         expected += [(name, facts["sha256"], str), (name, facts["bytes"], int)]
-    for name, value, kind in expected:
-        if not isinstance(value, kind):
+    for name, value, type_ in expected:
+        if not isinstance(value, type_):
             raise TypeError(f"'{name}' holds {value!r}")
 
 
-def _refuse_outside(name: str, manifest: Place) -> None:
+def _require_inside(name: str, manifest: Location) -> None:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise UserError(
-            f"{manifest}: file name '{name}' leaves the directory; do not use this artifact"
-        )
+        problem = f"file name '{name}' leaves the directory"
+        raise invalid_file(manifest, problem, "do not use this artifact")
 
 
-def _sync_tree(directory: Path) -> None:
-    for entry in directory.rglob("*"):
-        if entry.is_file():
-            with entry.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_directory(entry)
-    _sync_directory(directory)
+def _require_free(path: Location, kind: str, overwrite: bool) -> None:
+    """Raise UserError unless an artifact of this kind may be written to `path`."""
+    existing: bytes | None = None
+    with suppress(FileNotFoundError, NotADirectoryError):
+        existing = (path / MANIFEST).read_bytes()
+    if existing is None:
+        names = set(path.sizes()) if isinstance(path, Url) else set()
+        if DRAFT_MANIFEST in names or not (names or (isinstance(path, Path) and path.exists())):
+            return
+    if not overwrite:
+        raise invalid_file(path, "already exists", "pass --overwrite to replace it")
+    if existing is None:
+        if isinstance(path, Path) and path.is_dir() and not any(path.iterdir()):
+            return
+        problem = f"exists and is not an hvdrec artifact (no {MANIFEST})"
+        raise invalid_file(path, problem, "choose another path")
+    try:
+        existing_kind = json.loads(existing)["kind"]
+    except DECODE_ERRORS:
+        return  # a damaged artifact may be replaced
+    if existing_kind != kind:
+        problem = f"contains a '{existing_kind}' artifact; only {choices([kind])} may be replaced"
+        raise invalid_file(path, problem, "choose another path")
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _upload(draft: Path, url: Url) -> None:
+    """Upload a complete directory, its manifest last, and remove files of the old artifact."""
+    names = [f.relative_to(draft).as_posix() for f in sorted(draft.rglob("*")) if f.is_file()]
+    names.remove(MANIFEST)
+    old = _listed_files(url / MANIFEST) | _listed_files(url / DRAFT_MANIFEST)
+    (url / DRAFT_MANIFEST).upload(draft / MANIFEST)
+    (url / MANIFEST).remove()
+    for name in names:
+        (url / name).upload(draft / name)
+    sizes = url.sizes()
+    for name in names:
+        if sizes.get(name) != (draft / name).stat().st_size:
+            raise invalid_file(url / name, "was not uploaded completely", REWRITE)
+    for name in old.intersection(sizes).difference(names):
+        (url / name).remove()
+    (url / MANIFEST).upload(draft / MANIFEST)
+    (url / DRAFT_MANIFEST).remove()
+
+
+def _listed_files(manifest: Url) -> set[str]:
+    """Return the file names in a manifest; none if it is missing or damaged."""
+    try:
+        names = set(json.loads(manifest.read_bytes())["files"])
+    except (FileNotFoundError, *DECODE_ERRORS):
+        return set()
+    for name in names:
+        _require_inside(name, manifest)
+    return names
+
+
+@contextmanager
+def _drafted(path: Path) -> Iterator[Path]:
+    """Yield a directory beside `path` that is synced and renamed to it on a clean exit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    draft.mkdir()
+    try:
+        yield draft
+        for entry in (*draft.rglob("*"), draft):
+            _sync(entry)
+        _replace(path, draft)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace(path: Path, draft: Path) -> None:
+    old: Path | None = None
+    if path.exists():
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+        path.rename(old)
+    draft.rename(path)
+    _sync(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _rename_into_place(draft: Path, path: Path) -> None:
-    aside: Path | None = None
-    if path.exists():
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-        path.rename(aside)
-    draft.rename(path)
-    _sync_directory(path.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)

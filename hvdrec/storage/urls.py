@@ -1,10 +1,8 @@
-"""Where features and bundles may lie: directories of this machine, or what fsspec reaches by URL.
+"""Local directories and remote locations that fsspec reads and writes by URL.
 
-``file://`` is a directory like any other. Elsewhere there is no rename and no lock: see `artifacts`
-for what holds there all the same. How a store is reached (address, credentials) is told to fsspec
-or to the store's own client by their files and variables (AWS_ENDPOINT_URL, FSSPEC_S3_KEY, ...).
-
-A store that does not answer is asked again, with growing pauses, for `PATIENCE` seconds.
+A ``file://`` URL is a local path. Remote stores have neither renames nor locks; `artifacts`
+explains how an artifact stays consistent there. fsspec and the client of a store read addresses
+and credentials from their own files and variables (AWS_ENDPOINT_URL, FSSPEC_S3_KEY, ...).
 """
 
 from __future__ import annotations
@@ -14,29 +12,31 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hvdrec.errors import UserError
+from hvdrec.errors import invalid_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-PATIENCE = 180.0
-"""Seconds after which a store that does not answer is given up."""
+RETRY_SECONDS = 180.0
+"""How long requests to a store that does not respond are retried."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
+"""Bounds of the exponential backoff between retries, in seconds."""
 EXTRAS = {"s3": "s3", "s3a": "s3"}
-"""Protocols whose client is an extra of hvdrec."""
-FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Protocol -> the extra of hvdrec that installs its client."""
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CLIENTS = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "requests", "urllib3")
-"""Libraries whose own exceptions tell that a store did not answer..."""
-FINAL_NAMES = ("Credential", "Profile", "Region", "Validation")
-"""...unless their names hold one of these."""
+"""Packages whose exceptions mean that a store did not respond..."""
+PERMANENT_NAMES = ("Credential", "Profile", "Region", "Validation")
+"""...unless the name of the exception contains one of these."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,9 +44,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Url:
-    """A place in a store; it does what readers of artifacts ask of a `pathlib.Path`.
+    """A remote location with the part of `pathlib.Path`'s interface that artifacts need.
 
-    Raises UserError where the store cannot be reached, refuses, or needs a package that is absent.
+    Methods raise UserError if the store is unreachable, denies access or needs a missing package.
     """
 
     text: str
@@ -57,26 +57,29 @@ class Url:
     def __truediv__(self, name: str) -> Url:
         return Url(f"{self.text}/{name}")
 
+    def __lt__(self, other: Url) -> bool:
+        return self.text < other.text
+
     @property
     def name(self) -> str:
+        """The last component of the path."""
         return self.text.rsplit("/", 1)[-1]
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The file system, and the path in it. Listings are never remembered: others write, too."""
         from fsspec.core import url_to_fs
 
         protocol = self.text.split("://", 1)[0]
         try:
+            # Other processes write, too, so listings must not be cached.
             filesystem, path = url_to_fs(self.text, use_listings_cache=False)
         except ImportError as error:
             extra = EXTRAS.get(protocol)
             remedy = f"install hvdrec[{extra}]" if extra else str(error)
-            raise UserError(
-                f"{self.text}: the client for {protocol}:// is absent; {remedy}"
-            ) from None
+            problem = f"the client for {protocol}:// is not installed"
+            raise invalid_file(self.text, problem, remedy) from None
         except ValueError as error:
-            raise UserError(f"{self.text}: no store can be reached by it ({error})") from None
+            raise invalid_file(self.text, f"not the URL of a known store ({error})") from None
         return filesystem, path
 
     @property
@@ -90,73 +93,62 @@ class Url:
         return self._opened[1]
 
     def is_file(self) -> bool:
-        return self._kind() == "file"
+        """True if there is a file."""
+        return self._type() == "file"
 
     def is_dir(self) -> bool:
-        return self._kind() == "directory"
+        """True if there is a directory or a common prefix of files."""
+        return self._type() == "directory"
 
-    def _kind(self) -> str | None:
-        try:  # fsspec's own isfile takes a store that does not answer for a file that is not there
-            return str(retried(lambda: self.filesystem.info(self.path), self.text)["type"])
-        except FileNotFoundError:
-            return None
+    def _type(self) -> str:
+        # fsspec's own isfile reports an absent file if the store does not respond.
+        with suppress(FileNotFoundError):
+            return str(self._call("info")["type"])
+        return ""
 
     def read_bytes(self) -> bytes:
-        return retried(lambda: bytes(self.filesystem.cat_file(self.path)), self.text)
+        """Return the contents of the file."""
+        return bytes(self._call("cat_file"))
 
     def read_text(self) -> str:
+        """Return the contents of the file, decoded as UTF-8."""
         return self.read_bytes().decode()
 
-    def write_bytes(self, contents: bytes) -> None:
-        retried(lambda: self.filesystem.pipe_file(self.path, contents), self.text)
-
     def upload(self, file: Path) -> None:
-        """Put a file of this machine here."""
+        """Copy a local file to this location."""
         retried(lambda: self.filesystem.put_file(str(file), self.path), self.text)
 
     def download(self, file: Path) -> None:
-        """Get what lies here into a file of this machine."""
-        retried(lambda: self.filesystem.get_file(self.path, str(file)), self.text)
+        """Copy this file to a local path."""
+        self._call("get_file", str(file))
 
     def remove(self) -> None:
-        """Remove a file, if it is there."""
-        try:
-            retried(lambda: self.filesystem.rm_file(self.path), self.text)
-        except FileNotFoundError:
-            return
+        """Remove the file if it exists."""
+        with suppress(FileNotFoundError):
+            self._call("rm_file")
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each file below, by its path from here."""
-        found = retried(lambda: self.filesystem.find(self.path, detail=True), self.text)
+        """Map the relative path of every file below this location to its size in bytes."""
+        files = self._call("find", detail=True)
         start = len(self.path.rstrip("/")) + 1
-        return {name[start:]: int(facts["size"]) for name, facts in found.items()}
+        return {name[start:]: int(facts["size"]) for name, facts in files.items()}
 
     def glob(self, pattern: str) -> list[Url]:
-        """Return the files right here whose names fit a pattern."""
+        """List the files directly below this location whose names match a pattern."""
         return [self / name for name in self.sizes() if "/" not in name and fnmatch(name, pattern)]
 
-    def __lt__(self, other: Url) -> bool:
-        return self.text < other.text
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the file system on this path, with retries."""
+        return retried(
+            lambda: getattr(self.filesystem, method)(self.path, *arguments, **options), self.text
+        )
 
 
-Place = Path | Url
+Location = Path | Url
 
 
-def version(file: Place) -> str:
-    """Return what changes when a file is written again, without reading it."""
-    if isinstance(file, Path):
-        facts = file.stat()
-        return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
-    return retried(lambda: str(file.filesystem.ukey(file.path)), file)
-
-
-def is_url(text: str) -> bool:
-    """Return whether a text names a place by URL."""
-    return "://" in text
-
-
-def place(text: str) -> Place:
-    """Return the place that a path or a URL names."""
+def as_location(text: str) -> Location:
+    """Parse a path or a URL."""
     if text.startswith("file://"):
         from fsspec.implementations.local import LocalFileSystem
 
@@ -164,66 +156,96 @@ def place(text: str) -> Place:
     return Url(text.rstrip("/")) if is_url(text) else Path(text)
 
 
-def retried(action: Callable[[], T], what: object, *, stopped: threading.Event | None = None) -> T:
-    """Return what an action comes to, tried again while a store does not answer.
+def is_url(text: str) -> bool:
+    """True if a text is a URL rather than a path."""
+    return "://" in text
 
-    Raises UserError after `PATIENCE` seconds, or where the store refuses; FileNotFoundError and
-    what the action raises by itself are not tried again, and nothing is where `stopped` is set.
+
+def version(file: Location) -> str:
+    """Return a text that changes when a file is rewritten, without reading the file."""
+    if isinstance(file, Path):
+        status = file.stat()
+        return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    return str(file._call("ukey"))
+
+
+def retried(action: Callable[[], T], what: object, *, stopped: threading.Event | None = None) -> T:
+    """Return the result of an action, retried while a store does not respond.
+
+    Args:
+        action: Function to call. Its permanent errors, such as FileNotFoundError, are not retried.
+        what: What is accessed, for messages.
+        stopped: Event that ends the retries; the last error is then raised unchanged.
+
+    Raises:
+        UserError: The store denies access or has not responded for `RETRY_SECONDS`.
     """
-    began, pause = time.monotonic(), FIRST_PAUSE
+    import tenacity
+
+    began = time.monotonic()
     stopped = stopped or threading.Event()
-    while True:
-        try:
-            result = action()
-            break
-        except Exception as error:
-            if not _is_passing(error):
-                if isinstance(error, PermissionError) or _is_of_client(error):
-                    raise UserError(f"{what}: the store refuses ({_reason(error)})") from None
-                raise
-            seconds = time.monotonic() - began
-            if seconds + pause > PATIENCE:
-                raise UserError(
-                    f"{what}: cannot be reached, for {seconds:.0f} s by now ({_reason(error)}); "
-                    "see that the store is there, and try again"
-                ) from None
-            log.warning("%s: no answer (%s); again in %.2g s", what, _reason(error), pause)
-            if stopped.wait(pause):
-                raise
-            pause = min(2 * pause, LONGEST_PAUSE)
-    if pause > FIRST_PAUSE:
-        log.warning("%s: there again after %.1f s", what, time.monotonic() - began)
+
+    def warn(state: tenacity.RetryCallState) -> None:
+        reason = _reason(state.outcome.exception()) if state.outcome else ""
+        pause = state.upcoming_sleep
+        log.warning("%s: no response (%s); retrying in %.2g s", what, reason, pause)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_transient),
+        wait=tenacity.wait_exponential(FIRST_PAUSE, LONGEST_PAUSE),
+        stop=tenacity.stop_any(
+            tenacity.stop_when_event_set(stopped), tenacity.stop_before_delay(RETRY_SECONDS)
+        ),
+        sleep=tenacity.sleep_using_event(stopped),
+        before_sleep=warn,
+        reraise=True,
+    )
+    try:
+        result = retrying(action)
+    except Exception as error:
+        if stopped.is_set():
+            raise
+        reason = _reason(error)
+        if _is_transient(error):
+            problem = f"not reachable for {time.monotonic() - began:.0f} s ({reason})"
+            raise invalid_file(what, problem, "check the store and run again") from None
+        if isinstance(error, PermissionError) or _is_of_client(error):
+            raise invalid_file(what, f"the store denies access ({reason})") from None
+        raise
+    if retrying.statistics["attempt_number"] > 1:
+        log.warning("%s: responds again after %.1f s", what, time.monotonic() - began)
     return result
 
 
-def _is_passing(error: Exception) -> bool:
-    """Return whether an error may be gone when the same is tried again."""
+def _is_transient(error: BaseException) -> bool:
+    """True if a retry may succeed."""
     if isinstance(error, OSError):
-        # Arrow tells of damaged files by plain OSErrors, without a number.
-        told = type(error) is not OSError or error.errno is not None
-        return told and not isinstance(error, FINAL_ERRORS) and error.errno not in FULL
+        # Arrow reports damaged files as plain OSErrors without an errno.
+        from_system = type(error) is not OSError or error.errno is not None
+        permanent = isinstance(error, PERMANENT_ERRORS) or error.errno in PERMANENT_ERRNOS
+        return from_system and not permanent
     name = type(error).__name__
-    return _is_of_client(error) and not any(word in name for word in FINAL_NAMES)
+    return _is_of_client(error) and not any(word in name for word in PERMANENT_NAMES)
 
 
-def _is_of_client(error: Exception) -> bool:
+def _is_of_client(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in CLIENTS
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException | None) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------- Parquet
 
 
-def open_in(filesystem: Any, path: str) -> Any:
-    """Open a file to be read by Arrow, which knows by itself which bytes it wants."""
+def open_unbuffered(filesystem: Any, path: str) -> Any:
+    """Open a remote file without read-ahead; Arrow requests exactly the ranges that it needs."""
     return filesystem.open(path, "rb", cache_type="none")
 
 
-def read_table(file: Place, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file."""
+def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or some of its columns."""
     import pyarrow.parquet as pq
 
     names = None if columns is None else list(columns)
@@ -232,7 +254,7 @@ def read_table(file: Place, columns: Sequence[str] | None = None) -> pa.Table:
 
     def read() -> pa.Table:
         with (
-            open_in(file.filesystem, file.path) as opened,
+            open_unbuffered(file.filesystem, file.path) as opened,
             pq.ParquetFile(opened, pre_buffer=True) as parquet,
         ):
             return parquet.read(names)
@@ -240,19 +262,19 @@ def read_table(file: Place, columns: Sequence[str] | None = None) -> pa.Table:
     return retried(read, file)
 
 
-def read_tables(folder: Place, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read all Parquet files of a folder, one behind the other in the order of their names."""
+def read_tables(folder: Location, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read and concatenate all Parquet files of a folder, ordered by name."""
     import pyarrow as pa
 
     return pa.concat_tables([read_table(file, columns) for file in parquet_files(folder)])
 
 
-def parquet_files(folder: Place) -> list[Any]:
-    """Return the Parquet files of a folder, in the order of their names."""
+def parquet_files(folder: Location) -> list[Any]:
+    """List the Parquet files of a folder, ordered by name."""
     return sorted(folder.glob("*.parquet"))
 
 
-def read_metadata(file: Place, stopped: threading.Event | None = None) -> pq.FileMetaData:
+def read_metadata(file: Location) -> pq.FileMetaData:
     """Read the footer of a Parquet file."""
     import pyarrow.parquet as pq
 
@@ -260,7 +282,7 @@ def read_metadata(file: Place, stopped: threading.Event | None = None) -> pq.Fil
         return pq.read_metadata(file)
 
     def read() -> pq.FileMetaData:
-        with open_in(file.filesystem, file.path) as opened:
+        with open_unbuffered(file.filesystem, file.path) as opened:
             return pq.read_metadata(opened)
 
-    return retried(read, file, stopped=stopped)
+    return retried(read, file)

@@ -117,7 +117,7 @@ def _train(
     ranks.together(lambda: check_synchronization(config, world, device))
     rows = math.ceil(config.train.batch_size / world.size)
     loader = ranks.together(
-        lambda: ShardLoader.of(config, "train", rows, world.rank, world.size, shuffle=True)
+        lambda: ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
     )
     fitted = ranks.together(lambda: Fitted.load(features))
     ranks.together(lambda: check_codes(loader, config, fitted.sizes))

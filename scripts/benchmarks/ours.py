@@ -57,7 +57,7 @@ def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[Traine
     tables = make_tables(config, sizes, world, device)
     broadcast_state(dict(model.state_dict()))
     rows = math.ceil(config.train.batch_size / world.size)
-    loader = ShardLoader.of(config, "train", rows, world.rank, world.size, shuffle=True)
+    loader = ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
     return Trainee(config, model, tables, make_optimizer(model, config.train)), loader
 
 

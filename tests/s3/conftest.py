@@ -1,4 +1,4 @@
-"""The small run of the integration tests, whose artifacts here lie in a store, too."""
+"""Fixtures of the integration tests: a small run with local artifacts."""
 
 from tests.integration.conftest import small_run
 

@@ -1,4 +1,4 @@
-"""Features and bundles in an S3 store: a server of this machine's, which goes away now and then."""
+"""Features and bundles in an S3 store: a local server that is stopped and restarted."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from diskcache import FanoutCache
 from moto.server import ThreadedMotoServer
 
 from hvdrec.config import load
+from hvdrec.config.sections import Loader
 from hvdrec.data.loader import ShardLoader
 from hvdrec.storage.artifacts import MANIFEST, read_manifest, verify_artifact
 from hvdrec.storage.urls import Url
@@ -22,7 +23,7 @@ from tests.integration.test_bad_input import refused
 
 
 class Server:
-    """A server that can be stopped and started again at its address; it forgets nothing."""
+    """A server that can be stopped and restarted at its address without losing data."""
 
     def __init__(self) -> None:
         self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -46,7 +47,7 @@ def server() -> Iterator[Server]:
         patch.setenv("AWS_ACCESS_KEY_ID", "tests")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own patience is not what is tested
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client must not retry by itself
         patch.setenv("NO_PROXY", "127.0.0.1")
         fsspec.filesystem("s3", use_listings_cache=False).mkdir("hvdrec")
         yield server
@@ -55,21 +56,23 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def features(server: Server, small_run: SmallRun) -> Url:
-    """Return where the small run's features are, encoded into the store by two workers."""
+    """Encode the features of the small run into the store with two workers; return their URL."""
     url = "s3://hvdrec/small/features"
     done = succeed("prepare", small_run.config, "--paths.features", url, "--workers", "2")
     assert done["path"] == url
     return Url(url)
 
 
-def test_shards_in_the_store_are_those_of_a_directory(features: Url, small_run: SmallRun) -> None:
+def test_remote_and_local_features_have_equal_files(features: Url, small_run: SmallRun) -> None:
     here = read_manifest(small_run.work / "features", "features")
     there = read_manifest(features, "features")
     assert there.files == here.files
     assert set(features.sizes()) == {MANIFEST, *there.files}
 
 
-def test_a_whole_run_on_the_store(features: Url, small_run: SmallRun, tmp_path: Path) -> None:
+def test_a_run_on_remote_features_and_bundle_equals_a_local_one(
+    features: Url, small_run: SmallRun, tmp_path: Path
+) -> None:
     run, bundle = tmp_path / "run", "s3://hvdrec/small/bundle"
     options = ["--paths.features", features, "--loader.cache-dir", tmp_path / "cache"]
     trained = succeed("train", small_run.config, "--paths.run", run, *options)
@@ -96,44 +99,43 @@ def test_a_whole_run_on_the_store(features: Url, small_run: SmallRun, tmp_path: 
     assert ours == theirs
 
 
-def test_rows_come_once_though_the_server_is_away_for_a_while(
+def test_each_row_is_delivered_once_while_the_server_restarts(
     server: Server, features: Url, small_run: SmallRun, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked_again = threading.Event()
+    retried = threading.Event()
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "no answer" in record.getMessage():
-                asked_again.set()
+            if "no response" in record.getMessage():
+                retried.set()
 
-    def come_back() -> None:
-        assert asked_again.wait(120)
+    def restart() -> None:
+        assert retried.wait(120)
         server.start()
 
     loader = ShardLoader(
         features / "train",
         load(small_run.config).schema,
+        Loader(shuffle_rows=300, prefetch=1),
         batch_size=100,
         rank=0,
         world_size=1,
-        window_rows=300,
-        prefetch=1,
     )
-    listener, back = Listener(), threading.Thread(target=come_back)
+    listener, restarter = Listener(), threading.Thread(target=restart)
     logger = logging.getLogger("hvdrec.storage.urls")
     logger.addHandler(listener)
-    found: list[tuple[int, int, float, float]] = []
+    rows: list[tuple[int, int, float, float]] = []
     try:
         for number, batch in enumerate(loader.epoch(0)):
             if number == 3:
                 server.stop()
-                back.start()
+                restarter.start()
             columns = (batch.user_index, batch.item_index, batch.label, batch.features["age"])
-            found += zip(*(column[: batch.rows].tolist() for column in columns), strict=True)
+            rows += zip(*(column[: batch.rows].tolist() for column in columns), strict=True)
     finally:
         logger.removeHandler(listener)
-        asked_again.set()
-        back.join()
+        retried.set()
+        restarter.join()
     here = ShardLoader(
         small_run.work / "features/train",
         load(small_run.config).schema,
@@ -145,16 +147,19 @@ def test_rows_come_once_though_the_server_is_away_for_a_while(
     [whole] = here.epoch(0)
     columns = (whole.user_index, whole.item_index, whole.label, whole.features["age"])
     expected = list(zip(*(column.tolist() for column in columns), strict=True))
-    assert len(found) == 4800
-    assert sorted(found) == sorted(expected)
+    assert len(rows) == 4800
+    assert sorted(rows) == sorted(expected)
     lines = [record.getMessage() for record in caplog.records]
     assert any(
-        re.match(r"hvdrec/small/features/train/.*: there again after .* s", line) for line in lines
+        re.match(r"hvdrec/small/features/train/.*: responds again after .* s", line)
+        for line in lines
     )
 
 
 @pytest.mark.usefixtures("server")
-def test_what_is_not_in_the_store_is_told_in_one_line(small_run: SmallRun, tmp_path: Path) -> None:
+def test_a_missing_remote_artifact_is_refused_in_one_line(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
     url = "s3://hvdrec/nowhere"
     done = hvdrec(
         "train", small_run.config, "--paths.features", url, "--paths.run", tmp_path / "run"

@@ -1,3 +1,5 @@
+"""Artifacts in local directories: atomic writes, manifests and their checks."""
+
 from __future__ import annotations
 
 import hashlib
@@ -52,13 +54,13 @@ def test_manifest_lists_every_file_with_its_checksum_and_size(tmp_path: Path) ->
     assert verify_artifact(path, "raw") == manifest
 
 
-def test_sha256_is_the_published_one_for_abc(tmp_path: Path) -> None:
+def test_sha256_of_abc_equals_the_published_value(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256(tmp_path / "abc") == known
 
 
-def test_meta_may_be_filled_while_writing(tmp_path: Path) -> None:
+def test_meta_is_read_on_exit(tmp_path: Path) -> None:
     meta: dict[str, Any] = {}
     with write_artifact(tmp_path / "raw", "raw", meta):
         meta["rows"] = 7
@@ -75,7 +77,7 @@ def test_a_writer_that_raises_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_stands_at_the_place_before_the_end(tmp_path: Path) -> None:
+def test_the_path_is_empty_until_the_artifact_is_complete(tmp_path: Path) -> None:
     with write_artifact(tmp_path / "raw", "raw") as draft:
         assert not (tmp_path / "raw").exists()
         assert draft.parent == tmp_path  # the same file system, so that renaming is atomic
@@ -100,7 +102,7 @@ def test_overwriting_replaces_the_whole_artifact(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["raw"]
 
 
-def test_a_taken_place_is_refused_without_overwrite(tmp_path: Path) -> None:
+def test_an_existing_artifact_is_refused_without_overwrite(tmp_path: Path) -> None:
     path = make(tmp_path / "raw")
     before = contents(path)
     with pytest.raises(UserError) as error:
@@ -109,28 +111,30 @@ def test_a_taken_place_is_refused_without_overwrite(tmp_path: Path) -> None:
     assert contents(path) == before
 
 
-def test_overwriting_refuses_what_is_no_artifact(tmp_path: Path) -> None:
+def test_overwriting_refuses_a_directory_that_is_not_an_artifact(tmp_path: Path) -> None:
     path = tmp_path / "thesis"
     path.mkdir()
     (path / "chapter1.txt").write_text("mine")
     with pytest.raises(UserError) as error:
         make(path, overwrite=True)
     assert str(error.value) == (
-        f"{path}: exists and is no hvdrec artifact (no manifest.json); choose another place"
+        f"{path}: exists and is not an hvdrec artifact (no manifest.json); choose another path"
     )
     assert contents(path) == {"chapter1.txt": b"mine"}
 
 
-def test_overwriting_refuses_another_kind(tmp_path: Path) -> None:
+def test_overwriting_refuses_an_artifact_of_another_kind(tmp_path: Path) -> None:
     path = make(tmp_path / "x", "samples")
     before = contents(path)
     with pytest.raises(UserError) as error:
         make(path, "raw", overwrite=True)
-    assert str(error.value) == f"{path}: holds a 'samples' artifact; only [raw] is replaced"
+    assert str(error.value) == (
+        f"{path}: contains a 'samples' artifact; only [raw] may be replaced; choose another path"
+    )
     assert contents(path) == before
 
 
-def test_overwriting_takes_an_empty_directory_and_a_damaged_artifact(tmp_path: Path) -> None:
+def test_overwriting_replaces_an_empty_directory_and_a_damaged_artifact(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert read_manifest(make(tmp_path / "empty", overwrite=True), "raw").meta == {"rows": 3}
     damaged = make(tmp_path / "damaged")
@@ -138,12 +142,12 @@ def test_overwriting_takes_an_empty_directory_and_a_damaged_artifact(tmp_path: P
     assert read_manifest(make(damaged, overwrite=True), "raw").meta == {"rows": 3}
 
 
-def test_an_artifact_may_be_moved_as_a_whole(tmp_path: Path) -> None:
+def test_a_renamed_artifact_is_still_valid(tmp_path: Path) -> None:
     make(tmp_path / "raw").rename(tmp_path / "elsewhere")
     assert verify_artifact(tmp_path / "elsewhere", "raw").meta == {"rows": 3}
 
 
-def test_no_manifest(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         read_manifest(tmp_path / "nothing", "samples")
     assert str(error.value) == (
@@ -152,22 +156,24 @@ def test_no_manifest(tmp_path: Path) -> None:
     )
 
 
-def test_another_kind(tmp_path: Path) -> None:
+def test_an_artifact_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path / "raw")
     with pytest.raises(UserError) as error:
         read_manifest(path, "bundle")
     assert str(error.value) == f"{path}: is a 'raw' artifact, expected 'bundle'"
 
 
-def test_a_newer_format(tmp_path: Path) -> None:
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     file = edit_manifest(make(tmp_path / "raw"), format=2)
     with pytest.raises(UserError) as error:
         read_manifest(tmp_path / "raw", "raw")
-    assert str(error.value) == f"{file}: format 2 is newer than this hvdrec reads (1); upgrade"
+    assert (
+        str(error.value) == f"{file}: format 2 is newer than this hvdrec reads (1); upgrade hvdrec"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"raw"', '{"kind": "raw"}'])
-def test_a_damaged_manifest(tmp_path: Path, text: str) -> None:
+def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     file = make(tmp_path / "raw") / "manifest.json"
     file.write_text(text)
     with pytest.raises(UserError) as error:
@@ -176,7 +182,7 @@ def test_a_damaged_manifest(tmp_path: Path, text: str) -> None:
     assert str(error.value).endswith("); write the artifact again")
 
 
-def test_a_manifest_that_is_no_text(tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_utf8_is_damaged(tmp_path: Path) -> None:
     file = make(tmp_path / "raw") / "manifest.json"
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="damaged manifest"):
@@ -203,7 +209,7 @@ def test_a_manifest_of_the_wrong_types_is_damaged(tmp_path: Path, changes: dict[
 
 
 @pytest.mark.parametrize("name", ["../secret", "part/../../secret", "/etc/passwd"])
-def test_a_file_name_that_leaves_the_directory(tmp_path: Path, name: str) -> None:
+def test_a_file_name_outside_the_directory_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_text("hello")
     facts = {"sha256": hashlib.sha256(b"hello").hexdigest(), "bytes": 5}
     file = edit_manifest(make(tmp_path / "raw"), files={name: facts})
@@ -214,7 +220,7 @@ def test_a_file_name_that_leaves_the_directory(tmp_path: Path, name: str) -> Non
     )
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     path = make(tmp_path / "raw")
     (path / "b.bin").unlink()
     with pytest.raises(UserError) as error:
@@ -224,7 +230,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
     )
 
 
-def test_a_truncated_file(tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     path = make(tmp_path / "raw")
     (path / "part" / "a.txt").write_text("hell")
     with pytest.raises(UserError) as error:
@@ -234,10 +240,10 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     )
 
 
-def test_changed_contents_of_the_same_size(tmp_path: Path) -> None:
+def test_verify_detects_changed_contents_of_the_same_size(tmp_path: Path) -> None:
     path = make(tmp_path / "raw")
     (path / "part" / "a.txt").write_text("hallo")
-    assert read_manifest(path, "raw").meta == {"rows": 3}  # sizes only: that is quick
+    assert read_manifest(path, "raw").meta == {"rows": 3}  # compares sizes only
     with pytest.raises(UserError) as error:
         verify_artifact(path, "raw")
     assert str(error.value) == (
@@ -245,7 +251,7 @@ def test_changed_contents_of_the_same_size(tmp_path: Path) -> None:
     )
 
 
-def test_write_text_replaces_a_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_write_text_replaces_a_file_and_leaves_no_draft(tmp_path: Path) -> None:
     write_text(tmp_path / "latest", "step-1\n")
     write_text(tmp_path / "latest", "step-2\n")
     assert contents(tmp_path) == {"latest": b"step-2\n"}

@@ -1,4 +1,4 @@
-"""The loader on real Parquet files through Petastorm."""
+"""The loader on real Parquet files, read through Petastorm."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec.config.schema import Feature, Schema
+from hvdrec.config.sections import Loader
 from hvdrec.data import loader as loader_module
 from hvdrec.data.batch import Batch
 from hvdrec.data.collate import table_arrays
@@ -44,7 +45,7 @@ SCHEMA = Schema(
 
 
 def shard(first: int, rows: int) -> pa.Table:
-    """Return rows numbered from `first`; everything in a row tells its number."""
+    """Return rows numbered from `first`; every column is a function of the number."""
     number = np.arange(first, first + rows)
     return pa.table(
         {
@@ -62,7 +63,7 @@ def shard(first: int, rows: int) -> pa.Table:
 
 
 def write_shards(folder: Path, files: Sequence[int], group: int) -> int:
-    """Write files with so many rows, in row groups of `group`; return all rows."""
+    """Write one shard per number of rows, in row groups of `group`; return the total."""
     first = 0
     for number, rows in enumerate(files):
         pq.write_table(
@@ -72,21 +73,22 @@ def write_shards(folder: Path, files: Sequence[int], group: int) -> int:
     return first
 
 
-def read(folder: Path, world: int, batch: int, **more: object) -> list[list[Batch]]:
-    epoch, past = more.pop("epoch", 0), more.pop("past", ())
-    return [
-        list(
-            ShardLoader(
-                folder,
-                SCHEMA,
-                batch_size=batch,
-                rank=rank,
-                world_size=world,
-                **more,  # type: ignore[arg-type]
-            ).epoch(epoch, past)  # type: ignore[arg-type]
-        )
+def read(
+    folder: Path,
+    world: int,
+    batch: int,
+    *,
+    epoch: int = 0,
+    past: Sequence[Progress] = (),
+    options: Loader = Loader(),
+    **more: Any,
+) -> list[list[Batch]]:
+    """Return the batches of each rank."""
+    loaders = [
+        ShardLoader(folder, SCHEMA, options, batch_size=batch, rank=rank, world_size=world, **more)
         for rank in range(world)
     ]
+    return [list(loader.epoch(epoch, past)) for loader in loaders]
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
@@ -106,12 +108,12 @@ def numbers(batches: Iterable[Batch]) -> list[int]:
     st.integers(1, 30),
 )
 @settings(max_examples=25, deadline=None)
-def test_each_row_once_equal_steps_and_whole_rows(
+def test_each_row_is_delivered_once_intact_and_in_equal_steps(
     files: list[int], group: int, world: int, batch: int, window: int
 ) -> None:
     with TemporaryDirectory() as folder:
         total = write_shards(Path(folder), files, group)
-        parts = read(Path(folder), world, batch, window_rows=window)
+        parts = read(Path(folder), world, batch, options=Loader(shuffle_rows=window))
     assert sorted(n for part in parts for n in numbers(part)) == list(range(total))
     assert len({len(part) for part in parts}) == 1
     for one in (one for part in parts for one in part):
@@ -129,7 +131,7 @@ def test_each_row_once_equal_steps_and_whole_rows(
         assert not one.features["history"][one.rows :].any()
 
 
-def test_labels_of_tasks_come_side_by_side_and_unknown_ones_stay_nan(tmp_path: Path) -> None:
+def test_task_labels_form_a_matrix_and_unknown_labels_are_nan(tmp_path: Path) -> None:
     write_shards(tmp_path, [5], 100)
     table = pq.read_table(tmp_path / "shard-00000.parquet")
     table = table.append_column("label_a", pa.array([1, 0, math.nan, 1, 0], pa.float32()))
@@ -139,7 +141,7 @@ def test_labels_of_tasks_come_side_by_side_and_unknown_ones_stay_nan(tmp_path: P
     assert first.tasks is not None and last.tasks is not None
     assert first.tasks.dtype == torch.float32
     np.testing.assert_array_equal(first.tasks, [[math.nan, 1], [1, 0], [1, math.nan]])
-    # Behind the two rows that are left there is padding.
+    # The last row is padding.
     np.testing.assert_array_equal(last.tasks, [[0, 1], [0, 0], [0, 0]])
     np.testing.assert_array_equal(first.part(1, 3).tasks, [[1, 0], [1, math.nan]])
     ((plain, _),) = read(tmp_path, 1, 3, shuffle=False)
@@ -148,7 +150,7 @@ def test_labels_of_tasks_come_side_by_side_and_unknown_ones_stay_nan(tmp_path: P
         read(tmp_path, 1, 3, tasks=["label_c"])
 
 
-def test_fewer_row_groups_than_ranks_and_empty_files(tmp_path: Path) -> None:
+def test_fewer_row_groups_than_ranks_and_empty_files_are_read(tmp_path: Path) -> None:
     write_shards(tmp_path, [0, 7, 0], 100)
     parts = read(tmp_path, 5, 2)
     assert sorted(n for part in parts for n in numbers(part)) == list(range(7))
@@ -156,7 +158,7 @@ def test_fewer_row_groups_than_ranks_and_empty_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_row_groups_without_rows(tmp_path: Path, world: int) -> None:
+def test_empty_row_groups_are_skipped(tmp_path: Path, world: int) -> None:
     with pq.ParquetWriter(tmp_path / "shard-00000.parquet", shard(0, 0).schema) as writer:
         for first, rows in ((0, 0), (0, 4), (4, 0), (4, 3), (7, 0)):
             writer.write_table(shard(first, rows))
@@ -185,23 +187,26 @@ def test_padding_is_zero_in_every_column(tmp_path: Path) -> None:
         assert not tensor[2:].any(), name
 
 
-def test_no_rows_at_all(tmp_path: Path) -> None:
+def test_shards_without_rows_give_no_batches(tmp_path: Path) -> None:
     write_shards(tmp_path, [0], 100)
     assert read(tmp_path, 2, 4) == [[], []]
 
 
-def test_same_order_again_and_another_in_the_next_epoch(tmp_path: Path) -> None:
+def test_the_order_is_reproducible_and_changes_with_the_epoch(tmp_path: Path) -> None:
     write_shards(tmp_path, [40, 40], 8)
-    (first,), (again,), (other,) = (read(tmp_path, 1, 16, epoch=e, workers=3) for e in (0, 0, 1))
+    (first,), (again,), (other,) = (
+        read(tmp_path, 1, 16, epoch=e, options=Loader(workers=3)) for e in (0, 0, 1)
+    )
     assert numbers(first) == numbers(again)
     assert numbers(first) != numbers(other)
     assert numbers(first) != sorted(numbers(first))
 
 
-def test_resumed_batches_are_those_that_were_left(tmp_path: Path) -> None:
+def test_a_resumed_epoch_delivers_the_remaining_batches(tmp_path: Path) -> None:
     write_shards(tmp_path, [40, 40], 8)
-    whole = read(tmp_path, 2, 5, window_rows=20)
-    rest = read(tmp_path, 2, 5, window_rows=20, past=(Progress(2, 5, 3),))
+    options = Loader(shuffle_rows=20)
+    whole = read(tmp_path, 2, 5, options=options)
+    rest = read(tmp_path, 2, 5, options=options, past=(Progress(2, 5, 3),))
     for part, left in zip(whole, rest, strict=True):
         assert len(left) == len(part) - 3
         for expected, got in zip(part[3:], left, strict=True):
@@ -210,45 +215,44 @@ def test_resumed_batches_are_those_that_were_left(tmp_path: Path) -> None:
                 assert torch.equal(tensor, tensors(got)[name]), name
 
 
-def test_on_other_ranks_the_rest_comes_once(tmp_path: Path) -> None:
+def test_after_a_resize_each_remaining_row_is_delivered_once(tmp_path: Path) -> None:
     total = write_shards(tmp_path, [13, 0, 17], 4)
     seen: list[int] = []
     past: list[Progress] = []
     for world, batch, steps in ((2, 3, 2), (3, 1, 2), (1, 5, 99)):
-        for part in read(tmp_path, world, batch, window_rows=6, past=past):
+        for part in read(tmp_path, world, batch, options=Loader(shuffle_rows=6), past=past):
             seen += numbers(part[:steps])
         past.append(Progress(world, batch, steps))
     assert sorted(seen) == list(range(total))
 
 
-def test_without_shuffle_in_the_order_of_the_files(tmp_path: Path) -> None:
+def test_without_shuffle_rows_keep_file_order(tmp_path: Path) -> None:
     total = write_shards(tmp_path, [11, 0, 9], 4)
     parts = read(tmp_path, 3, 4, shuffle=False)
     assert [n for part in parts for n in numbers(part)] == list(range(total))
 
 
 @pytest.fixture
-def no_thread_stays() -> Iterator[None]:
+def no_thread_remains() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) - before == set()
 
 
-@pytest.mark.usefixtures("no_thread_stays")
+@pytest.mark.usefixtures("no_thread_remains")
 @pytest.mark.parametrize("taken", [0, 1, 3])
-def test_stopping_early_leaves_no_thread(tmp_path: Path, taken: int) -> None:
+def test_closing_an_epoch_ends_its_threads(tmp_path: Path, taken: int) -> None:
     write_shards(tmp_path, [60, 60], 4)
-    epoch = ShardLoader(
-        tmp_path, SCHEMA, batch_size=2, rank=0, world_size=1, window_rows=4, prefetch=1
-    ).epoch(0)
+    options = Loader(shuffle_rows=4, prefetch=1)
+    epoch = ShardLoader(tmp_path, SCHEMA, options, batch_size=2, rank=0, world_size=1).epoch(0)
     for _ in range(taken):
         next(epoch)
     epoch.close()
     assert list(epoch) == []
 
 
-@pytest.mark.usefixtures("no_thread_stays")
-def test_no_thread_stays_at_the_end_or_when_the_iterator_is_dropped(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_thread_remains")
+def test_threads_end_with_the_epoch_or_when_it_is_dropped(tmp_path: Path) -> None:
     write_shards(tmp_path, [60], 4)
     loader = ShardLoader(tmp_path, SCHEMA, batch_size=2, rank=0, world_size=1)
     assert len(list(loader.epoch(0))) == 30
@@ -256,71 +260,73 @@ def test_no_thread_stays_at_the_end_or_when_the_iterator_is_dropped(tmp_path: Pa
         break
 
 
-@pytest.mark.usefixtures("no_thread_stays")
+@pytest.mark.usefixtures("no_thread_remains")
 @pytest.mark.parametrize(
     "where", ["hvdrec.data.loader.fill", "hvdrec.data.loader.ShardLoader._batch"]
 )
-def test_what_goes_wrong_in_the_thread_is_raised_with_its_traceback(
+def test_an_error_in_the_thread_is_raised_with_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    def stumble(*_: object) -> None:
-        raise ZeroDivisionError("on the way")
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in the thread")
 
     write_shards(tmp_path, [60], 4)
-    monkeypatch.setattr(where, stumble)
-    with pytest.raises(ZeroDivisionError, match="on the way") as caught:
-        read(tmp_path, 1, 4, window_rows=8)
-    assert "stumble" in [frame.name for frame in traceback.extract_tb(caught.tb)]
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(ZeroDivisionError, match="in the thread") as caught:
+        read(tmp_path, 1, 4, options=Loader(shuffle_rows=8))
+    assert "fail" in [frame.name for frame in traceback.extract_tb(caught.tb)]
 
 
-def test_batches_are_made_in_another_thread_and_not_too_far_ahead(
+def test_batches_are_prefetched_in_another_thread_up_to_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tmp_path, [60, 60], 30)
-    makers: list[str] = []
-    make = ShardLoader._batch
+    threads: list[str] = []
+    batch = ShardLoader._batch
 
     def watched(self: ShardLoader, pieces: Any) -> Batch:
-        makers.append(threading.current_thread().name)
-        return make(self, pieces)
+        threads.append(threading.current_thread().name)
+        return batch(self, pieces)
 
     monkeypatch.setattr(ShardLoader, "_batch", watched)
-    epoch = ShardLoader(tmp_path, SCHEMA, batch_size=4, rank=0, world_size=1, prefetch=3).epoch(0)
+    loader = ShardLoader(tmp_path, SCHEMA, Loader(prefetch=3), batch_size=4, rank=0, world_size=1)
+    epoch = loader.epoch(0)
     next(epoch)
     deadline = time.monotonic() + 10
-    while len(makers) < 5 and time.monotonic() < deadline:
+    while len(threads) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert makers == ["hvdrec-loader"] * 5  # one taken, three ready, one in hand
+    assert threads == ["hvdrec-loader"] * 5  # delivered, three queued, one waiting
     epoch.close()
 
 
-def test_epochs_are_as_each_is_by_itself_and_the_next_is_begun_ahead(tmp_path: Path) -> None:
+def test_the_next_epoch_is_read_ahead_and_equals_a_separate_one(tmp_path: Path) -> None:
     write_shards(tmp_path, [30, 30], 10)
-    loader = ShardLoader(tmp_path, SCHEMA, batch_size=4, rank=0, world_size=1, window_rows=20)
+    options = Loader(shuffle_rows=20)
+    loader = ShardLoader(tmp_path, SCHEMA, options, batch_size=4, rank=0, world_size=1)
     past = [Progress(1, 4, 5)]
-    made: list[int] = []
+    prepared: list[int] = []
 
     def prepare(number: int, batch: Batch) -> Batch:
-        made.append(number)
+        prepared.append(number)
         return batch
 
-    found = []
+    delivered = []
     with closing(loader.epochs(3, 6, prepare, past)) as epochs:
         for epoch in epochs:
             first = next(epoch)
-            found.append(numbers([first, *epoch]))
-            if len(found) == 1:
+            delivered.append(numbers([first, *epoch]))
+            if len(delivered) == 1:
                 deadline = time.monotonic() + 10
-                while len(made) <= 10 and time.monotonic() < deadline:
+                while len(prepared) <= 10 and time.monotonic() < deadline:
                     time.sleep(0.01)
-                assert len(made) > 10  # of the next epoch, nothing of which was asked for
-    alone = [numbers(loader.epoch(n, past if n == 3 else ())) for n in (3, 4, 5)]
-    assert found == alone
-    assert made == list(range(10 + 15 + 15))
+                assert len(prepared) > 10  # batches of the next epoch, before it is requested
+    separate = [numbers(loader.epoch(n, past if n == 3 else ())) for n in (3, 4, 5)]
+    assert delivered == separate
+    assert prepared == list(range(10 + 15 + 15))
 
 
-def test_it_counts_how_long_the_consumer_waited(
+def test_the_waiting_time_of_the_consumer_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill = loader_module.fill
@@ -335,17 +341,17 @@ def test_it_counts_how_long_the_consumer_waited(
     began = time.perf_counter()
     for _ in loader.epoch(0):
         pass
-    # Five row groups are filled before the first batch is there.
+    # Five row groups are filled before the first batch is delivered.
     assert 0.2 < loader.waited_seconds <= time.perf_counter() - began
 
 
-def test_pinned_where_there_is_cuda(tmp_path: Path) -> None:
+def test_batches_are_pinned_if_cuda_is_available(tmp_path: Path) -> None:
     write_shards(tmp_path, [5], 4)
     ((batch,),) = read(tmp_path, 1, 5, pin_memory=True)
     assert batch.label.is_pinned() is torch.cuda.is_available()
 
 
-def test_reading_prints_and_warns_of_nothing(tmp_path: Path) -> None:
+def test_reading_prints_nothing(tmp_path: Path) -> None:
     write_shards(tmp_path, [5], 4)
     group = (str(tmp_path / "shard-00000.parquet"), 1)
     program = (
@@ -358,19 +364,7 @@ def test_reading_prints_and_warns_of_nothing(tmp_path: Path) -> None:
     assert (ran.stdout, ran.stderr) == ("[[4]]\n", "")
 
 
-def test_only_the_asked_columns_are_read(tmp_path: Path) -> None:
-    write_shards(tmp_path, [5], 4)
-    loader = ShardLoader(tmp_path, SCHEMA, batch_size=5, rank=0, world_size=1, columns=["item_id"])
-    assert [set(batch.features) for batch in loader.epoch(0)] == [{"item_id"}]
-    keys = ["user_index", "item_index", "label", "weight"]
-    pq.write_table(shard(0, 5).select(["item_id", *keys]), tmp_path / "shard-00000.parquet")
-    ((batch,),) = read(tmp_path, 1, 5, columns=["item_id"])
-    assert batch.features["item_id"].tolist() == (batch.user_index + 3).tolist()
-    ((batch,),) = read(tmp_path, 1, 5, columns=[])
-    assert batch.features == {}
-
-
-def test_lists_of_slices_and_chunks() -> None:
+def test_lists_in_sliced_and_chunked_columns_are_padded() -> None:
     table = pa.concat_tables([shard(0, 10).slice(3, 4), shard(20, 5)])
     arrays = table_arrays(table, [SCHEMA["history"]])
     numbers = [3, 4, 5, 6, 20, 21, 22, 23, 24]
@@ -384,7 +378,7 @@ def padded(lists: pa.Array | pa.ChunkedArray, kind: Any) -> list[list[int]]:
     return table_arrays(pa.table({"codes": lists}), [feature])["codes"].tolist()
 
 
-def test_of_longer_lists_the_first_and_of_longer_sequences_the_last_codes_stay() -> None:
+def test_long_lists_keep_their_first_and_long_sequences_their_last_codes() -> None:
     lists = pa.array([[2], [3, 4, 5, 6, 7], [], None, [8, 9, 10, 11]], pa.list_(pa.int32()))
     zeros = [0, 0, 0]
     first = [[2, 0, 0], [3, 4, 5], zeros, zeros, [8, 9, 10]]
@@ -399,7 +393,9 @@ def test_of_longer_lists_the_first_and_of_longer_sequences_the_last_codes_stay()
     st.integers(1, 12),
 )
 @settings(deadline=None)
-def test_lists_equal_to_pylist(rows: list[list[int]], start: int, length: int, chunk: int) -> None:
+def test_padding_equals_a_loop_over_python_lists(
+    rows: list[list[int]], start: int, length: int, chunk: int
+) -> None:
     whole = pa.array(rows, pa.list_(pa.int32()))
     chunks = [whole.slice(at, chunk) for at in range(0, len(whole), chunk)]
     part = pa.chunked_array(chunks, whole.type).slice(start, length)
@@ -415,13 +411,13 @@ def refused(folder: Path, **more: Any) -> str:
     return line
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     assert refused(folder) == f"{folder}: no such directory; run hvdrec prepare"
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "empty", "directory"])
-def test_a_shard_that_is_no_parquet(tmp_path: Path, damage: str) -> None:
+def test_an_unreadable_shard_is_refused(tmp_path: Path, damage: str) -> None:
     write_shards(tmp_path, [5, 5], 4)
     file = tmp_path / "shard-00001.parquet"
     contents = file.read_bytes()
@@ -431,17 +427,11 @@ def test_a_shard_that_is_no_parquet(tmp_path: Path, damage: str) -> None:
     else:
         file.write_bytes({"text": b"a,b\n1,2\n" * 9, "truncated": contents[:-20]}.get(damage, b""))
     line = refused(tmp_path)
-    assert line.startswith(f"{file}: no readable Parquet (")
+    assert line.startswith(f"{file}: not a readable Parquet file (")
     assert line.endswith("); run hvdrec prepare again")
 
 
-def test_a_column_that_is_no_feature(tmp_path: Path) -> None:
-    assert refused(tmp_path, columns=["age", "agee"]) == (
-        "columns: 'agee' is no feature; known: [user_id, history, age, item_id, tags]"
-    )
-
-
-def test_shards_that_are_replaced_while_they_are_read(tmp_path: Path) -> None:
+def test_a_shard_that_changes_during_reading_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, [5], 4)
     loader = ShardLoader(tmp_path, SCHEMA, batch_size=5, rank=0, world_size=1)
     write_shards(tmp_path, [5], 3)
@@ -453,7 +443,7 @@ def test_errors_name_file_and_column(tmp_path: Path) -> None:
     def load() -> None:
         ShardLoader(tmp_path, SCHEMA, batch_size=1, rank=0, world_size=1)
 
-    with pytest.raises(UserError, match="holds no shards; run hvdrec prepare"):
+    with pytest.raises(UserError, match="contains no shards; run hvdrec prepare"):
         load()
     pq.write_table(shard(0, 3).drop(["tags"]), tmp_path / "shard-00000.parquet")
     with pytest.raises(
@@ -461,7 +451,7 @@ def test_errors_name_file_and_column(tmp_path: Path) -> None:
     ):
         load()
     (tmp_path / "shard-00000.parquet").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"shard-00000.parquet: no readable Parquet \("):
+    with pytest.raises(UserError, match=r"shard-00000.parquet: not a readable Parquet file \("):
         load()
 
 

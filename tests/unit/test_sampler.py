@@ -1,4 +1,4 @@
-"""Who reads which rows when: each row once, equal steps, and resumption on any number of ranks."""
+"""Epoch plans: each row once, equal steps, and resumption on any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdrec.data.sampler import Fragment, Plan, Progress, plan_epoch
+from hvdrec.data.sampler import EpochPlan, Fragment, Progress, plan_epoch
 
 Row = tuple[int, int]
 
@@ -19,8 +19,8 @@ batches = st.integers(1, 9)
 windows = st.integers(1, 30)
 
 
-def rows_of(plan: Plan) -> list[Row]:
-    """Return (row group, position) of a plan's rows in the order of delivery."""
+def delivered_rows(plan: EpochPlan) -> list[Row]:
+    """Return (row group, position) of the rows of a plan in delivery order."""
     delivered: list[Row] = []
     for number, window in enumerate(plan.windows):
         rows = [(f.group, int(p)) for f in window for p in f.positions()]
@@ -32,7 +32,7 @@ def rows_of(plan: Plan) -> list[Row]:
 def deliver(
     group_rows: Sequence[int], world: int, batch: int, window: int, **more: object
 ) -> tuple[list[list[Row]], set[int]]:
-    """Return each rank's rows and the ranks' numbers of steps."""
+    """Return the rows of each rank and the set of the ranks' step counts."""
     plans = [
         plan_epoch(
             group_rows,
@@ -44,7 +44,7 @@ def deliver(
         )
         for rank in range(world)
     ]
-    rows = [rows_of(plan) for plan in plans]
+    rows = [delivered_rows(plan) for plan in plans]
     assert [plan.rows for plan in plans] == [len(part) for part in rows]
     return rows, {plan.steps for plan in plans}
 
@@ -55,7 +55,7 @@ def all_rows(group_rows: Sequence[int]) -> Counter[Row]:
 
 @given(groups, worlds, batches, windows, st.integers(-9, 2**70), st.integers(0, 3), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_each_row_once_and_equal_steps(
+def test_each_row_is_planned_once_in_equal_steps(
     group_rows: list[int], world: int, batch: int, window: int, seed: int, epoch: int, shuffle: bool
 ) -> None:
     parts, steps = deliver(
@@ -68,7 +68,7 @@ def test_each_row_once_and_equal_steps(
 
 @given(groups, worlds, windows)
 @settings(deadline=None)
-def test_without_shuffle_ranks_joined_are_the_files_order(
+def test_without_shuffle_the_ranks_read_in_file_order(
     group_rows: list[int], world: int, window: int
 ) -> None:
     parts, _ = deliver(group_rows, world, 3, window, shuffle=False)
@@ -78,7 +78,7 @@ def test_without_shuffle_ranks_joined_are_the_files_order(
 
 @given(groups, worlds, batches, worlds, st.integers(0, 4), windows)
 @settings(deadline=None)
-def test_without_shuffle_the_order_stays_after_a_resize(
+def test_without_shuffle_file_order_survives_a_resize(
     group_rows: list[int], old_world: int, batch: int, world: int, steps: int, window: int
 ) -> None:
     past = (Progress(old_world, batch, steps),)
@@ -87,7 +87,7 @@ def test_without_shuffle_the_order_stays_after_a_resize(
     assert joined == sorted(joined)
 
 
-def test_fragments_worked_out_by_hand() -> None:
+def test_fragments_equal_a_worked_example() -> None:
     more = {"batch_size": 3, "window_rows": 4, "seed": 0, "epoch": 0, "shuffle": False}
     plans = [plan_epoch([3, 0, 4], rank=rank, world_size=2, **more) for rank in range(2)]  # type: ignore[arg-type]
     assert plans[0].windows == ((Fragment(0, 0, 3), Fragment(2, 0, 1)),)
@@ -97,7 +97,7 @@ def test_fragments_worked_out_by_hand() -> None:
 
 @given(groups, worlds, windows)
 @settings(deadline=None)
-def test_windows_are_as_large_as_asked_and_not_larger_by_a_row_group(
+def test_windows_exceed_the_requested_size_by_less_than_a_row_group(
     group_rows: list[int], world: int, window: int
 ) -> None:
     for rank in range(world):
@@ -115,7 +115,7 @@ def test_windows_are_as_large_as_asked_and_not_larger_by_a_row_group(
         assert all(sum(rows[:-1]) < window for rows in sizes)
 
 
-def test_the_order_depends_on_seed_epoch_and_world_size() -> None:
+def test_the_order_depends_on_seed_and_epoch() -> None:
     group_rows = [20] * 10
     base = deliver(group_rows, 2, 4, 50)
     assert deliver(group_rows, 2, 4, 50) == base
@@ -123,7 +123,7 @@ def test_the_order_depends_on_seed_epoch_and_world_size() -> None:
     assert deliver(group_rows, 2, 4, 50, seed=1)[0] != base[0]
     assert deliver(group_rows, 2, 4, 50, seed=-1)[0] != base[0]
     one, two = deliver(group_rows, 2, 4, 50)[0], deliver(group_rows, 2, 4, 50, epoch=1)[0]
-    assert set(one[0]) != set(two[0])  # a rank does not keep its rows
+    assert set(one[0]) != set(two[0])  # a rank gets other rows in the next epoch
 
 
 def test_rows_are_mixed_across_row_groups() -> None:
@@ -140,9 +140,9 @@ def test_rows_are_mixed_across_row_groups() -> None:
     st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
-def test_after_any_history_the_rest_comes_once(
+def test_remaining_rows_are_planned_once_after_any_resizes(
     group_rows: list[int],
-    stretches: list[tuple[int, int, int]],
+    past_runs: list[tuple[int, int, int]],
     world: int,
     batch: int,
     window: int,
@@ -150,7 +150,7 @@ def test_after_any_history_the_rest_comes_once(
 ) -> None:
     delivered: Counter[Row] = Counter()
     past: tuple[Progress, ...] = ()
-    for old_world, old_batch, wanted in stretches:
+    for old_world, old_batch, wanted in past_runs:
         parts, (available,) = deliver(
             group_rows, old_world, old_batch, window, past=past, shuffle=shuffle
         )
@@ -166,7 +166,7 @@ def test_after_any_history_the_rest_comes_once(
 
 @given(groups, worlds, batches, windows, st.integers(0, 6))
 @settings(max_examples=200, deadline=None)
-def test_the_same_world_goes_on_exactly(
+def test_the_same_world_size_continues_the_order_exactly(
     group_rows: list[int], world: int, batch: int, window: int, steps: int
 ) -> None:
     whole, (total,) = deliver(group_rows, world, batch, window)
@@ -177,7 +177,7 @@ def test_the_same_world_goes_on_exactly(
     assert left == total - steps
 
 
-def test_windows_that_are_done_are_not_read_again() -> None:
+def test_delivered_windows_are_not_read_again() -> None:
     plan = plan_epoch(
         [10] * 10,
         rank=0,
@@ -206,7 +206,7 @@ def test_a_large_epoch_is_planned_quickly() -> None:
     assert all(f.chosen is None for window in plan.windows for f in window)
 
 
-def test_after_a_resize_only_windows_under_way_know_their_rows_one_by_one() -> None:
+def test_after_a_resize_only_started_windows_list_single_rows() -> None:
     plan = plan_epoch(
         [10_000] * 20_000,
         rank=0,
