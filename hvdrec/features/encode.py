@@ -32,7 +32,7 @@ from hvdrec.features.raw import one_chunk
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import ALONE, Workers
 from hvdrec.storage.artifacts import read_manifest, write_artifact
-from hvdrec.storage.urls import Place
+from hvdrec.storage.urls import Location
 
 SPLITS = ("train", "validation", "test")
 USERS, ITEMS = "users_train.parquet", "items.parquet"
@@ -76,7 +76,7 @@ class _Part:
 
 def encode(
     samples: Path,
-    out: Place,
+    out: Location,
     config: Config,
     *,
     overwrite: bool = False,
