@@ -42,7 +42,6 @@ class Setting:
     accumulate: int = 1
     sharing: str = ""
     hard_negatives: int = 0
-    penalty: float = 0.0
     heads: int = 0
     pooling: Pooling = "mean"
 
@@ -56,7 +55,6 @@ class Setting:
             clip_norm=self.clip_norm,
             accumulate=self.accumulate,
             hard_negatives=self.hard_negatives,
-            embedding_penalty=self.penalty,
         )
         pooling = {"history": self.pooling, "genres": self.pooling}
         ranker = replace(config.model.ranker, heads=self.heads)
@@ -88,7 +86,6 @@ SETTINGS = {
     "clipped": Setting("joint", "mixed", clip_norm=0.05),
     "clipped-fbgemm": Setting("joint", "mixed", kernel="fbgemm", clip_norm=0.05),
     "hard-negatives": Setting("retrieval", hard_negatives=2),
-    "penalty": Setting("joint", penalty=0.3, pooling="sqrt"),
     "heads": Setting("joint", heads=5),
     "sqrt": Setting("joint", pooling="sqrt"),
     "attention": Setting("joint", pooling="attention"),

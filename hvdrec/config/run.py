@@ -206,7 +206,6 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("train.temperature", train.temperature),
         ("train.patience", train.patience),
         ("train.average_steps", train.average_steps),
-        ("train.validate_every", train.validate_every),
         ("train.log_every", train.log_every),
         ("train.keep", train.keep),
         ("encode.shard_rows", config.encode.shard_rows),
@@ -255,7 +254,6 @@ def _requirements(config: Config) -> list[tuple[bool, str]]:
         ("train.threads", train.threads),
         ("model.ranker.cross_layers", config.model.ranker.cross_layers),
         ("model.ranker.heads", config.model.ranker.heads),
-        ("train.embedding_penalty", train.embedding_penalty),
         *((f"tasks[{i}].share", task.share) for i, task in enumerate(config.tasks)),
         ("samples.negatives.per_positive", config.samples.negatives.per_positive),
     ]

@@ -291,7 +291,11 @@ class Train:
     """How the model is trained."""
 
     objective: Literal["retrieval", "ranking", "joint"] = "joint"
-    """retrieval: in-batch softmax. ranking: binary cross-entropy. joint: their weighted sum."""
+    """retrieval: the retrieval loss. ranking: binary cross-entropy. joint: their weighted sum."""
+    retrieval_loss: str = "softmax"
+    """Loss of a positive row against the other items of the batch. softmax: cross-entropy over all
+    of them. bpr: pairwise logistic loss, the mean over the negatives (Bayesian personalized
+    ranking). Or a loss that your program registered (hvdrec.models.losses.register_loss)."""
     retrieval_weight: float = 0.1
     """joint only: the retrieval loss's factor."""
     batch_size: int = 8192
@@ -313,10 +317,6 @@ class Train:
     embedding_weight_decay: float = 0.0
     """L2 penalty on embedding rows: this factor times the row is added to its gradient, in the
     steps that look the row up and in no others."""
-    embedding_penalty: float = 0.0
-    """L2 penalty on embedding rows that acts as often as a row is looked up (half of this factor
-    times the mean over the batch of a sample's squared vectors): rows are held back in proportion
-    to how often they are met, where embedding_weight_decay takes every row of a step alike."""
     weight_decay: float = 0.0
     """Decoupled weight decay of dense weights (no embeddings, no biases)."""
     warmup_steps: int = 100
@@ -351,15 +351,11 @@ class Train:
     such as 0.999; the averages are what is validated, exported and served. 0: the weights are."""
     average_steps: int = 10
     """Steps between two updates of the averages, each of which reads all table rows."""
-    dropout_schedule: Literal["constant", "linear"] = "constant"
-    """linear: all dropout falls to 0 until the end of training."""
     metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
     """Validation metric for early stopping; auto: auc, or recall for retrieval alone, or with
     [[tasks]] task_auc, the mean of the tasks' AUCs, weighted by their shares."""
     patience: int = 2
     """Validations without a better metric after which training stops."""
-    validate_every: int = 1
-    """Epochs between validations."""
     log_every: int = 50
     """Steps between JSON log lines."""
     checkpoint_every: int = 0
@@ -373,9 +369,12 @@ class Train:
     accumulate: int = 1
     """Parts into which a rank cuts its batch; their gradients are added before the step, so that
     larger batches fit. In-batch negatives are those of one part."""
-    compile: bool = False
-    """Whether towers and ranker are compiled first (torch.compile), which takes time at the start
-    and a C++ compiler. Where matrix products take most of a step it brings nothing."""
+    cpu_layers: Literal["auto", "plain", "fused", "onednn"] = "auto"
+    """How a CPU computes the layers of towers and ranker in training. plain: torch's own layers.
+    fused: linear layer and ReLU in one operation, and faster dropout. onednn: large float32 steps
+    in oneDNN's tensor layout, and faster dropout. auto: the fastest one by a short probe at the
+    start; the run records it, and a resumed run keeps it. Results differ in the last digits only,
+    except for dropout, whose masks differ between plain and the others."""
     threads: int = 0
     """CPU threads of a rank; 0: the machine's cores over the ranks on it."""
 

@@ -9,7 +9,12 @@ from hvdrec.config.run import Config
 from hvdrec.config.structure import from_dict
 from hvdrec.errors import UserError, invalid_value
 
-RETIRED: Mapping[str, object] = {}
+RETIRED: Mapping[str, object] = {
+    "train.compile": False,
+    "train.dropout_schedule": "constant",
+    "train.embedding_penalty": 0.0,
+    "train.validate_every": 1,
+}
 """Options that earlier versions had: dotted key and the default of that version.
 
 A stored configuration may hold such a key at its default. In a TOML file it is an unknown key.

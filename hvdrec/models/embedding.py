@@ -84,22 +84,12 @@ class Block:
                 found[name] = column.reshape(len(column), length, width) if is_list else column
         return found
 
-    def squares(self) -> Tensor:
-        """Return the sum of squares of the vectors, each as often as it is looked up (a scalar)."""
-        places = [self.values.places, *(lists.places for lists in self.lists.values())]
-        times = torch.bincount(torch.cat(places), minlength=self.vectors.shape[0])
-        return (self.vectors.square().sum(1) * times).sum()
-
 
 @dataclass(frozen=True)
 class Rows:
     """The table rows of a batch, in one block for each width (and placement) of tables."""
 
     blocks: tuple[Block, ...]
-
-    def squares(self) -> Tensor:
-        """Return the sum of squares of all vectors, each as often as it is looked up (a scalar)."""
-        return torch.stack([block.squares() for block in self.blocks]).sum()
 
     def features(self) -> dict[str, Tensor]:
         """Return name -> [N, width] of every embedded feature."""

@@ -289,11 +289,9 @@ def _run_epochs(job: _Job, position: Position) -> Position:
             position = _run_epoch(job, position, next(epochs))
             epoch = position.epoch + 1
             last = epoch == train_config.epochs
-            metrics: dict[str, Any] = {}
-            if epoch % train_config.validate_every == 0 or last:
-                metrics, position = _validate(job, position, epoch)
+            metrics, position = _validate(job, position, epoch)
             stop = position.stale >= train_config.patience
-            if metrics and job.stop is not None:
+            if job.stop is not None:
                 stop = job.stop(position.epoch, float(metrics[metric_name(job.config)])) or stop
             position = replace(position, epoch=epoch, past=(), finished=last or stop)
             _save(job, position, metrics)

@@ -6,7 +6,6 @@ with batches of b rows give the gradients of one rank with a batch of N * b rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +26,6 @@ from hvdrec.models.recommender import Output, Recommender
 from hvdrec.parallel.gradients import DenseGradients, gather_rows, global_sum
 from hvdrec.parallel.ranks import current
 from hvdrec.training.pipeline import Step
-
-Combine = Callable[[Mapping[str, Tensor]], Output]
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,18 @@ def compute_gradients(
     config: Config,
     log_probability: Tensor | None,
     dense: DenseGradients,
-    combine: Combine | None = None,
     teacher: Recommender | None = None,
 ) -> tuple[StepLoss, Sent]:
-    """Run forward and backward on a step's batch, in parts if it is configured to be cut.
+    """Run forward and backward on a step's batch, in `train.accumulate` parts.
 
-    Leaves gradients under way: those of dense parameters in `dense`, those of table rows in what it
-    returns. log_probability: [items] log of each item's share of the positive training rows, for
-    the logQ correction, or None; dense: of the model's parameters; combine: a compiled stand-in for
-    ``model.combine``; teacher: a model in evaluation mode, with its tables. Every rank must call
-    this together.
+    Every rank must call this together. The gradients of dense parameters are pending in `dense`,
+    those of table rows in the second value returned.
+
+    Args:
+        log_probability: [items] log of each item's share of the positive training rows, for the
+            logQ correction; None without it.
+        dense: Sums the gradients of the model's parameters over the ranks.
+        teacher: A model in evaluation mode that holds its tables; None without distillation.
     """
     train, batch = config.train, step.batch
     fetched = tables.fetch(step.asked)
@@ -75,7 +74,7 @@ def compute_gradients(
         part = batch if len(parts) == 1 else batch.part(start, stop)
         vectors = model.tables(model.schema.features, part.features, rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            output = (combine or model.combine)(vectors)
+            output = model.combine(vectors)
         ranking = retrieval = sums.new_zeros(())
         of_tasks = sums.new_zeros(len(config.tasks))
         if part.tasks is not None:
@@ -95,8 +94,6 @@ def compute_gradients(
             retrieval = loss / totals[1]
         factor = train.retrieval_weight if train.objective == "joint" else 1.0
         total = ranking + factor * retrieval
-        if train.embedding_penalty:
-            total = total + train.embedding_penalty / 2 * rows.squares() / totals[0]
         if number == len(parts):
             dense.expect()
         total.backward()  # type: ignore[no-untyped-call]

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvdrec.config import Config
 from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.gradients import DenseGradients, average
 from hvdrec.training.average import Averages
-from hvdrec.training.objective import Combine, StepLoss, clip, compute_gradients
+from hvdrec.training.objective import StepLoss, clip, compute_gradients
 from hvdrec.training.optimizer import optimizer_tensors, schedule, set_learning_rate
 from hvdrec.training.pipeline import Step
 
@@ -23,8 +23,7 @@ class Trainee:
     """A model, its tables over the ranks, and the optimizer of its dense weights.
 
     log_probability, teacher: see `compute_gradients`. averages: of all weights, if so configured.
-    combine: ``model.combine``, compiled if so configured. dropouts: the model's, each with its
-    share at the beginning. dense: the gradients of the model's parameters.
+    dense: the gradients of the model's parameters.
     """
 
     config: Config
@@ -34,19 +33,11 @@ class Trainee:
     log_probability: Tensor | None = None
     teacher: Recommender | None = None
     averages: Averages | None = None
-    combine: Combine = field(init=False)
-    dropouts: tuple[tuple[nn.Dropout, float], ...] = field(init=False)
     dense: DenseGradients = field(init=False)
 
     def __post_init__(self) -> None:
-        dropouts = [module for module in self.model.modules() if isinstance(module, nn.Dropout)]
-        object.__setattr__(self, "dropouts", tuple((module, module.p) for module in dropouts))
         dense = DenseGradients(self.model.parameters(), self.config.parallel.synchronization)
         object.__setattr__(self, "dense", dense)
-        combine = self.model.combine
-        if self.config.train.compile:
-            combine = torch.compile(combine)
-        object.__setattr__(self, "combine", combine)
 
 
 def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> StepLoss:
@@ -62,9 +53,6 @@ def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> Ste
     share = schedule(train, number, progress)
     set_learning_rate(trainee.optimizer, share * train.learning_rate)
     tables.set_rate(share * train.embedding_learning_rate)
-    if train.dropout_schedule == "linear":
-        for dropout, first in trainee.dropouts:
-            dropout.p = first * (1.0 - min(progress, 1.0))
     trainee.optimizer.zero_grad(set_to_none=True)
     dense = trainee.dense
     loss, sent = compute_gradients(
@@ -74,7 +62,6 @@ def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> Ste
         config,
         trainee.log_probability,
         dense,
-        trainee.combine,
         trainee.teacher,
     )
     gradients = tables.gradients(sent)

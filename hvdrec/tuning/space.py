@@ -29,7 +29,6 @@ FIELDS = ("loader.shuffle_rows", "parallel.synchronization", "parallel.average_e
 FIXED = {
     "train.objective": "decides what trials are compared by",
     "train.metric": "decides what trials are compared by",
-    "train.validate_every": "decides when trials are compared",
     "train.log_every": "changes no result",
     "train.checkpoint_every": "changes no result",
     "train.keep": "changes no result",

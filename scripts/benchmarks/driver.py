@@ -329,7 +329,7 @@ def arguments() -> argparse.Namespace:
     add("--turns", type=int, default=5, help="how often each program runs (default: 5)")
     add("--seconds", type=float, default=5, help="timed in each run, after warm-up (default: 5)")
     add("--json", action="store_true", help="print one JSON object on stdout")
-    add("--compile", action="store_true", help="hvdrec and the bare MLP with torch.compile")
+    add("--compile", action="store_true", help="the bare MLP with torch.compile")
     add(
         "--work-dir",
         type=Path,

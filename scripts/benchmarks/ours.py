@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--hidden", default="400,400,400", help="widths of work (a)'s MLP")
     parser.add_argument("--threads", type=int, default=cores, help="of each rank; default: cores")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="of --only-mlp: torch.compile")
     parser.add_argument("--placement", default="auto")
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--meet", type=Path, help="wait for the other process with this folder")
@@ -204,7 +204,6 @@ def main() -> None:
     config = with_options(
         config,
         precision=options.precision,
-        compiled=options.compile,
         placement=options.placement,
         kernel=options.kernel,
         batch=options.batch or config.train.batch_size,

@@ -159,10 +159,10 @@ def write_work_b(folder: Path) -> None:
 
 
 def with_options(
-    config: Config, *, precision: str, compiled: bool, placement: str, kernel: str, batch: int
+    config: Config, *, precision: str, placement: str, kernel: str, batch: int
 ) -> Config:
     """Return a configuration with a benchmark's options."""
-    options: dict[str, Any] = {"precision": precision, "compile": compiled, "batch_size": batch}
+    options: dict[str, Any] = {"precision": precision, "batch_size": batch}
     parallel: dict[str, Any] = {"placement": placement, "kernel": kernel}
     return replace(
         config,

@@ -50,12 +50,6 @@ def plain_loss(setting: Setting, model: Recommender, batch: Batch) -> Tensor:
         for p, y, w in zip(probability, batch.label, batch.weight, strict=True):
             total = total - w * (y * p.log() + (1 - y) * (1 - p).log())
         total = total / batch.weight.sum()
-    for feature in model.schema.features if setting.penalty else ():
-        if feature.is_embedded:
-            weight = model.tables.weight(model.schema.vocabulary_of(feature))
-            for code in batch.features[feature.name].reshape(-1).tolist():
-                squares = weight[code].square().sum() if code else 0.0
-                total = total + setting.penalty / 2 * squares / batch.weight.sum()
     if objective != "ranking":
         positives = [n for n in range(ROWS) if batch.label[n] == 1]
         share = torch.arange(1, 10) / 45
