@@ -1,4 +1,4 @@
-"""What every `Store` must do, and bundles whose embeddings are known, to make stores of."""
+"""Tests that every `Store` must pass, and bundles with known embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdrec.scoring.stores.store import Store
+from hvdrec.scoring.stores import Store
 from hvdrec.storage.artifacts import read_manifest, write_manifest
 from tests.bundles import write_bundle
 
@@ -21,19 +21,33 @@ WIDTH = 3
 DTYPES = ("float32", "float16", "int8")
 Key = str | int
 
-TEXT_KEYS = ["", "a", "ab", "a\0b", "b", "é", "ключ", "\U0001f3ac", "ab" * 40, *map(str, range(60))]
+STRING_KEYS = [
+    "",
+    "a",
+    "ab",
+    "a\0b",
+    "b",
+    "é",
+    "ключ",
+    "\U0001f3ac",
+    "ab" * 40,
+    *map(str, range(60)),
+]
 INT_KEYS = [0, 1, -1, 7, 2**63 - 1, -(2**63), *range(100, 160)]
-STRANGE_TEXT = ["", "a\0", "a\0b", "A", "aa", "ab" * 41, "é ", "999", "00", "\xff"]
-STRANGE_INTS = [2, -7, 99, 2**62, -(2**62)]
+UNKNOWN_STRINGS = ["", "a\0", "a\0b", "A", "aa", "ab" * 41, "é ", "999", "00", "\xff"]
+UNKNOWN_INTS = [2, -7, 99, 2**62, -(2**62)]
 
 
 def rewrite_side(bundle: Path, side: str, keys: Sequence[Key], values: Any, dtype: str) -> None:
-    """Give a bundle other keys, and float32 [n, WIDTH] stored as ``dtype``, under its manifest."""
+    """Replace the keys and embeddings of one side of a bundle and update its manifest.
+
+    values: float32 [n, WIDTH], stored as ``dtype``.
+    """
     folder = bundle / f"{side}s"
     raw = [key.encode() if isinstance(key, str) else key for key in keys]
     order = sorted(range(len(raw)), key=raw.__getitem__)
-    kind: Any = np.int64 if isinstance(keys[0], int) else np.bytes_
-    np.save(folder / "keys.npy", np.array([raw[i] for i in order], dtype=kind))
+    key_dtype: Any = np.int64 if isinstance(keys[0], int) else np.bytes_
+    np.save(folder / "keys.npy", np.array([raw[i] for i in order], dtype=key_dtype))
     stored = np.asarray(values, dtype=np.float32)[order]
     if dtype == "int8":
         scales = np.linspace(0.01, 3.0, len(stored), dtype=np.float32)
@@ -46,15 +60,15 @@ def rewrite_side(bundle: Path, side: str, keys: Sequence[Key], values: Any, dtyp
 
 
 def read_manifest_meta(bundle: Path) -> dict[str, Any]:
-    """Return what a bundle's manifest tells beside its files."""
+    """Return the ``meta`` table of a bundle's manifest."""
     meta: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())["meta"]
     return meta
 
 
 def make_bundle(path: Path, key_dtype: str = "string", dtype: str = "float32") -> Path:
-    """Write a bundle with random embeddings of awkward keys, users and items alike."""
+    """Write a bundle with random embeddings for keys that are easy to get wrong."""
     write_bundle(path, key_dtype=key_dtype, titles=None, trending=None, seen=None, filters=())
-    keys: Sequence[Key] = TEXT_KEYS if key_dtype == "string" else INT_KEYS
+    keys: Sequence[Key] = STRING_KEYS if key_dtype == "string" else INT_KEYS
     for seed, side in enumerate(("user", "item")):
         values = np.random.default_rng(seed).standard_normal((len(keys), WIDTH))
         rewrite_side(path, side, keys, values, dtype)
@@ -63,7 +77,7 @@ def make_bundle(path: Path, key_dtype: str = "string", dtype: str = "float32") -
 
 
 def expected_rows(bundle: Path, side: str) -> dict[Key, list[float]]:
-    """Return what a bundle's files say of each key, read without hvdrec."""
+    """Return the embedding of each key, read from the bundle's files without hvdrec."""
     folder = bundle / f"{side}s"
     keys = np.load(folder / "keys.npy").tolist()
     values = np.load(folder / "embeddings.npy").astype(np.float32)
@@ -74,17 +88,17 @@ def expected_rows(bundle: Path, side: str) -> dict[Key, list[float]]:
 
 
 def check_lookup(store: Store, rows: dict[Key, list[float]], keys: Sequence[Key | None]) -> None:
-    """Compare a look-up with what the files say, bit for bit."""
-    embeddings, found = store.lookup(keys)
+    """Check that a lookup returns the rows, bit for bit."""
+    embeddings, is_stored = store.lookup(keys)
     assert embeddings.dtype == np.float32
     assert embeddings.shape == (len(keys), WIDTH)
-    assert found.dtype == np.bool_
-    assert found.tolist() == [key in rows for key in keys]
+    assert is_stored.dtype == np.bool_
+    assert is_stored.tolist() == [key in rows for key in keys]
     assert embeddings.tolist() == [rows.get(key, [0.0] * WIDTH) for key in keys]  # type: ignore[arg-type]
 
 
 class StoreSuite:
-    """The same tests for every kind of store; a subclass gives the fixture ``open_store``."""
+    """Tests for every implementation; a subclass defines the fixture ``open_store``."""
 
     OpenStore = Callable[[Path, str], Store]
 
@@ -106,43 +120,42 @@ class StoreSuite:
     ) -> Iterator[tuple[Store, dict[Key, list[float]]]]:
         yield open_store(bundle, request.param), expected_rows(bundle, request.param)
 
-    def test_every_key_is_found_with_its_row(self, case: Any) -> None:
+    def test_every_key_has_its_row(self, case: Any) -> None:
         store, rows = case
         assert store.dtype == ("string" if "a" in rows else "int")
-        assert len(store) == len(rows)
-        assert len(rows) == len(TEXT_KEYS if "a" in rows else INT_KEYS)
+        assert len(rows) == len(STRING_KEYS if "a" in rows else INT_KEYS)
         check_lookup(store, rows, list(rows))
         check_lookup(store, rows, list(reversed(rows)))
 
-    def test_any_mixture_of_keys(self, case: Any) -> None:
+    def test_any_mix_of_keys(self, case: Any) -> None:
         store, rows = case
-        strange: list[Key] = [*STRANGE_TEXT] if "a" in rows else [*STRANGE_INTS]
+        unknown: list[Key] = [*UNKNOWN_STRINGS] if "a" in rows else [*UNKNOWN_INTS]
 
         @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(st.lists(st.sampled_from([*rows, *strange, None]), max_size=30))
+        @given(st.lists(st.sampled_from([*rows, *unknown, None]), max_size=30))
         def check(keys: list[Key | None]) -> None:
             check_lookup(store, rows, keys)
 
         check()
 
-    def test_nothing_asked_or_nothing_found(self, case: Any) -> None:
+    def test_no_keys_and_unknown_keys(self, case: Any) -> None:
         store, rows = case
         check_lookup(store, rows, [])
         check_lookup(store, rows, [None, None])
         check_lookup(store, rows, ["no such key" if "a" in rows else 12345])
 
-    def test_more_keys_than_one_round_trip_takes(self, case: Any) -> None:
+    def test_more_keys_than_fit_one_round_trip(self, case: Any) -> None:
         store, rows = case
         check_lookup(store, rows, [*rows, None] * 150)
 
-    def test_rows_are_the_callers_own(self, case: Any) -> None:
+    def test_the_caller_owns_the_result(self, case: Any) -> None:
         store, rows = case
-        embeddings, found = store.lookup(list(rows))
+        embeddings, is_stored = store.lookup(list(rows))
         embeddings[:] = -1.0
-        found[:] = False
+        is_stored[:] = False
         check_lookup(store, rows, list(rows))
 
-    def test_many_threads_get_what_one_gets(self, case: Any) -> None:
+    def test_concurrent_lookups(self, case: Any) -> None:
         store, rows = case
         keys = list(rows)
 
@@ -151,5 +164,5 @@ class StoreSuite:
                 check_lookup(store, rows, keys[seed:] + keys[:seed])
 
         with ThreadPoolExecutor(8) as threads:
-            for done in [threads.submit(work, seed) for seed in range(8)]:
-                done.result()
+            for future in [threads.submit(work, seed) for seed in range(8)]:
+                future.result()

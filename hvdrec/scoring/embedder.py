@@ -12,7 +12,8 @@ from hvdrec.scoring.bundle import ARGUMENTS, BundleInfo, Field
 from hvdrec.scoring.errors import BundleError
 from hvdrec.scoring.graph_inputs import MISSING, check_names, key_value, rows_to_inputs
 from hvdrec.scoring.session import GraphSession, input_types
-from hvdrec.scoring.stores.store import EmbeddingStore, Store
+from hvdrec.scoring.stores import Store
+from hvdrec.scoring.stores.arrays import ArrayStore
 
 Array = NDArray[Any]
 BLOCK_ROWS = 4096
@@ -28,7 +29,7 @@ class Embedder:
         """Take one side of a bundle; ``store`` gives the embeddings instead of its own arrays."""
         self.key_name = info.user_key if side == "user" else info.item_key
         width = info.user_width if side == "user" else info.item_width
-        self.store = EmbeddingStore(info, side, width)
+        self.store = ArrayStore(info, side, width)
         self._shared = store
         self._source: Store = self.store if store is None else store
         if store is not None and store.dtype != self.store.dtype:
@@ -36,12 +37,11 @@ class Embedder:
                 f"{info.path}: {side} keys are {self.store.dtype}, the given store holds "
                 f"{store.dtype}; publish this bundle"
             )
-        # Embeddings fit only the graphs of the model that made them.
-        model = getattr(store, "model", info.model)
-        if model != info.model:
+        # Embeddings fit only the graphs of the model that computed them.
+        if store is not None and store.model != info.model:
             raise BundleError(
                 f"{info.path}: is of model {info.model}, the given store's {side}s are of model "
-                f"{model}; open the store for this bundle"
+                f"{store.model}; open the store for this bundle"
             )
         self._argument = ARGUMENTS.get(side, side)
         self._fields = info.side(side)

@@ -21,7 +21,7 @@ from hvdrec.scoring.errors import (
 )
 from hvdrec.scoring.graph_inputs import check_count, check_names, check_share, column, listed
 from hvdrec.scoring.session import ROWS, VECTORS, GraphSession, input_types
-from hvdrec.scoring.stores.store import Store
+from hvdrec.scoring.stores import Store
 
 if TYPE_CHECKING:
     from hvdrec.scoring.watch import WatchedScorer

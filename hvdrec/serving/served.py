@@ -8,6 +8,7 @@ from hvdrec.scoring import Scorer
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.errors import ScoringError
 from hvdrec.scoring.scorer import Stores
+from hvdrec.scoring.stores import open_stores
 from hvdrec.scoring.watch import WatchedScorer
 from hvdrec.serving.metrics import Metrics
 from hvdrec.serving.options import Options
@@ -73,10 +74,6 @@ def open_scorer(options: Options) -> Scorer:
     return Scorer.load(options.bundle, users=users, items=items)
 
 
-def stores_from(redis: str | None) -> Stores | None:
-    """Return what gives a bundle its stores of users and items; None for its own arrays."""
-    if redis is None:
-        return None
-    from hvdrec.scoring.stores.redis.store import open_stores
-
-    return partial(open_stores, redis)
+def stores_from(url: str | None) -> Stores | None:
+    """Return a function that opens the stores for a bundle; None without a URL."""
+    return None if url is None else partial(open_stores, url)

@@ -1,4 +1,4 @@
-"""Talking to a Redis server: pauses after failures, URLs, passwords, the missing package."""
+"""Connections to Redis: the circuit breaker, URLs, passwords, the missing package."""
 
 from __future__ import annotations
 
@@ -12,58 +12,63 @@ import pytest
 
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.errors import StoreError
-from hvdrec.scoring.stores.redis.server import FIRST_PAUSE, LONGEST_PAUSE, Pause, RedisServer
-from hvdrec.scoring.stores.redis.store import open_stores
+from hvdrec.scoring.stores import open_stores
+from hvdrec.scoring.stores.redis.server import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    CircuitBreaker,
+    RedisServer,
+)
 from tests.stores import make_bundle
 
 
-class TestPause:
-    def make(self) -> Pause:
+class TestCircuitBreaker:
+    def make(self) -> CircuitBreaker:
         self.now = 50.0
-        return Pause(lambda: self.now)
+        return CircuitBreaker(lambda: self.now)
 
-    def refused(self, pause: Pause) -> bool:
+    def refused(self, breaker: CircuitBreaker) -> bool:
         try:
-            pause.admit()
+            breaker.admit()
         except StoreError as error:
-            assert str(error).startswith("down; it is asked again in ")
+            assert str(error).startswith("down; next attempt in ")
             return True
         return False
 
-    def test_one_caller_tries_and_the_pauses_grow(self) -> None:
-        pause, lengths = self.make(), []
+    def test_one_caller_tries_after_each_pause_and_the_pauses_grow(self) -> None:
+        breaker, lengths = self.make(), []
         for _ in range(8):
-            pause.failed(pause.admit(), "down")
+            breaker.failed(breaker.admit(), "down")
             start = self.now
-            while self.refused(pause):
+            while self.refused(breaker):
                 self.now += 0.005
             lengths.append(self.now - start)
-            # The one that was let in is under way; the others wait on.
-            assert self.refused(pause)
+            # One caller was admitted and has not failed yet; the others are still refused.
+            assert self.refused(breaker)
             self.now += LONGEST_PAUSE
         expected = [min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) for n in range(8)]
         np.testing.assert_allclose(lengths, expected, atol=0.011)
 
-    def test_callers_that_fail_together_count_once(self) -> None:
-        pause = self.make()
-        attempts = [pause.admit() for _ in range(10)]
+    def test_concurrent_failures_count_once(self) -> None:
+        breaker = self.make()
+        attempts = [breaker.admit() for _ in range(10)]
         for attempt in attempts:
-            pause.failed(attempt, "down")
+            breaker.failed(attempt, "down")
         self.now += FIRST_PAUSE
-        assert not self.refused(pause)
+        assert not self.refused(breaker)
 
-    def test_an_answer_ends_it(self) -> None:
-        pause = self.make()
+    def test_a_reply_ends_the_pause(self) -> None:
+        breaker = self.make()
         for _ in range(5):
-            pause.failed(pause.admit(), "down")
+            breaker.failed(breaker.admit(), "down")
             self.now += LONGEST_PAUSE
-        attempt = pause.admit()
-        assert self.refused(pause)
-        pause.succeeded()
-        assert not self.refused(pause)
-        pause.failed(attempt, "down")
+        attempt = breaker.admit()
+        assert self.refused(breaker)
+        breaker.succeeded()
+        assert not self.refused(breaker)
+        breaker.failed(attempt, "down")
         self.now += FIRST_PAUSE
-        assert not self.refused(pause)
+        assert not self.refused(breaker)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,7 @@ class TestPause:
         ("unix://name:s3cret@/run/redis.sock?db=2", "unix:///run/redis.sock"),
     ],
 )
-def test_a_server_is_named_without_its_password(url: str, label: str) -> None:
+def test_the_label_does_not_show_the_password(url: str, label: str) -> None:
     server = RedisServer(url, 1.0)
     assert server.label == label
     assert server._text(Exception("AUTH s3cret failed")) == "AUTH *** failed"
@@ -85,17 +90,17 @@ def test_a_server_is_named_without_its_password(url: str, label: str) -> None:
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("http://:s3cret@host", "is of scheme 'http'; must be redis://HOST:PORT/DATABASE, rediss"),
-        ("localhost", "is of scheme ''"),
-        ("", "is of scheme ''"),
-        ("redis://:s3cret@host:s3cret", "cannot be read; must be redis://HOST"),
-        ("redis://[:s3cret@host", "cannot be read"),
+        ("http://:s3cret@host", "has scheme 'http'; must be redis://HOST:PORT/DATABASE, rediss"),
+        ("localhost", "has scheme ''"),
+        ("", "has scheme ''"),
+        ("redis://:s3cret@host:s3cret", "cannot be parsed; must be redis://HOST"),
+        ("redis://[:s3cret@host", "cannot be parsed"),
         ("redis://:s3cret@host/movies", "redis://host:6379/movies: the database must be a number"),
-        ("redis://:s3cret@host?s3cret=1", "redis://host:6379/0: the URL has an option that is not"),
-        ("redis://:s3cret@host?socket_timeout=s3cret", "or of the wrong type"),
+        ("redis://:s3cret@host?s3cret=1", "redis://host:6379/0: the URL has an unknown option"),
+        ("redis://:s3cret@host?socket_timeout=s3cret", "or one of the wrong type"),
     ],
 )
-def test_a_url_that_cannot_be(url: str, reason: str) -> None:
+def test_invalid_urls(url: str, reason: str) -> None:
     with pytest.raises(StoreError) as caught:
         RedisServer(url, 1.0)
     assert reason in str(caught.value)
@@ -104,31 +109,31 @@ def test_a_url_that_cannot_be(url: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, -1, "1", True, float("nan")])
-def test_a_timeout_that_cannot_be(timeout: Any) -> None:
-    with pytest.raises(StoreError, match=r"^timeout = .*: must be seconds, more than 0$"):
+def test_invalid_timeouts(timeout: Any) -> None:
+    with pytest.raises(StoreError, match="more than 0") as caught:
         RedisServer("redis://host", timeout)
+    assert caught.value.field == "timeout"
+    assert caught.value.value is timeout
 
 
-def test_stores_are_opened_without_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_stores_does_not_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvdrec.scoring.stores.redis.server.FIRST_PAUSE", 1000.0)
     bundle = make_bundle(tmp_path / "bundle", key_dtype="int")
     users, items = open_stores("redis://127.0.0.1:1/0", bundle)
     assert (users.dtype, items.dtype) == ("int", "int")
     assert users.model == items.model == read_bundle(bundle, verify=False).model
-    with pytest.raises(StoreError, match=r"^redis://127.0.0.1:1/0: cannot be reached \(.*\); "):
+    with pytest.raises(StoreError, match=r"^redis://127.0.0.1:1/0: cannot connect \(.*\); "):
         users.lookup([1])
-    with pytest.raises(StoreError, match=r"; it is asked again in \d+\.\d\d s$"):
+    with pytest.raises(StoreError, match=r"; next attempt in \d+\.\d\d s$"):
         items.lookup([1])
 
 
-def test_without_the_redis_package_one_line_names_the_extra() -> None:
+def test_a_missing_redis_package_is_one_line_that_names_the_extra() -> None:
     program = (
         "import sys; sys.modules['redis'] = None\n"
         "from hvdrec.scoring.errors import StoreError\n"
-        "for name in ('redis_store', 'publish'):\n"
-        "    try: __import__('hvdrec.scoring.' + name)\n"
+        "for name in ('store', 'publish'):\n"
+        "    try: __import__('hvdrec.scoring.stores.redis.' + name)\n"
         "    except StoreError as error: print(error)\n"
     )
     done = subprocess.run(

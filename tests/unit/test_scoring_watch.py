@@ -19,7 +19,7 @@ import onnx
 import pytest
 
 from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError, verify, watch
-from hvdrec.scoring.bundle import BundleInfo
+from hvdrec.scoring.bundle import BundleInfo, read_bundle
 from hvdrec.scoring.errors import ReplacedError
 from hvdrec.scoring.watch import WatchedScorer
 from hvdrec.storage.artifacts import write_manifest
@@ -193,14 +193,17 @@ class Gate:
     """A store of users that lets no lookup through before it is opened."""
 
     dtype = "string"
+    model = ""
 
     def __init__(self) -> None:
         self.asked, self.opened = threading.Event(), threading.Event()
         self.opened.set()
         self.fails = False
 
-    def __len__(self) -> int:
-        return 1
+    def open_for(self, info: BundleInfo) -> tuple[Gate, None]:
+        """Serve the bundle's model, as a store of that model would."""
+        self.model = info.model
+        return self, None
 
     def lookup(self, keys: Sequence[str | int | None]) -> tuple[Any, Any]:
         if self.fails:
@@ -216,9 +219,10 @@ def test_a_call_under_way_ends_on_the_old_bundle_which_then_goes(
     path: Path, ours: Path, other: Path
 ) -> None:
     gate = Gate()
+    gate.open_for(read_bundle(ours, verify=False))
     expected = Scorer.load(ours, users=gate).score("gate", ["10", "20"])
     found: list[Any] = []
-    with Scorer.watch(path, interval=NEVER, stores=lambda _: (gate, None)) as watched:
+    with Scorer.watch(path, interval=NEVER, stores=gate.open_for) as watched:
         gate.opened.clear()
         gate.asked.clear()
         old = weakref.ref(watched.current)
@@ -245,7 +249,7 @@ def test_a_store_that_does_not_answer_is_asked_again(
 
     def stores(info: BundleInfo) -> tuple[Gate, None]:
         asked.append(info.model)
-        return gate, None
+        return gate.open_for(info)
 
     with Scorer.watch(path, interval=NEVER, stores=stores) as watched:
         put(other, path)
@@ -275,7 +279,7 @@ def test_stores_of_a_bundle_that_was_replaced_are_not_used(path: Path, other: Pa
         opened.append(info)
         if len(opened) == 1:
             put(other, path)
-        return gate, None
+        return gate.open_for(info)
 
     with Scorer.watch(path, interval=NEVER, stores=stores) as watched:
         assert [info.model for info in opened] == [opened[0].model, watched.current.model]

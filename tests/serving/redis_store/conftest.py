@@ -1,4 +1,4 @@
-"""A Redis server for the tests of one module, and bundles to publish there."""
+"""A Redis server for the tests of one module, and bundles to publish."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
 
 @pytest.fixture
 def server(process: RedisProcess) -> RedisProcess:
-    """The same server for all tests, empty for each."""
+    """One server for all tests, emptied before each."""
     process.client().flushall()
     return process
 
 
 @pytest.fixture(scope="module")
-def whole_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "whole")
+def module_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
 
 
 @pytest.fixture

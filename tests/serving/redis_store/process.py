@@ -1,4 +1,4 @@
-"""A Redis server of one's own: on a free port of the loopback, in a scratch directory."""
+"""A Redis server for tests: on a free loopback port, in a scratch directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = 60.0
 
 
 class RedisProcess:
-    """A server that can be started, killed and started again with what it had saved."""
+    """A server that can be started, killed and restarted with its saved data."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         program = shutil.which("redis-server")
@@ -29,19 +29,19 @@ class RedisProcess:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         fixed = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder)]
         fixed += ["--repl-diskless-sync-delay", "0"]
-        # Written to disk only when told to.
+        # Saves only on command.
         self._command = [program, *fixed, "--save", "", *options]
         self._log = folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
 
     def client(self, **options: Any) -> Any:
-        """Return a client of the test itself."""
+        """Return a client for the test to use."""
         return redis.Redis(
             port=self.port, socket_timeout=SECONDS, retry=Retry(NoBackoff(), 0), **options
         )
 
     def start(self) -> None:
-        """Start the server and wait until it answers."""
+        """Start the server and wait until it replies."""
         assert self._process is None
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
@@ -59,18 +59,18 @@ class RedisProcess:
                 return
 
     def kill(self) -> None:
-        """End the server at once."""
+        """Kill the server."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def freeze(self) -> None:
-        """Let the server answer nobody; connections stay."""
+        """Stop the server from replying; connections stay open."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen server go on."""
+        """Resume a frozen server."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""What the tests of Redis ask of a server, of what was published there, and of its readers."""
+"""Helpers that inspect what is published on a Redis server and read it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.errors import StoreError
 from hvdrec.scoring.stores.redis.layout import Names
-from hvdrec.scoring.stores.redis.store import RedisStore, open_stores
+from hvdrec.scoring.stores.redis.store import RedisStore, open_redis
 from tests.serving.redis_store.process import SECONDS, RedisProcess
 from tests.stores import (
-    TEXT_KEYS,
+    STRING_KEYS,
     WIDTH,
     rewrite_side,
 )
@@ -24,56 +24,57 @@ PATIENT = 30.0
 
 
 def stores_of(server: RedisProcess, bundle: Path, **options: Any) -> tuple[RedisStore, RedisStore]:
-    """Return stores that wait long, for a machine that is busy."""
-    return open_stores(server.url, bundle, **{"timeout": PATIENT, **options})
+    """Open stores with a timeout long enough for a busy machine."""
+    info = read_bundle(bundle, verify=False)
+    return open_redis(server.url, info, **{"timeout": PATIENT, **options})
 
 
 def names_of(bundle: Path) -> Names:
-    """Return the names of the keys of a bundle's model."""
+    """Return the names of the Redis keys of a bundle's model."""
     return Names("hvdrec", read_bundle(bundle, verify=False).model)
 
 
 def fill(bundle: Path, value: float) -> Path:
-    """Give all embeddings of a bundle one value; its model stays the same."""
+    """Set all embeddings of a bundle to one value; its model stays the same."""
     for side in ("user", "item"):
-        values = np.full((len(TEXT_KEYS), WIDTH), value)
-        rewrite_side(bundle, side, TEXT_KEYS, values, "float32")
+        values = np.full((len(STRING_KEYS), WIDTH), value)
+        rewrite_side(bundle, side, STRING_KEYS, values, "float32")
     return bundle
 
 
-def everything(server: RedisProcess) -> set[str]:
+def all_keys(server: RedisProcess) -> set[str]:
     """Return all keys."""
     return {key.decode() for key in server.client().keys("*")}
 
 
-def lasting(server: RedisProcess) -> set[str]:
+def persistent(server: RedisProcess) -> set[str]:
     """Return the keys that never expire."""
     client = server.client()
-    return {key for key in everything(server) if client.pttl(key) == -1}
+    return {key for key in all_keys(server) if client.pttl(key) == -1}
 
 
-def expected_lasting(bundle: Path, version: str) -> set[str]:
-    """Return the keys that are there for good when a version is current."""
+def expected_persistent(bundle: Path, version: str) -> set[str]:
+    """Return the keys without expiry when a version is current."""
     names = names_of(bundle)
     buckets = {names.bucket(version, side, 0) for side in ("user", "item")}
     return {names.current(), names.meta(version), *buckets, "hvdrec:tiny:models"}
 
 
-def wait_until(is_so: Callable[[], object]) -> None:
-    """Wait until something is so; a failure after a minute."""
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds; fail after a minute."""
     deadline = time.monotonic() + SECONDS
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 def answers(store: RedisStore) -> bool:
-    """Return whether a look-up is answered."""
+    """Return True if a lookup succeeds."""
     return error_line(store) == ""
 
 
 def error_line(store: RedisStore) -> str:
-    """Return the line of a look-up's error; nothing where it is answered."""
+    """Return the error text of a lookup; empty if it succeeds."""
     try:
         assert store.lookup(["a"])[1].all()
     except StoreError as error:

@@ -1,1 +1,1 @@
-"""Embeddings in Redis: the store and its publisher."""
+"""The embedding store in Redis and its publisher; they need the extra ``redis``."""

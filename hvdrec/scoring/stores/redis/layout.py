@@ -1,14 +1,15 @@
-"""How embeddings lie in Redis: names of keys, what is told of a version, rows as bytes.
+"""The layout of embeddings in Redis: names of keys, metadata of a version, rows as bytes.
 
-PREFIX:{MODEL}:current                string: the version that readers take
+PREFIX:{MODEL}:current                string: the version to read
 PREFIX:{MODEL}:VERSION:meta           hash: `VersionInfo`
 PREFIX:{MODEL}:VERSION:user:BUCKET    hash: a user's key -> its row, and MARK; the same for "item"
-PREFIX:NAME:models                    sorted set: the models of bundles of one name, by their time
+PREFIX:NAME:models                    sorted set: models of bundles called NAME, by publication time
 
-MODEL is `BundleInfo.model`: embeddings fit only the ranker they were made for. The braces are the
-hash tag of Redis Cluster, so that all of a model lies on one node and one transaction covers it.
-A key is UTF-8, or an integer's decimal digits, and lies in bucket CRC-32(key) % buckets. A row is
-little-endian: float32 or float16 [width], or a float32 scale followed by int8 [width].
+MODEL is `BundleInfo.model`: embeddings fit only the ranker they were trained with. The braces are
+the hash tag of Redis Cluster: they keep a model on one node, so one transaction can cover it. A
+hash field is a key in UTF-8, or an integer key in decimal digits; it is stored in bucket
+CRC-32(field) % buckets. A row is little-endian: float32 or float16 [width], or a float32 scale
+followed by int8 [width].
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ FORMAT = 1
 PREFIX = "hvdrec"
 SIDES = ("user", "item")
 MARK = b"\xff"
-"""A field of every bucket, and no text: a bucket without it has gone, or is not whole."""
+"""A field of every bucket, not valid UTF-8. A bucket without it has expired or was evicted."""
 BUCKET_ROWS = 16384
-"""Redis frees an expired hash in one go: of so many rows within milliseconds, not seconds."""
-VALUES = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
+"""Redis frees an expired hash at once and blocks meanwhile: milliseconds at this size."""
+ROW_DTYPES = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
 
 
 @dataclass(frozen=True)
 class Names:
-    """The names of one model's keys."""
+    """Names of the Redis keys of one model."""
 
     prefix: str
     model: str
@@ -44,23 +45,25 @@ class Names:
     def __post_init__(self) -> None:
         if not self.prefix or set(self.prefix) & set("{} \t\r\n"):
             raise StoreError(
-                f"prefix = {shown(self.prefix)}: must be text without braces and blanks"
+                f"prefix = {shown(self.prefix)}: must be text without braces and blanks",
+                field="prefix",
+                value=self.prefix,
             )
 
     def current(self) -> str:
-        """Return the key that holds the current version."""
+        """Name the key that holds the current version."""
         return f"{self.prefix}:{{{self.model}}}:current"
 
     def meta(self, version: str) -> str:
-        """Return the key of what is told of a version."""
+        """Name the key of a version's metadata."""
         return f"{self.prefix}:{{{self.model}}}:{version}:meta"
 
     def bucket(self, version: str, side: str, number: int) -> str:
-        """Return the key of a bucket of rows."""
+        """Name the key of a bucket of rows."""
         return f"{self.prefix}:{{{self.model}}}:{version}:{side}:{number}"
 
     def all_of(self, version: VersionInfo) -> list[str]:
-        """Return every key of a version, the metadata first."""
+        """Name every key of a version, the metadata first."""
         buckets = [
             self.bucket(version.name, side, number)
             for side in SIDES
@@ -71,51 +74,62 @@ class Names:
 
 @dataclass(frozen=True)
 class SideInfo:
-    """Users or items of a version."""
+    """Users or items of a version.
+
+    Attributes:
+        rows: Number of rows.
+        width: Length of an embedding.
+        dtype: Stored dtype: ``"float32"``, ``"float16"`` or ``"int8"``.
+        keys: Type of the keys: ``"string"`` or ``"int"``.
+        buckets: Number of hashes that share the rows.
+    """
 
     rows: int
-    """Rows that came from the bundle."""
     width: int
     dtype: str
-    """How a row is stored: float32, float16 or int8."""
     keys: str
-    """Type of a key: "string" or "int"."""
     buckets: int
 
     def bucket_of(self, field: bytes) -> int:
-        """Return the number of the bucket where a key lies."""
+        """Return the number of the bucket that holds a field."""
         return crc32(field) % self.buckets
 
     @property
     def row_dtype(self) -> np.dtype[Any]:
-        """Return what a row's bytes are."""
-        values = ("values", VALUES[self.dtype], (self.width,))
+        """Structured dtype of a row's bytes."""
+        values = ("values", ROW_DTYPES[self.dtype], (self.width,))
         return np.dtype([("scale", "<f4"), values] if self.dtype == "int8" else [values])
 
 
 @dataclass(frozen=True)
 class VersionInfo:
-    """What was published at one time."""
+    """Metadata of one publication.
+
+    Attributes:
+        name: Unique name of the version.
+        bundle: `BundleInfo.version` of the published bundle.
+        created: Time of the publication, ISO 8601, UTC.
+        sides: Facts about ``"user"`` and ``"item"``.
+    """
 
     name: str
     bundle: str
-    """`BundleInfo.version` of the bundle it came from."""
     created: str
     sides: Mapping[str, SideInfo]
 
 
 def buckets_for(rows: int) -> int:
-    """Return how many buckets hold so many rows."""
+    """Return the number of buckets for a number of rows."""
     return max(1, -(-rows // BUCKET_ROWS))
 
 
 def models_key(prefix: str, bundle: str) -> str:
-    """Return the key of the models that were published of bundles of one name."""
+    """Name the key that lists the published models of bundles with one name."""
     return f"{prefix}:{bundle}:models"
 
 
 def meta_fields(version: VersionInfo) -> dict[str, str | int]:
-    """Return a version's metadata as fields of a hash."""
+    """Convert a version's metadata to the fields of a hash."""
     fields: dict[str, str | int] = {
         "format": FORMAT,
         "bundle": version.bundle,
@@ -127,11 +141,11 @@ def meta_fields(version: VersionInfo) -> dict[str, str | int]:
 
 
 def parse_meta(name: str, fields: Mapping[bytes, bytes]) -> VersionInfo:
-    """Return what a version's metadata says; ValueError with the reason where it is damaged."""
+    """Parse a version's metadata; ValueError with the reason if it is damaged."""
     text = {key.decode(): value.decode() for key, value in fields.items()}
     try:
         if text["format"] != str(FORMAT):
-            raise ValueError(f"format {shown(text['format'])} is not {FORMAT}, which is read here")
+            raise ValueError(f"format {shown(text['format'])}, expected {FORMAT}")
         sides = {side: _parse_side(side, text) for side in SIDES}
         return VersionInfo(name, text["bundle"], text["created"], sides)
     except KeyError as error:
@@ -141,22 +155,28 @@ def parse_meta(name: str, fields: Mapping[bytes, bytes]) -> VersionInfo:
 def _parse_side(side: str, text: Mapping[str, str]) -> SideInfo:
     dtype, keys = text[f"{side}.dtype"], text[f"{side}.keys"]
     rows, width, buckets = (int(text[f"{side}.{name}"]) for name in ("rows", "width", "buckets"))
-    if (
-        dtype not in VALUES
-        or keys not in ("string", "int")
-        or min(rows, width - 1, buckets - 1) < 0
-    ):
-        raise ValueError(f"what it tells of {side}s cannot be")
+    is_known = dtype in ROW_DTYPES and keys in ("string", "int")
+    if not is_known or min(rows, width - 1, buckets - 1) < 0:
+        raise ValueError(f"the metadata of {side}s is not valid")
     return SideInfo(rows, width, dtype, keys, buckets)
 
 
 def field_of(key: str | int) -> bytes:
-    """Return a key as the field of a hash."""
+    """Convert a user's or item's key to the field of a hash."""
     return key.encode() if isinstance(key, str) else b"%d" % key
 
 
 def pack(info: SideInfo, stored: Array, scales: Array | None) -> list[bytes]:
-    """Return rows [n, width] of the side's dtype, int8 with scales float32 [n], as bytes each."""
+    """Convert embeddings to the bytes of each row.
+
+    Args:
+        info: The side they belong to.
+        stored: Embeddings of dtype ``info.dtype``, [n, width].
+        scales: Factors of int8 rows, float32 [n]; None for other dtypes.
+
+    Returns:
+        n rows of ``info.row_dtype``.
+    """
     rows = np.empty(len(stored), dtype=info.row_dtype)
     rows["values"] = stored
     if scales is not None:
@@ -166,7 +186,7 @@ def pack(info: SideInfo, stored: Array, scales: Array | None) -> list[bytes]:
 
 
 def unpack(info: SideInfo, rows: Sequence[bytes]) -> Array:
-    """Return rows, each of `SideInfo.row_dtype`, as float32 [n, width]."""
+    """Convert n rows of ``info.row_dtype`` to embeddings, float32 [n, width]."""
     packed = np.frombuffer(b"".join(rows), dtype=info.row_dtype)
     values: Array = packed["values"].astype(np.float32)
     if info.dtype == "int8":
@@ -174,13 +194,9 @@ def unpack(info: SideInfo, rows: Sequence[bytes]) -> Array:
     return values
 
 
-def compressed(info: SideInfo, embeddings: Array) -> tuple[Array, Array | None]:
-    """Return embeddings float32 [n, width] in the side's dtype, and int8's scales float32 [n].
-
-    A row's scale is its largest magnitude over 127, as at export.
-    """
-    if info.dtype != "int8":
-        return embeddings.astype(VALUES[info.dtype]), None
-    largest = np.abs(embeddings).max(axis=1, initial=0.0)
-    scales = (np.where(largest > 0, largest, 1.0) / 127).astype(np.float32)
-    return np.rint(embeddings / scales[:, None]).astype(np.int8), scales
+def incomplete_version(label: str, names: Names, version: str) -> StoreError:
+    """Build the error for a version that misses rows; ``label`` names the server."""
+    return StoreError(
+        f"{label}: version {version} of model {names.model} is incomplete; make sure that the "
+        "server does not evict keys (maxmemory-policy noeviction), and run hvdrec publish"
+    )

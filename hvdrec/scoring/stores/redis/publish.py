@@ -1,9 +1,9 @@
-"""Writing embeddings to Redis for `hvdrec.scoring.stores.redis.store` to read.
+"""Publishes a bundle's embeddings to Redis, for `hvdrec.scoring.stores.redis.store` to read.
 
-A bundle becomes a new version. Its rows are written beside those that are read, with an expiry
-that is renewed while the writing goes on; when all are in, one transaction makes the version the
-current one, lets it stay, and lets the one before expire. Whatever ends a publication before that
-leaves readers what they had, and its rows expire. Several may publish at once: the last one stays.
+A publication writes a new version beside the current one, with an expiry that it renews while it
+writes. Then one transaction makes the new version current, removes its expiry and sets one on the
+previous version. If a publication fails before that, readers keep the previous version and the
+new rows expire. Publications may run concurrently: the last one wins.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hvdrec.scoring.bundle import BundleInfo, check_unchanged, read_bundle
 from hvdrec.scoring.errors import StoreError, shown
+from hvdrec.scoring.stores.arrays import ArrayStore
 from hvdrec.scoring.stores.redis.layout import (
     BUCKET_ROWS,
     MARK,
@@ -32,21 +33,20 @@ from hvdrec.scoring.stores.redis.layout import (
     VersionInfo,
     buckets_for,
     field_of,
+    incomplete_version,
     meta_fields,
     models_key,
     pack,
     parse_meta,
 )
 from hvdrec.scoring.stores.redis.server import Command, RedisServer, WatchError
-from hvdrec.scoring.stores.redis.versions import not_whole
-from hvdrec.scoring.stores.store import EmbeddingStore
 from hvdrec.scoring.verify import verify_arrays
 
 Array = NDArray[Any]
 LEASE_SECONDS = 900.0
-"""Rows of a version that is not current yet expire after this long without a sign of life."""
+"""Rows of a version that is not current expire this long after the last renewal."""
 STAGGER_SECONDS = 0.1
-"""Buckets expire one after another: Redis frees each in one go, and answers nobody meanwhile."""
+"""Delay between the expiries of two buckets: Redis blocks while it frees one."""
 COMMAND_ROWS = 1024
 BLOCK_COMMANDS = 10_000
 TRIES = 20
@@ -56,18 +56,27 @@ UNREAD_SECONDS = 3600
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published."""
+    """The result of `publish`.
+
+    Attributes:
+        server: URL of the server, without password.
+        model: Model whose embeddings were published.
+        version: Name of the new version.
+        replaced: The previous version, which now expires; None if there was none.
+        users: Number of users.
+        items: Number of items.
+        seconds: Duration.
+        dropped_models: Models of bundles with the same name that nobody reads; they now expire.
+    """
 
     server: str
     model: str
     version: str
     replaced: str | None
-    """The version that was current before and now expires."""
     users: int
     items: int
     seconds: float
     dropped_models: tuple[str, ...]
-    """Models of the same bundle name that nobody reads any more and that now expire."""
 
 
 def publish(
@@ -79,34 +88,39 @@ def publish(
     timeout: float = 30.0,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Publication:
-    """Write a bundle's users and items to Redis as a new version and make it the current one.
+    """Write a bundle's users and items to Redis and make them the current version.
 
-    keep: seconds until the version before expires, both take memory until then; timeout: for each
-    answer of the server; progress: told the rows that are in, and of how many. A new model (a
-    retrained bundle) is published beside the one before, for services that still read that: of one
-    bundle name the two newest models stay, older ones go once nobody has read them for an hour.
-    Raises BundleError for a bundle that is not whole, StoreError for what the server says.
+    The embeddings of a new model (a retrained bundle) are published beside those of the previous
+    model, which other services may still read. Of the bundles with one name the two newest models
+    stay; an older one expires once nobody has read it for an hour.
+
+    Args:
+        bundle: Directory of the bundle; it is verified first.
+        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``.
+        prefix: Prefix of all Redis keys.
+        keep: Seconds until the previous version expires; until then both take memory.
+        timeout: Seconds to wait for each reply.
+        progress: Called with the number of rows written and the total.
+
+    Raises:
+        BundleError: The bundle is missing or damaged.
+        StoreError: The server fails or refuses a command, or an argument is not valid.
     """
     started = time.monotonic()
     if not isinstance(keep, int | float) or isinstance(keep, bool) or not 1 <= keep <= 1e9:
-        raise StoreError(f"keep = {shown(keep)}: must be seconds, 1 or more")
+        raise StoreError(
+            f"keep = {shown(keep)}: must be seconds, 1 or more", field="keep", value=keep
+        )
     server = RedisServer(url, timeout)
     info = read_bundle(Path(bundle), verify=True)
     names = Names(prefix, info.model)
     stores = {
-        side: EmbeddingStore(info, side, width)
+        side: ArrayStore(info, side, width)
         for side, width in zip(SIDES, (info.user_width, info.item_width), strict=True)
     }
     verify_arrays(info)
     check_unchanged(info)
-    now = time.gmtime()
-    version = VersionInfo(
-        name=f"{time.strftime('%Y%m%dT%H%M%SZ', now)}-{secrets.token_hex(4)}",
-        bundle=info.version,
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", now),
-        sides={side: _side_info(store) for side, store in stores.items()},
-    )
-    draft = _Draft(server, names, version)
+    draft = _Draft(server, names, _new_version(info, stores))
     with draft.dropped_on_failure():
         draft.open()
         done, total = 0, sum(map(len, stores.values()))
@@ -114,14 +128,14 @@ def publish(
             for rows in draft.write(side, store):
                 done += rows
                 progress(done, total)
-        # Before the switch: who drops unread models at the same time sees that this one is wanted.
+        # Before the switch, so that a concurrent `_drop_unread` does not drop this model.
         _register(server, prefix, info)
         replaced = draft.switch(keep)
     _register(server, prefix, info)
     return Publication(
         server=server.label,
         model=info.model,
-        version=version.name,
+        version=draft.version.name,
         replaced=replaced,
         users=len(stores["user"]),
         items=len(stores["item"]),
@@ -131,12 +145,12 @@ def publish(
 
 
 class _Draft:
-    """A version while it is written."""
+    """A version that is being written."""
 
     def __init__(self, server: RedisServer, names: Names, version: VersionInfo) -> None:
+        self.version = version
         self._server = server
         self._names = names
-        self._version = version
         self._meta = meta_fields(version)
         self._keys = names.all_of(version)
         self._sizes = dict.fromkeys(self._keys, 1)
@@ -146,7 +160,7 @@ class _Draft:
 
     @contextmanager
     def dropped_on_failure(self) -> Iterator[None]:
-        """Remove what was written if what is done here fails; if that fails, too, it expires."""
+        """Delete the written keys if the body fails; if that fails too, they expire."""
         try:
             yield
         except BaseException as error:
@@ -155,13 +169,12 @@ class _Draft:
                     self._run([("UNLINK", key) for key in self._keys])
             elif isinstance(error, StoreError):
                 raise StoreError(
-                    f"{error}; whether version {self._version.name} is current now is not known: "
-                    "publish again"
+                    f"{error}; version {self.version.name} may or may not be current: publish again"
                 ) from None
             raise
 
     def open(self) -> None:
-        """Make every bucket, with its mark and an expiry, and the metadata."""
+        """Create the metadata and every bucket, each with its mark and an expiry."""
         self._renewed = time.monotonic()
         with self._server.guarded() as client:
             pipeline = client.pipeline(transaction=True)
@@ -170,15 +183,15 @@ class _Draft:
             _expire(pipeline, self._keys, LEASE_SECONDS)
             pipeline.execute()
 
-    def write(self, side: str, store: EmbeddingStore) -> Iterator[int]:
-        """Write one side's rows, a bucket in a round trip; give the number of rows of each."""
-        info = self._version.sides[side]
+    def write(self, side: str, store: ArrayStore) -> Iterator[int]:
+        """Write one side's rows, one bucket per round trip; yield the rows of each bucket."""
+        info = self.version.sides[side]
         numbers = np.fromiter(map(info.bucket_of, _fields(store.keys)), np.int32, len(store))
         order = np.argsort(numbers, kind="stable")
         bounds = np.searchsorted(numbers[order], np.arange(info.buckets + 1))
         for number in range(info.buckets):
             rows = order[bounds[number] : bounds[number + 1]]
-            key = self._names.bucket(self._version.name, side, number)
+            key = self._names.bucket(self.version.name, side, number)
             commands: list[Command] = []
             for start in range(0, len(rows), COMMAND_ROWS):
                 part = rows[start : start + COMMAND_ROWS]
@@ -192,23 +205,23 @@ class _Draft:
             yield len(rows)
 
     def switch(self, keep: float) -> str | None:
-        """Make the version the current one and return the one before, which then expires.
+        """Make the version current and let the previous one expire after ``keep`` seconds.
 
-        StoreError where not every row is there.
+        Returns the name of the previous version. Raises StoreError if rows are missing.
         """
         current = self._names.current()
         with self._server.guarded() as client, client.pipeline(transaction=True) as pipeline:
             for _ in range(TRIES):
-                # What changes from here on makes the transaction fail.
+                # A change to these keys from here on makes the transaction fail.
                 pipeline.watch(current, *self._keys)
-                self._check_whole()
+                self._check_complete()
                 name = pipeline.get(current)
-                before = _keys_of(pipeline, self._names, name)
+                previous = _keys_of(pipeline, self._names, name)
                 pipeline.multi()
-                pipeline.set(current, self._version.name)
+                pipeline.set(current, self.version.name)
                 for key in self._keys:
                     pipeline.persist(key)
-                _expire(pipeline, before, keep)
+                _expire(pipeline, previous, keep)
                 self._is_switching = True
                 try:
                     pipeline.execute()
@@ -216,15 +229,15 @@ class _Draft:
                     self._is_switching = False
                 else:
                     return None if name is None else str(name.decode(errors="replace"))
-        raise StoreError(f"{self._server.label}: others publish all the time; try again")
+        raise StoreError(f"{self._server.label}: other publications keep interfering; try again")
 
-    def _check_whole(self) -> None:
+    def _check_complete(self) -> None:
         sizes = self._run([("HLEN", key) for key in self._keys])
         if sizes != list(self._sizes.values()):
-            raise not_whole(self._server, self._names, self._version.name)
+            raise incomplete_version(self._server.label, self._names, self.version.name)
 
     def _renew(self) -> None:
-        """Put off the expiry of all keys, now and then."""
+        """Renew the expiry of all keys after a quarter of the lease."""
         if time.monotonic() - self._renewed > LEASE_SECONDS / 4:
             self._renewed = time.monotonic()
             self._run([("PEXPIRE", key, int(LEASE_SECONDS * 1000)) for key in self._keys])
@@ -236,18 +249,24 @@ class _Draft:
         return replies
 
 
-def _side_info(store: EmbeddingStore) -> SideInfo:
-    return SideInfo(
-        rows=len(store),
-        width=store.embeddings.shape[1],
-        dtype=store.embeddings.dtype.name,
-        keys=store.dtype,
-        buckets=buckets_for(len(store)),
-    )
+def _new_version(info: BundleInfo, stores: dict[str, ArrayStore]) -> VersionInfo:
+    now = time.gmtime()
+    sides = {
+        side: SideInfo(
+            rows=len(store),
+            width=store.embeddings.shape[1],
+            dtype=store.embeddings.dtype.name,
+            keys=store.dtype,
+            buckets=buckets_for(len(store)),
+        )
+        for side, store in stores.items()
+    }
+    name = f"{time.strftime('%Y%m%dT%H%M%SZ', now)}-{secrets.token_hex(4)}"
+    return VersionInfo(name, info.version, time.strftime("%Y-%m-%dT%H:%M:%SZ", now), sides)
 
 
 def _fields(keys: Array) -> Iterator[bytes]:
-    """Give the fields of a bundle's keys, int64 [n] or bytes [n]."""
+    """Yield the hash fields of a bundle's keys, int64 [n] or bytes [n]."""
     for start in range(0, len(keys), BUCKET_ROWS):
         part = keys[start : start + BUCKET_ROWS].tolist()
         yield from part if keys.dtype.kind == "S" else map(field_of, part)
@@ -259,7 +278,7 @@ def _expire(pipeline: Any, keys: Sequence[str], seconds: float) -> None:
 
 
 def _keys_of(pipeline: Any, names: Names, version: bytes | None) -> list[str]:
-    """Return the keys of a version, as far as they can be told."""
+    """Return the keys of a version; only the metadata's if that is damaged."""
     if version is None:
         return []
     name = version.decode(errors="replace")
@@ -270,16 +289,16 @@ def _keys_of(pipeline: Any, names: Names, version: bytes | None) -> list[str]:
 
 
 def _register(server: RedisServer, prefix: str, info: BundleInfo) -> None:
-    """Take note that a model of the bundle's name is published now."""
+    """Record the time at which a model of the bundle's name is published."""
     server.run([("ZADD", models_key(prefix, info.name), time.time(), info.model)])
 
 
 def _drop_unread(
     server: RedisServer, prefix: str, info: BundleInfo, keep: float
 ) -> tuple[str, ...]:
-    """Let models expire that are older than the newest and that nobody reads; return them.
+    """Let old models that nobody reads expire, and return them.
 
-    What cannot be dropped now is left for the next publication.
+    A failure is ignored: the next publication tries again.
     """
     dropped: list[str] = []
     with suppress(StoreError):
@@ -298,7 +317,7 @@ def _drop_unread(
 
 
 def _drop(server: RedisServer, names: Names, registry: str, score: Any, keep: float) -> bool:
-    """Let a model expire, unless it is published again meanwhile or expires already."""
+    """Let a model expire, unless it expires already or is being published again."""
     current = names.current()
     with server.guarded() as client, client.pipeline(transaction=True) as pipeline:
         pipeline.watch(current)

@@ -1,4 +1,4 @@
-"""A Redis server as hvdrec talks to it: few round trips, bounded waits, errors of one line."""
+"""A connection to a Redis server: few round trips, bounded waits, errors of one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
-from hvdrec.scoring.errors import StoreError, shown
+from hvdrec.scoring.errors import StoreError, first_line, shown
 
 try:
     import redis
@@ -23,24 +23,40 @@ except ModuleNotFoundError:
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
 CONNECTIONS = 10_000
+EXPECTED_URL = "must be redis://HOST:PORT/DATABASE, rediss://... (TLS) or unix://PATH"
 Command = tuple[Any, ...]
 WatchError = redis.WatchError
 
 
 class RedisServer:
-    """One server and its pool of connections; safe from many threads.
+    """One server and its connection pool; thread-safe.
 
-    timeout: seconds to wait for a connection and for each part of an answer. Nothing is tried
-    twice: a failure is a StoreError, and `Pause` decides when the next caller may try.
+    Nothing is retried: a failure raises StoreError, and `CircuitBreaker` decides when the next
+    caller may try.
+
+    Attributes:
+        label: The server's URL without password, for messages.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
-        """Check the URL, without connecting; StoreError that does not show its password."""
+        """Check the URL without connecting.
+
+        Args:
+            url: ``redis://``, ``rediss://`` or ``unix://``; may hold a password.
+            timeout: Seconds to wait for a connection and for each part of a reply.
+
+        Raises:
+            StoreError: The URL or the timeout is not valid. The message shows no password.
+        """
         if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
-            raise StoreError(f"timeout = {shown(timeout)}: must be seconds, more than 0")
+            raise StoreError(
+                f"timeout = {shown(timeout)}: must be seconds, more than 0",
+                field="timeout",
+                value=timeout,
+            )
         self._timeout = float(timeout)
         self.label, self._secrets = _checked(url)
-        self._pause = Pause()
+        self._breaker = CircuitBreaker()
         try:
             self._client: Any = redis.Redis.from_url(
                 url,
@@ -48,19 +64,18 @@ class RedisServer:
                 socket_connect_timeout=self._timeout,
                 retry=Retry(NoBackoff(), 0),
                 max_connections=CONNECTIONS,
-                # Of the older protocol, which every server speaks.
-                protocol=2,
+                protocol=2,  # every server supports it
             )
-            # Options of the URL are looked at when the first connection is made.
+            # redis checks the URL's options when it makes the first connection; do it now.
             pool = self._client.connection_pool
             pool.connection_class(**pool.connection_kwargs)
         except (TypeError, ValueError, redis.RedisError):
             raise StoreError(
-                f"{self.label}: the URL has an option that is not known, or of the wrong type"
+                f"{self.label}: the URL has an unknown option or one of the wrong type"
             ) from None
 
     def run(self, commands: Sequence[Command]) -> list[Any]:
-        """Return the replies to commands, sent in one round trip; StoreError for a failure."""
+        """Send commands in one round trip and return their replies; StoreError on failure."""
         with self.guarded() as client:
             pipeline = client.pipeline(transaction=False)
             for command in commands:
@@ -73,115 +88,116 @@ class RedisServer:
 
     @contextmanager
     def guarded(self) -> Iterator[Any]:
-        """Give the client, unless the server has just failed; failures come out as StoreError."""
-        attempt = self._pause.admit()
+        """Yield the Redis client; raise StoreError if it fails or has just failed."""
+        attempt = self._breaker.admit()
         try:
             yield self._client
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
             line = self._failure(error)
-            self._pause.failed(attempt, line)
+            self._breaker.failed(attempt, line)
             raise StoreError(line) from None
         except redis.RedisError as error:
-            self._pause.succeeded()
+            self._breaker.succeeded()
             raise StoreError(self._refusal(error, "a command")) from None
-        self._pause.succeeded()
+        self._breaker.succeeded()
 
     def _failure(self, error: Exception) -> str:
         if isinstance(error, redis.BusyLoadingError):
-            return f"{self.label}: is loading its data; try again in a while"
+            return f"{self.label}: the server is loading its data; try again later"
         if isinstance(error, redis.AuthenticationError):
-            return f"{self.label}: refuses the user or the password ({self._text(error)})"
+            return f"{self.label}: the server refuses the user or password ({self._text(error)})"
         if isinstance(error, redis.TimeoutError):
             return (
-                f"{self.label}: did not answer within {self._timeout:g} s; look at its load, or "
-                "give it more time"
+                f"{self.label}: no reply within {self._timeout:g} s; check the server's load or "
+                "raise the timeout"
             )
         return (
-            f"{self.label}: cannot be reached ({self._text(error)}); check that it runs and that "
-            "the address is right"
+            f"{self.label}: cannot connect ({self._text(error)}); check that the server runs and "
+            "that the address is right"
         )
 
-    def _refusal(self, error: Exception, what: str) -> str:
+    def _refusal(self, error: Exception, command: str) -> str:
         text = self._text(error)
         if isinstance(error, redis.OutOfMemoryError) or text.startswith("OOM"):
-            hint = "give it more memory (maxmemory)"
+            hint = "give the server more memory (maxmemory)"
         elif isinstance(error, redis.exceptions.ReadOnlyError):
-            hint = "it is a replica: publish to its primary"
+            hint = "this is a replica: publish to its primary"
         elif isinstance(error, redis.exceptions.NoPermissionError):
-            hint = "give the user this permission"
+            hint = "grant the user this permission"
         elif text.startswith("WRONGTYPE"):
-            hint = "something else has written there; run hvdrec publish"
+            hint = "another program wrote to this key; run hvdrec publish"
         else:
-            hint = "look at the server's log"
-        return f"{self.label}: refuses {what} ({text}); {hint}"
+            hint = "check the server's log"
+        return f"{self.label}: the server refuses {command} ({text}); {hint}"
 
     def _text(self, error: Exception) -> str:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        text = first_line(error)
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return (text if len(text) <= 120 else text[:117] + "...").rstrip(".")
 
 
-class Pause:
-    """Whether a server that failed may be asked again.
+class CircuitBreaker:
+    """Refuses calls to a server that has just failed.
 
-    After a failure callers are refused for a time, then one of them tries while the others are
-    still refused. Failures in a row double the time, from FIRST_PAUSE to LONGEST_PAUSE; those of
-    callers that were under way together count as one.
+    After a failure all callers are refused for a pause; then one may try while the others are
+    still refused. Each consecutive failure doubles the pause, from `FIRST_PAUSE` to
+    `LONGEST_PAUSE` seconds. Failures of calls that ran concurrently count once.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start closed: every caller is admitted. ``clock`` returns seconds."""
         self._clock = clock
         self._lock = threading.Lock()
-        self._line: str | None = None
+        self._error: str | None = None
         self._failures = 0
         self._seconds = 0.0
         self._until = 0.0
 
     def admit(self) -> int:
-        """Return what `failed` wants to know; StoreError where it is too early to ask again."""
-        if self._line is None:
+        """Return the attempt number to pass to `failed`; StoreError during a pause."""
+        if self._error is None:
             return self._failures
         with self._lock:
             left = self._until - self._clock()
-            if self._line is not None and left > 0:
-                raise StoreError(f"{self._line}; it is asked again in {left:.2f} s")
+            if self._error is not None and left > 0:
+                raise StoreError(f"{self._error}; next attempt in {left:.2f} s")
             self._until = self._clock() + self._seconds
             return self._failures
 
-    def failed(self, attempt: int, line: str) -> None:
-        """Take note of a failure, and of its text, which the next callers are told."""
+    def failed(self, attempt: int, error: str) -> None:
+        """Record a failed attempt; callers during the pause get its error text."""
         with self._lock:
             if attempt != self._failures:
                 return
             self._failures += 1
-            is_first = self._line is None
+            is_first = self._error is None
             self._seconds = FIRST_PAUSE if is_first else min(2 * self._seconds, LONGEST_PAUSE)
             self._until = self._clock() + self._seconds
-            self._line = line
+            self._error = error
 
     def succeeded(self) -> None:
-        """Take note of an answer."""
-        if self._line is not None:
+        """Record a reply, which ends the pauses."""
+        if self._error is not None:
             with self._lock:
-                self._line = None
+                self._error = None
 
 
 def _checked(url: str) -> tuple[str, list[str]]:
-    """Return a URL as it may be shown, and what must never be."""
-    wanted = "must be redis://HOST:PORT/DATABASE, rediss://... (TLS) or unix://PATH"
+    """Return a URL without its password, and the texts that no message may show."""
     try:
         parts = urlsplit(url)
-        shown_url = _without_secrets(parts)
+        public_url = _without_secrets(parts)
     except (AttributeError, TypeError, ValueError):
-        # What the reason quotes may be a part of the password.
-        raise StoreError(f"the URL of the Redis server cannot be read; {wanted}") from None
+        # The parser's reason may quote a part of the password.
+        raise StoreError(f"the URL of the Redis server cannot be parsed; {EXPECTED_URL}") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
-        raise StoreError(f"the URL of the Redis server is of scheme '{parts.scheme}'; {wanted}")
-    if parts.scheme != "unix" and not parts.path.strip("/").isdecimal() and parts.path.strip("/"):
-        raise StoreError(f"{shown_url}: the database must be a number, as in redis://HOST:PORT/0")
+        raise StoreError(f"the URL of the Redis server has scheme '{parts.scheme}'; {EXPECTED_URL}")
+    database = parts.path.strip("/")
+    if parts.scheme != "unix" and database and not database.isdecimal():
+        raise StoreError(f"{public_url}: the database must be a number, as in redis://HOST:PORT/0")
     passwords = [parts.password or "", *parse_qs(parts.query).get("password", [])]
-    return shown_url, [form for text in passwords for form in {text, unquote(text)} if form]
+    return public_url, [form for text in passwords for form in {text, unquote(text)} if form]
 
 
 def _without_secrets(parts: SplitResult) -> str:

@@ -1,8 +1,4 @@
-"""Embeddings of users and items in Redis, shared by many services and updated between bundles.
-
-users, items = open_stores("redis://host:6379/0", "bundle/")
-scorer = Scorer.load("bundle/", users=users, items=items)
-"""
+"""Embeddings of users and items in Redis, shared by many services and updated between bundles."""
 
 from __future__ import annotations
 
@@ -10,13 +6,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, read_array, read_bundle
+from hvdrec.scoring.bundle import BundleInfo, read_array
 from hvdrec.scoring.errors import StoreError, shown
 from hvdrec.scoring.stores.redis.layout import (
     MARK,
@@ -25,166 +20,188 @@ from hvdrec.scoring.stores.redis.layout import (
     Names,
     VersionInfo,
     field_of,
+    incomplete_version,
+    parse_meta,
     unpack,
 )
 from hvdrec.scoring.stores.redis.server import Command, RedisServer
-from hvdrec.scoring.stores.redis.versions import TRIES, not_whole, read_current, unreadable
 
 Array = NDArray[Any]
+TRIES = 4
 BLOCK_KEYS = 4096
 """Keys of one round trip."""
 REQUEST_SECONDS = 1.0
-"""Items looked up so soon after a user, by the same thread, are of the same request."""
+"""An item lookup this soon after a user lookup of the same thread belongs to the same request."""
 
 
-def open_stores(
-    url: str, bundle: str | Path | BundleInfo, *, prefix: str = PREFIX, timeout: float = 0.1
+def open_redis(
+    url: str, bundle: BundleInfo, *, prefix: str = PREFIX, timeout: float = 0.1
 ) -> tuple[RedisStore, RedisStore]:
-    """Return the stores of users and of items that `publish` wrote for the bundle's model.
+    """Open the stores that `publish` wrote for the bundle's model.
 
-    url: redis://, rediss:// (TLS) or unix://; timeout: seconds to wait for a connection and for an
-    answer. Connects at the first look-up: a server that is down then is no error here. Raises
-    StoreError for a URL that cannot be, BundleError for a bundle that cannot be read.
+    The server is first contacted by the first lookup.
+
+    Args:
+        url: ``redis://``, ``rediss://`` (TLS) or ``unix://``.
+        bundle: The bundle that the scorer opens.
+        prefix: Prefix of all Redis keys.
+        timeout: Seconds to wait for a connection and for a reply.
+
+    Returns:
+        The store of users and the store of items.
+
+    Raises:
+        StoreError: The URL, prefix or timeout is not valid.
+        BundleError: The bundle cannot be read.
     """
-    info = bundle if isinstance(bundle, BundleInfo) else read_bundle(Path(bundle), verify=False)
     expected = {
-        side: Expected(width, _key_type(info, side))
-        for side, width in zip(SIDES, (info.user_width, info.item_width), strict=True)
+        side: Expected(width, _key_type(bundle, side))
+        for side, width in zip(SIDES, (bundle.user_width, bundle.item_width), strict=True)
     }
-    published = Published(RedisServer(url, timeout), Names(prefix, info.model), expected)
-    return RedisStore(published, "user"), RedisStore(published, "item")
+    reader = VersionReader(RedisServer(url, timeout), Names(prefix, bundle.model), expected)
+    return RedisStore(reader, "user"), RedisStore(reader, "item")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the bundle says of one side."""
+    """Facts about one side of the bundle that a version must match.
+
+    Attributes:
+        width: Length of an embedding.
+        keys: Type of the keys: ``"string"`` or ``"int"``.
+    """
 
     width: int
     keys: str
-    """Type of a key: "string" or "int"."""
 
 
-class Published:
-    """What is published for one model; users and items are read through one of it."""
+class VersionReader:
+    """The current version of one model; the stores of users and of items share one reader."""
 
     def __init__(self, server: RedisServer, names: Names, expected: Mapping[str, Expected]) -> None:
+        """Read versions of ``names.model`` that match what the bundle expects of each side."""
         self.server = server
         self.names = names
         self.expected = expected
-        self._known: VersionInfo | None = None
+        self._current: VersionInfo | None = None
         self._thread = threading.local()
 
     def versions(self, side: str) -> Iterator[VersionInfo]:
-        """Give the version to read and, while it turns out to have gone, what took its place."""
-        lost = ""
+        """Yield the version to read; if it has expired, continue for the version after it."""
+        expired = ""
         for _ in range(TRIES):
             version = self._version(side)
-            if version.name == lost:
+            if version.name == expired:
                 return
             yield version
-            lost = version.name
+            expired = version.name
             self._thread.of_user = None
-            if self._known is version:
-                self._known = None
+            if self._current is version:
+                self._current = None
+
+    def notice(self, current: bytes | None) -> None:
+        """Note the version that is current now, so that the next request reads it."""
+        known = self._current
+        if known is not None and current is not None and current != known.name.encode():
+            self._current = None
 
     def _version(self, side: str) -> VersionInfo:
-        """Return the current version as far as it is known; for items, that of their user."""
+        """Return the version to read; for items, the version that their user was read from."""
         now = time.monotonic()
         of_user: tuple[VersionInfo, float] | None = getattr(self._thread, "of_user", None)
         if side == "item" and of_user is not None and now < of_user[1]:
             return of_user[0]
-        version = self._known
+        version = self._current
         if version is None:
-            version = self._known = self._read_version()
+            version = self._current = self._read_version()
         if side == "user":
             self._thread.of_user = (version, now + REQUEST_SECONDS)
         return version
 
-    def notice(self, current: bytes | None) -> None:
-        """Take note of which version is current now; the next request reads that."""
-        known = self._known
-        if known is not None and current is not None and current != known.name.encode():
-            self._known = None
-
     def _read_version(self) -> VersionInfo:
-        version = read_current(self.server, self.names)
+        """Read the metadata of the current version; StoreError if it does not fit the bundle."""
+        name, label = "", self.server.label
+        for _ in range(TRIES):
+            (current,) = self.server.run([("GET", self.names.current())])
+            if current is None:
+                raise StoreError(
+                    f"{label}: nothing is published under '{self.names.prefix}' for model "
+                    f"{self.names.model}; run hvdrec publish"
+                )
+            if name == current.decode(errors="replace"):
+                break
+            name = current.decode(errors="replace")
+            (fields,) = self.server.run([("HGETALL", self.names.meta(name))])
+            if not fields:
+                continue  # replaced and expired in between
+            try:
+                return self._checked(parse_meta(name, fields))
+            except ValueError as error:
+                raise StoreError(
+                    f"{label}: version {name} of model {self.names.model} cannot be read "
+                    f"({error}); run hvdrec publish"
+                ) from None
+        raise incomplete_version(label, self.names, name)
+
+    def _checked(self, version: VersionInfo) -> VersionInfo:
         for side, expected in self.expected.items():
-            found = version.sides[side]
-            if Expected(found.width, found.keys) != expected:
-                reason = (
-                    f"{side}s have {found.keys} keys and width {found.width}, the bundle has "
+            info = version.sides[side]
+            if Expected(info.width, info.keys) != expected:
+                raise ValueError(
+                    f"{side}s have {info.keys} keys and width {info.width}, the bundle has "
                     f"{expected.keys} keys and width {expected.width}"
                 )
-                raise unreadable(self.server, self.names, version.name, reason)
         return version
 
 
 class RedisStore:
-    """Users' or items' embeddings in Redis: a `Store`, made by `open_stores`.
+    """The `Store` of embeddings in Redis; opened by `open_redis`.
 
-    A look-up is one round trip, and of one version. The same trip tells which version is current,
-    so the next look-up reads what was published meanwhile; items follow the user that the same
-    thread has just looked up. After a failure look-ups fail at once for a moment (`Pause`), and
-    go on by themselves when the server answers again.
+    A lookup takes one round trip and reads one version. The same round trip reads the name of the
+    current version, so the next lookup follows a publication. A lookup of items reads the version
+    of the user that the same thread has just looked up. After a failure, lookups fail at once
+    for a moment (`CircuitBreaker`) and recover when the server answers again.
     """
 
-    def __init__(self, published: Published, side: str) -> None:
-        self._published = published
+    def __init__(self, reader: VersionReader, side: str) -> None:
+        """Read one side, ``"user"`` or ``"item"``, of the reader's model."""
+        self._reader = reader
         self._side = side
-        self._expected = published.expected[side]
+        self._expected = reader.expected[side]
 
     @property
     def dtype(self) -> str:
-        """Return the type of a key: "string" or "int"."""
+        """Type of the keys: ``"string"`` or ``"int"``."""
         return self._expected.keys
 
     @property
     def model(self) -> str:
-        """Return the model that the embeddings were made for (`Scorer.model`)."""
-        return self._published.names.model
-
-    def __len__(self) -> int:
-        """Return the number of stored embeddings; asks the server, so it may raise StoreError."""
-        names, name = self._published.names, ""
-        for version in self._published.versions(self._side):
-            name = version.name
-            buckets = range(version.sides[self._side].buckets)
-            keys = [names.bucket(name, self._side, number) for number in buckets]
-            sizes: list[int] = self._published.server.run([("HLEN", key) for key in keys])
-            if all(sizes):
-                return sum(sizes) - len(sizes)  # without the marks
-        raise not_whole(self._published.server, names, name)
-
-    def __bool__(self) -> bool:
-        """Return True: it is a store, whatever it holds."""
-        return True
+        """`Scorer.model` of the bundle that computed the embeddings."""
+        return self._reader.names.model
 
     def lookup(self, keys: Sequence[str | int | None]) -> tuple[Array, Array]:
-        """Return embeddings float32 [k, width], zeros where a key is not stored, and bool [k].
-
-        Raises StoreError where the server cannot answer, or holds what cannot be.
-        """
-        asked = [place for place, key in enumerate(keys) if key is not None]
+        """Look up embeddings by key; see `Store.lookup`."""
+        queried = [i for i, key in enumerate(keys) if key is not None]
         fields = [field_of(key) for key in keys if key is not None]
         embeddings = np.zeros((len(keys), self._expected.width), dtype=np.float32)
-        found = np.zeros(len(keys), dtype=bool)
-        if not asked:
-            return embeddings, found
+        is_stored = np.zeros(len(keys), dtype=bool)
+        if not queried:
+            return embeddings, is_stored
         version, rows = self._rows(fields)
         info = version.sides[self._side]
         stored = [row for row in rows if row is not None]
         if set(map(len, stored)) - {info.row_dtype.itemsize}:
             raise self._damaged(version, fields, rows)
         if len(stored) < len(rows):
-            asked = [place for place, row in zip(asked, rows, strict=True) if row is not None]
-        found[asked] = True
-        embeddings[asked] = unpack(info, stored)
-        return embeddings, found
+            queried = [i for i, row in zip(queried, rows, strict=True) if row is not None]
+        is_stored[queried] = True
+        embeddings[queried] = unpack(info, stored)
+        return embeddings, is_stored
 
     def _rows(self, fields: Sequence[bytes]) -> tuple[VersionInfo, list[bytes | None]]:
-        """Return the rows of keys, None for one that is not stored, all of the version returned."""
+        """Read the rows of fields from one version; None for fields that are not stored."""
         name = ""
-        for version in self._published.versions(self._side):
+        for version in self._reader.versions(self._side):
             name = version.name
             rows: list[bytes | None] = []
             for start in range(0, len(fields), BLOCK_KEYS):
@@ -194,47 +211,40 @@ class RedisStore:
                 rows += block
             else:
                 return version, rows
-        raise not_whole(self._published.server, self._published.names, name)
+        raise incomplete_version(self._reader.server.label, self._reader.names, name)
 
     def _block(self, version: VersionInfo, fields: Sequence[bytes]) -> list[bytes | None] | None:
-        """Return the rows of keys in one round trip; None where the version has gone."""
-        names, info = self._published.names, version.sides[self._side]
+        """Read the rows of fields in one round trip; None if the version has expired."""
+        names, info = self._reader.names, version.sides[self._side]
         buckets: dict[int, list[int]] = {}
-        for place, field in enumerate(fields):
-            buckets.setdefault(info.bucket_of(field), []).append(place)
-        commands: list[Command] = [
-            (
-                "HMGET",
-                names.bucket(version.name, self._side, number),
-                MARK,
-                *[fields[place] for place in places],
-            )
-            for number, places in buckets.items()
-        ]
+        for position, field in enumerate(fields):
+            buckets.setdefault(info.bucket_of(field), []).append(position)
+        commands: list[Command] = []
+        for number, positions in buckets.items():
+            bucket = names.bucket(version.name, self._side, number)
+            commands.append(("HMGET", bucket, MARK, *[fields[i] for i in positions]))
         commands.append(("GET", names.current()))
-        *replies, current = self._published.server.run(commands)
-        self._published.notice(current)
+        *replies, current = self._reader.server.run(commands)
+        self._reader.notice(current)
         rows: list[bytes | None] = [None] * len(fields)
-        for places, (mark, *values) in zip(buckets.values(), replies, strict=True):
+        for positions, (mark, *values) in zip(buckets.values(), replies, strict=True):
             if mark is None:
                 return None
-            for place, value in zip(places, values, strict=True):
-                rows[place] = value
+            for position, value in zip(positions, values, strict=True):
+                rows[position] = value
         return rows
 
     def _damaged(
         self, version: VersionInfo, fields: Sequence[bytes], rows: Sequence[bytes | None]
     ) -> StoreError:
+        """Build the error for the first row of the wrong length."""
         size = version.sides[self._side].row_dtype.itemsize
-        field, row = next(
-            (field, row)
-            for field, row in zip(fields, rows, strict=True)
-            if row is not None and len(row) != size
-        )
+        pairs = zip(fields, rows, strict=True)
+        field, row = next(pair for pair in pairs if pair[1] is not None and len(pair[1]) != size)
         return StoreError(
-            f"{self._published.server.label}: {self._side} {shown(field.decode())} in version "
-            f"{version.name} of model {self.model} has {len(row)} bytes, expected {size}; run "
-            "hvdrec publish"
+            f"{self._reader.server.label}: {self._side} {shown(field.decode())} in version "
+            f"{version.name} of model {self.model} has {len(row or b'')} bytes, expected {size}; "
+            "run hvdrec publish"
         )
 
 

@@ -1,4 +1,4 @@
-"""Finding stored keys, and the exact retrieval, against plain Python."""
+"""Lookups of stored keys, and exact retrieval, against plain Python."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from hypothesis import strategies as st
 
 from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.exact import inner_products, largest
-from hvdrec.scoring.stores import store
-from hvdrec.scoring.stores.store import EmbeddingStore
+from hvdrec.scoring.stores import arrays
+from hvdrec.scoring.stores.arrays import ArrayStore
 
 text = st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x1FFFF), max_size=6)
 few = st.sampled_from(["", "a", "ab", "b", "a\0", "a\0b", "é", "ab" * 9])
 keys_and_queries = st.tuples(
-    # Fixed-width bytes cannot hold a trailing NUL; no bundle stores such a key.
+    # Fixed-width bytes cannot hold a trailing NUL, so no bundle has such a key.
     st.lists((text | few).filter(lambda key: not key.endswith("\0")), unique=True, max_size=20),
     st.lists(text | few | st.none(), max_size=20),
 )
 
 
-def make_store(keys: np.ndarray) -> EmbeddingStore:
+def make_store(keys: np.ndarray) -> ArrayStore:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         (path / "users").mkdir()
         np.save(path / "users" / "keys.npy", keys)
         np.save(path / "users" / "embeddings.npy", np.zeros((len(keys), 1), np.float32))
-        return EmbeddingStore(BundleInfo(path, "", "", "", (), 1, 1, 1, {}), "user", 1)
+        return ArrayStore(BundleInfo(path, "", "", "", (), 1, 1, 1, {}), "user", 1)
 
 
 @settings(max_examples=150, deadline=None)
 @given(keys_and_queries)
-def test_text_keys(drawn: tuple[list[str], list[str | None]]) -> None:
+def test_rows_of_string_keys(drawn: tuple[list[str], list[str | None]]) -> None:
     keys, queries = drawn
     keys.sort(key=str.encode)
-    found = make_store(np.array([key.encode() for key in keys], dtype=np.bytes_ if keys else "S1"))
+    store = make_store(np.array([key.encode() for key in keys], dtype=np.bytes_ if keys else "S1"))
     queries += keys
     expected = [keys.index(query) if query in keys else -1 for query in queries]
     for _ in range(2):  # the second time from the cache
-        assert found.rows(queries).tolist() == expected
-    assert [found.key(row) for row in range(len(keys))] == keys
-    cached = found.cached_rows(keys)
+        assert store.rows(queries).tolist() == expected
+    assert [store.key(row) for row in range(len(keys))] == keys
+    cached = store.cached_rows(keys)
     assert cached is not None
     assert cached.tolist() == list(range(len(keys)))
 
@@ -55,41 +55,41 @@ def test_text_keys(drawn: tuple[list[str], list[str | None]]) -> None:
     st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), unique=True, max_size=20),
     st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-4, 4), max_size=20),
 )
-def test_integer_keys(keys: list[int], queries: list[int]) -> None:
+def test_rows_of_integer_keys(keys: list[int], queries: list[int]) -> None:
     keys.sort()
-    found = make_store(np.array(keys, dtype=np.int64))
+    store = make_store(np.array(keys, dtype=np.int64))
     queries += keys
     expected = [keys.index(query) if query in keys else -1 for query in queries]
-    assert found.rows(queries).tolist() == expected
-    assert found.rows(queries).tolist() == expected
+    assert store.rows(queries).tolist() == expected
+    assert store.rows(queries).tolist() == expected
 
 
-def test_the_cache_answers_only_for_keys_of_the_type_that_were_found() -> None:
-    found = make_store(np.array([1, 2], dtype=np.int64))
-    assert found.cached_rows([1]) is None
-    found.rows([1, 5])
-    assert found.cached_rows([1, 1]).tolist() == [0, 0]  # type: ignore[union-attr]
+def test_the_cache_holds_only_stored_keys_of_the_right_type() -> None:
+    store = make_store(np.array([1, 2], dtype=np.int64))
+    assert store.cached_rows([1]) is None
+    store.rows([1, 5])
+    assert store.cached_rows([1, 1]).tolist() == [0, 0]  # type: ignore[union-attr]
     for other in ([1, 2], [5], [True], [1.0], [{}], [None]):
-        assert found.cached_rows(other) is None
+        assert store.cached_rows(other) is None
 
 
-def test_the_cache_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "CACHED_KEYS", 10)
-    found = make_store(np.arange(100))
+def test_the_cache_stays_within_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "CACHED_KEYS", 10)
+    store = make_store(np.arange(100))
     for start in range(0, 100, 7):
-        asked = list(range(start, min(100, start + 7)))
-        assert found.rows(asked).tolist() == asked
-        assert len(found._cache) <= 10
-    assert found.rows(list(range(100))).tolist() == list(range(100))
-    assert len(found._cache) <= 10
+        keys = list(range(start, min(100, start + 7)))
+        assert store.rows(keys).tolist() == keys
+        assert len(store._cache) <= 10
+    assert store.rows(list(range(100))).tolist() == list(range(100))
+    assert len(store._cache) <= 10
 
 
 @pytest.mark.parametrize("query", ["77", "no such key, longer than all", "é", "a\0"])
-def test_finding_a_key_copies_no_array(query: str) -> None:
-    found = make_store(np.sort(np.arange(100_000).astype(np.bytes_)))
+def test_a_lookup_does_not_copy_the_keys(query: str) -> None:
+    store = make_store(np.sort(np.arange(100_000).astype(np.bytes_)))
     tracemalloc.start()
     try:
-        found.rows([query])
+        store.rows([query])
         assert tracemalloc.get_traced_memory()[1] < 20_000
     finally:
         tracemalloc.stop()
@@ -102,7 +102,9 @@ def test_finding_a_key_copies_no_array(query: str) -> None:
     st.lists(st.integers(0, 11), max_size=12),
     st.sampled_from([1, 2, 3, 64]),
 )
-def test_largest(scores: list[int], count: int, excluded: list[int], group: int) -> None:
+def test_largest_scores_with_exclusions(
+    scores: list[int], count: int, excluded: list[int], group: int
+) -> None:
     excluded = [row for row in excluded if row < len(scores)]
     allowed = [row for row in range(len(scores)) if row not in excluded]
     best = sorted(allowed, key=lambda row: (-scores[row], row))[:count]
@@ -112,7 +114,7 @@ def test_largest(scores: list[int], count: int, excluded: list[int], group: int)
     assert found.tolist() == sorted(best)
 
 
-def test_inner_products_are_of_the_first_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inner_products_use_the_first_entries_of_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvdrec.scoring.exact.BLOCK_ROWS", 2)
     vectors = np.array([[1, 2, 9], [3, 4, 9], [5, 6, 9]], dtype=np.float32)
     found = inner_products(vectors, np.array([1, 10], dtype=np.float32))

@@ -1,0 +1,50 @@
+"""Embedding stores by URL scheme."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pkgutil import resolve_name
+
+from hvdrec.scoring.bundle import BundleInfo, read_bundle
+from hvdrec.scoring.errors import StoreError, choices
+from hvdrec.scoring.stores.protocol import Store, StoreFactory
+
+_REDIS = "hvdrec.scoring.stores.redis.store:open_redis"
+# A built-in store is named, not imported: its database client may not be installed.
+_factories: dict[str, StoreFactory | str] = {"redis": _REDIS, "rediss": _REDIS, "unix": _REDIS}
+
+
+def register_store(scheme: str, factory: StoreFactory) -> None:
+    """Make `open_stores` and ``hvdrec serve --store`` accept URLs of another scheme.
+
+    Args:
+        scheme: What stands before ``://`` in the URL.
+        factory: Opens the stores of users and items for a bundle. It should not connect yet: a
+            database that is down must fail lookups, not the start of a service.
+    """
+    _factories[scheme] = factory
+
+
+def open_stores(url: str, bundle: str | Path | BundleInfo) -> tuple[Store, Store]:
+    """Open the embedding stores of users and items for a bundle.
+
+    Args:
+        url: Address of the store; its scheme chooses the implementation.
+        bundle: The bundle, or its directory; the stores serve the embeddings of its model.
+
+    Returns:
+        The store of users and the store of items.
+
+    Raises:
+        StoreError: No store is registered for the scheme, or the store refuses the URL.
+        BundleError: The bundle cannot be read.
+    """
+    scheme, separator, _ = url.partition("://")
+    factory = _factories.get(scheme) if separator else None
+    if factory is None:  # the URL may hold a password: the message does not show it
+        known = choices(f"{name}://" for name in sorted(_factories))
+        raise StoreError(f"store: the URL has an unknown scheme; known: {known}", field="store")
+    if isinstance(factory, str):
+        factory = resolve_name(factory)
+    info = bundle if isinstance(bundle, BundleInfo) else read_bundle(Path(bundle), verify=False)
+    return factory(url, info)
