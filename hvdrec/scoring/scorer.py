@@ -114,10 +114,15 @@ class Scorer:
         def load(path: Path) -> Scorer:
             info = read_bundle(path, verify=False)
             users, items = stores(info) if stores else (None, None)
-            scorer = cls.load(path, threads=threads, verify=True, users=users, items=items)
-            if scorer.model != info.model:
-                raise ReplacedError(f"{path}: was replaced while it was read; load it again")
-            return scorer
+            try:
+                return cls.load(path, threads=threads, verify=True, users=users, items=items)
+            except BundleError:
+                # The stores serve the model of `info`; another bundle refuses them.
+                if read_bundle(path, verify=False).model == info.model:
+                    raise
+                raise ReplacedError(
+                    f"{path}: was replaced while it was read; load it again"
+                ) from None
 
         return WatchedScorer(
             Path(path), load, interval=interval, on_reload=on_reload, on_refused=on_refused
