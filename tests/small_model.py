@@ -142,11 +142,11 @@ def small_tables(
     config: Config, model: Recommender, world: World, setting: Setting
 ) -> DistributedTables:
     """Return a model's tables over the ranks."""
-    groups = table_groups(config, SIZES, world.size)
+    groups = table_groups(config.schema, config.model.dimension, SIZES, world.size, config.parallel)
     tables = DistributedTables(
         config.schema,
         groups,
-        row_optimizer(config),
+        row_optimizer(config.train),
         world,
         kernels={group.width: setting.kernel for group in groups},  # type: ignore[misc]
         seed=None,
@@ -154,10 +154,12 @@ def small_tables(
         pooling=config.model.pooling,
     )
     for group in groups:
-        for name in group.rows:
+        for name in group.sizes:
             with torch.no_grad():
                 whole = model.tables.weight(name)
-                tables.table(name)[0].copy_(whole[torch.from_numpy(group.ids(name, world.rank))])
+                tables.table(name)[0].copy_(
+                    whole[torch.from_numpy(group.local_ids(name, world.rank))]
+                )
     return tables
 
 

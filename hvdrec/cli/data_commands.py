@@ -42,9 +42,9 @@ def samples(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 def prepare(options: argparse.Namespace, rest: list[str]) -> Answer:
     from hvdrec.features.prepare import prepare_with
-    from hvdrec.parallel.rank_pool import open_workers
+    from hvdrec.parallel.pool import open_pool
 
-    with open_workers(options.workers) as pool:
+    with open_pool(options.workers) as pool:
         if pool is None:  # the first rank of the MPI job answers
             return Answer({}, "")
         result = prepare_with(pool, load_config(options, rest), overwrite=options.overwrite)

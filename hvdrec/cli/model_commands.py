@@ -72,7 +72,7 @@ def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
     bandwidth = parse_quantity(options.bandwidth, bits, "--bandwidth") if options.bandwidth else 0.0
     if options.calibrate:
         world = ranks.init()
-        constants = ranks.together(lambda: calibrate(config))
+        constants = ranks.run_on_all(lambda: calibrate(config))
         if world.is_first:
             constants.save(Path(config.paths.work) / CONSTANTS_FILE)
     else:
@@ -117,10 +117,10 @@ def export(options: argparse.Namespace, rest: list[str]) -> Answer:
     from dataclasses import replace
 
     from hvdrec.exporting.export_run import export_with
-    from hvdrec.parallel.rank_pool import open_workers
+    from hvdrec.parallel.pool import open_pool
     from hvdrec.training.checkpoint import read_config
 
-    with open_workers(options.workers) as pool:
+    with open_pool(options.workers) as pool:
         if pool is None:  # the first rank of the MPI job answers
             return Answer({}, "")
         config = _with_export_fields(read_config(options.run), options, rest)
@@ -153,7 +153,7 @@ def _load_config_together(options: argparse.Namespace, rest: list[str]) -> Confi
         from hvdrec.parallel import ranks
 
         ranks.init()
-        config = ranks.together(lambda: load_config(options, rest))
+        config = ranks.run_on_all(lambda: load_config(options, rest))
     else:
         config = load_config(options, rest)
     return config

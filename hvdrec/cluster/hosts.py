@@ -65,7 +65,7 @@ def check_hosts(hosts: Mapping[str, int], paths: Sequence[Path]) -> list[HostChe
     the same place, see the same at each path, and reach this host over the network.
     """
     here = answer(0, [str(path) for path in paths])
-    missing = [path for path, seen in here["paths"].items() if seen == agreement.ABSENT]
+    missing = [path for path, seen in here["paths"].items() if seen == agreement.MISSING_FILE]
     if missing:
         raise UserError(f"{missing[0]}: is not there on {here['host']}, where this was started")
     with _listening() as port, ThreadPoolExecutor(len(hosts)) as pool:
@@ -85,7 +85,7 @@ def compare(here: Mapping[str, Any], there: Mapping[str, Any], seconds: float) -
             problems.append(f"{name} {version}, but {mine} on {here['host']}; install the same")
     for path, seen in there["paths"].items():
         mine = here["paths"][path]
-        if seen == agreement.ABSENT:
+        if seen == agreement.MISSING_FILE:
             problems.append(f"{path}: is not there; copy it there, or share it")
         elif seen != mine:
             problems.append(f"{path}: is not the same as on {here['host']} ({seen}, here {mine})")

@@ -1,36 +1,41 @@
-"""Rows from each rank to each, as many as a step has, in messages that Horovod knows again.
+"""Alltoall of a varying number of rows, in messages that hit Horovod's response cache.
 
-It knows a collective by its name and its tensor's shape, and about one that it does not know all
-ranks ask the first one, which costs most under Gloo. The number of rows changes with each step: so
-they are sent from tensors that have room behind them, which does not travel.
+Horovod caches collectives by name and tensor shape. For any other collective, all ranks negotiate
+with rank 0 first, which is most expensive with Gloo. The number of rows changes in each step, so
+send buffers are padded to a fixed shape; the padding is not sent.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-_rooms: dict[str, int] = {}
-"""By a collective's name, which belongs to the process: the rows that its tensor has place for."""
+_capacities: dict[str, int] = {}
+"""The rows of the send buffer for each name of a collective; names belong to the process."""
 
 
-def begin_alltoall(rows: Tensor, counts: Tensor, name: str) -> int:
-    """Begin to send rows [n, ...], rank by rank as many as `counts` (int32 [ranks], of the CPU).
+def start_alltoall(rows: Tensor, counts: Tensor, name: str) -> int:
+    """Start to send rows to each rank; every rank must call this together.
 
-    Every rank must call this together. Waiting for the handle that is returned gives what came, in
-    order of rank, and how many rows from each.
+    Args:
+        rows: The rows for all ranks [n, ...], in rank order.
+        counts: The number of rows for each rank, int32 [ranks] on the CPU.
+        name: The name of the collective, the same in each step.
+
+    Returns:
+        A handle; `ranks.wait` returns the received rows in rank order, and their count by rank.
     """
     import horovod.torch as hvd
 
     count = rows.shape[0]
-    given = rows.new_empty(_room(name, count), *rows.shape[1:])
-    given[:count] = rows
-    handle: int = hvd.alltoall_async(given, splits=counts, name=name)
+    buffer = rows.new_empty(padded_rows(name, count), *rows.shape[1:])
+    buffer[:count] = rows
+    handle: int = hvd.alltoall_async(buffer, splits=counts, name=name)
     return handle
 
 
-def _room(name: str, count: int) -> int:
-    """Return the same number of rows at least as large as `count`, while that changes little."""
-    room = _rooms.get(name, 0)
-    if not count <= room <= 2 * count:
-        room = _rooms[name] = count + count // 8 + 1
-    return room
+def padded_rows(name: str, count: int) -> int:
+    """Return the size of a send buffer for `count` rows; it stays the same for similar counts."""
+    capacity = _capacities.get(name, 0)
+    if not count <= capacity <= 2 * count:
+        capacity = _capacities[name] = count + count // 8 + 1
+    return capacity

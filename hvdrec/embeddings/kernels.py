@@ -1,16 +1,15 @@
-"""Reading and updating rows of one rank's part of the embedding tables, and nothing but those rows.
+"""Kernels: read and update rows of one rank's part of the embedding tables, and no other rows.
 
-Two kernels do the same: `TorchKernel`, the reference, in any floating type and on any device,
-and `FbgemmKernel` on FBGEMM's table-batched embeddings (float32). Optimizers, for a looked-up row w
-with summed gradient g (weight decay first adds weight_decay * w to g; rows that are not looked up
-stay as they are, so weight decay acts on a row only in the steps that meet it):
+`TorchKernel` is the reference, for any floating dtype and device. `FbgemmKernel` uses FBGEMM's
+table-batched embeddings (float32). For a looked-up row w with summed gradient g, the optimizers
+compute (weight decay first adds weight_decay * w to g, only in steps that look the row up):
 
-- sgd: w -= rate * g
-- adagrad: s += g^2; w -= rate * g / (sqrt(s) + eps)      (Duchi et al., JMLR 2011); s begins at
-  initial_accumulator, which keeps the first steps of rows that are met rarely small
-- rowwise-adagrad: the same with one s per row, the mean of g^2 over the row (Gupta et al., 2014;
-  the default of DLRM and FBGEMM)
-- adam: as Kingma and Ba, ICLR 2015, with the global step in the bias corrections ("lazy")
+- sgd: w -= lr * g
+- adagrad: s += g^2; w -= lr * g / (sqrt(s) + eps)      (Duchi et al., JMLR 2011); s starts at
+  initial_accumulator, which keeps the first steps of rare rows small
+- rowwise-adagrad: the same with one s per row, updated by the mean of g^2 over the row (Gupta et
+  al., 2014; the default of DLRM and FBGEMM)
+- adam: Kingma and Ba, ICLR 2015, with the global step in the bias corrections ("lazy")
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from hvdrec.errors import UserError
+from hvdrec.errors import invalid_value
 
 OptimizerName = Literal["rowwise-adagrad", "adagrad", "adam", "sgd"]
 KernelName = Literal["torch", "fbgemm"]
 
 AVERAGE = "average"
-"""Name of the state that holds the moving averages of a table's rows."""
+"""The name of the state that holds the moving averages of a table's rows."""
 
 
 @dataclass(frozen=True)
 class RowOptimizer:
-    """How looked-up rows are updated; the rate comes with each update."""
+    """The optimizer of looked-up rows; the kernel holds the learning rate."""
 
     name: OptimizerName = "rowwise-adagrad"
     weight_decay: float = 0.0
@@ -47,7 +46,7 @@ class RowOptimizer:
     beta2: float = 0.999
 
     def state_shapes(self, rows: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the state beside rows [rows, width]."""
+        """Return the shape of each state tensor of a table [rows, width]."""
         match self.name:
             case "sgd":
                 return {}
@@ -58,54 +57,59 @@ class RowOptimizer:
             case "adam":
                 return {"mean": (rows, width), "variance": (rows, width)}
 
-    def first_state(self, name: str) -> float:
-        """Return what a state begins with."""
+    def initial_state(self, name: str) -> float:
+        """Return the initial value of a state."""
         return self.initial_accumulator if name == "accumulator" else 0.0
 
     def state_width(self, width: int) -> int:
-        """Return how many numbers of state a row of this width has."""
+        """Return the numbers of state per row of this width."""
         return sum(math.prod(shape) for shape in self.state_shapes(1, width).values())
 
 
 class Kernel(Protocol):
     """One rank's rows of a group of tables.
 
-    weight: [rows, width]; state: name -> [rows, ...]; rate: the learning rate, to be set before the
-    rows of a step are updated, or if it `wants_rate`, before they are fetched. sums_duplicates:
-    whether `update` takes a row several times and sums its gradients first.
+    Attributes:
+        weight: [rows, width].
+        state: [rows, ...] by name.
+        learning_rate: Set it before the rows of a step are updated.
+        needs_rate_to_fetch: Whether the learning rate must be set before the rows are fetched.
+        sums_duplicates: Whether `update` accepts a row several times and sums its gradients.
     """
 
     name: KernelName
     weight: Tensor
     state: dict[str, Tensor]
     sums_duplicates: bool
-    wants_rate: bool
-    rate: float
+    needs_rate_to_fetch: bool
+    learning_rate: float
 
     def fetch(self, rows: Tensor) -> Tensor:
         """Return copies of rows: int64 [n] -> [n, width]."""
         ...
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
-        """Take an optimizer step, counted from 1, on rows int64 [n] with gradients [n, width]."""
+        """Take optimizer step `step` (from 1) on rows int64 [n] with gradients [n, width]."""
         ...
 
 
 HUGE_BYTES = 64 << 20
-"""Tensors in memory from which on huge pages are asked for."""
+"""The size from which tensors are allocated in huge pages."""
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Return zeros, on a CPU in huge pages where the system has them and the tensor is large.
+def allocate_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Return zeros; a large tensor on a CPU is allocated in huge pages where the system has them.
 
-    Rows are read from all over a table, and nearly each misses the address cache otherwise: to read
-    and write 16,000 of 8,000,000 took a third longer.
+    Rows are read at random, and with small pages nearly every read misses the TLB: to read and
+    write 16,000 of 8,000,000 rows took a third longer.
     """
     count = math.prod(shape)
     if torch.device(device).type != "cpu" or count * dtype.itemsize < HUGE_BYTES:
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(AttributeError, OSError):  # not every system has them
+    with suppress(AttributeError, OSError):  # not every system has huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
@@ -115,7 +119,7 @@ class TorchKernel:
 
     name: KernelName = "torch"
     sums_duplicates = False
-    wants_rate = False
+    needs_rate_to_fetch = False
 
     def __init__(
         self,
@@ -126,74 +130,74 @@ class TorchKernel:
         device: torch.device | str = "cpu",
     ) -> None:
         self.optimizer = optimizer
-        self.rate = 0.0
+        self.learning_rate = 0.0
         self._fetched: tuple[Tensor, Tensor] | None = None
-        self.weight = zeros((rows, width), dtype, device)
+        self.weight = allocate_zeros((rows, width), dtype, device)
         self.state = {
-            key: zeros(shape, dtype, device).fill_(optimizer.first_state(key))
+            key: allocate_zeros(shape, dtype, device).fill_(optimizer.initial_state(key))
             for key, shape in optimizer.state_shapes(rows, width).items()
         }
 
     def fetch(self, rows: Tensor) -> Tensor:
         """See Kernel."""
-        found = _read(self.weight, rows)
+        vectors = _read(self.weight, rows)
         if torch.is_grad_enabled():
-            self._fetched = (rows, found.detach())
-        return found
+            self._fetched = (rows, vectors.detach())
+        return vectors
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
-        """See Kernel; each row must be given once."""
-        options, rate = self.optimizer, self.rate
-        known, self._fetched = self._fetched, None
-        is_known = known is not None and known[0] is rows
-        weight = known[1] if known is not None and is_known else _read(self.weight, rows)
+        """See Kernel; rows must be unique."""
+        options, rate = self.optimizer, self.learning_rate
+        fetched, self._fetched = self._fetched, None
+        is_fetched = fetched is not None and fetched[0] is rows
+        weight = fetched[1] if fetched is not None and is_fetched else _read(self.weight, rows)
         if options.weight_decay:
             gradient = gradient.add(weight, alpha=options.weight_decay)
         match options.name:
             case "sgd":
-                moved = weight.add(gradient, alpha=-rate)
+                updated = weight.add(gradient, alpha=-rate)
             case "rowwise-adagrad":
                 total = self._add("accumulator", rows, gradient.square().mean(1))
                 root = total.sqrt_().add_(options.eps)
-                moved = weight.addcdiv(gradient, root[:, None], value=-rate)
+                updated = weight.addcdiv(gradient, root[:, None], value=-rate)
             case "adagrad":
                 total = self._add("accumulator", rows, gradient.square())
-                moved = weight.addcdiv(gradient, total.sqrt_().add_(options.eps), value=-rate)
+                updated = weight.addcdiv(gradient, total.sqrt_().add_(options.eps), value=-rate)
             case "adam":
                 mean = self._decay("mean", rows, gradient, options.beta1)
                 variance = self._decay("variance", rows, gradient.square(), options.beta2)
                 root = variance.div_(1 - options.beta2**step).sqrt_().add_(options.eps)
-                moved = weight.addcdiv(mean, root, value=-rate / (1 - options.beta1**step))
-        _write(self.weight, rows, moved)
+                updated = weight.addcdiv(mean, root, value=-rate / (1 - options.beta1**step))
+        _write(self.weight, rows, updated)
 
     def _add(self, key: str, rows: Tensor, value: Tensor) -> Tensor:
-        """Add to state and return the new values of these rows."""
+        """Add to the state of rows and return its new values."""
         total = _read(self.state[key], rows).add_(value)
         _write(self.state[key], rows, total)
         return total
 
     def _decay(self, key: str, rows: Tensor, value: Tensor, beta: float) -> Tensor:
-        """Move state towards a value and return the new values of these rows."""
-        moved = _read(self.state[key], rows).lerp_(value, 1 - beta)
-        _write(self.state[key], rows, moved)
-        return moved
+        """Update a moving average of rows and return its new values."""
+        updated = _read(self.state[key], rows).lerp_(value, 1 - beta)
+        _write(self.state[key], rows, updated)
+        return updated
 
 
-def _read(held: Tensor, rows: Tensor) -> Tensor:
+def _read(source: Tensor, rows: Tensor) -> Tensor:
     """Return copies of rows."""
-    return _in_pairs(held).index_select(0, rows).view(held.dtype)
+    return _as_doubles(source).index_select(0, rows).view(source.dtype)
 
 
-def _write(held: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Overwrite rows, each given once."""
-    if held.dim() == 1:
-        held.index_put_((rows,), values)  # index_copy_ took three times as long
+def _write(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Overwrite rows, which must be unique."""
+    if target.dim() == 1:
+        target.index_put_((rows,), values)  # index_copy_ took three times as long
     else:
-        _in_pairs(held).index_copy_(0, rows, _in_pairs(values))
+        _as_doubles(target).index_copy_(0, rows, _as_doubles(values))
 
 
-def _in_pairs(values: Tensor) -> Tensor:
-    """Return float32 [n, width] on a CPU as half as many doubles, which are copied faster."""
+def _as_doubles(values: Tensor) -> Tensor:
+    """View float32 [n, width] on a CPU as half as many doubles, which are copied faster."""
     is_even = values.dim() == 2 and values.shape[1] % 2 == 0 and values.is_contiguous()
     if is_even and values.dtype is torch.float32 and values.device.type == "cpu":
         return values.view(torch.float64)
@@ -210,11 +214,11 @@ FBGEMM_OPTIMIZERS = {
 class FbgemmKernel:
     """FBGEMM's table-batched embeddings, with the optimizer fused into the backward pass.
 
-    Raises UserError for what FBGEMM cannot do: see `fbgemm_refuses`.
+    Raises UserError for rows that FBGEMM cannot hold, see `fbgemm_problem`.
     """
 
     name: KernelName = "fbgemm"
-    wants_rate = True
+    needs_rate_to_fetch = True
 
     def __init__(
         self,
@@ -224,9 +228,9 @@ class FbgemmKernel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        reason = fbgemm_refuses(width, optimizer, dtype)
-        if reason:
-            raise UserError(f"parallel.kernel = 'fbgemm': {reason}; use 'torch' or 'auto'")
+        problem = fbgemm_problem(width, optimizer, dtype)
+        if problem:
+            raise invalid_value("parallel.kernel", "fbgemm", problem, "use 'torch' or 'auto'")
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
             EmbeddingLocation,
@@ -253,8 +257,8 @@ class FbgemmKernel:
             stochastic_rounding=False,
             device=None if on_cpu else torch.device(device),
         )
-        self.rate = 0.0
-        # Its own decay is not the same in all its optimizers: it is added here, once for a row.
+        self.learning_rate = 0.0
+        # FBGEMM's weight decay differs between its optimizers, so it is added here, once per row.
         self._weight_decay = optimizer.weight_decay
         self.sums_duplicates = optimizer.weight_decay == 0
         self.weight: Tensor = self._tables.split_embedding_weights()[0].detach()
@@ -263,7 +267,7 @@ class FbgemmKernel:
         states = self._tables.split_optimizer_states()[0] if names else ()
         self.state = {name: states[i].detach() for i, name in enumerate(names)}
         for name, state in self.state.items():
-            state.fill_(optimizer.first_state(name))
+            state.fill_(optimizer.initial_state(name))
         self._fetched: tuple[Tensor, Tensor] | None = None
 
     def fetch(self, rows: Tensor) -> Tensor:
@@ -276,30 +280,30 @@ class FbgemmKernel:
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
         """See Kernel."""
-        known = self._fetched
-        out = known[1] if known is not None and known[0] is rows else self._look_up(rows)
+        fetched = self._fetched
+        out = fetched[1] if fetched is not None and fetched[0] is rows else self._look_up(rows)
         self._fetched = None
         if self._weight_decay:
             gradient = gradient.add(out.detach(), alpha=self._weight_decay)
         out.backward(gradient)  # type: ignore[no-untyped-call]
 
     def _look_up(self, rows: Tensor) -> Tensor:
-        """Return each row as the sum over a list of one."""
+        """Return each row as the sum of a bag of one row."""
         starts = torch.arange(rows.shape[0] + 1, device=rows.device, dtype=rows.dtype)
         with torch.enable_grad():
-            self._tables.set_learning_rate(self.rate)
-            found: Tensor = self._tables(rows, starts)
-            return found
+            self._tables.set_learning_rate(self.learning_rate)
+            vectors: Tensor = self._tables(rows, starts)
+            return vectors
 
 
-def fbgemm_refuses(width: int, optimizer: RowOptimizer, dtype: torch.dtype) -> str | None:
-    """Return why FBGEMM's kernel cannot take these rows, or None if it can."""
+def fbgemm_problem(width: int, optimizer: RowOptimizer, dtype: torch.dtype) -> str | None:
+    """Return the reason why FBGEMM's kernel cannot hold these rows, or None if it can."""
     if width % 4:
-        return f"FBGEMM wants widths that are multiples of 4, not {width}"
+        return f"FBGEMM needs a width that is a multiple of 4, not {width}"
     if optimizer.name not in FBGEMM_OPTIMIZERS:
-        return f"FBGEMM has no '{optimizer.name}' that runs everywhere"
+        return f"FBGEMM does not support '{optimizer.name}' on every device"
     if dtype != torch.float32:
-        return "FBGEMM keeps float32 rows"
+        return "FBGEMM stores float32 rows only"
     try:
         import fbgemm_gpu  # noqa: F401
     except (ImportError, OSError) as error:
@@ -313,8 +317,8 @@ KERNELS: dict[KernelName, Callable[..., Kernel]] = {"torch": TorchKernel, "fbgem
 def fastest_kernel(
     width: int, optimizer: RowOptimizer, dtype: torch.dtype, device: torch.device, rows: int = 16384
 ) -> KernelName:
-    """Return the kernel that is faster here at reading and updating rows, by a short trial."""
-    if fbgemm_refuses(width, optimizer, dtype):
+    """Return the kernel that reads and updates rows faster on this machine, by a short trial."""
+    if fbgemm_problem(width, optimizer, dtype):
         return "torch"
     seconds = {
         name: _seconds(make(8 * rows, width, optimizer, dtype, device), rows)
@@ -324,16 +328,16 @@ def fastest_kernel(
 
 
 def _seconds(kernel: Kernel, rows: int) -> float:
-    """Return the shortest time of a few steps, which an unrelated load disturbs least."""
+    """Return the shortest time of a few steps; other load on the machine affects it least."""
     device = kernel.weight.device
-    chosen = torch.randperm(len(kernel.weight), generator=torch.Generator().manual_seed(0))[:rows]
-    chosen = chosen.to(device)
+    sampled = torch.randperm(len(kernel.weight), generator=torch.Generator().manual_seed(0))[:rows]
+    sampled = sampled.to(device)
     gradient = torch.ones(rows, kernel.weight.shape[1], device=device)
     times = []
     for step in range(1, 8):
         started = time.perf_counter()
-        kernel.fetch(chosen)
-        kernel.update(chosen, gradient, step)
+        kernel.fetch(sampled)
+        kernel.update(sampled, gradient, step)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)

@@ -1,9 +1,9 @@
-"""The distinct table rows of a batch, and where its features find them: plain arrays on the CPU."""
+"""The unique table rows of a batch and the lookup indices of its features, on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdrec.config.schema import MISSING, SIDES, UNKNOWN, Pooling, Schema
-from hvdrec.embeddings.placement import Group
+from hvdrec.config.schema import MISSING, SIDES, UNKNOWN, Feature, Pooling, Schema
+from hvdrec.embeddings.placement import TableGroup
 from hvdrec.errors import UserError
 from hvdrec.models.embedding import ATTENTION, Lists, Values
 
@@ -20,12 +20,14 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Found:
-    """A batch's distinct rows of one group, and where its features find them.
+class GroupLookup:
+    """A batch's unique rows of one group of tables, and where its features use them.
 
-    rows: int64 [R], or int32 where they are to travel and fit: places in the arrays of the ranks
-    that hold them, rank by rank; counts: int32 [ranks], how many each rank has. The first is the
-    row of MISSING. single, values, lists: as in models.tables.Block, for each part of the batch.
+    Attributes:
+        rows: int64 [R], or int32 if they are sent to other ranks and fit: indices into the arrays
+            of the ranks that hold the rows, ordered by rank. The first is the row of MISSING.
+        counts: int32 [ranks], the number of rows that each rank holds.
+        single, values, lists: As in `models.embedding.Block`, for each part of the batch.
     """
 
     rows: Tensor
@@ -35,131 +37,176 @@ class Found:
     lists: tuple[Mapping[str, Lists], ...]
 
 
-def find_rows(
-    schema: Schema,
-    groups: Sequence[Group],
-    codes: Mapping[str, Tensor],
-    *,
-    parts: int = 1,
-    unknown_rate: float = 0.0,
-    random: np.random.Generator | None = None,
-    travels: bool = False,
-    pooling: Mapping[str, Pooling] | None = None,
-) -> tuple[Found, ...]:
-    """List the distinct rows of a batch on the CPU; no rank waits for another here.
+def drop_to_unknown(
+    schema: Schema, codes: Mapping[str, Tensor], rate: float, random: np.random.Generator
+) -> dict[str, Tensor]:
+    """Replace a random share of the known single values of categorical features by UNKNOWN.
 
-    codes: name -> int64 [N] or [N, L], of all or some embedded features; parts: into how many
-    equal parts the batch will be cut; unknown_rate: the share of known single values that are
-    replaced by UNKNOWN, drawn from `random`; travels: whether there are other ranks; pooling:
-    of list features, as in config.Model. Raises UserError for a code that its table has no row for.
+    Args:
+        schema: The features.
+        codes: int64 [N] or [N, L] by feature name.
+        rate: The share of values to replace.
+        random: The source of random numbers.
     """
-    arrays = {
-        feature.name: codes[feature.name].numpy()
-        for feature in schema.features
-        if feature.is_embedded and feature.name in codes
-    }
-    if unknown_rate and random is not None:
-        for feature in schema.features:
-            if feature.name in arrays and feature.kind == "categorical":
-                code = arrays[feature.name]
-                replaced = (random.random(code.shape) < unknown_rate) & (code != MISSING)
-                arrays[feature.name] = np.where(replaced, UNKNOWN, code)
-    how = pooling or {}
-    return tuple(_find(schema, group, arrays, parts, how, travels=travels) for group in groups)
+    dropped = dict(codes)
+    for feature in schema.features:
+        if feature.is_embedded and feature.name in codes and feature.kind == "categorical":
+            code = codes[feature.name].numpy()
+            mask = (random.random(code.shape) < rate) & (code != MISSING)
+            dropped[feature.name] = torch.from_numpy(np.where(mask, UNKNOWN, code))
+    return dropped
 
 
-def _find(
+def look_up(
     schema: Schema,
-    group: Group,
-    arrays: Mapping[str, Array],
-    parts: int,
+    groups: Sequence[TableGroup],
+    codes: Mapping[str, Tensor],
     pooling: Mapping[str, Pooling],
     *,
-    travels: bool,
-) -> Found:
-    of_single: list[Array] = []
-    of_lists: list[Array] = []
-    single: list[str] = []
-    masks: dict[str, Array] = {}
-    # Side by side in the order in which they are joined to a model's inputs.
-    sides = (feature for side in SIDES for feature in schema.side(side))
-    for feature in sides:
-        table = schema.vocabulary_of(feature) if feature.is_embedded else ""
-        if feature.name not in arrays or table not in group.rows:
-            continue
-        code = arrays[feature.name]
-        # Without their sign, numbers below zero are the largest.
-        if code.size and code.astype(np.uint64).max() >= group.rows[table]:
-            worst = int(code.min() if code.min() < 0 else code.max())
-            raise UserError(
-                f"feature '{feature.name}': code {worst} is outside table '{table}' of "
-                f"{group.rows[table]} rows; run hvdrec prepare again"
-            )
-        if pooling.get(feature.name) in ATTENTION:
-            # Each place of the list is a value of its own: the model is given all of them.
-            for column in code.T:
-                single.append(feature.name)
-                of_single.append(group.keys(table, column))
+    parts: int = 1,
+    is_sent: bool = False,
+) -> tuple[GroupLookup, ...]:
+    """Find the unique rows of a batch in each group of tables. No rank waits for another here.
+
+    Args:
+        schema: The features.
+        groups: The groups of tables.
+        codes: int64 [N] or [N, L] by feature name, for all or some embedded features.
+        pooling: The pooling of list features, as in `config.model.pooling`.
+        parts: The number of equal parts in which the model processes the batch.
+        is_sent: Whether the rows are requested from other ranks.
+
+    Raises:
+        UserError: A code is outside its table.
+    """
+    embedded = [f for f in schema.features if f.is_embedded and f.name in codes]
+    arrays = {feature.name: codes[feature.name].numpy() for feature in embedded}
+    return tuple(_look_up(schema, group, arrays, pooling, parts, is_sent) for group in groups)
+
+
+def part_bounds(rows: int, parts: int) -> list[tuple[int, int]]:
+    """Return the start and end of each of the equal parts of a batch."""
+    return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
+
+
+@dataclass
+class _GroupKeys:
+    """The keys of a group's features: of single values in columns, of lists joined row by row."""
+
+    single: list[str] = field(default_factory=list)
+    columns: list[Array] = field(default_factory=list)
+    list_masks: dict[str, Array] = field(default_factory=dict)
+    list_keys: list[Array] = field(default_factory=list)
+
+    def add(
+        self, group: TableGroup, table: str, feature: Feature, code: Array, pooling: Pooling | None
+    ) -> None:
+        """Add the keys of a feature's codes, [N] or [N, L]."""
+        if pooling in ATTENTION:
+            # The model pools these lists itself: each entry is looked up like a single value.
+            self.single += [feature.name] * code.shape[1]
+            self.columns += list(group.keys(table, code).T)
         elif feature.is_list:
-            masks[feature.name] = code != MISSING
-            of_lists.append(group.keys(table, code[masks[feature.name]]))
+            mask = self.list_masks[feature.name] = code != MISSING
+            self.list_keys.append(group.keys(table, code[mask]))
         else:
-            single.append(feature.name)
-            of_single.append(group.keys(table, code))
-    count = len(next(iter(arrays.values()))) if arrays else 0
-    width, first = len(of_single), 1 + count * len(of_single)
-    keys = np.empty(first + sum(map(len, of_lists)), group.key_type)
-    keys[0] = 0  # that of MISSING, which each batch has
-    side_by_side = keys[1:first].reshape(count, width)
-    for column, of_feature in enumerate(of_single):
-        side_by_side[:, column] = of_feature
-    np.concatenate([keys[:0], *of_lists], out=keys[first:], casting="unsafe")
-    looked_up = _LookedUp.of(keys)
-    distinct = looked_up.distinct
-    counts = np.array([len(distinct)])
+            self.single.append(feature.name)
+            self.columns.append(group.keys(table, code))
+
+    def joined(self, rows: int, dtype: type[np.uint32] | type[np.int64]) -> tuple[Array, int]:
+        """Return key 0 of MISSING, the columns by row and the lists, and where the lists start."""
+        width = len(self.columns)
+        first = 1 + rows * width
+        keys = np.empty(first + sum(map(len, self.list_keys)), dtype)
+        keys[0] = 0
+        side_by_side = keys[1:first].reshape(rows, width)
+        for index, column in enumerate(self.columns):
+            side_by_side[:, index] = column
+        np.concatenate([keys[:0], *self.list_keys], out=keys[first:], casting="unsafe")
+        return keys, first
+
+
+def _look_up(
+    schema: Schema,
+    group: TableGroup,
+    codes: Mapping[str, Array],
+    pooling: Mapping[str, Pooling],
+    parts: int,
+    is_sent: bool,
+) -> GroupLookup:
+    group_keys = _GroupKeys()
+    for feature, table in _features_of(schema, group, codes):
+        code = codes[feature.name]
+        _check_codes(feature, table, code, group.sizes[table])
+        group_keys.add(group, table, feature, code, pooling.get(feature.name))
+    count = len(next(iter(codes.values()))) if codes else 0
+    keys, first = group_keys.joined(count, group.key_type)
+    width = len(group_keys.columns)
+    unique_keys = _UniqueKeys.of(keys)
+    rows = unique_keys.unique
+    counts = np.array([len(rows)])
     if group.is_sharded:
-        ends = np.searchsorted(distinct, group.local_rows * np.arange(1, group.ranks + 1))
-        distinct, counts = distinct % group.local_rows, np.diff(ends, prepend=0)
-    row_type = np.int32 if travels and group.local_rows < 2**31 else np.int64
-    cut = cuts(count, parts)
-    lists: list[dict[str, Lists]] = [{} for _ in cut]
-    for name, mask in masks.items():
+        ends = np.searchsorted(rows, group.local_rows * np.arange(1, group.ranks + 1))
+        rows, counts = rows % group.local_rows, np.diff(ends, prepend=0)
+    row_type = np.int32 if is_sent and group.local_rows < 2**31 else np.int64
+    bounds = part_bounds(count, parts)
+    lists: list[dict[str, Lists]] = [{} for _ in bounds]
+    for name, mask in group_keys.list_masks.items():
         ends = first + np.concatenate([[0], np.cumsum(mask.sum(1))])
         first = ends[-1]
-        for part, (start, stop) in zip(lists, cut, strict=True):
-            part[name] = looked_up.lists(ends[start : stop + 1], root=pooling.get(name) == "sqrt")
-    return Found(
-        torch.from_numpy(distinct.astype(row_type)),
+        for part, (start, stop) in zip(lists, bounds, strict=True):
+            part[name] = unique_keys.lists(ends[start : stop + 1], root=pooling.get(name) == "sqrt")
+    return GroupLookup(
+        torch.from_numpy(rows.astype(row_type)),
         torch.from_numpy(counts.astype(np.int32)),
-        tuple(single),
-        tuple(looked_up.values(1 + i * width, 1 + j * width) for i, j in cut),
+        tuple(group_keys.single),
+        tuple(unique_keys.values(1 + i * width, 1 + j * width) for i, j in bounds),
         tuple(lists),
     )
 
 
-def cuts(rows: int, parts: int) -> list[tuple[int, int]]:
-    """Return where each of equal parts of a batch begins and ends."""
-    return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
+def _features_of(
+    schema: Schema, group: TableGroup, codes: Mapping[str, Array]
+) -> Iterator[tuple[Feature, str]]:
+    """Yield a group's features and their tables, in the order in which models concatenate them."""
+    for side in SIDES:
+        for feature in schema.side(side):
+            if feature.name in codes and schema.vocabulary_of(feature) in group.sizes:
+                yield feature, schema.vocabulary_of(feature)
+
+
+def _check_codes(feature: Feature, table: str, code: Array, size: int) -> None:
+    # As unsigned integers, negative codes are the largest: one comparison finds both mistakes.
+    if code.size and code.astype(np.uint64).max() >= size:
+        worst = int(code.min() if code.min() < 0 else code.max())
+        raise UserError(
+            f"feature '{feature.name}': code {worst} is outside table '{table}' of {size} rows; "
+            "run hvdrec prepare again",
+            field=feature.name,
+            value=worst,
+        )
 
 
 @dataclass(frozen=True)
-class _LookedUp:
-    """The keys at E places: each once, and where.
+class _UniqueKeys:
+    """E keys and their unique values.
 
-    The first key is the lowest. distinct: [R] of the keys' type, ascending; rows: int32 [E], the
-    place of each key among them; order: int32 [E], the places sorted by key, those of one key in
-    their order; starts: int32 [R], where those of each begin.
+    Attributes:
+        unique: [R] of the keys' dtype, ascending.
+        rows: int32 [E], the index of each key in `unique`.
+        order: int32 [E], the indices that sort the keys, stable.
+        starts: int32 [R], where the run of each unique key starts in `order`.
     """
 
-    distinct: Array
+    unique: Array
     rows: Array
     order: Array
     starts: Array
 
     @classmethod
-    def of(cls, keys: Array) -> _LookedUp:
-        """List keys, uint32 or int64 [E], from 0 on; the first is 0."""
-        order = _sorted_places(keys)
+    def of(cls, keys: Array) -> _UniqueKeys:
+        """Find the unique values of keys, uint32 or int64 [E], none negative, the first one 0."""
+        order = _stable_argsort(keys)
         in_order = np.take(keys, order)
         is_other = in_order[1:] != in_order[:-1]
         starts = np.zeros(1 + np.count_nonzero(is_other), np.int32)
@@ -170,15 +217,15 @@ class _LookedUp:
         return cls(np.take(in_order, starts), rows, order.astype(np.int32), starts)
 
     def values(self, start: int, stop: int) -> Values:
-        """Return the places from `start` to `stop` in both directions; the first is never asked."""
+        """Return the lookup of keys `start` to `stop`; `start` is at least 1."""
         order, starts = self._sorted(start, stop)
         rows = self.rows[start:stop]
         return Values(torch.from_numpy(rows), torch.from_numpy(order), torch.from_numpy(starts))
 
     def lists(self, ends: Array, *, root: bool) -> Lists:
-        """Return lists in both directions: those of N rows, between each two of `ends` [N + 1].
+        """Return the lookup of N lists, of the keys between consecutive `ends` [N + 1].
 
-        root: whether sums are divided by the square root of the number of entries.
+        With `root`, sums are divided by the square root of the number of entries.
         """
         lengths = np.diff(ends)
         divisors = np.maximum(lengths, 1).astype(np.float64)
@@ -192,18 +239,18 @@ class _LookedUp:
         )
 
     def _sorted(self, start: int, stop: int) -> tuple[Array, Array]:
-        """Return `order` and `starts` of the places from `start` to `stop`, counted from there."""
+        """Return `order` and `starts` of the keys `start` to `stop`, relative to `start`."""
         if (start, stop) == (1, len(self.order)):
             return self.order[1:] - np.int32(1), np.maximum(self.starts - np.int32(1), np.int32(0))
         order = self.order[(self.order >= start) & (self.order < stop)]
         order -= np.int32(start)
-        times = np.bincount(self.rows[start:stop], minlength=len(self.distinct))
+        times = np.bincount(self.rows[start:stop], minlength=len(self.unique))
         return order, (np.cumsum(times) - times).astype(np.int32)
 
 
-def _sorted_places(keys: Array) -> Array:
+def _stable_argsort(keys: Array) -> Array:
     """Return the stable order that sorts keys, int64 [E]."""
-    # numpy sorts numbers of 16 bits by radix, on any CPU faster than it sorts larger ones.
+    # numpy sorts 16-bit integers by radix, which is faster on any CPU than its other sorts.
     order = np.argsort(keys.astype(np.uint16), kind="stable")
     for shift in range(16, 8 * keys.itemsize, 16):
         digits = (keys >> keys.dtype.type(shift)).astype(np.uint16)

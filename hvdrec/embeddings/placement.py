@@ -1,8 +1,8 @@
-"""Which rank holds which row of which embedding table.
+"""Placement: which rank holds which row of which embedding table.
 
-Tables of one width and placement form a group: their rows are kept in one array, travel in one
-exchange and are updated together. Of a sharded table, row ``id`` lives on rank ``id % N`` at
-``id // N``; a replicated table lives whole on every rank.
+Tables of one width and placement form a group. Their rows are stored in one array, travel in one
+exchange and are updated together. Row ``id`` of a sharded table is stored on rank ``id % N`` at
+``id // N``; a replicated table is stored completely on every rank.
 """
 
 from __future__ import annotations
@@ -21,93 +21,108 @@ Placement = Literal["auto", "replicated", "sharded"]
 
 
 @dataclass(frozen=True)
-class Group:
+class TableGroup:
     """Tables of one width and placement.
 
-    rows: the rows of each table; ranks: over how many ranks they are sharded, 1 if they are
-    replicated.
+    Attributes:
+        width: The width of the rows.
+        ranks: The number of ranks that share the rows; 1 for replicated tables.
+        sizes: The number of rows of each table.
     """
 
     width: int
     ranks: int
-    rows: Mapping[str, int]
+    sizes: Mapping[str, int]
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds a part."""
+        """True if each rank holds a part of the rows."""
         return self.ranks > 1
 
     @property
     def name(self) -> str:
-        """Return what its collectives and files are named after."""
+        """The name used for collectives and reports, such as ``sharded-16``."""
         return f"{'sharded' if self.is_sharded else 'replicated'}-{self.width}"
 
     @property
-    def bases(self) -> dict[str, int]:
-        """Return where each table begins in a rank's array, the same on every rank."""
-        found, base = {}, 0
-        for table, rows in self.rows.items():
-            found[table] = base
-            base += -(-rows // self.ranks)
-        return found
+    def offsets(self) -> dict[str, int]:
+        """The first row of each table in a rank's array, the same on every rank."""
+        offsets, offset = {}, 0
+        for table, size in self.sizes.items():
+            offsets[table] = offset
+            offset += -(-size // self.ranks)
+        return offsets
 
     @property
     def local_rows(self) -> int:
-        """Return the length of a rank's array."""
-        return sum(-(-rows // self.ranks) for rows in self.rows.values())
+        """The number of rows in a rank's array."""
+        return sum(-(-size // self.ranks) for size in self.sizes.values())
 
     @property
     def key_type(self) -> type[np.uint32] | type[np.int64]:
-        """Return the smallest type that holds all keys, see `keys`."""
+        """The smallest dtype that holds all keys, see `keys`."""
         return np.uint32 if self.ranks * self.local_rows <= 2**32 else np.int64
 
-    def ids(self, table: str, rank: int) -> Array:
-        """Return which rows of a table a rank holds, int64, in their order there."""
-        return np.arange(rank if self.is_sharded else 0, self.rows[table], self.ranks)
+    def local_ids(self, table: str, rank: int) -> Array:
+        """Return the ids of a table's rows on a rank, int64, in the order of its array."""
+        return np.arange(rank if self.is_sharded else 0, self.sizes[table], self.ranks)
 
     def keys(self, table: str, codes: Array) -> Array:
-        """Return ``owner * local_rows + place there`` of codes, `key_type` of the same shape.
+        """Return ``owner rank * local_rows + index in its array`` for each code.
 
         The rows of MISSING of all tables, which are zero, share key 0.
+
+        Args:
+            table: The table.
+            codes: Integer ids of its rows, of any shape.
+
+        Returns:
+            Keys of dtype `key_type` and the shape of `codes`.
         """
-        base = self.bases[table]
-        codes = codes.astype(self.key_type)  # in that of the codes, keys could be too large
+        offset = self.offsets[table]
+        codes = codes.astype(self.key_type)  # the dtype of the codes may be too small for keys
         if self.is_sharded:
-            place, owner = np.divmod(codes, self.ranks)
-            keys = owner * self.local_rows + place + base
+            index, owner = np.divmod(codes, self.ranks)
+            keys = owner * self.local_rows + index + offset
         else:
-            keys = codes + base
-        if base:
+            keys = codes + offset
+        if offset:
             keys[codes == MISSING] = 0
         return np.asarray(keys)
 
 
-def arrange(
-    rows: Mapping[str, int],
+def group_tables(
+    sizes: Mapping[str, int],
     widths: Mapping[str, int],
     ranks: int,
     placement: Placement = "auto",
     shard_from_bytes: int = 0,
-) -> tuple[Group, ...]:
-    """Put tables into groups.
+) -> tuple[TableGroup, ...]:
+    """Choose the placement of each table and put the tables into groups.
 
-    rows, widths: of each table. With ``auto`` those of at least ``shard_from_bytes`` (float32) are
-    sharded; one rank has nothing to shard.
+    Args:
+        sizes: The number of rows of each table.
+        widths: The width of each table.
+        ranks: The number of ranks; with one, nothing is sharded.
+        placement: ``auto`` shards tables of at least `shard_from_bytes`.
+        shard_from_bytes: A size in float32 bytes.
     """
     groups: dict[tuple[int, bool], dict[str, int]] = {}
-    for table, count in rows.items():
-        is_large = 4 * count * widths[table] >= shard_from_bytes
-        shards = ranks > 1 and (placement == "sharded" or (placement == "auto" and is_large))
-        groups.setdefault((widths[table], shards), {})[table] = count
+    for table, size in sizes.items():
+        is_large = 4 * size * widths[table] >= shard_from_bytes
+        shard = ranks > 1 and (placement == "sharded" or (placement == "auto" and is_large))
+        groups.setdefault((widths[table], shard), {})[table] = size
     return tuple(
-        Group(width, ranks if shards else 1, tables)
-        for (width, shards), tables in sorted(groups.items())
+        TableGroup(width, ranks if shard else 1, tables)
+        for (width, shard), tables in sorted(groups.items())
     )
 
 
-def bytes_of_rows(groups: Sequence[Group], state_width: Mapping[int, int]) -> int:
+def bytes_per_rank(groups: Sequence[TableGroup], state_widths: Mapping[int, int]) -> int:
     """Return the bytes of a rank's rows with their optimizer state, all float32.
 
-    state_width: width of a table -> numbers of optimizer state beside each row.
+    Args:
+        groups: The groups of tables.
+        state_widths: By width of a table, the numbers of optimizer state per row.
     """
-    return sum(4 * g.local_rows * (g.width + state_width[g.width]) for g in groups)
+    return sum(4 * g.local_rows * (g.width + state_widths[g.width]) for g in groups)

@@ -1,26 +1,30 @@
-"""From a configuration to the tables of this rank: placement, kernels, and whether they fit."""
+"""Create this rank's tables from a configuration: optimizer, placement, kernels, memory check."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
+import psutil
 import torch
 
 from hvdrec.config import Config
-from hvdrec.embeddings.kernels import KernelName, RowOptimizer, fastest_kernel, fbgemm_refuses
-from hvdrec.embeddings.placement import Group, arrange, bytes_of_rows
+from hvdrec.config.schema import Schema
+from hvdrec.config.sections import Parallel, Train
+from hvdrec.embeddings.kernels import KernelName, RowOptimizer, fastest_kernel, fbgemm_problem
+from hvdrec.embeddings.placement import TableGroup, bytes_per_rank, group_tables
 from hvdrec.embeddings.sharded import DistributedTables
-from hvdrec.errors import UserError
+from hvdrec.errors import UserError, invalid_value
 from hvdrec.models.embedding import dimensions
 from hvdrec.parallel import ranks
 from hvdrec.parallel.ranks import World
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
-def row_optimizer(config: Config) -> RowOptimizer:
+
+def row_optimizer(train: Train) -> RowOptimizer:
     """Return the optimizer of table rows."""
-    train = config.train
     return RowOptimizer(
         train.embedding_optimizer,
         train.embedding_weight_decay,
@@ -28,16 +32,22 @@ def row_optimizer(config: Config) -> RowOptimizer:
     )
 
 
-def table_groups(config: Config, sizes: Mapping[str, int], world_size: int) -> tuple[Group, ...]:
-    """Return how the tables are placed on so many ranks; sizes: table -> rows."""
-    widths = dimensions(config.schema, config.model.dimension)
-    return arrange(
-        {name: sizes[name] for name in widths},
-        widths,
-        world_size,
-        config.parallel.placement,
-        int(1e6 * config.parallel.shard_from_mb),
-    )
+def table_groups(
+    schema: Schema, dimension: int, sizes: Mapping[str, int], ranks: int, parallel: Parallel
+) -> tuple[TableGroup, ...]:
+    """Return the placement of the tables on a number of ranks.
+
+    Args:
+        schema: The features.
+        dimension: The default width of tables, `config.model.dimension`.
+        sizes: The number of rows of each table.
+        ranks: The number of ranks.
+        parallel: The options of the placement.
+    """
+    widths = dimensions(schema, dimension)
+    shard_from = int(1e6 * parallel.shard_from_mb)
+    used = {name: sizes[name] for name in widths}
+    return group_tables(used, widths, ranks, parallel.placement, shard_from)
 
 
 def make_tables(
@@ -49,22 +59,28 @@ def make_tables(
     kernels: Mapping[int, KernelName] | None = None,
     is_new: bool = True,
 ) -> DistributedTables:
-    """Make this rank's tables, with first values if they are new, else zeros to be filled.
+    """Create this rank's tables; every rank must call this together.
 
-    kernels: width -> kernel of an earlier run, which goes on with what it began with. Every rank
-    must call this. Raises UserError for tables that do not fit into memory, or that a wished
-    kernel cannot hold.
+    Args:
+        config: The run's configuration.
+        sizes: The number of rows of each table.
+        world: This rank's position in the job.
+        device: Where the rows are stored.
+        kernels: The kernel by width of an earlier run, which a resumed run keeps.
+        is_new: Whether to create initial values; otherwise the rows are zero.
+
+    Raises:
+        UserError: The tables do not fit into memory, or the configured kernel cannot hold them.
     """
-    groups = table_groups(config, sizes, world.size)
-    optimizer = row_optimizer(config)
+    groups = table_groups(config.schema, config.model.dimension, sizes, world.size, config.parallel)
+    optimizer = row_optimizer(config.train)
     check_memory(groups, optimizer, world, device)
-    chosen = _choose(config, groups, optimizer, device, kernels or {})
     return DistributedTables(
         config.schema,
         groups,
         optimizer,
         world,
-        kernels=chosen,
+        kernels=_choose_kernels(config.parallel.kernel, groups, optimizer, device, kernels or {}),
         seed=config.seed if is_new else None,
         deviation=config.model.initial_deviation,
         device=device,
@@ -72,90 +88,66 @@ def make_tables(
     )
 
 
-def check_synchronization(config: Config, world: World, device: torch.device) -> None:
-    """Raise UserError if this job cannot do what parallel.synchronization asks for."""
-    if config.parallel.synchronization != "adasum" or world.size == 1:
-        return
-    import horovod.torch as hvd
-
-    if world.size & (world.size - 1):
-        raise UserError(
-            "parallel.synchronization = 'adasum': takes a power of two of ranks, not "
-            f"{world.size}; change their number or use 'step'"
-        )
-    if device.type == "cpu" and not hvd.mpi_enabled():
-        raise UserError(
-            "parallel.synchronization = 'adasum': on CPUs Horovod needs MPI for it; start the job "
-            "with mpirun or horovodrun --mpi, or use 'step'"
-        )
-
-
-def _choose(
-    config: Config,
-    groups: tuple[Group, ...],
+def _choose_kernels(
+    option: KernelName | Literal["auto"],
+    groups: tuple[TableGroup, ...],
     optimizer: RowOptimizer,
     device: torch.device,
-    before: Mapping[int, KernelName],
+    previous: Mapping[int, KernelName],
 ) -> dict[int, KernelName]:
-    wish = config.parallel.kernel
-    chosen: dict[int, KernelName] = {}
+    """Return the kernel for each width, the same on every rank."""
+    chosen: dict[str, KernelName] = {}
     for group in groups:
-        reason = fbgemm_refuses(group.width, optimizer, torch.float32)
-        if wish == "fbgemm" and reason:
-            raise UserError(
-                f"parallel.kernel = 'fbgemm': cannot hold table '{next(iter(group.rows))}': "
-                f"{reason}; use 'torch' or 'auto'"
-            )
-        if wish != "auto":
-            chosen[group.width] = wish
-        elif group.width in before:
-            chosen[group.width] = "torch" if reason else before[group.width]
-        elif group.width not in chosen:
-            chosen[group.width] = fastest_kernel(group.width, optimizer, torch.float32, device)
-    # The ranks' trials may differ, and the kernels in the last digit.
-    told = ranks.broadcast_object({str(width): name for width, name in chosen.items()})
-    return {int(width): name for width, name in told.items()}
+        width, table = group.width, next(iter(group.sizes))
+        problem = fbgemm_problem(width, optimizer, torch.float32)
+        if option == "fbgemm" and problem:
+            problem = f"cannot hold table '{table}': {problem}"
+            raise invalid_value("parallel.kernel", option, problem, "use 'torch' or 'auto'")
+        if option != "auto":
+            chosen[str(width)] = option
+        elif width in previous:
+            chosen[str(width)] = "torch" if problem else previous[width]
+        elif str(width) not in chosen:
+            chosen[str(width)] = fastest_kernel(width, optimizer, torch.float32, device)
+    # Trials may differ between ranks, and results of the kernels differ in the last digit.
+    return {int(width): name for width, name in ranks.broadcast_object(chosen).items()}
 
 
 def check_memory(
-    groups: tuple[Group, ...], optimizer: RowOptimizer, world: World, device: torch.device
+    groups: tuple[TableGroup, ...], optimizer: RowOptimizer, world: World, device: torch.device
 ) -> None:
-    """Raise UserError, with the largest table's name, if the tables do not fit into memory."""
-    need = bytes_of_rows(groups, {g.width: optimizer.state_width(g.width) for g in groups})
+    """Raise UserError, which names the largest table, if the tables do not fit into memory."""
+    need = bytes_per_rank(groups, {g.width: optimizer.state_width(g.width) for g in groups})
     if device.type == "cuda":
-        have, ranks_there, where = torch.cuda.mem_get_info(device)[0], 1, "this rank's GPU"
+        free, local_ranks, where = torch.cuda.mem_get_info(device)[0], 1, "this rank's GPU"
     else:
-        have, ranks_there, where = free_memory(), world.local_size, "this host"
-    if need * ranks_there <= have:
+        free, local_ranks, where = free_memory(), world.local_size, "this host"
+    if need * local_ranks <= free:
         return
     group, table = max(
-        ((g, t) for g in groups for t in g.rows),
-        key=lambda of: of[0].width * of[0].rows[of[1]] / of[0].ranks,
+        ((g, t) for g in groups for t in g.sizes),
+        key=lambda pair: pair[0].width * pair[0].sizes[pair[1]] / pair[0].ranks,
     )
-    how = "sharded" if group.is_sharded else "replicated"
-    remedy = "add hosts or narrow it (its feature's `dimension`)"
+    remedy = "add hosts, or reduce the `dimension` of its feature"
     if not group.is_sharded:
-        remedy = "train on more ranks with parallel.placement = 'auto', or narrow it (`dimension`)"
+        remedy = "train on more ranks with parallel.placement = 'auto', or reduce its `dimension`"
     raise UserError(
-        f"table '{table}' ({group.rows[table]} rows of width {group.width}, {how}): the tables "
-        f"take {need / 1e9:.2f} GB on each of {ranks_there} ranks, {where} has "
-        f"{have / 1e9:.2f} GB free; {remedy}"
+        f"table '{table}' ({group.sizes[table]} rows, {group.name}): the tables take "
+        f"{need / 1e9:.2f} GB on each of {local_ranks} ranks, but {where} has {free / 1e9:.2f} GB "
+        f"free; {remedy}",
+        field=table,
+        value=group.sizes[table],
     )
 
 
 def free_memory() -> int:
-    """Return how many bytes this host can still give, within the limits of its control group."""
-    have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                have = int(line.split()[1]) * 1024
-    control = Path("/sys/fs/cgroup")
-    limit = control / "memory.max"
+    """Return the bytes of memory available on this host, within the limit of its control group."""
+    free = int(psutil.virtual_memory().available)
+    limit = CONTROL_GROUP / "memory.max"
     if limit.is_file() and limit.read_text().strip() != "max":
-        stat = dict(line.split() for line in (control / "memory.stat").read_text().splitlines())
-        # Pages of files that were read can be given up at any time.
-        used = int((control / "memory.current").read_text()) - int(stat["inactive_file"])
-        have = min(have, int(limit.read_text()) - used)
-    return have
+        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        stat = dict(line.split() for line in lines)
+        # The page cache of files counts as used but can be reclaimed.
+        used = int((CONTROL_GROUP / "memory.current").read_text()) - int(stat["inactive_file"])
+        free = min(free, int(limit.read_text()) - used)
+    return free

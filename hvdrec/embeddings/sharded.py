@@ -1,15 +1,19 @@
-"""Embedding tables that are held outside the model, whole or in shards over the ranks.
+"""Embedding tables outside the model, replicated or sharded over the ranks.
 
-A step goes like this: `find` lists the batch's distinct rows (on the reader's thread), `ask` sends
-their numbers to the ranks that hold them (while the step before computes), `begin_fetch` starts to
-bring the rows once that step has updated its own, `fetch` waits for them, the model runs,
-`send_gradients` and `gradients` bring theirs to where the rows are, and `update` takes the
-optimizer's step. Nothing in it costs more with a larger vocabulary.
+The order of a step:
+
+1. `look_up` finds the batch's unique rows, on the loader's thread.
+2. `request_rows` sends their indices to the ranks that hold them, while the step before computes.
+3. `start_fetch` starts to send the rows, once the step before has updated its own.
+4. `fetch` waits for the rows, and the model runs forward and backward.
+5. `send_gradients` and `wait_gradients` bring the gradients to the rows.
+6. `update` takes the optimizer step.
+
+The cost of a step does not depend on the size of the vocabularies.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -20,62 +24,68 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdrec.config.schema import FIRST_CODE, Pooling, Schema
-from hvdrec.embeddings.alltoall import begin_alltoall
+from hvdrec.config.schema import Pooling, Schema
+from hvdrec.embeddings.alltoall import start_alltoall
+from hvdrec.embeddings.initialization import fill_initial_rows
 from hvdrec.embeddings.kernels import KERNELS, Kernel, KernelName, RowOptimizer
-from hvdrec.embeddings.lookup import Found, find_rows
-from hvdrec.embeddings.placement import Group
+from hvdrec.embeddings.lookup import GroupLookup, look_up
+from hvdrec.embeddings.placement import TableGroup
 from hvdrec.models.embedding import Block, Lists, Rows, Values
 from hvdrec.parallel.ranks import World, wait
 
 Array = NDArray[Any]
-Moved = TypeVar("Moved", Values, Lists)
+Indices = TypeVar("Indices", Values, Lists)
 
 
 @dataclass
-class _Exchange:
-    """What is under way for one group: the answer to `ask`, and what the gradients go back by."""
+class _GroupRequest:
+    """The pending rows of one group, and what is needed to send their gradients back."""
 
-    found: Found
+    lookup: GroupLookup
     handle: int | None = None
+    """The collective that sends the row indices."""
     rows: Tensor | None = None
-    """int64: the rows that are read and updated here, each once if the kernel needs that."""
+    """int64: the rows read and updated on this rank, unique if the kernel needs that."""
     order: Tensor | None = None
-    """Where each row that was asked for (sharded) or found (replicated) is among `rows`."""
+    """The index in `rows` of each requested row (sharded) or of each own row (replicated)."""
     counts: Tensor | None = None
-    """int32 [ranks]: how many rows each rank asked for."""
-    is_begun: bool = False
-    """Whether vectors are on their way, or need not travel; `arriving` is their handle, if so."""
-    arriving: int | None = None
+    """int32 [ranks]: the number of rows that each rank requested."""
+    is_started: bool = False
+    """True if the vectors are being sent, or need not be sent."""
+    vectors_handle: int | None = None
     vectors: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The rows of a batch, under way; `fetch` waits for them."""
+class RowRequest:
+    """The pending rows of a batch; `DistributedTables.fetch` waits for them."""
 
-    exchanges: tuple[_Exchange, ...]
+    groups: tuple[_GroupRequest, ...]
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Gradients of a batch's rows, under way: of each group this rank's own, and a handle."""
+class PendingGradients:
+    """A batch's row gradients while they are sent: by group, this rank's own and a handle."""
 
-    asked: Asked
+    request: RowRequest
     gradients: tuple[tuple[Tensor, int | None], ...]
 
 
 class DistributedTables:
-    """The embedding tables of a model, over the ranks of a job.
+    """The embedding tables of a model, over the ranks of a job. One rank exchanges nothing.
 
-    With one rank nothing is exchanged. sent_bytes: what this rank has sent to others in
-    training so far: row numbers, vectors and gradients, without the messages' own overhead.
+    Attributes:
+        groups: The groups of tables.
+        kernels: This rank's rows of each group.
+        step: The number of optimizer steps taken.
+        sent_bytes: The bytes this rank has sent in training (row indices, vectors and gradients,
+            without message overhead).
     """
 
     def __init__(
         self,
         schema: Schema,
-        groups: Sequence[Group],
+        groups: Sequence[TableGroup],
         optimizer: RowOptimizer,
         world: World,
         *,
@@ -86,306 +96,264 @@ class DistributedTables:
         device: torch.device | str = "cpu",
         pooling: Mapping[str, Pooling] | None = None,
     ) -> None:
-        """Make tables with their first values, which do not depend on the number of ranks.
+        """Create the tables with initial values that do not depend on the number of ranks.
 
-        kernels: width -> kernel; seed and deviation: of the first values, or seed None for zeros;
-        pooling: see config.Model.
+        Args:
+            schema: The features.
+            groups: The groups of tables, as placed on `world.size` ranks.
+            optimizer: The optimizer of the rows.
+            world: This rank's position in the job.
+            kernels: The kernel for each width.
+            seed: The seed of the initial values; None fills the tables with zeros.
+            deviation: The standard deviation of the initial values.
+            dtype: The dtype of rows and optimizer state.
+            device: Where the rows are stored.
+            pooling: The pooling of list features, as in `config.model.pooling`.
         """
-        self.pooling = pooling or {}
         self.schema, self.groups, self.optimizer = schema, tuple(groups), optimizer
+        self.pooling = pooling or {}
         self.world, self.device, self.step = world, torch.device(device), 0
         self.sent_bytes = 0
-        self._asks = 0
+        self._requests = 0
         self.kernels: tuple[Kernel, ...] = tuple(
             KERNELS[kernels[group.width]](group.local_rows, group.width, optimizer, dtype, device)
             for group in groups
         )
         if seed is not None:
             for group, kernel in zip(groups, self.kernels, strict=True):
-                _fill(group, kernel.weight, world.rank, seed, deviation)
+                fill_initial_rows(group, kernel.weight, world.rank, seed, deviation)
 
-    def set_rate(self, rate: float) -> None:
-        """Set the learning rate, before a step's rows are fetched."""
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate; call it before a step's rows are fetched."""
         for kernel in self.kernels:
-            kernel.rate = rate
+            kernel.learning_rate = rate
 
     def table(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return this rank's rows of a table and of its optimizer state, as views."""
+        """Return views of this rank's rows of a table and of their optimizer state."""
         for group, kernel in zip(self.groups, self.kernels, strict=True):
-            if name in group.rows:
-                start = group.bases[name]
-                stop = start + len(group.ids(name, self.world.rank))
+            if name in group.sizes:
+                start = group.offsets[name]
+                stop = start + len(group.local_ids(name, self.world.rank))
                 state = {key: value[start:stop] for key, value in kernel.state.items()}
                 return kernel.weight[start:stop], state
         raise KeyError(name)
 
-    def find(
-        self,
-        codes: Mapping[str, Tensor],
-        *,
-        parts: int = 1,
-        unknown_rate: float = 0.0,
-        random: np.random.Generator | None = None,
-    ) -> tuple[Found, ...]:
-        """List the distinct rows of a batch, see `find_rows`; no rank waits for another here."""
-        return find_rows(
-            self.schema,
-            self.groups,
-            codes,
-            parts=parts,
-            unknown_rate=unknown_rate,
-            random=random,
-            travels=self.world.size > 1,
-            pooling=self.pooling,
-        )
+    def look_up(self, codes: Mapping[str, Tensor], parts: int = 1) -> tuple[GroupLookup, ...]:
+        """Find the unique rows of a batch, see `lookup.look_up`."""
+        is_sent = self.world.size > 1
+        return look_up(self.schema, self.groups, codes, self.pooling, parts=parts, is_sent=is_sent)
 
-    # --------------------------------------------------------------------------------- the exchange
-
-    def ask(self, found: Sequence[Found]) -> Asked:
-        """Begin to tell the ranks which rows are wanted of them; does not wait.
+    def request_rows(self, lookups: Sequence[GroupLookup]) -> RowRequest:
+        """Start to send row indices to the ranks that hold the rows, without waiting.
 
         Every rank must call this, and then `fetch`, for each of its batches in order.
         """
-        # The rows of two batches can be under way at a time, under two names.
-        self._asks += 1
-        return Asked(tuple(map(self._ask, self.groups, found)))
+        # Requests of two batches can be pending at a time, so two names alternate.
+        self._requests += 1
+        return RowRequest(tuple(map(self._request, self.groups, lookups)))
 
-    def _ask(self, group: Group, found: Found) -> _Exchange:
-        exchange = _Exchange(found)
-        name = f"rows/{group.name}/{self._asks % 2}"
+    def _request(self, group: TableGroup, lookup: GroupLookup) -> _GroupRequest:
+        request = _GroupRequest(lookup)
+        name = f"rows/{group.name}/{self._requests % 2}"
         if self.world.size == 1:
-            exchange.rows = self._moved(found.rows)
+            request.rows = self._to_device(lookup.rows)
         elif group.is_sharded:
-            exchange.handle = begin_alltoall(found.rows, found.counts, name)
+            request.handle = start_alltoall(lookup.rows, lookup.counts, name)
         else:
             import horovod.torch as hvd
 
-            exchange.handle = hvd.allgather_async(found.rows, name=name)
-        return exchange
+            request.handle = hvd.allgather_async(lookup.rows, name=name)
+        return request
 
-    def fetch(self, asked: Asked) -> Rows | tuple[Rows, ...]:
-        """Bring the rows that were asked for; with gradients enabled, they want gradients.
+    def start_fetch(self, request: RowRequest) -> None:
+        """Start to send the rows of a later step, once this step has updated its own.
 
-        Returns the rows of the batch, or of each of its parts where there are several.
+        Every rank must call this together. It does nothing if a kernel needs the learning rate
+        before it reads: the rate of the later step is not known yet.
         """
-        self._begin_fetch(asked)
+        if not any(kernel.needs_rate_to_fetch for kernel in self.kernels):
+            self._start_fetch(request)
+
+    def _start_fetch(self, request: RowRequest) -> None:
+        for group, kernel, pending in self._each(request):
+            if not pending.is_started:
+                pending.vectors_handle = self._serve_rows(group, kernel, pending)
+                pending.is_started = True
+
+    def _serve_rows(self, group: TableGroup, kernel: Kernel, pending: _GroupRequest) -> int | None:
+        """Wait for the requests to this rank; start to send sharded rows and return the handle."""
+        if self.world.size == 1:
+            return None
+        assert pending.handle is not None
+        own = pending.lookup
+        is_training = torch.is_grad_enabled()
+        if not group.is_sharded:
+            # All ranks use the same rows in the same order, so their gradients can be summed.
+            union = np.unique(wait(pending.handle).numpy())
+            pending.rows = self._from_numpy(union.astype(np.int64))
+            pending.order = self._from_numpy(np.searchsorted(union, own.rows.numpy()))
+            if is_training:
+                self.sent_bytes += replicated_bytes(
+                    len(own.rows), len(union), group.width, self.world.size
+                )
+            return None
+        requested, pending.counts = wait(pending.handle)
+        rows = requested.long()
+        rank = self.world.rank
+        if is_training:
+            asked = len(own.rows) - int(own.counts[rank])
+            served = len(rows) - int(pending.counts[rank])
+            self.sent_bytes += 4 * asked * (1 + group.width) + 4 * served * group.width
+        if kernel.sums_duplicates:
+            pending.rows = rows.to(self.device)
+            vectors = kernel.fetch(pending.rows)
+        else:
+            order, unique = pd.factorize(rows.numpy())
+            pending.rows, pending.order = self._from_numpy(unique), self._from_numpy(order)
+            vectors = kernel.fetch(pending.rows).index_select(0, pending.order)
+        return start_alltoall(vectors, pending.counts, f"vectors/{group.name}")
+
+    def fetch(self, request: RowRequest) -> tuple[Rows, ...]:
+        """Wait for the requested rows and return them for each part of the batch.
+
+        If gradients are enabled, the vectors require gradients.
+        """
+        self._start_fetch(request)
         blocks = []
-        for group, kernel, exchange in self._each(asked):
-            assert exchange.rows is not None
-            if exchange.arriving is None:
-                vectors = kernel.fetch(exchange.rows)
-                if exchange.order is not None:
-                    vectors = vectors.index_select(0, exchange.order)
+        for _, kernel, pending in self._each(request):
+            assert pending.rows is not None
+            if pending.vectors_handle is None:
+                vectors = kernel.fetch(pending.rows)
+                if pending.order is not None:
+                    vectors = vectors.index_select(0, pending.order)
             else:
-                vectors = _received(exchange.arriving)
-            exchange.vectors = vectors.requires_grad_(torch.is_grad_enabled())
-            found = exchange.found
+                vectors = _received(pending.vectors_handle)
+            vectors = pending.vectors = vectors.requires_grad_(torch.is_grad_enabled())
+            own = pending.lookup
             blocks.append(
                 [
                     Block(
-                        exchange.vectors,
-                        found.single,
-                        self._to(values),
-                        {name: self._to(given) for name, given in lists.items()},
+                        vectors,
+                        own.single,
+                        self._move(values),
+                        {name: self._move(each) for name, each in lists.items()},
                     )
-                    for values, lists in zip(found.values, found.lists, strict=True)
+                    for values, lists in zip(own.values, own.lists, strict=True)
                 ]
             )
-            assert group.width == vectors.shape[1]
-        parts = tuple(Rows(tuple(part)) for part in zip(*blocks, strict=True))
-        return parts[0] if len(parts) == 1 else parts
+        return tuple(Rows(tuple(part)) for part in zip(*blocks, strict=True))
 
-    def begin_fetch(self, asked: Asked) -> None:
-        """Begin to bring the rows of a later step, once this one's have been updated.
+    def fetch_rows(self, codes: Mapping[str, Tensor]) -> Rows:
+        """Look up a batch outside of training; every rank must call this together."""
+        # Horovod's thread cannot write into tensors that were created in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            lookups = self.look_up({name: code.cpu() for name, code in codes.items()})
+            (rows,) = self.fetch(self.request_rows(lookups))
+        return rows
 
-        Every rank must call this together. Where a kernel wants to know the learning rate before
-        it reads, which is not known yet, nothing happens until `fetch`.
-        """
-        if not any(kernel.wants_rate for kernel in self.kernels):
-            self._begin_fetch(asked)
-
-    def _begin_fetch(self, asked: Asked) -> None:
-        for group, kernel, exchange in self._each(asked):
-            if not exchange.is_begun:
-                exchange.arriving = self._arrive(group, kernel, exchange)
-                exchange.is_begun = True
-
-    def _arrive(self, group: Group, kernel: Kernel, exchange: _Exchange) -> int | None:
-        """Wait for what is asked of this rank; start to send sharded rows and return the handle."""
-        if self.world.size == 1:
-            return None
-        assert exchange.handle is not None
-        if not group.is_sharded:
-            everyone = wait(exchange.handle).numpy()
-            # The same rows in the same order everywhere: their gradients can then be summed.
-            union = np.unique(everyone)
-            exchange.rows = torch.from_numpy(union.astype(np.int64)).to(self.device)
-            order = np.searchsorted(union, exchange.found.rows.numpy())
-            if torch.is_grad_enabled():
-                self.sent_bytes += replicated_bytes(
-                    len(exchange.found.rows), len(union), group.width, self.world.size
-                )
-            exchange.order = torch.from_numpy(order).to(self.device)
-            return None
-        wanted, exchange.counts = wait(exchange.handle)
-        rows = wanted.long()
-        mine = self.world.rank
-        elsewhere = len(exchange.found.rows) - int(exchange.found.counts[mine])
-        answered = len(rows) - int(exchange.counts[mine])
-        if torch.is_grad_enabled():
-            self.sent_bytes += 4 * elsewhere * (1 + group.width) + 4 * answered * group.width
-        if kernel.sums_duplicates:
-            exchange.rows = rows.to(self.device)
-            outgoing = kernel.fetch(exchange.rows)
-        else:
-            order, distinct = pd.factorize(rows.numpy())
-            exchange.rows = torch.from_numpy(distinct).to(self.device)
-            exchange.order = torch.from_numpy(order).to(self.device)
-            outgoing = kernel.fetch(exchange.rows).index_select(0, exchange.order)
-        return begin_alltoall(outgoing, exchange.counts, f"vectors/{group.name}")
-
-    def send_gradients(self, asked: Asked) -> Sent:
-        """Begin to bring the gradients of a batch's rows to where the rows are; does not wait."""
+    def send_gradients(self, request: RowRequest) -> PendingGradients:
+        """Start to send the gradients of a batch's rows to the ranks that hold the rows."""
         sent = []
-        for group, _, exchange in self._each(asked):
-            assert exchange.vectors is not None
-            gradient = exchange.vectors.grad
+        for group, _, pending in self._each(request):
+            assert pending.vectors is not None
+            gradient = pending.vectors.grad
             if gradient is None:
-                gradient = torch.zeros_like(exchange.vectors)
-            sent.append((gradient, self._send_back(group, exchange, gradient)))
-        return Sent(asked, tuple(sent))
+                gradient = torch.zeros_like(pending.vectors)
+            sent.append((gradient, self._send_gradient(group, pending, gradient)))
+        return PendingGradients(request, tuple(sent))
 
-    def gradients(self, sent: Sent) -> tuple[Tensor, ...]:
-        """Return, of each group, the gradients [R, width] of the rows to update here.
-
-        They are summed over all ranks and have each row once, where the kernel needs that.
-        """
-        summed = []
-        exchanges = sent.asked.exchanges
-        for exchange, (gradient, handle) in zip(exchanges, sent.gradients, strict=True):
-            assert exchange.rows is not None
-            came = gradient if handle is None else _received(handle)
-            if exchange.order is not None and exchange.counts is not None:
-                total = came.new_zeros(len(exchange.rows), came.shape[1])
-                came = total.index_add_(0, exchange.order, came)
-            summed.append(came)
-        return tuple(summed)
-
-    def _send_back(self, group: Group, exchange: _Exchange, gradient: Tensor) -> int | None:
+    def _send_gradient(
+        self, group: TableGroup, pending: _GroupRequest, gradient: Tensor
+    ) -> int | None:
         if self.world.size == 1:
             return None
         name = f"gradients/{group.name}"
         if group.is_sharded:
-            return begin_alltoall(gradient, exchange.found.counts, name)
+            return start_alltoall(gradient, pending.lookup.counts, name)
         import horovod.torch as hvd
 
-        assert exchange.rows is not None
-        assert exchange.order is not None
-        total = gradient.new_zeros(len(exchange.rows), group.width)
-        total[exchange.order] = gradient
+        assert pending.rows is not None
+        assert pending.order is not None
+        total = gradient.new_zeros(len(pending.rows), group.width)
+        total[pending.order] = gradient
         handle: int = hvd.allreduce_async_(total, op=hvd.Sum, name=name)
         return handle
 
-    def update(self, asked: Asked, gradients: Sequence[Tensor]) -> None:
-        """Take an optimizer step on the rows of a batch, with what `gradients` returned."""
+    def wait_gradients(self, pending: PendingGradients) -> tuple[Tensor, ...]:
+        """Wait for the gradients of the rows that this rank updates, summed over all ranks.
+
+        Returns:
+            For each group [R, width], with unique rows if the kernel needs that.
+        """
+        sums = []
+        pairs = zip(pending.request.groups, pending.gradients, strict=True)
+        for request, (gradient, handle) in pairs:
+            assert request.rows is not None
+            received = gradient if handle is None else _received(handle)
+            if request.order is not None and request.counts is not None:
+                total = received.new_zeros(len(request.rows), received.shape[1])
+                received = total.index_add_(0, request.order, received)
+            sums.append(received)
+        return tuple(sums)
+
+    def update(self, request: RowRequest, gradients: Sequence[Tensor]) -> None:
+        """Take an optimizer step on the rows of a batch with the result of `wait_gradients`."""
         self.step += 1
-        for (_, kernel, exchange), gradient in zip(self._each(asked), gradients, strict=True):
-            assert exchange.rows is not None
-            kernel.update(exchange.rows, gradient, self.step)
+        for (_, kernel, pending), gradient in zip(self._each(request), gradients, strict=True):
+            assert pending.rows is not None
+            kernel.update(pending.rows, gradient, self.step)
 
-    def square_norm(self, asked: Asked, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the sums of squared gradients: of rows only this rank has, of those all have."""
-        mine = torch.zeros((), device=self.device, dtype=torch.float64)
-        common = torch.zeros_like(mine)
-        for (group, kernel, exchange), gradient in zip(self._each(asked), gradients, strict=True):
-            once = gradient
+    def squared_norms(
+        self, request: RowRequest, gradients: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums of squared gradients of sharded rows here, and of replicated rows."""
+        sharded = torch.zeros((), device=self.device, dtype=torch.float64)
+        replicated = torch.zeros_like(sharded)
+        for (group, kernel, pending), gradient in zip(self._each(request), gradients, strict=True):
+            total = gradient
             if group.is_sharded and kernel.sums_duplicates:
-                assert exchange.rows is not None
-                order, distinct = pd.factorize(exchange.rows.cpu().numpy())
-                once = gradient.new_zeros(len(distinct), group.width)
-                once.index_add_(0, torch.from_numpy(order).to(self.device), gradient)
-            (mine if group.is_sharded else common).add_(once.double().square().sum())
-        return mine, common
+                assert pending.rows is not None
+                order, unique = pd.factorize(pending.rows.cpu().numpy())
+                total = gradient.new_zeros(len(unique), group.width)
+                total.index_add_(0, self._from_numpy(order), gradient)
+            (sharded if group.is_sharded else replicated).add_(total.double().square().sum())
+        return sharded, replicated
 
-    def rows_of(self, codes: Mapping[str, Tensor]) -> Rows:
-        """Return the rows of a batch to look at; every rank must call this together."""
-        # Horovod's own thread could not write into tensors of inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            rows = self.fetch(self.ask(self.find({n: c.cpu() for n, c in codes.items()})))
-        assert isinstance(rows, Rows)
-        return rows
+    def _each(self, request: RowRequest) -> list[tuple[TableGroup, Kernel, _GroupRequest]]:
+        return list(zip(self.groups, self.kernels, request.groups, strict=True))
 
-    def _each(self, asked: Asked) -> list[tuple[Group, Kernel, _Exchange]]:
-        return list(zip(self.groups, self.kernels, asked.exchanges, strict=True))
-
-    def _to(self, given: Moved) -> Moved:
-        """Return values or lists with their tensors on the device."""
+    def _move(self, indices: Indices) -> Indices:
+        """Return lookup indices with their tensors on the device."""
         if self.device.type == "cpu":
-            return given
-        moved = {field.name: self._moved(getattr(given, field.name)) for field in fields(given)}
-        return replace(given, **moved)
+            return indices
+        moved = {f.name: self._to_device(getattr(indices, f.name)) for f in fields(indices)}
+        return replace(indices, **moved)
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """Return a tensor on the device."""
+    def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
-            return tensor  # `to` would lend the interpreter to the reader, even to do nothing
+            return tensor  # even a `to` without effect would yield the GIL to the loader's thread
         return tensor.to(self.device, non_blocking=True)
 
+    def _from_numpy(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
-def replicated_bytes(distinct: int, union: int, width: int, ranks: int) -> int:
-    """Return what a rank sends in a step for replicated tables of one width.
 
-    distinct: rows that it looks up; union: those that any rank does. Row numbers go round a ring
-    once, gradients are reduced over a ring.
+def replicated_bytes(unique: int, union: int, width: int, ranks: int) -> int:
+    """Return the bytes that a rank sends in a step for replicated tables of one width.
+
+    Row indices travel around a ring once; gradients are reduced over a ring.
+
+    Args:
+        unique: The number of rows that the rank looks up.
+        union: The number of rows that any rank looks up.
+        width: The width of the tables.
+        ranks: The number of ranks.
     """
-    return 4 * distinct * (ranks - 1) + 2 * 4 * union * width * (ranks - 1) // ranks
+    return 4 * unique * (ranks - 1) + 2 * 4 * union * width * (ranks - 1) // ranks
 
 
 def _received(handle: int) -> Tensor:
-    """Wait for an exchange and return what came, without how much came from where."""
+    """Wait for an exchange and return its tensor, without the counts of an alltoall."""
     result = wait(handle)
-    found: Tensor = result[0] if isinstance(result, tuple) else result
-    return found
-
-
-# --------------------------------------------------------------------------------- the first values
-
-
-def _fill(
-    group: Group, weight: Tensor, rank: int, seed: int, deviation: float, block: int = 1 << 18
-) -> None:
-    """Write the first values of a rank's rows; those of MISSING and UNKNOWN are zero."""
-    with torch.no_grad():
-        for table, base in group.bases.items():
-            ids = group.ids(table, rank)
-            for start in range(0, len(ids), block):
-                part = ids[start : start + block]
-                values = initial_rows(table, part, group.width, seed, deviation)
-                weight[base + start : base + start + len(part)] = torch.from_numpy(values)
-
-
-def initial_rows(table: str, ids: Array, width: int, seed: int, deviation: float) -> Array:
-    """Return the first values of rows, float64 [n, width]: uniform, with a standard deviation.
-
-    A value is a function of (seed, table, row, column) alone, so each rank can make its own rows.
-    An unknown value says nothing until training says otherwise: its row is zero.
-    Source of the mixing function: Steele et al., "Fast splittable pseudorandom number generators",
-    OOPSLA 2014 (SplitMix64).
-    """
-    key = np.uint64((zlib.crc32(table.encode()) << 32) ^ (seed & 0xFFFFFFFF))
-    with np.errstate(over="ignore"):
-        start = _mix(np.asarray(key))
-        cells = ids.astype(np.uint64)[:, None] * np.uint64(width) + np.arange(
-            width, dtype=np.uint64
-        )
-        mixed = _mix(start + (cells + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-    share = (mixed >> np.uint64(11)).astype(np.float64) / 2**53
-    values = (2 * share - 1) * deviation * np.sqrt(3.0)
-    values[ids < FIRST_CODE] = 0.0
-    return np.asarray(values)
-
-
-def _mix(value: Array) -> Array:
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(value ^ (value >> np.uint64(31)))
+    tensor: Tensor = result[0] if isinstance(result, tuple) else result
+    return tensor

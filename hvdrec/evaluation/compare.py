@@ -38,7 +38,7 @@ def compare(
     """
     train = read_interactions(config.paths.of("features"), ["train"])
     item_item, notes = ranks.broadcast_object(
-        ranks.together(
+        ranks.run_on_all(
             lambda: (
                 _item_item_baselines(config, split, train, scores, ease_items)
                 if ranks.current().is_first
@@ -91,7 +91,7 @@ def _item_item_baselines(
     found: dict[str, Any] = {}
     lacking = _lacks_for_ease(items, ease_items)
     notes = [lacking] if lacking else []
-    with ranks.alone():
+    with ranks.single_rank():
         to_choose = _measures(config, "validation", validation, most_users=CHOICE_USERS)
         to_report = _measures(config, split, rows)
         for make in (cooccurrence,) if lacking else (cooccurrence, ease):

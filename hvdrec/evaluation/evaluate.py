@@ -49,8 +49,8 @@ def evaluate_model(
     """
     device = next(model.parameters()).device
     features = config.paths.of("features")
-    manifest = ranks.together(lambda: read_manifest(features, "features"))
-    ranks.together(lambda: check_task_labels(features, manifest, config, "hvdrec prepare"))
+    manifest = ranks.run_on_all(lambda: read_manifest(features, "features"))
+    ranks.run_on_all(lambda: check_task_labels(features, manifest, config, "hvdrec prepare"))
     model.eval()
     scores: Scores | None = None
     report: dict[str, Any] = {"split": split}

@@ -78,7 +78,7 @@ def part_of(rows: int, rank: int, size: int) -> tuple[int, int]:
 
 def ranking_report(score: Array, scores: Scores, config: Config) -> dict[str, Any]:
     """Return the ranking metrics of any probabilities [n] for a split's rows, on every rank."""
-    return ranks.together(
+    return ranks.run_on_all(
         lambda: ranking_metrics(
             score,
             scores.label,
@@ -131,7 +131,7 @@ class Retrieval:
         """Return the retrieval metrics of vectors over all ranks' users."""
         k = max(config.evaluate.k)
         vectors = user_vectors[self.users]
-        top = ranks.together(lambda: rank_catalogue(vectors, item_vectors, self.seen, k))
+        top = ranks.run_on_all(lambda: rank_catalogue(vectors, item_vectors, self.seen, k))
         return self._metrics_of(top, config)
 
     def item_item_metrics(self, model: ItemItem, config: Config) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def task_report(task_scores: Array, scores: Scores, config: Config) -> dict[str,
 
     task_scores: probabilities [n, T] for a split's rows.
     """
-    return ranks.together(
+    return ranks.run_on_all(
         lambda: {
             task.name: _metrics(task_scores[:, i], scores, i, config)
             for i, task in enumerate(config.tasks)

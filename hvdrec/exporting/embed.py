@@ -19,7 +19,7 @@ from hvdrec.config import Config
 from hvdrec.config.schema import Feature
 from hvdrec.errors import UserError
 from hvdrec.features.raw import rows_to_inputs
-from hvdrec.parallel.pool import Workers
+from hvdrec.parallel.pool import WorkerPool
 
 BLOCK = 8192
 
@@ -33,7 +33,7 @@ class _Block:
     rows: bytes
 
 
-def write_side(draft: Path, side: str, table: pa.Table, config: Config, workers: Workers) -> int:
+def write_side(draft: Path, side: str, table: pa.Table, config: Config, workers: WorkerPool) -> int:
     """Embed all users (items) and write keys, sorted, with embeddings in the same order.
 
     draft: the bundle's directory with the towers, which all workers must see. Each worker that

@@ -12,9 +12,8 @@ from hvdrec.config import Config, with_fields
 from hvdrec.errors import invalid_value
 from hvdrec.evaluation.result import jsonable
 from hvdrec.exporting.writer import export as write_bundle
-from hvdrec.parallel.pool import Workers
+from hvdrec.parallel.pool import WorkerPool, open_pool
 from hvdrec.parallel.progress import show_progress
-from hvdrec.parallel.rank_pool import open_workers
 from hvdrec.storage.artifacts import read_manifest
 from hvdrec.training.checkpoint import Which, checkpoint_metrics, load_model, read_config
 
@@ -90,7 +89,7 @@ def export(
             published.
     """
     changes = dict(overrides or {}) | ({} if to is None else {"paths.bundle": str(to)})
-    with open_workers(workers) as pool:
+    with open_pool(workers) as pool:
         if pool is not None:
             config = _with_untrained_fields(read_config(Path(run)), changes)
             return export_with(
@@ -107,7 +106,7 @@ def export(
 
 
 def export_with(
-    pool: Workers,
+    pool: WorkerPool,
     run: Path,
     config: Config,
     *,

@@ -21,7 +21,7 @@ from hvdrec.exporting.precision import make_smaller
 from hvdrec.exporting.ranker_graph import ranker
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
-from hvdrec.parallel.pool import ALONE, Workers
+from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
 from hvdrec.storage.artifacts import read_manifest, write_artifact, write_manifest
 
 EXTERNAL_DATA_BYTES = 1 << 30
@@ -35,7 +35,7 @@ def export(
     metrics: dict[str, Any],
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda _: None,
-    workers: Workers = ALONE,
+    workers: WorkerPool = THIS_PROCESS,
 ) -> dict[str, Any]:
     """Write the bundle of a trained model and return what its manifest says.
 

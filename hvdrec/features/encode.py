@@ -30,7 +30,7 @@ from hvdrec.features.fit import Fitted, check_columns, check_file, check_task_la
 from hvdrec.features.graph import build
 from hvdrec.features.raw import one_chunk
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
-from hvdrec.parallel.pool import ALONE, Workers
+from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
 from hvdrec.storage.artifacts import read_manifest, write_artifact
 from hvdrec.storage.urls import Location
 
@@ -82,7 +82,7 @@ def encode(
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda _: None,
     progress: Callable[[int], None] | None = None,
-    workers: Workers = ALONE,
+    workers: WorkerPool = THIS_PROCESS,
 ) -> dict[str, Any]:
     """Fit the features, encode all splits and return the artifact's meta.
 
@@ -247,7 +247,7 @@ def _write_side(
     file: Path,
     side: Side,
     row_group_rows: int,
-    workers: Workers,
+    workers: WorkerPool,
     counts: NDArray[np.int64] | None = None,
 ) -> None:
     """Encode a table of users or items; the row of a key stays its row. counts: train_count."""

@@ -8,9 +8,8 @@ from typing import Any
 
 from hvdrec.config import Config
 from hvdrec.features.encode import encode
-from hvdrec.parallel.pool import Workers
+from hvdrec.parallel.pool import WorkerPool, open_pool
 from hvdrec.parallel.progress import show_progress
-from hvdrec.parallel.rank_pool import open_workers
 from hvdrec.storage.artifacts import read_manifest
 
 
@@ -54,7 +53,7 @@ def prepare(
         UserError: The samples are missing or do not fit the configuration, or features are already
             there; nothing is written.
     """
-    with open_workers(workers) as pool:
+    with open_pool(workers) as pool:
         if pool is not None:
             return prepare_with(pool, config, overwrite=overwrite, progress=progress)
     # The first rank of the MPI job has finished the artifact, which all ranks see.
@@ -62,7 +61,7 @@ def prepare(
 
 
 def prepare_with(
-    pool: Workers, config: Config, *, overwrite: bool = False, progress: bool = True
+    pool: WorkerPool, config: Config, *, overwrite: bool = False, progress: bool = True
 ) -> PrepareResult:
     """Do what `prepare` does, with a pool of workers that is already open."""
     with show_progress(progress) as display:

@@ -1,4 +1,4 @@
-"""What the processes of a job must have in common, and which host or rank differs."""
+"""Compare what the processes of a job must have in common, and name the hosts that differ."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import hvdrec
 from hvdrec.storage.artifacts import MANIFEST
 
-ABSENT = "not there"
-NAMED_HOSTS, NAMED_FIELDS = 4, 4
-"""How many hosts and fields a line names before it counts the rest."""
+MISSING_FILE = "missing"
+"""The digest of a path that does not exist."""
+MAX_HOSTS, MAX_FIELDS = 4, 4
+"""How many hosts and fields a message names; it counts the rest."""
 
 
 def host_name() -> str:
@@ -26,34 +28,34 @@ def host_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be the same everywhere, by what people call them.
+    """Return the versions that every host must share, by display name.
 
-    Beside hvdrec's version stand the first digits of a hash of its source: two checkouts of one
+    hvdrec's version includes the start of a hash of its source, because two checkouts of one
     version may differ.
     """
     return {
-        "hvdrec": f"{hvdrec.__version__} (source {_source()})",
+        "hvdrec": f"{hvdrec.__version__} (source {_source_hash()})",
         "torch": _version("torch"),
         "Horovod": _version("horovod"),
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }
 
 
-class Place(Protocol):
-    """Where files are: a path, or what does the same for a store."""
+class Readable(Protocol):
+    """A local path or a URL of a store."""
 
-    def __truediv__(self, name: str, /) -> Place: ...
+    def __truediv__(self, name: str, /) -> Readable: ...
 
     def read_bytes(self) -> bytes: ...
 
 
-def digest(place: Place) -> str:
-    """Return what tells whether two hosts see the same at a place.
+def digest(path: Readable) -> str:
+    """Return a short string that differs if two hosts see different content at a path.
 
-    The hash of a file or of an artifact's manifest, which names the hash of each of its files; any
-    other directory is only there or not.
+    It is the start of the SHA-256 of a file, or of the manifest of an artifact, which holds the
+    hash of each of its files. Any other directory gives a fixed string.
     """
-    for file in (place / MANIFEST, place):
+    for file in (path / MANIFEST, path):
         try:
             return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
         except (FileNotFoundError, NotADirectoryError):
@@ -62,100 +64,86 @@ def digest(place: Place) -> str:
             return "a directory"
         except OSError as error:
             return f"unreadable ({error.strerror})"
-    return ABSENT
+    return MISSING_FILE
 
 
-def places(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Return where ranks are, for people: ``ranks 1, 2 on hv2 and 4 on hv3``.
+def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Return ranks with their hosts, such as ``ranks 1, 2 on hv2 and 4 on hv3``.
 
-    hosts: the host of every rank of the job.
+    Args:
+        ranks: The ranks to name, in ascending order.
+        hosts: The host of every rank of the job.
     """
-    found = list(_by_host(ranks, hosts).items())
-    parts = [f"{_numbers(numbers)} on {host}" for host, numbers in found[:NAMED_HOSTS]]
-    if len(found) > NAMED_HOSTS:
-        parts.append(f"more on {_others(len(found) - NAMED_HOSTS)}")
+    by_host: dict[str, list[int]] = {}
+    for rank in ranks:
+        by_host.setdefault(hosts[rank], []).append(rank)
+    parts = [f"{_ranges(by_host[host])} on {host}" for host in list(by_host)[:MAX_HOSTS]]
+    more = len(by_host) - MAX_HOSTS
+    if more > 0:
+        parts.append(f"more on {more} other host{'' if more == 1 else 's'}")
     return ("rank " if len(ranks) == 1 else "ranks ") + " and ".join(parts)
 
 
-def difference(values: Sequence[str], hosts: Sequence[str]) -> str | None:
-    """Return who has which value, or None where all ranks have the same.
+def describe_difference(values: Sequence[str], hosts: Sequence[str]) -> str | None:
+    """Return the ranks that have each value, or None if all ranks have the same value.
 
-    ``2.13.0 on hv1 (rank 0), 2.12.1 on hv2 (ranks 1, 2)``.
+    Args:
+        values: The value of every rank of the job.
+        hosts: The host of every rank of the job.
+
+    Returns:
+        A text such as ``2.13.0 (rank 0 on hv1), 2.12.1 (ranks 1, 2 on hv2)``.
     """
     by_value: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         by_value.setdefault(value, []).append(rank)
     if len(by_value) < 2:
         return None
-    return ", ".join(f"{value} on {_in_brackets(who, hosts)}" for value, who in by_value.items())
+    return ", ".join(f"{value} ({describe_ranks(r, hosts)})" for value, r in by_value.items())
 
 
-def different_versions(found: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str | None:
-    """Return a line that names each version in which the ranks differ, or None."""
-    names = dict.fromkeys(name for versions in found for name in versions)
-    lines = []
-    for name in names:
-        values = [versions.get(name, "not known") for versions in found]
-        told = difference(values, hosts)
-        if told is not None:
-            lines.append(f"{name} {told}")
+def version_differences(
+    rank_versions: Sequence[Mapping[str, str]], hosts: Sequence[str]
+) -> str | None:
+    """Return an error message that names each version in which the ranks differ, or None."""
+    lines = _differences(rank_versions, hosts, "unknown")
     if not lines:
         return None
-    return f"different versions: {'; '.join(lines)}; install the same on every host"
+    return f"versions differ: {'; '.join(lines)}; install the same versions on every host"
 
 
-def different_fields(found: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str | None:
-    """Return a line that names the fields in which the ranks' configurations differ, or None."""
-    flat = [dict(_flatten(each)) for each in found]
-    names = dict.fromkeys(name for each in flat for name in each)
-    lines = []
-    for name in names:
-        told = difference([json.dumps(each.get(name)) for each in flat], hosts)
-        if told is not None:
-            lines.append(f"{name} is {told}")
+def config_differences(configs: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str | None:
+    """Return an error message that names the fields in which the configurations differ, or None."""
+    flat = [{name: json.dumps(value) for name, value in _flatten(each)} for each in configs]
+    lines = _differences(flat, hosts, "null")
     if not lines:
         return None
-    more = len(lines) - NAMED_FIELDS
+    more = len(lines) - MAX_FIELDS
     rest = f"; {more} more fields differ" if more > 0 else ""
     return (
-        f"different configurations: {'; '.join(lines[:NAMED_FIELDS])}{rest}; "
-        "give every host the same file and arguments"
+        f"configurations differ: {'; '.join(lines[:MAX_FIELDS])}{rest}; "
+        "use the same file and arguments on every host"
     )
 
 
-def _by_host(ranks: Sequence[int], hosts: Sequence[str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for rank in ranks:
-        found.setdefault(hosts[rank], []).append(rank)
-    return found
+def _differences(
+    mappings: Sequence[Mapping[str, str]], hosts: Sequence[str], default: str
+) -> list[str]:
+    lines = []
+    for name in dict.fromkeys(name for each in mappings for name in each):
+        text = describe_difference([each.get(name, default) for each in mappings], hosts)
+        if text is not None:
+            lines.append(f"{name} = {text}")
+    return lines
 
 
-def _in_brackets(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    found = list(_by_host(ranks, hosts).items())
-    parts = [
-        f"{host} ({'rank' if len(numbers) == 1 else 'ranks'} {_numbers(numbers)})"
-        for host, numbers in found[:NAMED_HOSTS]
+def _ranges(ranks: Sequence[int]) -> str:
+    """Format ascending ranks; runs of three and more are shortened: ``0, 2-5``."""
+    runs = [
+        [rank for _, rank in run]
+        for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])
     ]
-    if len(found) > NAMED_HOSTS:
-        parts.append(_others(len(found) - NAMED_HOSTS))
-    return " and ".join(parts)
-
-
-def _others(count: int) -> str:
-    return "another host" if count == 1 else f"{count} other hosts"
-
-
-def _numbers(ranks: Sequence[int]) -> str:
-    """Return numbers for people, runs of three and more as such: ``0, 2-5``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    parts = [
-        [f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(rank) for rank in run] for run in runs
-    ]
+    parts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run) for run in runs]
     return ", ".join(text for part in parts for text in part)
 
 
@@ -177,10 +165,10 @@ def _version(package: str) -> str:
 
 
 @cache
-def _source() -> str:
+def _source_hash() -> str:
     root = Path(hvdrec.__file__).parent
-    found = hashlib.sha256()
+    digester = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
-        found.update(f"{file.relative_to(root).as_posix()}\0".encode())
-        found.update(file.read_bytes())
-    return found.hexdigest()[:8]
+        digester.update(f"{file.relative_to(root).as_posix()}\0".encode())
+        digester.update(file.read_bytes())
+    return digester.hexdigest()[:8]

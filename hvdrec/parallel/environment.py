@@ -1,4 +1,4 @@
-"""What the launcher of a job tells its processes, as far as that may be relied on."""
+"""The environment variables that launchers set and Horovod reads, and the checks they allow."""
 
 from __future__ import annotations
 
@@ -13,117 +13,111 @@ import psutil
 from hvdrec.errors import UserError
 
 LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Set by horovodrun, Open MPI, and other MPI launchers: they tell that there is one, no more."""
+"""Set by horovodrun, Open MPI and other MPI launchers; only their presence is reliable."""
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
-"""How many processes were started: to be compared with what Horovod says, no more."""
-
+"""The number of started processes; used only to check the size that Horovod reports."""
 BACKEND_VARIABLES = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
-
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-"""How many processes were started on this host."""
-DEFAULTS = {"HOROVOD_FUSION_THRESHOLD": "0"}
-"""Horovod's, for all jobs: messages are not joined by chance, so sums repeat to the last bit."""
-SHARED_CORE_DEFAULTS = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-"""For Horovod's thread where it has no core of its own: Open MPI's waiting would keep one busy.
-Two ranks on two hyperthreads of one core came from 0.70 to 0.92 of the speed of two processes
-alone."""
-GLOO_SHARED_CORE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "2"}
-"""The same for Gloo, whose transport nearly fills a core if Horovod looks for work every
-millisecond, as it does by default: from 0.72 to 0.76. Under MPI steps became 2 % longer with it."""
+"""The number of processes started on this host."""
 
-ALONE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "20"}
-"""For a process alone, whose Horovod thread has nothing to do: to be woken seldom, in ms."""
+DEFAULTS = {"HOROVOD_FUSION_THRESHOLD": "0"}
+"""No tensor fusion: it depends on timing, so sums over three and more ranks would differ between
+runs in the last bit."""
+SHARED_CORE_DEFAULTS = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+"""Used when Horovod's thread has no core of its own: Open MPI otherwise spins while it waits. Two
+ranks on two hyperthreads of a core rose from 0.70 to 0.92 of the speed of two single processes."""
+GLOO_SHARED_CORE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "2"}
+"""The same for Gloo, in ms. Gloo's transport nearly fills a core if Horovod looks for work every
+millisecond, its default: from 0.72 to 0.76. With MPI this made steps 2 % longer."""
+SINGLE_PROCESS_DEFAULTS = {
+    "HOROVOD_CYCLE_TIME": "20",  # ms; Horovod's thread has nothing to do, so it should rarely wake
+    # MPI would need its daemon on the path.
+    "HOROVOD_CONTROLLER": "gloo",
+    "HOROVOD_CPU_OPERATIONS": "gloo",
+}
 
 RENDEZVOUS_SECONDS = 10.0
 
 
 def is_launched() -> bool:
-    """Return whether a launcher has started this process, as one of several perhaps."""
+    """Return True if a launcher started this process, possibly as one of several."""
     return any(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
-def set_environment() -> None:
-    """Set what Horovod reads when it starts; what the environment already says stands.
+def set_horovod_defaults() -> None:
+    """Set the variables that Horovod reads when it starts, unless they are set already.
 
-    Where ranks have not at least two cores each, Horovod is to wait without keeping a core busy.
+    If a host has fewer than two cores per rank, Horovod is told not to spin while it waits.
     """
-    settings = DEFAULTS | ({} if is_launched() else ALONE_DEFAULTS)
+    settings = DEFAULTS | ({} if is_launched() else SINGLE_PROCESS_DEFAULTS)
     ranks = next((os.environ[name] for name in LOCAL_SIZE_VARIABLES if name in os.environ), "1")
     if ranks.isdecimal() and int(ranks) > 1 and len(os.sched_getaffinity(0)) < 2 * int(ranks):
         settings |= SHARED_CORE_DEFAULTS
-        if _has_gloo():
+        if _uses_gloo():
             settings |= GLOO_SHARED_CORE_DEFAULTS
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 
-def _has_gloo() -> bool:
-    return "gloo" in (os.environ.get(name, "").lower() for name in BACKEND_VARIABLES)
-
-
-def unseen_processes(size: int) -> tuple[str, str] | None:
-    """Return the variable, and how many processes it tells of, where Horovod sees but this one."""
+def check_process_count(host: str, size: int) -> None:
+    """Raise UserError if the launcher started several processes but Horovod sees only one."""
     for name in SIZE_VARIABLES:
         started = os.environ.get(name, "1")
         if size == 1 and started != "1":
-            return name, started
-    return None
+            raise UserError(
+                f"{host}: the launcher started {started} processes ({name}) but Horovod sees one; "
+                "use the mpirun of the MPI that Horovod was built with, or horovodrun",
+                field=name,
+                value=started,
+            )
 
 
 def check_gloo_address(host: str) -> None:
-    """Raise UserError unless Gloo, where it is used, finds addresses to listen at.
+    """Check that Gloo, if it is used, can listen on this host's addresses; it crashes if it cannot.
 
-    It crashes without them. Some of its connections take the interface in HOROVOD_GLOO_IFACE;
-    others always take the address of the host's name, which other hosts must then be able to reach.
+    Some of Gloo's connections use the interface in HOROVOD_GLOO_IFACE. Others always use the
+    address of the host's name, which other hosts must be able to reach.
+
+    Raises:
+        UserError: The interface does not exist, or the host's name has no usable address.
     """
-    if not _has_gloo():
+    if not _uses_gloo():
         return
     interface = os.environ.get("HOROVOD_GLOO_IFACE", "")
-    known = psutil.net_if_addrs()
-    if interface and interface not in known:
+    interfaces = psutil.net_if_addrs()
+    if interface and interface not in interfaces:
         raise UserError(
-            f"{host}: there is no network interface '{interface}' (HOROVOD_GLOO_IFACE); there are "
-            f"{', '.join(known)}: horovodrun takes --network-interfaces"
+            f"{host}: HOROVOD_GLOO_IFACE = '{interface}': no such network interface; known: "
+            f"{', '.join(interfaces)}; set it with horovodrun --network-interfaces",
+            field="HOROVOD_GLOO_IFACE",
+            value=interface,
         )
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise UserError(
-            f"{host}: this host's own name has no address ({error.strerror}), and Gloo needs one; "
-            "add it to /etc/hosts"
-        ) from None
-    own = next((address[0] for family, *_, address in found if _is_own(family, address)), None)
-    if own is None:
-        raise UserError(
-            f"{host}: the address of this host's own name, {found[0][4][0]}, is another host's; "
-            "mend it in /etc/hosts"
+        problem = f"has no address ({error.strerror}), which Gloo needs; add it to /etc/hosts"
+        raise UserError(f"{host}: this host's name {problem}", field=host) from None
+    local = next((address[0] for family, *_, address in resolved if _can_bind(family, address)), "")
+    if not local:
+        address = resolved[0][4][0]
+        problem = f"has the address {address} of another host; correct it in /etc/hosts"
+        raise UserError(f"{host}: this host's name {problem}", field=host, value=address)
+    if _spans_hosts() and ipaddress.ip_address(local).is_loopback:
+        problem = (
+            f"has the address {local}, which other hosts cannot reach; put its network address"
         )
-    if _is_one_of_several_hosts() and ipaddress.ip_address(own).is_loopback:
         raise UserError(
-            f"{host}: the address of this host's own name is {own}, where no other host reaches "
-            "it; put its address in the network into /etc/hosts"
+            f"{host}: this host's name {problem} into /etc/hosts", field=host, value=local
         )
-
-
-def _is_own(family: int, address: Any) -> bool:
-    """Return whether an address is one of this host, as Gloo finds out."""
-    try:
-        with socket.socket(family) as trial:
-            trial.bind(address)
-        return True
-    except OSError:
-        return False
-
-
-def _is_one_of_several_hosts() -> bool:
-    size = os.environ.get("HOROVOD_SIZE", "1")
-    return os.environ.get("HOROVOD_LOCAL_SIZE", size) != size
 
 
 def check_rendezvous(host: str) -> None:
-    """Raise UserError unless this host reaches the launcher's store, where Gloo's ranks meet.
+    """Check that this host reaches the launcher's key-value store, through which Gloo's ranks meet.
 
-    Horovod asks that store without a limit of time, and ends without a word on a wrong answer.
+    Horovod waits for that store without a timeout, and exits silently on a wrong answer.
+
+    Raises:
+        UserError: The store does not answer, or another program listens on its port.
     """
     address = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
     port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT", "")
@@ -137,8 +131,29 @@ def check_rendezvous(host: str) -> None:
             raise http.client.HTTPException(f"status {status}")
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
-            f"{host}: cannot meet the other ranks at {address}, port {port} ({error}): another "
-            "program has taken that port, or a firewall closes it"
+            f"{host}: cannot reach the rendezvous store at {address}, port {port} ({error}); "
+            "another program uses that port, or a firewall blocks it",
+            field="HOROVOD_GLOO_RENDEZVOUS_PORT",
+            value=port,
         ) from None
     finally:
         store.close()
+
+
+def _uses_gloo() -> bool:
+    return "gloo" in (os.environ.get(name, "").lower() for name in BACKEND_VARIABLES)
+
+
+def _can_bind(family: int, address: Any) -> bool:
+    """Return True if an address belongs to this host; Gloo tests it in the same way."""
+    try:
+        with socket.socket(family) as trial:
+            trial.bind(address)
+        return True
+    except OSError:
+        return False
+
+
+def _spans_hosts() -> bool:
+    size = os.environ.get("HOROVOD_SIZE", "1")
+    return os.environ.get("HOROVOD_LOCAL_SIZE", size) != size

@@ -1,9 +1,9 @@
-"""Sums over ranks that keep N ranks' gradients equal to one rank's on the same global batch.
+"""Gradient sums that make N ranks equal to one rank on the same global batch.
 
-Every collective has a name of its own, the same in each step: Horovod then knows it again from its
-cache and need not negotiate it anew. What is to travel in one message is joined here, not by
-Horovod, which joins what happens to be there: with it the order of a sum over three and more ranks,
-and so its last bit, would change from run to run (see launcher.DEFAULTS).
+Every collective has its own name, the same in each step, so Horovod's response cache hits and ranks
+do not negotiate again. Tensors that travel together are concatenated here instead of by Horovod's
+tensor fusion, whose choice depends on timing: the order of a sum over three and more ranks, and so
+its last bit, would change from run to run (see `environment.DEFAULTS`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hvdrec.parallel.ranks import current, wait
+from hvdrec.errors import invalid_value
+from hvdrec.parallel.ranks import World, current, wait
 
 
 def global_sum(value: Tensor) -> Tensor:
-    """Return the sum of a small tensor over the ranks, without gradient."""
+    """Return the sum of a small tensor over the ranks, detached."""
     if current().size == 1:
         return value.detach()
     import horovod.torch as hvd
@@ -30,40 +31,40 @@ def global_sum(value: Tensor) -> Tensor:
     return total.reshape(value.shape)
 
 
-_sums_begun = 0
+_started_sums = 0
 
 
 @dataclass(frozen=True)
 class PendingSum:
-    """A sum over the ranks that is under way."""
+    """A sum over the ranks that has been started."""
 
     value: Tensor
     handle: int | None
 
     def wait(self) -> Tensor:
-        """Return the sum."""
+        """Wait for the sum and return it."""
         if self.handle is None:
             return self.value
         total: Tensor = wait(self.handle)
         return total
 
 
-def begin_global_sum(value: Tensor) -> PendingSum:
-    """Begin to sum a small tensor [n] over the ranks; two may be under way at a time."""
-    global _sums_begun  # noqa: PLW0603 -- names of collectives belong to the process
+def start_global_sum(value: Tensor) -> PendingSum:
+    """Start to sum a small tensor [n] over the ranks; at most two sums may be pending."""
+    global _started_sums  # noqa: PLW0603 -- names of collectives belong to the process
     if current().size == 1:
         return PendingSum(value, None)
     import horovod.torch as hvd
 
-    _sums_begun += 1
-    name = f"begun_sum/{_sums_begun % 2}"
+    _started_sums += 1
+    name = f"started_sum/{_started_sums % 2}"
     return PendingSum(value, hvd.allreduce_async(value, op=hvd.Sum, name=name))
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks; the gradient of a row is the sum of what all ranks ask of it.
+    """Gather the rows of all ranks; the backward pass sums each row's gradient over the ranks.
 
-    Horovod's own allgather has a backward pass that averages, which is 1/N of that sum.
+    The backward pass of Horovod's own allgather averages instead, which is 1/N of that sum.
     """
 
     @staticmethod
@@ -84,10 +85,15 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Join the ranks' rows [n_r, ...] in order of rank, with gradient.
+    """Concatenate the rows of all ranks, with gradient.
 
-    Ranks may give different numbers of rows. Returns the rows of all ranks and the position of
-    this rank's first. Every rank must call this, and run the backward pass through it.
+    Every rank must call this and run the backward pass through it.
+
+    Args:
+        rows: This rank's rows [n_r, ...]; n_r may differ between ranks.
+
+    Returns:
+        The rows of all ranks [sum of n_r, ...] in rank order, and the index of this rank's first.
     """
     if current().size == 1:
         return rows, 0
@@ -101,47 +107,53 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     return gathered, start
 
 
-BUCKETS, SMALLEST_BUCKET = 4, 1 << 18
-"""Into how many messages dense gradients are put at most, and the bytes that fill one at least."""
+SumMode = Literal["step", "adasum", "average"]
+BUCKETS, MIN_BUCKET_BYTES = 4, 1 << 18
+"""The most messages that dense gradients are sent in, and the least size of a message."""
 
 
 class DenseGradients:
-    """The gradients of dense parameters, joined over the ranks while the backward pass goes on.
+    """Sums the gradients of dense parameters over the ranks during the backward pass.
 
-    The backward pass comes to a model's last parameters first: from them on gradients are put into
-    a few buckets, and a bucket goes out as one message when the last of its gradients is there. A
-    large gradient is a bucket by itself, which need not be copied.
+    The backward pass reaches a model's last parameters first. Starting from those, gradients fill a
+    few buckets, and a bucket is sent as one message as soon as all its gradients are ready. A large
+    gradient is a bucket of its own and is not copied.
 
-    how: step: each becomes its sum over the ranks. adasum: Adasum of the ranks' gradients, each of
-    its own mean loss (Maleki et al., MLSys 2021). average: no messages, each rank keeps its own.
-    Every rank must give the same parameters in the same order, and call each method as often. A
-    model has one of these.
+    Every rank must pass the same parameters in the same order, and make the same calls. A model has
+    one `DenseGradients`.
     """
 
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        how: Literal["step", "adasum", "average"] = "step",
+        mode: SumMode = "step",
     ) -> None:
-        self._parameters, self._how, self._size = list(parameters), how, current().size
+        """Register hooks on the parameters.
+
+        Args:
+            parameters: The dense parameters of a model.
+            mode: ``step`` sums each gradient over the ranks. ``adasum`` applies Adasum to the
+                gradients of the ranks' mean losses (Maleki et al., MLSys 2021). ``average`` sends
+                nothing: each rank keeps its gradient.
+        """
+        self._parameters, self._mode, self._size = list(parameters), mode, current().size
         self._buckets = _buckets(self._parameters)
         self._missing: list[int] = []
         self._sent: dict[int, _Message] = {}
-        if self._size > 1 and how != "average":
+        if self._size > 1 and mode != "average":
             for number, bucket in enumerate(self._buckets):
                 for parameter in bucket:
-                    hook = partial(self._arrived, number)
+                    hook = partial(self._on_gradient, number)
                     parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    def expect(self) -> None:
-        """Say that the next backward pass is the last one before the step."""
+    def expect_last_backward(self) -> None:
+        """Announce that the next backward pass is the last one before the optimizer step."""
         self._missing = [len(bucket) for bucket in self._buckets]
 
-    def finish(self) -> None:
-        """Begin to join what has not gone out yet; does not wait.
+    def send_rest(self) -> None:
+        """Send the buckets that have not been sent, without waiting for the sums.
 
-        A parameter that this rank's batch did not touch takes part with zeros, because a rank that
-        stays out would leave the others waiting.
+        A parameter without a gradient is sent as zeros: the other ranks wait for every rank.
         """
         self._missing = []
         for parameter in self._parameters:
@@ -152,13 +164,13 @@ class DenseGradients:
                 self._send(number)
 
     def wait(self) -> None:
-        """Wait until the parameters have their joined gradients."""
+        """Wait for the sums and store them as the parameters' gradients."""
         for bucket, message in self._sent.items():
             for parameter, gradient in zip(self._buckets[bucket], message.wait(), strict=True):
                 parameter.grad = gradient
         self._sent = {}
 
-    def _arrived(self, bucket: int, _: Tensor) -> None:
+    def _on_gradient(self, bucket: int, _: Tensor) -> None:
         if self._missing:
             self._missing[bucket] -= 1
             if not self._missing[bucket]:
@@ -168,53 +180,52 @@ class DenseGradients:
         if bucket in self._sent:
             return
         gradients = [p.grad for p in self._buckets[bucket] if p.grad is not None]
-        if self._how != "step":
-            # What a rank has is its share of a sum; its own mean is about `size` times that.
+        if self._mode != "step":
+            # A rank's gradient is its share of a sum; the gradient of its own mean is about `size`
+            # times that.
             torch._foreach_mul_(gradients, self._size)
-        if self._how != "average":
-            self._sent[bucket] = _Message.send(gradients, self._how, f"gradients/{bucket}")
+        if self._mode != "average":
+            self._sent[bucket] = _Message.send(gradients, self._mode, f"gradients/{bucket}")
 
 
 @dataclass(frozen=True)
 class _Message:
-    """Tensors that are joined over the ranks.
-
-    joined: what travels: a copy of several tensors, the memory of one; None with Adasum, where each
-    travels by itself.
-    """
+    """Tensors that are being summed over the ranks."""
 
     tensors: Sequence[Tensor]
-    joined: Tensor | None
+    buffer: Tensor | None
+    """What is sent: a copy of several tensors, or a view of one. None with Adasum, which sends each
+    tensor by itself."""
     handle: int
 
     @staticmethod
-    def send(tensors: Sequence[Tensor], how: Literal["step", "adasum"], name: str) -> _Message:
+    def send(tensors: Sequence[Tensor], mode: Literal["step", "adasum"], name: str) -> _Message:
         import horovod.torch as hvd
 
-        if how == "adasum":
-            # Its sums are of each tensor alone.
+        if mode == "adasum":
+            # Adasum's coefficients are computed per tensor.
             handle = hvd.grouped_allreduce_async_(list(tensors), op=hvd.Adasum, name=name)
             return _Message(tensors, None, handle)
         flat = [tensor.reshape(-1) for tensor in tensors]
-        joined = torch.cat(flat) if len(flat) > 1 else flat[0]
-        return _Message(tensors, joined, hvd.allreduce_async_(joined, op=hvd.Sum, name=name))
+        buffer = torch.cat(flat) if len(flat) > 1 else flat[0]
+        return _Message(tensors, buffer, hvd.allreduce_async_(buffer, op=hvd.Sum, name=name))
 
     def wait(self) -> Sequence[Tensor]:
-        """Return the joined tensors, each of its shape."""
+        """Wait for the sums and return them in the shapes of the tensors."""
         wait(self.handle)
-        if self.joined is None:
+        if self.buffer is None:
             return self.tensors
-        parts = torch.split(self.joined, [tensor.numel() for tensor in self.tensors])
+        parts = torch.split(self.buffer, [tensor.numel() for tensor in self.tensors])
         return [p.view_as(t) for p, t in zip(parts, self.tensors, strict=True)]
 
 
 def bucket_bytes(total: int) -> int:
-    """Return how many bytes of gradients fill a bucket, of `total`."""
-    return max(SMALLEST_BUCKET, total // BUCKETS)
+    """Return the size of a bucket if all gradients take `total` bytes."""
+    return max(MIN_BUCKET_BYTES, total // BUCKETS)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Divide parameters, the last first, into large ones and buckets of about as many bytes."""
+    """Split parameters, the last first, into large ones and buckets of similar size."""
     enough = bucket_bytes(sum(p.nbytes for p in parameters))
     buckets = [[p] for p in reversed(parameters) if p.nbytes >= enough]
     small: list[list[nn.Parameter]] = []
@@ -227,7 +238,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Overwrite floating-point tensors by their mean over the ranks."""
+    """Replace floating-point tensors with their mean over the ranks, in place."""
     if current().size > 1:
         mine = list(tensors)
         torch._foreach_div_(mine, current().size)
@@ -235,8 +246,23 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 
 def broadcast_state(tensors: dict[str, Tensor]) -> None:
-    """Overwrite named tensors on every rank with the first rank's."""
+    """Replace named tensors on every rank with those of rank 0, in place."""
     if current().size > 1:
         import horovod.torch as hvd
 
         hvd.broadcast_parameters(tensors, root_rank=0)
+
+
+def check_synchronization(mode: SumMode, world: World, device: torch.device) -> None:
+    """Raise UserError if this job cannot run ``parallel.synchronization = mode``."""
+    if mode != "adasum" or world.size == 1:
+        return
+    import horovod.torch as hvd
+
+    problem = ""
+    if world.size & (world.size - 1):
+        problem = f"needs a power of two of ranks, not {world.size}; change their number"
+    elif device.type == "cpu" and not hvd.mpi_enabled():
+        problem = "needs MPI on CPUs; start the job with mpirun or horovodrun --mpi"
+    if problem:
+        raise invalid_value("parallel.synchronization", mode, problem, "or use 'step'")

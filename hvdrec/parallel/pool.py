@@ -1,9 +1,9 @@
-"""Pure tasks, spread over processes, with their results in order.
+"""Run pure tasks on several processes and return their results in order.
 
-The processes are a pool on this machine (`local_workers`) or the ranks of an MPI job
-(`parallel.workers`). A task is a function at the top of a module with small arguments: where its
-inputs lie, and which part of them it is to work on. What it returns depends on these alone, so that
-any number of workers comes to the same.
+The processes are a pool on this machine (`local_pool`) or the ranks of an MPI job (`open_pool`).
+A task is a module-level function with small arguments: where its inputs are and which part of them
+to process. Its result depends on these arguments alone, so any number of workers gives the same
+results.
 """
 
 from __future__ import annotations
@@ -11,114 +11,239 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from hvdrec.errors import UserError
+from hvdrec.errors import SharedError, UserError, invalid_value
+
+if TYPE_CHECKING:
+    from mpi4py.futures import MPIPoolExecutor
+    from mpi4py.MPI import Intracomm
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-AHEAD = 2
-"""Tasks that a helper has at a time: one in work, and those to go on with."""
-HELD = 4
-"""Results that may wait for their turn, for each worker."""
-MOST_BY_DEFAULT, HEAD_START = 8, 1.0
-"""How many workers there are where none asks for a number, and after how many seconds of work the
-others are started then: each of them takes a second to begin, and memory of its own."""
+TASKS_PER_HELPER = 2
+"""Tasks submitted to each helper at a time: one runs, the others are ready to start."""
+RESULTS_PER_WORKER = 4
+"""Results per worker that may wait until earlier results are consumed."""
+DEFAULT_WORKERS, HEAD_START_SECONDS = 8, 1.0
+"""The most workers started by default, and how long this process works alone before it starts them.
+Each worker needs a second to start and memory of its own."""
+MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+"""Set by MPI launchers, `horovodrun --mpi` included. Their values differ between launchers."""
+FOLLOW_SECONDS = 10.0
+"""How long other ranks wait so that rank 0 reports a mistake first and the launcher stops them."""
+
+_rank = 0
 
 
-class Workers:
-    """This process and `helpers` others, which an executor reaches.
+class WorkerPool:
+    """This process and `helpers` other processes, reached through an executor.
 
-    For the first `head_start` seconds, from the first task on, this process works by itself.
-    are_gone: set where helpers may have ended, so that nobody waits for them.
+    Attributes:
+        helpers: The number of other processes.
+        is_broken: Set when helpers may have ended, so that nothing waits for them.
     """
 
     def __init__(
         self, executor: Executor | None = None, helpers: int = 0, head_start: float = 0.0
     ) -> None:
+        """Create a pool; this process works alone for `head_start` seconds from the first task."""
         self._executor, self.helpers = executor, helpers if executor is not None else 0
-        self._head_start, self._began = head_start, None if head_start else 0.0
-        self.are_gone = False
+        self._head_start, self._started = head_start, None if head_start else 0.0
+        self.is_broken = False
 
     def map(
         self, function: Callable[[Task], Result], tasks: Iterable[Task]
     ) -> Generator[Result, None, None]:
-        """Yield what a function makes of each task, in their order.
+        """Yield the result of each task, in the order of the tasks.
 
-        Tasks are taken as there is somebody to do them; this process does some itself while it
-        would wait. The first error, by order, is raised here; tasks that have not begun are then
-        dropped and those under way waited for, and so they are where the generator is closed: no
-        helper is at work any more. Raises UserError where a helper's process has died.
+        Tasks are taken from the iterable as workers become free. This process runs tasks itself
+        where it would otherwise wait. When a task fails or the generator is closed, tasks that have
+        not started are cancelled and running tasks are awaited, so no helper is at work afterwards.
+
+        Raises:
+            UserError: A helper process has died.
+            Exception: The error of the first task, by order, that failed.
         """
-        left = iter(tasks)
+        remaining = iter(tasks)
         none = object()
-        under_way: deque[Future[Result]] = deque()
-        if self._began is None:
-            self._began = time.monotonic()
+        pending: deque[Future[Result]] = deque()
+        if self._started is None:
+            self._started = time.monotonic()
         try:
             while True:
-                busy = sum(not future.done() for future in under_way)
-                alone = time.monotonic() - self._began < self._head_start
-                while self._executor is not None and not alone and busy < AHEAD * self.helpers:
-                    task = next(left, none)
+                busy = sum(not future.done() for future in pending)
+                is_alone = time.monotonic() - self._started < self._head_start
+                while (
+                    self._executor is not None
+                    and not is_alone
+                    and busy < TASKS_PER_HELPER * self.helpers
+                ):
+                    task = next(remaining, none)
                     if task is none:
                         break
-                    under_way.append(self._executor.submit(function, task))  # type: ignore[arg-type]
+                    pending.append(self._executor.submit(function, task))  # type: ignore[arg-type]
                     busy += 1
-                full = len(under_way) >= HELD * (self.helpers + 1)
-                own = none if full or (under_way and under_way[0].done()) else next(left, none)
-                if own is not none:
-                    under_way.append(_done(function, own))  # type: ignore[arg-type]
-                elif under_way:
-                    yield under_way.popleft().result()
+                is_full = len(pending) >= RESULTS_PER_WORKER * (self.helpers + 1)
+                is_ready = bool(pending) and pending[0].done()
+                task = none if is_full or is_ready else next(remaining, none)
+                if task is not none:
+                    pending.append(_run_here(function, task))  # type: ignore[arg-type]
+                elif pending:
+                    yield pending.popleft().result()
                 else:
                     return
         except BrokenProcessPool:
             raise UserError(
-                "a worker process has died, perhaps for lack of memory; give fewer --workers"
+                "workers: a worker process has died, perhaps for lack of memory; use fewer "
+                "--workers",
+                field="workers",
             ) from None
         finally:
-            running = [future for future in under_way if not future.cancel()]
-            if not self.are_gone:
+            running = [future for future in pending if not future.cancel()]
+            if not self.is_broken:
                 wait(running)
 
 
-ALONE = Workers()
-"""This process by itself."""
+THIS_PROCESS = WorkerPool()
+"""A pool without helpers."""
+
+
+def is_first_rank() -> bool:
+    """Return True if this process is rank 0 of the job whose ranks are the workers, or alone."""
+    return _rank == 0
 
 
 @contextmanager
-def local_workers(count: int = 0) -> Iterator[Workers]:
-    """Start processes on this machine, so that there are `count` workers with this one.
+def local_pool(count: int = 0) -> Iterator[WorkerPool]:
+    """Start processes on this machine, so that `count` workers run, including this process.
 
-    0 takes one for each core, but no more than MOST_BY_DEFAULT, and starts them only if the work
-    lasts. They are spawned: a fork would copy the locks of DuckDB's, Arrow's and onnxruntime's
+    0 starts one worker per core, at most DEFAULT_WORKERS, and only if the work takes a while.
+    Processes are spawned: a fork would copy the locks of DuckDB's, Arrow's and onnxruntime's
     threads without the threads that hold them.
     """
-    head_start = 0.0 if count else HEAD_START
-    count = count or min(len(os.sched_getaffinity(0)), MOST_BY_DEFAULT)
+    head_start = 0.0 if count else HEAD_START_SECONDS
+    count = count or min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)
     if count == 1:
-        yield ALONE
+        yield THIS_PROCESS
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count - 1, context, _leave_interrupts) as executor:
-        yield Workers(executor, count - 1, head_start)
+    with ProcessPoolExecutor(count - 1, context, _ignore_interrupts) as executor:
+        yield WorkerPool(executor, count - 1, head_start)
 
 
-def _leave_interrupts() -> None:
-    """Let the first process alone answer Ctrl-C."""
+@contextmanager
+def open_pool(count: int) -> Iterator[WorkerPool | None]:
+    """Yield the workers of this job, or None on the other ranks of an MPI job.
+
+    In an MPI job of several ranks, the ranks are the workers: rank 0 hands out tasks through
+    `mpi4py.futures`, and the block starts on the other ranks once all tasks are done. Otherwise
+    `count` processes on this machine are the workers (see `local_pool`). Horovod is not started.
+
+    Raises:
+        UserError: `count` is negative.
+        SharedError: The block failed on rank 0, or the ranks have no MPI (``horovodrun --gloo``).
+    """
+    global _rank  # noqa: PLW0603 -- one job per process
+    if count < 0:
+        remedy = "leave it out to use one worker per core"
+        raise invalid_value("--workers", count, "must not be negative", remedy)
+    world = _mpi_world()
+    if world is None or world.Get_size() == 1:
+        with local_pool(count) as workers:
+            yield workers
+        return
+    _rank = world.Get_rank()
+    if _rank == 0:
+        with _leading(world) as workers:
+            yield workers
+    else:
+        _follow(world)
+        yield None
+
+
+def _mpi_world() -> Intracomm | None:
+    """Return the communicator of this process's MPI job, if it is part of one."""
+    global _rank  # noqa: PLW0603 -- one job per process
+    if any(name in os.environ for name in MPI_VARIABLES):
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD
+    if os.environ.get("HOROVOD_SIZE", "1") != "1":
+        # The launcher is horovodrun --gloo, whose variables are reliable enough to refuse it.
+        _rank = int(os.environ["HOROVOD_RANK"])
+        if _rank:
+            time.sleep(FOLLOW_SECONDS)
+        raise SharedError(
+            "these ranks have no MPI, which this command needs to share its work; start it with "
+            "mpirun or horovodrun --mpi, or as one process with --workers N"
+        )
+    return None
+
+
+@contextmanager
+def _leading(world: Intracomm) -> Iterator[WorkerPool]:
+    """Yield the other ranks as workers; broadcast the error, if any, when the block ends."""
+    from mpi4py.futures import MPICommExecutor
+
+    message: str | None = "rank 0 failed"
+    try:
+        with MPICommExecutor(world, root=0) as executor:
+            workers = WorkerPool(cast("MPIPoolExecutor", executor), world.Get_size() - 1)
+            with _exit_on_sigterm(workers):
+                yield workers
+        message = None
+    except UserError as error:
+        message = str(error)
+        raise
+    finally:
+        world.bcast(message, root=0)
+
+
+@contextmanager
+def _exit_on_sigterm(workers: WorkerPool) -> Iterator[None]:
+    """Let the block clean up when the launcher ends the job, as if the block had failed."""
+
+    def end(number: int, frame: object) -> None:
+        workers.is_broken = True
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if workers.is_broken:
+            # Other ranks may have ended already, so MPI must not be finalized.
+            os._exit(128 + signal.SIGTERM)
+
+
+def _follow(world: Intracomm) -> None:
+    """Run tasks for rank 0 until it ends; raise SharedError if it ends with an error."""
+    from mpi4py.futures import MPICommExecutor
+
+    with MPICommExecutor(world, root=0):
+        pass
+    message = world.bcast(None, root=0)
+    if message is not None:
+        raise SharedError(message)
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C to the first process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _done(function: Callable[[Task], Result], task: Task) -> Future[Result]:
-    """Do a task here, as a helper would."""
+def _run_here(function: Callable[[Task], Result], task: Task) -> Future[Result]:
+    """Run a task in this process and return a finished future."""
     future: Future[Result] = Future()
     try:
         future.set_result(function(task))

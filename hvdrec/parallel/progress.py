@@ -14,9 +14,9 @@ def is_first_rank() -> bool:
     The modules that know the rank are slow to import, so they are asked only if they are loaded.
     """
     ranks = sys.modules.get("hvdrec.parallel.ranks")
-    workers = sys.modules.get("hvdrec.parallel.rank_pool")
+    workers = sys.modules.get("hvdrec.parallel.pool")
     return (ranks is None or bool(ranks.current().is_first)) and (
-        workers is None or bool(workers.is_first())
+        workers is None or bool(workers.is_first_rank())
     )
 
 

@@ -1,13 +1,12 @@
-"""The ranks of a job and what they tell each other outside the gradient."""
+"""The ranks of a job, and collectives outside the gradient."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
@@ -16,38 +15,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdrec.errors import SharedError, UserError
-from hvdrec.parallel import agreement
-from hvdrec.parallel.environment import (
-    check_gloo_address,
-    check_rendezvous,
-    is_launched,
-    set_environment,
-    unseen_processes,
-)
+from hvdrec.errors import SharedError, UserError, invalid_value
+from hvdrec.parallel import agreement, environment
 
 T = TypeVar("T")
 
 SILENCE_VARIABLE = "HVDREC_SILENCE_SECONDS"
-"""Seconds after which a rank that gives no sign of life counts as lost; 0: never."""
+"""Seconds after which a rank without a sign of life counts as lost; 0 disables the check."""
 DEFAULT_SILENCE = 25.0
-GLOO_VARIABLE = "HOROVOD_GLOO_TIMEOUT_SECONDS"
-GLOO_SECONDS = 30.0
-"""Horovod's own limit for a message under Gloo, which tells less: it must not come first."""
+GLOO_TIMEOUT_VARIABLE = "HOROVOD_GLOO_TIMEOUT_SECONDS"
+MIN_GLOO_TIMEOUT = 30.0
+"""Gloo's own timeout for a message. It does not name the lost rank, so it must not come first."""
 
 SPIN_SECONDS, SLEEP_SECONDS = 5e-5, 1e-4
-"""How long `wait` looks without a pause, and how long it pauses between two looks after that."""
-SPEAK_SECONDS = 1.0
-"""Head start of the first rank in telling a mistake: a launcher ends it with whoever ends first."""
+"""How long `wait` polls without a pause, and its pause between polls after that."""
+FIRST_RANK_LEAD_SECONDS = 1.0
+"""Time for rank 0 to report an error: launchers stop all ranks when the first one ends."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` in the job, `local_rank` of `local_size` on a host.
+    """The position of this process in the job.
 
-    hosts: the name of every rank's host.
+    Attributes:
+        rank: This rank, from 0 to `size` - 1.
+        size: The number of ranks.
+        local_rank: This rank among the `local_size` ranks of its host.
+        local_size: The number of ranks on this host.
+        hosts: The host name of every rank.
     """
 
     rank: int = 0
@@ -58,76 +55,83 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes files and talks to people."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
-    def place(self, *ranks: int) -> str:
-        """Return where ranks are, for people: ``rank 1 on hv2``."""
-        return agreement.places(ranks, self.hosts)
+    def describe(self, *ranks: int) -> str:
+        """Return ranks with their hosts, such as ``rank 1 on hv2``."""
+        return agreement.describe_ranks(ranks, self.hosts)
 
 
 _world: World | None = None
 
 
 def silence_seconds() -> float:
-    """Return after how many seconds a silent rank counts as lost; 0: never."""
+    """Return the seconds after which a silent rank counts as lost; 0 means never."""
     text = os.environ.get(SILENCE_VARIABLE, str(DEFAULT_SILENCE))
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not (seconds == 0 or 1 <= seconds < math.inf):
-        raise UserError(f"{SILENCE_VARIABLE} = {text}: must be 0 (never) or at least 1 second")
+        raise invalid_value(SILENCE_VARIABLE, text, "must be 0 (never) or at least 1 second")
     return seconds
 
 
 def init() -> World:
-    """Start Horovod (once) and return this process's place in the job.
+    """Start Horovod on the first call and return this process's position in the job.
 
-    Raises UserError where Horovod is not installed or does not start, and SharedError where the
-    hosts have different versions of what is in `agreement.versions`.
+    Raises:
+        UserError: Horovod is not installed or does not start.
+        SharedError: The versions in `agreement.versions` differ between hosts.
     """
     global _world  # noqa: PLW0603 -- one job per process, as in Horovod itself
     if _world is None:
-        try:
-            import horovod.torch as hvd
-        except ImportError as error:
-            raise UserError(
-                f"horovod: cannot be imported ({error}); install it with scripts/install"
-            ) from None
-        if not is_launched():
-            # A process alone needs no MPI runtime, which would want its daemon on the path.
-            os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
-            os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
-        os.environ.setdefault(GLOO_VARIABLE, f"{max(GLOO_SECONDS, silence_seconds() + 5):.0f}")
-        set_environment()
         host = agreement.host_name()
-        check_gloo_address(host)
-        check_rendezvous(host)
-        try:
-            hvd.init()
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{host}: Horovod does not start ({error}); a host is down, a firewall is between "
-                "them, or a rank has ended: see the lines above, and hvdrec hosts"
-            ) from None
+        _start_horovod(host)
+        import horovod.torch as hvd
+
         _world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), (host,))
-        _check_launcher(_world)
+        environment.check_process_count(host, _world.size)
         _world = replace(_world, hosts=tuple(gather_objects(host)))
-        told = agreement.different_versions(gather_objects(agreement.versions()), _world.hosts)
-        if told is not None:
-            _raise_shared(told)
+        versions = gather_objects(agreement.versions())
+        message = agreement.version_differences(versions, _world.hosts)
+        if message is not None:
+            raise_shared(message)
     return _world
 
 
+def _start_horovod(host: str) -> None:
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise UserError(
+            f"horovod: cannot be imported ({error}); install it with scripts/install",
+            field="horovod",
+        ) from None
+    timeout = max(MIN_GLOO_TIMEOUT, silence_seconds() + 5)
+    os.environ.setdefault(GLOO_TIMEOUT_VARIABLE, f"{timeout:.0f}")
+    environment.set_horovod_defaults()
+    environment.check_gloo_address(host)
+    environment.check_rendezvous(host)
+    try:
+        hvd.init()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{host}: Horovod does not start ({error}); a host is down, a firewall is between "
+            "the hosts, or a rank has ended: see the lines above, and run hvdrec hosts",
+            field=host,
+        ) from None
+
+
 def current() -> World:
-    """Return the place of this process; before `init`, that of a process alone."""
+    """Return this process's position in the job; before `init`, that of a single process."""
     return _world or World()
 
 
 @contextmanager
-def alone() -> Iterator[World]:
-    """Let this process work as if it had no other ranks; all of them may do so at a time."""
+def single_rank() -> Iterator[World]:
+    """Let this process work as if it were the only rank; all ranks may do so at the same time."""
     global _world  # noqa: PLW0603 -- see init
     before, _world = _world, None
     try:
@@ -137,22 +141,22 @@ def alone() -> Iterator[World]:
 
 
 def wait(handle: int) -> Any:
-    """Wait for a collective that was begun and return its result, as ``hvd.synchronize`` does.
+    """Wait for a collective and return its result, as ``hvd.synchronize`` does.
 
-    That one keeps a core busy until the result is there, which Horovod's own thread and other ranks
-    of the host may need: with two ranks to a core it made steps ten times longer.
+    ``hvd.synchronize`` spins on a core that Horovod's own thread and other ranks of the host may
+    need: with two ranks per core, steps took ten times longer. This function sleeps between polls.
     """
     import horovod.torch as hvd
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     while not hvd.poll(handle):
-        if time.perf_counter() - began > SPIN_SECONDS:
+        if time.perf_counter() - started > SPIN_SECONDS:
             time.sleep(SLEEP_SECONDS)
     return hvd.synchronize(handle)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if current().size > 1:
         import horovod.torch as hvd
 
@@ -166,14 +170,14 @@ def sum_arrays(array: Array) -> Array:
     import horovod.torch as hvd
 
     wide = np.ascontiguousarray(array, dtype=np.int64 if array.dtype.kind in "iub" else np.float64)
-    # Horovod has no zero-dimensional tensors on every transport: always send one dimension.
+    # Not every transport of Horovod supports zero-dimensional tensors, so send one dimension.
     mine = torch.from_numpy(wide.reshape(-1).copy())
     total = wait(hvd.allreduce_async(mine, op=hvd.Sum, name="sum_arrays"))
     return np.asarray(total.numpy()).reshape(array.shape)
 
 
 def gather_arrays(array: Array) -> Array:
-    """Return the ranks' arrays, of any lengths, joined in order of rank, on every rank."""
+    """Return the ranks' arrays, of any lengths, concatenated in rank order, on every rank."""
     if current().size == 1:
         return array
     import horovod.torch as hvd
@@ -185,76 +189,49 @@ def gather_arrays(array: Array) -> Array:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return every rank's JSON value, in order of rank, on every rank."""
+    """Return the JSON value of every rank, in rank order, on every rank."""
     if current().size == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
     lengths = gather_arrays(np.array([text.size], dtype=np.int64))
     joined = gather_arrays(text).tobytes()
     ends = np.cumsum(lengths)
-    return [
-        json.loads(joined[end - length : end]) for end, length in zip(ends, lengths, strict=True)
-    ]
+    return [json.loads(joined[e - n : e]) for e, n in zip(ends, lengths, strict=True)]
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return the first rank's JSON value on every rank."""
+    """Return rank 0's JSON value on every rank."""
     if current().size == 1:
         return value
     return gather_objects(value if current().is_first else None)[0]
 
 
-def together(action: Callable[[], T]) -> T:
-    """Run an action on every rank; a user's mistake on any of them is raised on all of them.
+def run_on_all(action: Callable[[], T]) -> T:
+    """Run an action on every rank; if it fails on any rank, raise on all of them.
 
-    Without this a rank that stops alone would leave the others waiting in a collective. Raises
-    SharedError.
+    Otherwise a rank that fails alone would leave the others waiting in their next collective.
+
+    Raises:
+        SharedError: The action raised UserError on at least one rank.
     """
     result: Sequence[T] = ()
-    message: str | None = None
+    mistake: list[str] | None = None
     try:
         result = (action(),)
     except UserError as error:
-        message = str(error)
-    messages = gather_objects(message)
-    failed = [rank for rank, text in enumerate(messages) if text is not None]
+        mistake = [str(error), error.field]
+    mistakes = gather_objects(mistake)
+    failed = [rank for rank, each in enumerate(mistakes) if each is not None]
     if failed:
-        first = messages[failed[0]]
-        same = [rank for rank in failed if messages[rank] == first]
-        who = "" if len(same) == len(messages) else f"{current().place(*same)}: "
-        _raise_shared(f"{who}{first}")
+        text, field = mistakes[failed[0]]
+        same = [rank for rank in failed if mistakes[rank] == mistakes[failed[0]]]
+        where = "" if len(same) == len(mistakes) else f"{current().describe(*same)}: "
+        raise_shared(f"{where}{text}", field)
     return result[0]
 
 
-def agree_on_config(config: Mapping[str, Any]) -> None:
-    """Raise SharedError, which names field and hosts, unless all ranks have one configuration."""
-    text = json.dumps(config, sort_keys=True)
-    if len(set(gather_objects(hashlib.sha256(text.encode()).hexdigest()))) > 1:
-        told = agreement.different_fields(gather_objects(json.loads(text)), current().hosts)
-        if told is not None:
-            _raise_shared(told)
-
-
-def agree_on_files(place: agreement.Place, remedy: str) -> None:
-    """Raise SharedError, which names the hosts, unless all ranks see the same file or artifact."""
-    seen = together(lambda: agreement.digest(place))
-    told = agreement.difference(gather_objects(seen), current().hosts)
-    if told is not None:
-        _raise_shared(f"{place}: is not the same on every host: {told}; {remedy}")
-
-
-def _check_launcher(world: World) -> None:
-    """Raise UserError where Horovod does not know of the processes that were started with it."""
-    unseen = unseen_processes(world.size)
-    if unseen is not None:
-        raise UserError(
-            f"{world.hosts[0]}: the launcher has started {unseen[1]} processes ({unseen[0]}), "
-            "Horovod sees one: use the mpirun of the MPI that it was built with, or horovodrun"
-        )
-
-
-def _raise_shared(text: str) -> NoReturn:
-    """Raise SharedError; the first rank is ahead of the others."""
+def raise_shared(text: str, field: str = "") -> NoReturn:
+    """Raise SharedError on every rank; rank 0 goes first, because it prints the error."""
     if not current().is_first:
-        time.sleep(SPEAK_SECONDS)
-    raise SharedError(text)
+        time.sleep(FIRST_RANK_LEAD_SECONDS)
+    raise SharedError(text, field=field)

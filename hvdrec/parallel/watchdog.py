@@ -186,7 +186,7 @@ class _Watch:
         if word not in (LEAVING, FAILED, END, SILENT):
             # Whoever ends all ranks at once ends this one, too, before it complains.
             await asyncio.sleep(0.1)
-        where = self._world.place(rank)
+        where = self._world.describe(rank)
         if word == LEAVING or self._is_leaving:
             self._left.add(rank)
         elif word in (FAILED, END) or self._was_silent():
@@ -197,7 +197,9 @@ class _Watch:
                 "network is down"
             )
         else:
-            await self._end(f"{where}: has ended without a word; it was killed, or it crashed")
+            await self._end(
+                f"{where}: ended without an error message; it was killed, or it crashed"
+            )
 
     async def _next_word(self, reader: asyncio.StreamReader) -> bytes:
         """Return what is said next, b"" where the connection has ended."""
@@ -240,14 +242,14 @@ class _Watch:
                 _tell(line)
             await self._say(END)
         elif line is not None:
-            await asyncio.sleep(turn_seconds(self._world))
+            await asyncio.sleep(report_delay(self._world))
             _tell(line)
         if line is None:
             await asyncio.sleep(FOLLOW_SECONDS)
         os._exit(1)
 
 
-def turn_seconds(world: World) -> float:
+def report_delay(world: World) -> float:
     """Return how long a rank that has lost the first one waits before it tells so.
 
     One rank of each host would speak for all, one host after the other: the launcher ends the job
@@ -274,9 +276,9 @@ def _start(world: World) -> _Watch | None:
     connected = world.is_first or watch.connect(offered)
     lost = [rank for rank, found in enumerate(ranks.gather_objects(connected)) if not found]
     if lost and world.is_first:
-        who, where = world.place(*lost), ", ".join(offered.addresses)
+        who, where = world.describe(*lost), ", ".join(offered.addresses)
         print(
-            f"hvdrec: warning: {who} cannot connect to {world.place(0)} ({where}, port "
+            f"hvdrec: warning: {who} cannot connect to {world.describe(0)} ({where}, port "
             f"{offered.port}): should they fall silent, nobody will notice",
             file=sys.stderr,
             flush=True,
@@ -324,7 +326,7 @@ def _fail(error: Exception, world: World, watch: _Watch | None) -> NoReturn:
     if not isinstance(error, UserError):
         traceback.print_exception(error)
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    _tell(f"{world.place(world.rank)}: {text}")
+    _tell(f"{world.describe(world.rank)}: {text}")
     if watch is not None:
         watch.tell_failed()
     os._exit(2 if isinstance(error, UserError) else 1)

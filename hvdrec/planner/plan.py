@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hvdrec.embeddings.placement import Group, bytes_of_rows
+from hvdrec.embeddings.placement import TableGroup, bytes_per_rank
 from hvdrec.embeddings.sharded import replicated_bytes
 from hvdrec.errors import UserError
 from hvdrec.parallel.gradients import bucket_bytes
@@ -121,7 +121,7 @@ class Plan:
 
 
 def plan_step(
-    groups: Sequence[Group],
+    groups: Sequence[TableGroup],
     work: Work,
     cluster: Cluster,
     constants: Constants,
@@ -140,7 +140,7 @@ def plan_step(
             work.table_rows[table],
         )
         for group in groups
-        for table, rows in group.rows.items()
+        for table, rows in group.sizes.items()
     )
     sent: dict[str, float] = {}
     seconds = {"compute": _compute(work, cluster, constants)}
@@ -201,10 +201,10 @@ def _hidden(sent: float, work: Work, cluster: Cluster, constants: Constants) -> 
 
 
 def smallest_cluster(
-    groups_of: Mapping[int, Sequence[Group]], state_widths: Mapping[int, int], memory: float
+    groups_of: Mapping[int, Sequence[TableGroup]], state_widths: Mapping[int, int], memory: float
 ) -> int | None:
     """Return the smallest of the numbers of ranks whose tables fit, or None."""
     for ranks in sorted(groups_of):
-        if bytes_of_rows(groups_of[ranks], state_widths) <= memory:
+        if bytes_per_rank(groups_of[ranks], state_widths) <= memory:
             return ranks
     return None

@@ -17,8 +17,8 @@ import torch
 from hvdrec.config import Config
 from hvdrec.data.batch import Batch
 from hvdrec.data.loader import ShardLoader
-from hvdrec.embeddings.lookup import find_rows
-from hvdrec.embeddings.placement import Group
+from hvdrec.embeddings.lookup import look_up
+from hvdrec.embeddings.placement import TableGroup
 from hvdrec.embeddings.setup import make_tables, row_optimizer, table_groups
 from hvdrec.errors import UserError
 from hvdrec.features.fit import Fitted
@@ -59,37 +59,38 @@ def make_plan(config: Config, cluster: Cluster, constants: Constants) -> Planned
     Raises UserError if the shards are missing.
     """
     fitted = Fitted.load(config.paths.of("features"))
-    groups = table_groups(config, fitted.sizes, cluster.ranks)
-    optimizer = row_optimizer(config)
+    groups = _groups(config, fitted.sizes, cluster.ranks)
+    optimizer = row_optimizer(config.train)
     widths = {width: optimizer.state_width(width) for width in {g.width for g in groups}}
     work = measure_work(config, fitted.sizes, groups, cluster.ranks)
     plan = plan_step(groups, work, cluster, constants, widths)
     smallest: int | None = cluster.ranks
     if not plan.fits:
         more = [2**i for i in range(13) if 2**i > cluster.ranks]
-        candidates = {n: table_groups(config, fitted.sizes, n) for n in more}
+        candidates = {n: _groups(config, fitted.sizes, n) for n in more}
         smallest = smallest_cluster(candidates, widths, cluster.memory)
     return Planned(cluster, constants, work, plan, smallest)
 
 
+def _groups(config: Config, sizes: Mapping[str, int], ranks: int) -> tuple[TableGroup, ...]:
+    return table_groups(config.schema, config.model.dimension, sizes, ranks, config.parallel)
+
+
 def measure_work(
-    config: Config, sizes: Mapping[str, int], groups: Sequence[Group], world_size: int
+    config: Config, sizes: Mapping[str, int], groups: Sequence[TableGroup], world_size: int
 ) -> Work:
     """Count what some batches of the training split look up on so many ranks."""
     schema = config.schema
     widths = dimensions(schema, config.model.dimension)
-    alone = [Group(widths[name], 1, {name: sizes[name]}) for name in widths]
+    alone = [TableGroup(widths[name], 1, {name: sizes[name]}) for name in widths]
     rows = math.ceil(config.train.batch_size / world_size)
     mine = list(_batches(config, rows, world_size))
     everyone = list(_batches(config, config.train.batch_size, 1))
     model = build_model(config, sizes, with_tables=False)
 
-    def mean(batches: Sequence[Batch], places: Sequence[Group]) -> list[float]:
+    def mean(batches: Sequence[Batch], places: Sequence[TableGroup]) -> list[float]:
         counts = [
-            [
-                len(f.rows)
-                for f in find_rows(schema, places, b.features, pooling=config.model.pooling)
-            ]
+            [len(f.rows) for f in look_up(schema, places, b.features, config.model.pooling)]
             for b in batches
         ]
         return [float(value) for value in np.mean(counts, axis=0)]
@@ -176,7 +177,7 @@ def _seconds_alone(
     All ranks take such steps at the same time, each for itself: they may share cores.
     """
     ranks.barrier()
-    with ranks.alone() as world:
+    with ranks.single_rank() as world:
         return _step_seconds(config, sizes, world, device, rows, _enough(config, rows))
 
 

@@ -88,7 +88,7 @@ def save(
             path = run / "checkpoints" / name
             draft = stack.enter_context(write_artifact(path, "checkpoint", meta, overwrite=True))
         folder = Path(ranks.broadcast_object(str(draft)))
-        ranks.together(
+        ranks.run_on_all(
             lambda: _write(folder, model, optimizer, tables, averages, is_first=is_first)
         )
     if is_first:
@@ -177,13 +177,13 @@ def load_model_and_tables(
 
     Where `load_model` would need more memory than a rank has. Every rank must call this.
     """
-    directory = ranks.together(lambda: _find(Path(run), which))
-    meta = ranks.together(lambda: read_manifest(directory, "checkpoint").meta)
-    fitted = ranks.together(lambda: Fitted.load(config.paths.of("features")))
+    directory = ranks.run_on_all(lambda: _find(Path(run), which))
+    meta = ranks.run_on_all(lambda: read_manifest(directory, "checkpoint").meta)
+    fitted = ranks.run_on_all(lambda: Fitted.load(config.paths.of("features")))
     model = build_model(config, fitted.sizes, with_tables=False)
     # Looking at rows needs no state beside them.
     plain = replace(config, train=replace(config.train, embedding_optimizer="sgd"))
-    tables = ranks.together(
+    tables = ranks.run_on_all(
         lambda: make_tables(plain, fitted.sizes, ranks.current(), device, kernels={}, is_new=False)
     )
 
@@ -191,7 +191,7 @@ def load_model_and_tables(
         read_tables(directory, meta["tables"], tables, served=True)
         load_dense(model, directory, config)
 
-    ranks.together(fill)
+    ranks.run_on_all(fill)
     return model.to(device).eval(), tables, directory.name
 
 

@@ -12,7 +12,7 @@ from hvdrec.errors import invalid_value
 from hvdrec.evaluation.evaluate import evaluate_model
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.result import EvaluationResult, Split
-from hvdrec.parallel import ranks
+from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training.checkpoint import Which, load_model, load_model_and_tables, read_config
 from hvdrec.training.machine import pick_device, set_threads
@@ -48,19 +48,23 @@ def evaluate(
     world = ranks.init()
     with watched():
         run = Path(run)
-        config = ranks.together(lambda: read_config(run))
-        ranks.agree_on_config(to_dict(config))
-        ranks.agree_on_files(config.paths.of("features"), "evaluate the same features everywhere")
+        config = ranks.run_on_all(lambda: read_config(run))
+        checks.require_same_config(to_dict(config))
+        checks.require_same_files(
+            config.paths.of("features"), "evaluate the same features everywhere"
+        )
         set_threads(config, world)
-        device = ranks.together(lambda: pick_device(config, world))
+        device = ranks.run_on_all(lambda: pick_device(config, world))
         rows_of = None
         if world.size == 1:
             model, name = load_model(run, config, checkpoint)
             model.to(device)
         else:
             model, tables, name = load_model_and_tables(run, config, checkpoint, device)
-            ranks.agree_on_files(run / "checkpoints" / name, "evaluate the same run everywhere")
-            rows_of = tables.rows_of
+            checks.require_same_files(
+                run / "checkpoints" / name, "evaluate the same run everywhere"
+            )
+            rows_of = tables.fetch_rows
         report = evaluate_model(
             model,
             config,

@@ -20,14 +20,13 @@ from hvdrec.config.structure import to_dict
 from hvdrec.data.loader import ShardLoader
 from hvdrec.data.sampler import Progress
 from hvdrec.embeddings.kernels import KernelName
-from hvdrec.embeddings.setup import check_synchronization, make_tables
+from hvdrec.embeddings.setup import make_tables
 from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
 from hvdrec.features.fit import Fitted, check_task_labels
-from hvdrec.parallel import ranks
-from hvdrec.parallel.gradients import broadcast_state, global_sum
+from hvdrec.parallel import checks, ranks
+from hvdrec.parallel.gradients import broadcast_state, check_synchronization, global_sum
 from hvdrec.parallel.ranks import World
-from hvdrec.parallel.shared import shared_directory
 from hvdrec.parallel.watchdog import watched
 from hvdrec.storage.artifacts import read_manifest, write_text
 from hvdrec.training import checkpoint
@@ -102,37 +101,41 @@ def _train(
     world: World, config: Config, *, resume: bool, overwrite: bool, stop: Stop | None
 ) -> dict[str, Any]:
     run, features = config.paths.of("run"), config.paths.of("features")
-    ranks.agree_on_config(to_dict(config))
-    ranks.together(lambda: check_features(config))
-    ranks.agree_on_files(features, "copy the same features to all of them, or share the directory")
+    checks.require_same_config(to_dict(config))
+    ranks.run_on_all(lambda: check_features(config))
+    checks.require_same_files(
+        features, "copy the same features to all of them, or share the directory"
+    )
     resuming = ranks.broadcast_object(
-        ranks.together(
+        ranks.run_on_all(
             lambda: world.is_first and _check_run(config, run, resume=resume, overwrite=overwrite)
         )
     )
     if resuming:
-        shared_directory(run, "a run is resumed where every rank sees its checkpoints")
+        checks.require_shared_directory(
+            run, "a run is resumed where every rank sees its checkpoints"
+        )
     set_threads(config, world)
-    device = ranks.together(lambda: pick_device(config, world))
-    ranks.together(lambda: check_synchronization(config, world, device))
+    device = ranks.run_on_all(lambda: pick_device(config, world))
+    ranks.run_on_all(lambda: check_synchronization(config.parallel.synchronization, world, device))
     rows = math.ceil(config.train.batch_size / world.size)
-    loader = ranks.together(
+    loader = ranks.run_on_all(
         lambda: ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
     )
-    fitted = ranks.together(lambda: Fitted.load(features))
-    ranks.together(lambda: check_codes(loader, config, fitted.sizes))
-    kernels = ranks.together(lambda: _kernels_before(run)) if resuming else {}
-    tables = ranks.together(
+    fitted = ranks.run_on_all(lambda: Fitted.load(features))
+    ranks.run_on_all(lambda: check_codes(loader, config, fitted.sizes))
+    kernels = ranks.run_on_all(lambda: _kernels_before(run)) if resuming else {}
+    tables = ranks.run_on_all(
         lambda: make_tables(
             config, fitted.sizes, world, device, kernels=kernels, is_new=not resuming
         )
     )
     if any(group.is_sharded for group in tables.groups):
-        shared_directory(run, "every rank writes its part of sharded tables there")
-    teacher = ranks.together(lambda: load_teacher(config, device))
+        checks.require_shared_directory(run, "every rank writes its part of sharded tables there")
+    teacher = ranks.run_on_all(lambda: load_teacher(config, device))
     if config.train.warm_start.history:
-        ranks.together(lambda: check_size(config, fitted.sizes[config.schema.item_key]))
-    ranks.together(lambda: _prepare(world, run, config, overwrite and not resuming))
+        ranks.run_on_all(lambda: check_size(config, fitted.sizes[config.schema.item_key]))
+    ranks.run_on_all(lambda: _prepare(world, run, config, overwrite and not resuming))
     torch.manual_seed(config.seed)
     model = build_model(config, fitted.sizes, with_tables=False)
     if config.train.warm_start.history and not resuming:
@@ -146,7 +149,7 @@ def _train(
         averages = Averages(model, tables, config.train.average_decay, config.train.average_steps)
     position = Position()
     if resuming:
-        position = ranks.together(
+        position = ranks.run_on_all(
             lambda: checkpoint.restore(run, model, optimizer, tables, averages)
         )
     with TrainingLog(run, is_first=world.is_first, rows_per_epoch=loader.rows) as log:
@@ -175,9 +178,13 @@ def _train(
             device=str(device),
             rows=loader.rows,
             parameters=sum(p.numel() for p in model.parameters())
-            + sum(rows * group.width for group in tables.groups for rows in group.rows.values()),
+            + sum(rows * group.width for group in tables.groups for rows in group.sizes.values()),
             tables={
-                group.name: {"tables": list(group.rows), "rows": group.local_rows, "kernel": k.name}
+                group.name: {
+                    "tables": list(group.sizes),
+                    "rows": group.local_rows,
+                    "kernel": k.name,
+                }
                 for group, k in zip(tables.groups, tables.kernels, strict=True)
             },
             step=position.step,
@@ -359,7 +366,7 @@ def _validate(job: _Job, position: Position, epoch: int) -> tuple[dict[str, Any]
     averages = job.trainee.averages
     with averages.in_place() if averages is not None else nullcontext():
         found = validation_metric(
-            job.trainee.model, job.config, name, job.device, job.trainee.tables.rows_of
+            job.trainee.model, job.config, name, job.device, job.trainee.tables.fetch_rows
         )
     value, metrics = ranks.broadcast_object(found)
     better = position.best is None or (

@@ -14,8 +14,8 @@ from torch import Tensor
 from hvdrec.config import Config
 from hvdrec.config.sections import Train
 from hvdrec.data.batch import Batch
-from hvdrec.embeddings.lookup import cuts
-from hvdrec.embeddings.sharded import DistributedTables, Sent
+from hvdrec.embeddings.lookup import part_bounds
+from hvdrec.embeddings.sharded import DistributedTables, PendingGradients
 from hvdrec.models.losses import (
     binary_cross_entropy,
     in_batch_softmax,
@@ -49,7 +49,7 @@ def compute_gradients(
     log_probability: Tensor | None,
     dense: DenseGradients,
     teacher: Recommender | None = None,
-) -> tuple[StepLoss, Sent]:
+) -> tuple[StepLoss, PendingGradients]:
     """Run forward and backward on a step's batch, in `train.accumulate` parts.
 
     Every rank must call this together. The gradients of dense parameters are pending in `dense`,
@@ -62,13 +62,12 @@ def compute_gradients(
         teacher: A model in evaluation mode that holds its tables; None without distillation.
     """
     train, batch = config.train, step.batch
-    fetched = tables.fetch(step.asked)
-    parts = fetched if isinstance(fetched, tuple) else (fetched,)
+    parts = tables.fetch(step.asked)
     dtype, device = batch.label.dtype, batch.label.device
     totals = step.totals.wait().clamp(min=1e-12).to(device, dtype, non_blocking=True)
     sums = torch.zeros(3 + len(config.tasks), dtype=dtype, device=device)
     task_factors = sums.new_tensor([task.weight for task in config.tasks])
-    places = cuts(len(batch.label), len(parts))
+    places = part_bounds(len(batch.label), len(parts))
     pieces = zip(places, parts, step.positives, strict=True)
     for number, ((start, stop), rows, index) in enumerate(pieces, start=1):
         part = batch if len(parts) == 1 else batch.part(start, stop)
@@ -95,11 +94,11 @@ def compute_gradients(
         factor = train.retrieval_weight if train.objective == "joint" else 1.0
         total = ranking + factor * retrieval
         if number == len(parts):
-            dense.expect()
+            dense.expect_last_backward()
         total.backward()  # type: ignore[no-untyped-call]
         sums += torch.cat([torch.stack([total, ranking, retrieval]), of_tasks]).detach()
     sent = tables.send_gradients(step.asked)
-    dense.finish()
+    dense.send_rest()
     total, ranking, retrieval, *_ = sums.unbind()
     return StepLoss(total, ranking, retrieval, sums[3:]), sent
 
@@ -113,7 +112,7 @@ def clip(
 ) -> tuple[Tensor, ...]:
     """Scale all gradients down to a global L2 norm, if they exceed it; every rank calls this."""
     dense = [p.grad for p in model.parameters() if p.grad is not None]
-    mine, common = tables.square_norm(step.asked, gradients)
+    mine, common = tables.squared_norms(step.asked, gradients)
     total = global_sum(mine) + common
     total = total + sum((g.double().square().sum() for g in dense), torch.zeros_like(total))
     scale = (norm / (total.sqrt() + 1e-6)).clamp(max=1.0)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from hvdrec.config import Config
 from hvdrec.data.batch import Batch
-from hvdrec.embeddings.lookup import Found, cuts
-from hvdrec.embeddings.sharded import Asked, DistributedTables
+from hvdrec.embeddings.lookup import GroupLookup, drop_to_unknown, part_bounds
+from hvdrec.embeddings.sharded import DistributedTables, RowRequest
 from hvdrec.models.losses import task_weights
-from hvdrec.parallel.gradients import PendingSum, begin_global_sum
+from hvdrec.parallel.gradients import PendingSum, start_global_sum
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Prepared:
     """
 
     batch: Batch
-    found: tuple[Found, ...]
+    found: tuple[GroupLookup, ...]
     positives: tuple[Tensor, ...]
     totals: Tensor
     drawn: int
@@ -44,11 +44,11 @@ class Step:
     """
 
     batch: Batch
-    asked: Asked
+    asked: RowRequest
     positives: tuple[Tensor, ...]
     totals: PendingSum
     drawn: int
-    following: Asked | None = None
+    following: RowRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,17 @@ def preparer(
         random = np.random.default_rng(place) if draws else None
         if catalogue and random:
             batch = catalogue.appended(batch, drawn, random)
-        found = tables.find(
-            batch.features, parts=parts, unknown_rate=config.model.unknown_rate, random=random
-        )
+        codes: Mapping[str, Tensor] = batch.features
+        if config.model.unknown_rate and random:
+            codes = drop_to_unknown(tables.schema, codes, config.model.unknown_rate, random)
+        found = tables.look_up(codes, parts)
         positive = batch.weight * batch.label
         return Prepared(
             batch,
             found,
             tuple(
                 torch.from_numpy(np.flatnonzero(positive[i:j].numpy()))
-                for i, j in cuts(len(positive), parts)
+                for i, j in part_bounds(len(positive), parts)
             ),
             _totals(batch, positive),
             drawn,
@@ -140,9 +141,9 @@ def steps(
     for ready in prepared:
         step = Step(
             ready.batch.to(device),
-            tables.ask(ready.found),
+            tables.request_rows(ready.found),
             tuple(index.to(device, non_blocking=True) for index in ready.positives),
-            begin_global_sum(ready.totals),
+            start_global_sum(ready.totals),
             ready.drawn,
         )
         if waiting is not None:

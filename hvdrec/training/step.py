@@ -52,7 +52,7 @@ def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> Ste
     _seed(int(seed.generate_state(1, np.uint32)[0]), tables.device)
     share = schedule(train, number, progress)
     set_learning_rate(trainee.optimizer, share * train.learning_rate)
-    tables.set_rate(share * train.embedding_learning_rate)
+    tables.set_learning_rate(share * train.embedding_learning_rate)
     trainee.optimizer.zero_grad(set_to_none=True)
     dense = trainee.dense
     loss, sent = compute_gradients(
@@ -64,14 +64,14 @@ def take_step(trainee: Trainee, step: Step, number: int, progress: float) -> Ste
         dense,
         trainee.teacher,
     )
-    gradients = tables.gradients(sent)
+    gradients = tables.wait_gradients(sent)
     if train.clip_norm > 0:
         dense.wait()
         gradients = clip(model, tables, step, gradients, train.clip_norm)
     tables.update(step.asked, gradients)
     if step.following is not None:
         # The next step's vectors travel while dense weights are brought up to date.
-        tables.begin_fetch(step.following)
+        tables.start_fetch(step.following)
     dense.wait()
     trainee.optimizer.step()
     if parallel.synchronization == "average" and (number + 1) % parallel.average_every == 0:

@@ -41,7 +41,7 @@ def warm_start(config: Config, size: int, model: Recommender, tables: Distribute
     influence.
     """
     width = model.output_width
-    first = ranks.together(
+    first = ranks.run_on_all(
         lambda: (
             _rows(config, size, width)
             if tables.world.is_first
@@ -51,9 +51,11 @@ def warm_start(config: Config, size: int, model: Recommender, tables: Distribute
     rows = torch.from_numpy(first)
     broadcast_state({"warm_start": rows})
     key = config.schema.item_key
-    group = next(group for group in tables.groups if key in group.rows)
+    group = next(group for group in tables.groups if key in group.sizes)
     weight, _ = tables.table(key)
-    weight[:, : 2 * width] = rows[torch.from_numpy(group.ids(key, tables.world.rank))].to(weight)
+    weight[:, : 2 * width] = rows[torch.from_numpy(group.local_ids(key, tables.world.rank))].to(
+        weight
+    )
     _take_over(model, config.train.warm_start.history, key, width)
 
 

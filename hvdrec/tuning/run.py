@@ -17,7 +17,7 @@ import torch
 from hvdrec.config import Config, with_fields
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError, invalid_value
-from hvdrec.parallel import ranks
+from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.agreement import digest
 from hvdrec.parallel.progress import print_line
 from hvdrec.parallel.watchdog import watched
@@ -72,14 +72,14 @@ def tune(
             be resumed is a different one; nothing is written.
     """
     world = ranks.init()
-    ranks.agree_on_config(to_dict(config))
+    checks.require_same_config(to_dict(config))
     if trials < 1:
         raise invalid_value("trials", trials, "must be at least 1")
-    ranks.together(lambda: check_features(config))
+    ranks.run_on_all(lambda: check_features(config))
     folder = Path(config.paths.work) / FOLDER
     with watched(), _held(folder):
         plain = ranks.broadcast_object(
-            ranks.together(
+            ranks.run_on_all(
                 lambda: (
                     to_dict(_begin(config, tuple(search), folder, overwrite=overwrite))
                     if world.is_first
@@ -108,7 +108,7 @@ def _held(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder}: another hvdrec tune is at work here") from None
         return opened
 
-    lock = ranks.together(take)
+    lock = ranks.run_on_all(take)
     try:
         yield
     finally:

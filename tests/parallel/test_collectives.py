@@ -1,4 +1,4 @@
-"""What ranks tell each other, under each launcher."""
+"""Tests of the collectives with each launcher."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from tests.parallel.launch import run_program
 
 @pytest.mark.parametrize(("ranks", "launcher"), [(1, ""), (3, "horovodrun"), (2, "mpirun")])
 def test_collectives(ranks: int, launcher: str) -> None:
-    assert run_program("collectives.py", [], ranks, launcher).stdout.count("all held") == ranks
+    assert run_program("collectives.py", [], ranks, launcher).stdout.count("all correct") == ranks

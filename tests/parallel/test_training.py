@@ -241,7 +241,7 @@ def test_a_mistake_on_all_ranks_is_told_once(small: Path, tmp_path: Path) -> Non
 def test_a_mistake_on_one_rank_ends_all(tmp_path: Path) -> None:
     from tests.parallel.launch import run_program
 
-    said = run_program("together.py", [], 3).stdout
+    said = run_program("run_on_all.py", [], 3).stdout
     assert said.count(f"rank 1 on {socket.gethostname()}: a file is missing") == 3
 
 

@@ -1,20 +1,19 @@
-"""How much room rows are sent from; tests/parallel sends some."""
+"""Tests of the size of send buffers; tests/parallel sends rows."""
 
 from __future__ import annotations
 
 import pytest
 
 from hvdrec.embeddings import alltoall
+from hvdrec.embeddings.alltoall import padded_rows
 
 
-def test_room_stays_while_the_number_of_rows_changes_little(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(alltoall, "_rooms", {})
-    first = alltoall._room("a", 1000)
+def test_send_buffer_keeps_its_size_for_similar_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alltoall, "_capacities", {})
+    first = padded_rows("a", 1000)
     assert first >= 1000
-    assert {alltoall._room("a", count) for count in (990, 1010, 1100, first)} == {first}
-    more = alltoall._room("a", first + 1)
-    assert more > first
-    assert alltoall._room("a", 1000) == more
-    assert alltoall._room("a", more // 3) < more, "one large batch does not hold memory for good"
+    assert {padded_rows("a", count) for count in (990, 1010, 1100, first)} == {first}
+    larger = padded_rows("a", first + 1)
+    assert larger > first
+    assert padded_rows("a", 1000) == larger
+    assert padded_rows("a", larger // 3) < larger, "one large batch must not hold memory for good"

@@ -54,7 +54,7 @@ def here(**changes: Any) -> dict[str, Any]:
             {"versions": {"hvdrec": "1.0", "torch": "2.12.9"}},
             "torch 2.12.9, but 2.13.0 on hv1; install the same",
         ),
-        ({"paths": {"/data": "not there"}}, "/data: is not there; copy it there, or share it"),
+        ({"paths": {"/data": "missing"}}, "/data: is not there; copy it there, or share it"),
         ({"paths": {"/data": "def"}}, "/data: is not the same as on hv1 (def, here abc)"),
         ({"unreached": "10.0.0.1: timed out"}, "cannot connect to hv1 (10.0.0.1: timed out); open"),
         ({"time": time.time() + 3600}, "its clock is +3"),

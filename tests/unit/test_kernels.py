@@ -1,4 +1,4 @@
-"""The kernels: both pass the same tests, and touch the rows they are given and no others."""
+"""Tests of the kernels: both pass the same tests and touch only the given rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hvdrec.embeddings.kernels import (
     RowOptimizer,
     TorchKernel,
     fastest_kernel,
-    fbgemm_refuses,
+    fbgemm_problem,
 )
 from hvdrec.errors import UserError
 
@@ -31,21 +31,23 @@ BOTH = [
 
 
 def make(kernel: KernelName, optimizer: OptimizerName, decay: float = 0.0) -> Kernel:
-    made = KERNELS[kernel](40, 8, RowOptimizer(optimizer, decay))
-    made.weight.copy_(torch.randn(40, 8, generator=torch.Generator().manual_seed(1)))
-    made.rate = 0.1
-    return made
+    table = KERNELS[kernel](40, 8, RowOptimizer(optimizer, decay))
+    table.weight.copy_(torch.randn(40, 8, generator=torch.Generator().manual_seed(1)))
+    table.learning_rate = 0.1
+    return table
 
 
 @pytest.mark.parametrize(("kernel", "optimizer"), BOTH)
 @pytest.mark.parametrize("decay", [0.0, 0.2])
-def test_first_step_by_hand(kernel: KernelName, optimizer: OptimizerName, decay: float) -> None:
-    made = make(kernel, optimizer, decay)
+def test_first_step_matches_the_definition(
+    kernel: KernelName, optimizer: OptimizerName, decay: float
+) -> None:
+    table = make(kernel, optimizer, decay)
     rows = torch.tensor([3, 17, 0])
-    before = made.weight.clone()
+    before = table.weight.clone()
     gradient = torch.arange(24.0).reshape(3, 8) - 7.3
-    assert torch.equal(made.fetch(rows), before[rows])
-    made.update(rows, gradient, 1)
+    assert torch.equal(table.fetch(rows), before[rows])
+    table.update(rows, gradient, 1)
     g = gradient + decay * before[rows]
     steps = {
         "sgd": g,
@@ -53,23 +55,23 @@ def test_first_step_by_hand(kernel: KernelName, optimizer: OptimizerName, decay:
         "rowwise-adagrad": g / g.square().mean(1, keepdim=True).sqrt(),
         "adam": g.sign(),
     }
-    assert torch.allclose(made.weight[rows], before[rows] - 0.1 * steps[optimizer], atol=1e-5)
+    assert torch.allclose(table.weight[rows], before[rows] - 0.1 * steps[optimizer], atol=1e-5)
     others = torch.ones(40, dtype=torch.bool)
     others[rows] = False
-    assert torch.equal(made.weight[others], before[others])
-    assert all(not state[others].any() for state in made.state.values())
+    assert torch.equal(table.weight[others], before[others])
+    assert all(not state[others].any() for state in table.state.values())
 
 
 @pytest.mark.parametrize("kernel", ["torch", "fbgemm"])
 @pytest.mark.parametrize("optimizer", ["adagrad", "rowwise-adagrad"])
-def test_an_accumulator_that_begins_above_zero(
+def test_the_initial_accumulator_enters_the_first_step(
     kernel: KernelName, optimizer: OptimizerName
 ) -> None:
-    made = KERNELS[kernel](40, 8, RowOptimizer(optimizer, initial_accumulator=9.0))
-    assert (made.state["accumulator"] == 9).all()
-    made.rate = 0.5
-    made.update(torch.tensor([7]), torch.full((1, 8), 4.0), 1)
-    assert torch.allclose(made.weight[7], torch.full((8,), -0.5 * 4 / 5))
+    table = KERNELS[kernel](40, 8, RowOptimizer(optimizer, initial_accumulator=9.0))
+    assert (table.state["accumulator"] == 9).all()
+    table.learning_rate = 0.5
+    table.update(torch.tensor([7]), torch.full((1, 8), 4.0), 1)
+    assert torch.allclose(table.weight[7], torch.full((8,), -0.5 * 4 / 5))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise-adagrad"])
@@ -81,7 +83,7 @@ def test_kernels_agree_over_many_steps(optimizer: OptimizerName, decay: float) -
         rows = torch.randperm(40, generator=random)[:15]
         gradient = torch.randn(15, 8, generator=random)
         for kernel in kernels:
-            kernel.rate = 0.1 / step
+            kernel.learning_rate = 0.1 / step
             kernel.fetch(rows)
             kernel.update(rows, gradient, step)
     assert torch.allclose(kernels[0].weight, kernels[1].weight, atol=1e-5)
@@ -90,7 +92,7 @@ def test_kernels_agree_over_many_steps(optimizer: OptimizerName, decay: float) -
         assert torch.allclose(state, other, rtol=1e-5, atol=1e-5)
 
 
-def test_fbgemm_sums_a_row_given_twice_before_the_step() -> None:
+def test_fbgemm_sums_the_gradients_of_a_repeated_row() -> None:
     plain, fused = make("torch", "rowwise-adagrad"), make("fbgemm", "rowwise-adagrad")
     assert fused.sums_duplicates
     gradient = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
@@ -99,62 +101,63 @@ def test_fbgemm_sums_a_row_given_twice_before_the_step() -> None:
     assert torch.allclose(plain.weight, fused.weight, atol=1e-6)
 
 
-def test_looking_without_gradients_is_no_step() -> None:
+def test_fetching_without_gradients_changes_no_state() -> None:
     for kernel in ("torch", "fbgemm"):
-        made = make(kernel, "adagrad")  # type: ignore[arg-type]
+        table = make(kernel, "adagrad")  # type: ignore[arg-type]
         with torch.no_grad():
-            found = made.fetch(torch.tensor([1, 1, 2]))
-        assert torch.equal(found[0], found[1])
-        assert not made.state["accumulator"].any()
+            vectors = table.fetch(torch.tensor([1, 1, 2]))
+        assert torch.equal(vectors[0], vectors[1])
+        assert not table.state["accumulator"].any()
 
 
-def test_what_fbgemm_refuses_is_told() -> None:
-    assert "multiples of 4, not 6" in str(fbgemm_refuses(6, RowOptimizer(), torch.float32))
-    assert "no 'adam'" in str(fbgemm_refuses(8, RowOptimizer("adam"), torch.float32))
-    assert "float32" in str(fbgemm_refuses(8, RowOptimizer(), torch.float64))
-    assert fbgemm_refuses(8, RowOptimizer(), torch.float32) is None
-    with pytest.raises(UserError, match="multiples of 4, not 6; use 'torch' or 'auto'"):
+def test_rows_that_fbgemm_cannot_hold_are_refused() -> None:
+    assert "multiple of 4, not 6" in str(fbgemm_problem(6, RowOptimizer(), torch.float32))
+    assert "'adam'" in str(fbgemm_problem(8, RowOptimizer("adam"), torch.float32))
+    assert "float32" in str(fbgemm_problem(8, RowOptimizer(), torch.float64))
+    assert fbgemm_problem(8, RowOptimizer(), torch.float32) is None
+    with pytest.raises(UserError, match="multiple of 4, not 6; use 'torch' or 'auto'") as error:
         FbgemmKernel(10, 6, RowOptimizer())
+    assert error.value.field == "parallel.kernel"
 
 
-def test_the_fastest_is_one_that_can() -> None:
+def test_the_fastest_kernel_can_hold_the_rows() -> None:
     device = torch.device("cpu")
     assert fastest_kernel(6, RowOptimizer(), torch.float32, device) == "torch"
     assert fastest_kernel(8, RowOptimizer(), torch.float32, device, 64) in KERNELS
 
 
-def test_the_reference_keeps_its_type() -> None:
-    made = TorchKernel(5, 3, RowOptimizer("adam"), torch.float64)
-    assert made.weight.dtype == made.state["mean"].dtype == torch.float64
+def test_the_reference_keeps_its_dtype() -> None:
+    table = TorchKernel(5, 3, RowOptimizer("adam"), torch.float64)
+    assert table.weight.dtype == table.state["mean"].dtype == torch.float64
     assert RowOptimizer("adam").state_width(3) == 6
     assert RowOptimizer("rowwise-adagrad").state_width(3) == 1
 
 
-def test_rows_in_huge_pages_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_pages_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, gradient = torch.tensor([4, 1]), torch.full((2, 8), 0.5)
     weights = []
     for least in (HUGE_BYTES, 1):
         monkeypatch.setattr(kernels, "HUGE_BYTES", least)
         kernel = make("torch", "adagrad")
-        kernel.rate = 0.1
+        kernel.learning_rate = 0.1
         kernel.fetch(rows)
         kernel.update(rows, gradient, 1)
         weights.append(kernel.weight)
     assert torch.equal(*weights)
-    moved = (weights[1] != make("torch", "adagrad").weight).any(1)
-    assert moved.nonzero().squeeze(1).tolist() == [1, 4]
+    changed = (weights[1] != make("torch", "adagrad").weight).any(1)
+    assert changed.nonzero().squeeze(1).tolist() == [1, 4]
 
 
-def test_large_tables_ask_for_huge_pages() -> None:
+def test_large_tables_use_huge_pages() -> None:
     if Path("/sys/kernel/mm/transparent_hugepage").exists():
-        large = kernels.zeros((HUGE_BYTES // 8, 2), torch.float32, "cpu")
-        small = kernels.zeros((8, 2), torch.float32, "cpu")
+        large = kernels.allocate_zeros((HUGE_BYTES // 8, 2), torch.float32, "cpu")
+        small = kernels.allocate_zeros((8, 2), torch.float32, "cpu")
         assert "hg" in memory_flags(large.data_ptr())
         assert "hg" not in memory_flags(small.data_ptr())
 
 
 def memory_flags(address: int) -> list[str]:
-    """Return what the kernel was told of the memory around an address."""
+    """Return the flags of the memory mapping around an address."""
     is_there = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
@@ -163,4 +166,4 @@ def memory_flags(address: int) -> list[str]:
             is_there = start <= address < stop
         elif is_there and first == "VmFlags:":
             return rest
-    raise AssertionError(f"nothing is at {address:x}")
+    raise AssertionError(f"nothing is mapped at {address:x}")

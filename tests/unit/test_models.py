@@ -118,7 +118,7 @@ def test_rows_give_what_the_models_own_tables_give() -> None:
     ):
         config = setting.config()
         whole, bare = small_model(config), small_model(config, with_tables=False)
-        rows = small_tables(config, whole, World(), setting).rows_of(codes)
+        rows = small_tables(config, whole, World(), setting).fetch_rows(codes)
         expected, got = whole(codes), bare(codes, rows)
         # Not to the bit: not every CPU's square roots are the same in numpy and in torch.
         torch.testing.assert_close(got.logit, expected.logit, rtol=1e-12, atol=1e-14)
@@ -126,7 +126,7 @@ def test_rows_give_what_the_models_own_tables_give() -> None:
         subset = {name: codes[name] for name in ("user_id", "history", "age")}
         tables = small_tables(config, whole, World(), setting)
         torch.testing.assert_close(
-            bare.represent_users(subset, tables.rows_of(subset)),
+            bare.represent_users(subset, tables.fetch_rows(subset)),
             whole.represent_users(codes),
             rtol=1e-12,
             atol=1e-14,

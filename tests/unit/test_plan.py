@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from hvdrec.embeddings.placement import Group
+from hvdrec.embeddings.placement import TableGroup
 from hvdrec.errors import UserError
 from hvdrec.planner.plan import Cluster, Constants, Work, plan_step, smallest_cluster
 from hvdrec.planner.planning import parse_quantity
 
-SHARDED = Group(16, 4, {"user": 1000})
-REPLICATED = Group(8, 1, {"hour": 24})
+SHARDED = TableGroup(16, 4, {"user": 1000})
+REPLICATED = TableGroup(8, 1, {"hour": 24})
 WORK = Work(
     rows=100,
     distinct={"sharded-16": 80.0, "replicated-8": 20.0},
@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_formulas() -> None:
 
 
 def test_time_is_compute_and_messages() -> None:
-    whole = Group(16, 1, {"user": 1000}), REPLICATED
+    whole = TableGroup(16, 1, {"user": 1000}), REPLICATED
     work = Work(100, {"replicated-16": 80, "replicated-8": 20}, {}, WORK.table_rows, 500)
     alone = plan_step(whole, work, Cluster(1), CONSTANTS, STATE)
     assert alone.seconds == {"compute": pytest.approx(0.002)}
@@ -89,7 +89,7 @@ def test_memory_decides_how_many_ranks_are_needed() -> None:
     assert not plan_step(
         (REPLICATED, SHARDED), WORK, Cluster(4, memory=10_000), CONSTANTS, STATE
     ).fits
-    places = {n: (Group(16, n, {"user": 1000}), REPLICATED) for n in (8, 16, 32)}
+    places = {n: (TableGroup(16, n, {"user": 1000}), REPLICATED) for n in (8, 16, 32)}
     assert smallest_cluster(places, STATE, 6_000) == 16
     assert smallest_cluster(places, STATE, 100) is None
 

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 
 from hvdrec.config import load
 from hvdrec.exporting import embed
-from hvdrec.parallel.rank_pool import open_workers
+from hvdrec.parallel.pool import open_pool
 
 
 def main() -> None:
     config, bundle, out = load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
-    with open_workers(int(sys.argv[4])) as workers:
+    with open_pool(int(sys.argv[4])) as workers:
         if workers is None:
             return
         out.mkdir()

@@ -57,7 +57,7 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
     dense = DenseGradients(model.parameters(), config.parallel.synchronization)
     out: dict[str, Tensor] = {}
     for number, step in enumerate(steps(prepared, tables, torch.device("cpu"))):
-        tables.set_rate(TABLE_RATE)
+        tables.set_learning_rate(TABLE_RATE)
         model.zero_grad()
         loss, sent = compute_gradients(model, step, tables, config, log_probability, dense)
         gradients = tables.gradients(sent)
@@ -72,7 +72,7 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
                 out[f"gradient/{name}"] = parameter.grad.clone()
         tables.update(step.asked, gradients)
         if step.following is not None:
-            tables.begin_fetch(step.following)
+            tables.start_fetch(step.following)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(parameter.grad, alpha=DENSE_RATE)

@@ -1,4 +1,4 @@
-"""Ranks that meet again and again, until rank 1 gets into the trouble that is named."""
+"""Run barriers until rank 1 gets into the trouble named by the argument."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ TROUBLES: dict[str, Callable[[], object]] = {
 
 
 def main() -> None:
-    kind = sys.argv[1]
+    trouble = sys.argv[1]
     world = ranks.init()
     try:
         with watched():
             for turn in range(40):
                 if turn == 10 and world.rank == 1:
-                    TROUBLES[kind]()
-                if turn == 20 and kind == "shared":
-                    ranks.together(mistake if world.rank == 1 else lambda: None)
+                    TROUBLES[trouble]()
+                if turn == 20 and trouble == "shared":
+                    ranks.run_on_all(mistake if world.rank == 1 else lambda: None)
                 ranks.barrier()
     except SharedError as error:
-        print(f"heard {error}", flush=True)
+        print(f"raised {error}", flush=True)
         sys.exit(2)
-    print("all met", flush=True)
+    print("all passed", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make a mistake on rank 1 alone; every rank prints what it hears of it."""
+"""Raise an error on rank 1 alone; every rank prints the error it gets."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def main() -> None:
         return world.rank
 
     try:
-        ranks.together(act)
+        ranks.run_on_all(act)
     except UserError as error:
-        print(f"heard {error}", flush=True)
-    assert ranks.together(lambda: 7) == 7
+        print(f"raised {error}", flush=True)
+    assert ranks.run_on_all(lambda: 7) == 7
 
 
 if __name__ == "__main__":
