@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hvdrec.cli import main as cli
+from hvdrec import cli
 from hvdrec.cluster.hosts import check_hosts, compare, explain_ssh, parse_hosts
 from hvdrec.cluster.probe import answer
 from hvdrec.errors import UserError
