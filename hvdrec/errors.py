@@ -41,11 +41,20 @@ def invalid_file(path: object, problem: str, remedy: str = "") -> UserError:
 
 def unknown_name(field: str, name: object, known: Iterable[object]) -> UserError:
     """Build the error for a name that does not exist, with the known names and the nearest one."""
+    text = f"{field} = {shown(name)}: unknown; {_known(name, known)}"
+    return UserError(text, field=field, value=name)
+
+
+def unknown_key(field: str, known: Iterable[object]) -> UserError:
+    """Build the error for a key that does not exist in its table; `field` is dotted."""
+    name = field.rpartition(".")[2]
+    return UserError(f"{field}: unknown key; {_known(name, known)}", field=field)
+
+
+def _known(name: object, known: Iterable[object]) -> str:
     names = [str(each) for each in known]
     near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    text = f"{field} = {shown(name)}: unknown; known: {choices(names)}{hint}"
-    return UserError(text, field=field, value=name)
+    return f"known: {choices(names)}" + (f"; did you mean '{near[0]}'?" if near else "")
 
 
 def choices(names: Iterable[object]) -> str:

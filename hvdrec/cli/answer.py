@@ -6,6 +6,8 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from hvdrec.errors import UserError
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -20,12 +22,28 @@ class Answer:
 
 
 def load_config(options: argparse.Namespace, rest: list[str]) -> Any:
-    """Return the configuration that a verb was given, with what the command line overrides."""
-    from hvdrec.config import run as config
+    """Load the configuration of a command, with the overrides of the command line."""
+    from hvdrec import config
+    from hvdrec.cli.fields import describe_fields
 
-    loaded = config.load(options.config)
-    if not rest:
-        return loaded
-    prog = f"hvdrec {options.verb_name} {options.config}"
-    arguments = ["--help" if argument == "--fields-help" else argument for argument in rest]
-    return config.override(loaded, arguments, prog)
+    if "--fields-help" in rest:
+        prog = f"hvdrec {options.verb_name} {options.config}"
+        parser = argparse.ArgumentParser(prog, usage=f"{prog} [--FIELD VALUE ...]")
+        describe_fields(parser, config.load_config(options.config))
+        parser.parse_args(["--help"])
+    return config.load_config(options.config, parse_overrides(rest))
+
+
+def parse_overrides(rest: list[str]) -> dict[str, object]:
+    """Parse what the parser of a command left over: values for fields of the configuration."""
+    from hvdrec.cli.fields import add_field_options, read_fields
+
+    parser = argparse.ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
+    add_field_options(parser, rest)
+    try:
+        known, unknown = parser.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    if unknown:
+        raise UserError(f"unknown argument '{unknown[0]}'")
+    return read_fields(known)

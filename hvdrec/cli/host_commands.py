@@ -25,11 +25,11 @@ def hosts(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 def _paths(given: list[Path]) -> list[Path]:
     """Return what ranks must see: the paths, and the features that a configuration names."""
-    from hvdrec.config import run as config
+    from hvdrec.config import load_config
 
     found = list(given)
     for path in given:
         if path.suffix == ".toml":
-            features = config.load(path).paths.of("features")
+            features = load_config(path).paths.of("features")
             found += [features] if isinstance(features, Path) and features.exists() else []
     return found

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdrec.cli.answer import Answer, load_config
+from hvdrec.cli.answer import Answer, load_config, parse_overrides
 from hvdrec.cli.reports import render_evaluation, render_plan, render_search
 from hvdrec.errors import UserError
 from hvdrec.parallel.progress import is_first_rank
@@ -161,8 +161,14 @@ def _load_config_together(options: argparse.Namespace, rest: list[str]) -> Confi
 
 def _with_export_fields(config: Config, options: argparse.Namespace, rest: list[str]) -> Config:
     """Return a run's configuration with fields that need no training from the command line."""
-    from hvdrec.config import override
+    from hvdrec.config import with_fields
 
+    if "--fields-help" in rest:
+        from hvdrec.cli.fields import describe_fields
+
+        parser = argparse.ArgumentParser(f"hvdrec export {options.run}")
+        describe_fields(parser, config, ("export.", "tasks.N.share", "model.ranker.combine"))
+        parser.parse_args(["--help"])
     fields = [argument for argument in rest if argument.startswith("--")]
     for field in fields:
         if not UNTRAINED.match(field):
@@ -171,7 +177,4 @@ def _with_export_fields(config: Config, options: argparse.Namespace, rest: list[
                 "score is made of can be given anew (--export.embeddings int8, --tasks.0.share 2, "
                 "--model.ranker.combine sum)"
             )
-    if not rest:
-        return config
-    arguments = ["--help" if argument == "--fields-help" else argument for argument in rest]
-    return override(config, arguments, f"hvdrec export {options.run}")
+    return with_fields(config, parse_overrides(rest))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
 
 from hvdrec.errors import UserError, choices
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from hvdrec.config.structure import dataclass
 
 Side = Literal["user", "item", "scene"]
 SIDES: tuple[Side, ...] = ("user", "item", "scene")
@@ -43,16 +49,16 @@ class Feature:
     hashed: one integer, hashed into a fixed number of buckets, no vocabulary."""
     dtype: RawType = "string"
     """Type of the raw value. Integer columns may feed a string feature; nothing else is cast."""
-    dimension: int = 0
+    dimension: NonNegativeInt = 0
     """Width of its embedding; 0 takes model.dimension. Must agree for shared tables."""
-    min_count: int = 1
+    min_count: PositiveInt = 1
     """Values seen less often in the training split share the unknown code."""
-    max_length: int = 50
+    max_length: PositiveInt = 50
     """Lists keep their first, sequences their last max_length values."""
     transform: Transform = "standardize"
     """numeric only. standardize: (x - mean) / deviation. log: sign(x) log(1 + |x|), then
     standardized. quantile: a code per quantile bucket, embedded."""
-    buckets: int = 32
+    buckets: PositiveInt = 32
     """Number of quantile buckets, or of hash buckets."""
     shares: str = ""
     """Name of the feature whose vocabulary and table this one uses; a sequence takes item_key's."""
@@ -81,11 +87,6 @@ class Feature:
             raise UserError(
                 f"{where}: a sequence of items belongs to side 'user', not '{self.side}'"
             )
-        for field in ("min_count", "max_length", "buckets"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{where}: {field} must be at least 1, is {getattr(self, field)}")
-        if self.dimension < 0:
-            raise UserError(f"{where}: dimension must not be negative, is {self.dimension}")
         if self.default is not None and self.side != "scene":
             raise UserError(f"{where}: a default is for scene features only")
 

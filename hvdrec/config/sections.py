@@ -1,26 +1,36 @@
-"""The sections of a run's configuration: what each field is for, and its default."""
+"""One dataclass per TOML table: its fields, their types and allowed values, their defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Annotated, Literal, overload
+
+from annotated_types import Interval, MinLen
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from hvdrec.config.schema import Pooling
 from hvdrec.storage.urls import Location, as_location
 
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from hvdrec.config.structure import dataclass
+
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
+
 
 @dataclass(frozen=True)
 class Paths:
-    """Directories of a run, relative to the current directory. An empty one lies in `work`.
+    """Directories of a run, relative to the current directory.
 
     features and bundle may be URLs of a store that fsspec knows: s3://bucket/features.
     """
 
     raw: str = "data"
-    """Where the raw tables are."""
+    """Directory of the raw tables."""
     work: str = "runs/default"
-    """Where the stages write: samples/, features/, run/, bundle/."""
+    """Directory in which the stages write samples/, features/, run/ and bundle/."""
     samples: str = ""
     """Labelled samples (default WORK/samples)."""
     features: str = ""
@@ -28,7 +38,7 @@ class Paths:
     run: str = ""
     """Checkpoints and logs of training (default WORK/run)."""
     bundle: str = ""
-    """What is served (default WORK/bundle)."""
+    """The bundle to serve (default WORK/bundle)."""
 
     @overload
     def of(self, stage: Literal["samples", "run"]) -> Path: ...
@@ -37,7 +47,7 @@ class Paths:
     def of(self, stage: Literal["features", "bundle"]) -> Location: ...
 
     def of(self, stage: Literal["samples", "features", "run", "bundle"]) -> Location:
-        """Return the place of a stage."""
+        """Return the directory or URL that a stage writes."""
         return as_location(getattr(self, stage) or str(Path(self.work) / stage))
 
 
@@ -46,88 +56,88 @@ class Split:
     """How samples are divided into train, validation and test."""
 
     method: Literal["temporal", "random", "random-per-user", "leave-last-out"] = "temporal"
-    """temporal: train strictly before validation strictly before test. random: any row anywhere.
-    random-per-user: random within each user. leave-last-out: a user's last row is test, the one
-    before validation."""
+    """temporal: train strictly before validation strictly before test. random: over all rows.
+    random-per-user: over the rows of each user. leave-last-out: the last row of each user is test,
+    the one before it validation."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Shares of train, validation and test; not used by leave-last-out or with boundaries."""
+    """Fractions of train, validation and test. leave-last-out and boundaries ignore them."""
     column: str = ""
-    """temporal: the column that orders rows; empty takes samples.time."""
+    """temporal: the column that orders rows. Empty: samples.time."""
     boundaries: tuple[float, ...] = ()
-    """temporal: last value of train and of validation in that column; empty: fractions."""
+    """temporal: the last value of train and of validation in that column. Empty: use fractions."""
     seed: int = 0
     """Seed of the random methods."""
 
 
 @dataclass(frozen=True)
 class History:
-    """A sequence feature made of what the user did beside the sample."""
+    """A sequence feature built from the other events of the user."""
 
     name: str
-    """Name of the column, which a feature of kind 'sequence' reads."""
+    """Name of the column. A feature of kind 'sequence' reads it."""
     where: str = ""
-    """SQL predicate over the interactions that count (empty: those with label 1)."""
-    length: int = 50
-    """How many are kept: those nearest in time."""
+    """SQL predicate that selects the interactions. Empty: those with label 1."""
+    length: PositiveInt = 50
+    """Maximum length. The events nearest in time are kept."""
     scope: Literal["before", "others"] = "before"
-    """before: what came strictly before the sample. others: the user's other training rows, before
-    and after it, for the protocols with a random split; refused with another."""
+    """before: events strictly before the sample. others: all other training rows of the user,
+    before and after the sample; allowed only with a random split."""
     column: str = ""
-    """The feature of the events that the list holds, such as the item's category (empty: the item);
-    the sequence says `shares` = that feature to have its vocabulary and table."""
+    """The feature that the list holds, such as the item's category. Empty: the item key. The
+    sequence feature must set `shares` to the same feature, to use its vocabulary and table."""
     repeats: bool = True
-    """Whether an item (or value of `column`) that the user met several times stands there each
-    time. false: at its latest time only, which makes room for more of them."""
+    """Whether repeated items (or values of `column`) are kept. false: only the latest occurrence is
+    kept, which leaves room for more distinct items."""
 
 
 @dataclass(frozen=True)
 class Negatives:
-    """Sampled negatives for logs that hold only what people did."""
+    """Sampled negatives, for logs that record only positive actions."""
 
-    per_positive: int = 0
-    """How many to draw for each positive row; 0 draws none."""
+    per_positive: NonNegativeInt = 0
+    """Number of negatives per positive row."""
     within: tuple[str, ...] = ()
-    """Columns that a negative shares with its positive: candidates are the items that occur with
-    the same values there and that the user did not take with these values."""
+    """Columns whose values a negative copies from its positive. Candidates are the items that occur
+    with the same values and that the user did not choose with them."""
     seed: int = 0
-    """Seed of the draw."""
+    """Seed of the sampling."""
 
 
 @dataclass(frozen=True)
 class Join:
-    """A further table whose columns are joined to the samples (and the sampled negatives)."""
+    """A further table whose columns are joined to the samples and the sampled negatives."""
 
     table: str
     """CSV or Parquet file, relative to paths.raw."""
     on: tuple[str, ...]
-    """Columns that both have; a sample takes the row with equal values, or nulls."""
+    """Columns to join on. A sample without a matching row gets nulls."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """How labelled samples are made of raw tables. SQL is DuckDB's."""
+    """How raw tables become labelled samples. SQL is DuckDB's."""
 
     interactions: str = ""
-    """Table of what was shown or done (CSV or Parquet, globs allowed), relative to paths.raw."""
+    """Table of exposures or actions (CSV or Parquet, globs allowed), relative to paths.raw."""
     users: str = ""
-    """Table with one row per user, joined by the user key; optional."""
+    """Table with one row per user, joined by the user key. Optional."""
     items: str = ""
-    """Table with one row per item: the catalogue, joined by the item key; optional."""
+    """Table with one row per item: the catalogue, joined by the item key. Optional."""
     user: str = "user_id"
     """Column of the user key."""
     item: str = "item_id"
     """Column of the item key."""
     time: str = ""
-    """Column of the time (number, date or timestamp); needed by temporal splits and history."""
+    """Column of the time (number, date or timestamp). Temporal splits and histories need it."""
     title: str = ""
-    """Column of the item table that names an item to people; optional."""
+    """Column of the item table with a name for display. Optional."""
     label: str = "label"
-    """SQL expression that gives 0 or 1 (or a boolean). With [[tasks]] it stays the main label: of
-    retrieval, histories, popularity, and of the metrics of the served score."""
+    """SQL expression that gives 0 or 1 (or a boolean). With [[tasks]] it stays the main label: the
+    one of retrieval, histories, popularity and the metrics of the served score."""
     weight: str = ""
-    """SQL expression of the sample's weight, not negative; empty means 1."""
+    """SQL expression of the sample weight, which must not be negative. Empty: 1."""
     drop: str = ""
-    """SQL predicate: rows that are left out altogether."""
+    """SQL predicate of rows to drop."""
     derive: dict[str, str] = field(default_factory=dict)
     """New columns: name = SQL expression over the interactions and the joined tables."""
     joins: tuple[Join, ...] = ()
@@ -135,24 +145,24 @@ class Samples:
     negatives: Negatives = Negatives()
     """Sampled negatives."""
     history: tuple[History, ...] = ()
-    """Sequences of what the user did before."""
+    """Sequences of the user's other events."""
     split: Split = Split()
     """Train, validation and test."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of several labels that one ranker predicts, each with a head of its own."""
+    """One of several labels that one ranker predicts, with a head of its own."""
 
     name: str
-    """Name in reports and at scoring time, where its probability is the output 'score_NAME'."""
+    """Name in reports and at scoring time. The output 'score_NAME' holds its probability."""
     label: str
-    """SQL expression that gives 0 or 1 (or a boolean), or NULL where the row tells nothing: such a
-    row does not count for this task. Sampled negatives are 0."""
-    weight: float = 1.0
-    """Factor of its loss, which is the mean over the rows that tell."""
-    share: float = 1.0
-    """Its part in the served score, see model.ranker.combine; 0: trained along, not served."""
+    """SQL expression that gives 0 or 1 (or a boolean), or NULL for unknown: such a row does not
+    count for this task. Sampled negatives are 0."""
+    weight: PositiveFloat = 1.0
+    """Factor of the task's loss, which is the mean over the rows with a known label."""
+    share: NonNegativeFloat = 1.0
+    """Share in the served score, see model.ranker.combine. 0: the task is trained, not served."""
 
     @property
     def column(self) -> str:
@@ -169,94 +179,94 @@ class Task:
 class Encode:
     """How shards are written."""
 
-    shard_rows: int = 131_072
-    """Most rows of a shard; shards of a split differ by at most one row."""
-    row_group_rows: int = 16_384
-    """Most rows of a row group, the unit of reading."""
+    shard_rows: PositiveInt = 131_072
+    """Maximum rows of a shard. The shards of a split differ by at most one row."""
+    row_group_rows: PositiveInt = 16_384
+    """Maximum rows of a row group, the unit of reading."""
 
 
 @dataclass(frozen=True)
 class Loader:
     """How shards are read."""
 
-    shuffle_rows: int = 262_144
-    """Rows among which a rank shuffles; several row groups are mixed in this window."""
-    workers: int = 2
+    shuffle_rows: PositiveInt = 262_144
+    """Rows of the shuffle buffer of a rank. It mixes several row groups."""
+    workers: PositiveInt = 2
     """Reading threads of a rank."""
-    prefetch: int = 4
-    """Batches held ready."""
+    prefetch: PositiveInt = 4
+    """Batches prepared ahead."""
     cache_dir: str = ""
-    """Directory on a disk of each host in which Petastorm keeps row groups that were read, for
-    later epochs and runs: for shards that are far away. Nobody else may write there. Empty:
-    none."""
-    cache_gb: float = 10.0
-    """Size of that cache (10^9 bytes), shared by the ranks of a host; the oldest go first."""
+    """Directory on a local disk of each host in which Petastorm caches row groups for later epochs
+    and runs. Useful for remote shards. Only trusted users may write there. Empty: no cache."""
+    cache_gb: PositiveFloat = 10.0
+    """Size limit of that cache (10^9 bytes), shared by the ranks of a host. The oldest entries are
+    evicted first."""
 
 
 @dataclass(frozen=True)
 class Tower:
-    """Shape of the user and the item tower."""
+    """Shape of the user tower and the item tower."""
 
-    hidden: tuple[int, ...] = (128,)
-    """Widths of the hidden layers of its MLP; empty for a linear tower."""
-    output: int = 64
-    """Width of the user and item embeddings that are stored and served. 0: no towers, the ranker
-    alone over all features, which must then be direct."""
+    hidden: tuple[PositiveInt, ...] = (128,)
+    """Widths of the hidden layers. Empty: a linear tower."""
+    output: NonNegativeInt = 64
+    """Width of the user and item embeddings that are stored and served. 0: no towers; the ranker
+    then reads every feature directly (model.ranker.direct)."""
     normalize: bool = False
-    """Whether its output has L2 norm 1."""
-    dropout: float = 0.0
+    """Whether the output is scaled to L2 norm 1."""
+    dropout: Fraction = 0.0
     """Dropout after each hidden layer."""
-    input_dropout: float = 0.0
-    """Dropout of the tower's concatenated inputs."""
+    input_dropout: Fraction = 0.0
+    """Dropout on the concatenated inputs."""
 
 
 @dataclass(frozen=True)
 class Ranker:
-    """Shape of the ranker over user embedding, item embedding, their product and the scene."""
+    """Shape of the ranker. Its input: user and item embedding, their product, and the scene."""
 
-    hidden: tuple[int, ...] = (256, 128)
-    """Widths of its hidden layers."""
-    dropout: float = 0.0
+    hidden: tuple[PositiveInt, ...] = (256, 128)
+    """Widths of the hidden layers."""
+    dropout: Fraction = 0.0
     """Dropout after each hidden layer."""
-    cross_layers: int = 0
-    """DCN-V2 cross layers over its input, beside the MLP; 0 for none."""
-    heads: int = 0
-    """Parts into which the towers' embeddings are cut: the ranker is also given the inner products
-    of every part of the user's with every part of the item's. 0: none of them."""
+    cross_layers: NonNegativeInt = 0
+    """Number of DCN-V2 cross layers over the input, parallel to the MLP."""
+    heads: NonNegativeInt = 0
+    """Number of equal parts of each tower embedding. The ranker also reads the inner products of
+    every part of the user's with every part of the item's. 0: no inner products."""
     direct: tuple[str, ...] = ()
-    """User and item features embedded directly into the ranker, beside the towers' output."""
+    """User and item features whose embeddings the ranker reads in addition to the towers'
+    output."""
     matches: bool = False
-    """Whether the ranker is also given, for each user's feature of `direct` that shares its table
-    with an item's feature there (a history and the item's id, say), their inner product: how well
-    the item matches what the user's list holds."""
+    """Whether the ranker also reads the inner product of each user feature of `direct` with each
+    item feature there that shares its table, such as a history and the item key: it measures how
+    well the item matches the user's list."""
     sharing: Literal["bottom", "mmoe"] = "bottom"
-    """What [[tasks]] share. bottom: the hidden layers. mmoe: experts, each with these hidden
-    layers, which every task mixes by a gate of its own (multi-gate mixture-of-experts)."""
-    experts: int = 4
-    """mmoe: how many experts."""
-    task_hidden: tuple[int, ...] = ()
-    """Widths of the hidden layers that each of the [[tasks]] has for itself behind the shared."""
+    """What the [[tasks]] share. bottom: the hidden layers. mmoe: experts with these hidden layers,
+    mixed by one gate per task (multi-gate mixture-of-experts)."""
+    experts: PositiveInt = 4
+    """mmoe: number of experts."""
+    task_hidden: tuple[PositiveInt, ...] = ()
+    """Widths of the hidden layers of each task's own head, after the shared layers."""
     combine: Literal["product", "sum"] = "product"
-    """How the served score is made of the tasks' probabilities p. product: of p ** share. sum:
-    their mean, weighted by the shares."""
+    """How the tasks' probabilities p form the served score. product: of p ** share. sum: mean of p,
+    weighted by share."""
 
 
 @dataclass(frozen=True)
 class Model:
     """Shape of the model."""
 
-    dimension: int = 16
-    """Width of an embedding where its feature names none."""
+    dimension: PositiveInt = 16
+    """Embedding width of features that do not set their own."""
     pooling: dict[str, Pooling] = field(default_factory=dict)
-    """How the vectors of a list or sequence become one: name of the feature = mean (the default),
-    sqrt (their sum over the square root of their number: longer lists weigh more), attention (a
-    mean with learned weights, by vector and place) or self-attention (the same behind one layer in
-    which the entries see each other)."""
-    initial_deviation: float = 0.01
-    """Standard deviation of an embedding's first values. Larger ones (0.1) tell the entries of a
-    list apart from the beginning, which inner products of long histories need."""
-    unknown_rate: float = 0.0
-    """Share of a known categorical value that training replaces by the unknown code, so that the
+    """Pooling of list and sequence features, by feature name. mean: the default. sqrt: the sum over
+    the square root of the length, so longer lists weigh more. attention: a mean with learned
+    weights, by vector and position. self-attention: attention after one self-attention layer."""
+    initial_deviation: PositiveFloat = 0.01
+    """Standard deviation of the initial embeddings. Larger values (0.1) keep the entries of a list
+    distinct from the start, which inner products with long histories need."""
+    unknown_rate: Fraction = 0.0
+    """Fraction of known categorical values that training replaces by the unknown code, so that the
     unknown embedding is trained."""
     tower: Tower = Tower()
     """The two towers."""
@@ -266,24 +276,25 @@ class Model:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Towers that begin as a linear autoencoder in closed form; needs linear towers.
+    """Start from a linear autoencoder in closed form. Needs linear towers.
 
-    An item-item model of the training positives is computed and brought into the form of two
-    towers: the user's embedding is the mean over a history, the item's a row of its table. Where
-    the data are small it is hard to beat; training goes on from there.
+    An item-item model of the training positives is computed and factored into two towers: the user
+    embedding is the mean over a history, the item embedding a row of a table. On small data it is
+    hard to beat. Training continues from there.
     """
 
     history: str = ""
-    """The sequence that the user's embedding is made of; empty: no warm start."""
-    l2: float = 200.0
-    """Penalty on the item-item weights."""
-    dropout: float = 0.5
-    """Share of a history that the model must do without (a penalty on frequent items)."""
-    user_power: float = 0.75
-    """A user with n positives weighs n^-user_power per positive: 0 counts positives, 1 users."""
+    """Sequence feature that the user embedding is computed from. Empty: no warm start."""
+    l2: NonNegativeFloat = 200.0
+    """L2 penalty on the item-item weights."""
+    dropout: Fraction = 0.5
+    """Fraction of a history that is dropped in the closed form (a penalty on frequent items)."""
+    user_power: NonNegativeFloat = 0.75
+    """Each positive of a user with n positives weighs n^-user_power: 0 counts positives, 1 counts
+    users."""
     max_items: int = 20_000
-    """Largest vocabulary for which it is computed: memory grows with its square (16 bytes a pair),
-    time with its cube."""
+    """Largest vocabulary for which a warm start is computed: memory grows with its square (16 bytes
+    per pair), time with its cube."""
 
 
 @dataclass(frozen=True)
@@ -296,87 +307,86 @@ class Train:
     """Loss of a positive row against the other items of the batch. softmax: cross-entropy over all
     of them. bpr: pairwise logistic loss, the mean over the negatives (Bayesian personalized
     ranking). Or a loss that your program registered (hvdrec.models.losses.register_loss)."""
-    retrieval_weight: float = 0.1
-    """joint only: the retrieval loss's factor."""
-    batch_size: int = 8192
+    retrieval_weight: NonNegativeFloat = 0.1
+    """joint: factor of the retrieval loss."""
+    batch_size: PositiveInt = 8192
     """Rows of a step over all ranks together."""
-    epochs: int = 10
-    """Most passes over the training split; 0 leaves a warm start as it is."""
-    learning_rate: float = 1e-3
+    epochs: NonNegativeInt = 10
+    """Maximum passes over the training split. 0: keep a warm start untrained."""
+    learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
     embedding_optimizer: Literal["rowwise-adagrad", "adagrad", "adam", "sgd"] = "rowwise-adagrad"
-    """Optimizer of the embedding tables; only the rows that a step looks up are touched."""
-    embedding_learning_rate: float = 0.1
-    """Peak learning rate of the embedding tables. Rows are met rarely and want larger steps than
-    dense weights."""
-    embedding_initial_accumulator: float = 0.0
-    """adagrad, rowwise-adagrad: what a row's sum of squared gradients begins with. With 0 the first
-    step of a row has the full learning rate however small its gradient, by which rows that are met
-    rarely learn their first samples by heart; squares of usual gradients (1e-8 to 1e-6) hold them
-    back."""
-    embedding_weight_decay: float = 0.0
-    """L2 penalty on embedding rows: this factor times the row is added to its gradient, in the
-    steps that look the row up and in no others."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of dense weights (no embeddings, no biases)."""
-    warmup_steps: int = 100
+    """Optimizer of the embedding tables. A step updates only the rows that it looked up."""
+    embedding_learning_rate: PositiveFloat = 0.1
+    """Peak learning rate of the embedding tables. Rows are updated rarely and need larger steps
+    than dense weights."""
+    embedding_initial_accumulator: NonNegativeFloat = 0.0
+    """adagrad, rowwise-adagrad: initial sum of squared gradients of a row. At 0 the first update of
+    a row has the full learning rate however small the gradient, so rare rows memorize their first
+    samples; typical squared gradients (1e-8 to 1e-6) prevent this."""
+    embedding_weight_decay: NonNegativeFloat = 0.0
+    """L2 penalty on embedding rows: a step adds this factor times the row to the gradient of each
+    row that it looks up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of dense weights (not of embeddings and biases)."""
+    warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How it falls after the warm-up until the last step of the last epoch."""
-    schedule_end: float = 0.0
-    """linear, cosine: the share of the peak learning rates that it falls to."""
-    clip_norm: float = 0.0
-    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
-    temperature: float = 0.1
+    """Decay of the learning rate from the end of the warm-up to the last step."""
+    schedule_end: Fraction = 0.0
+    """linear, cosine: final learning rate, as a fraction of the peak."""
+    clip_norm: NonNegativeFloat = 0.0
+    """Maximum global gradient norm. 0: no clipping."""
+    temperature: PositiveFloat = 0.1
     """Divisor of the retrieval logits."""
     logq: bool = True
-    """Whether in-batch negatives are corrected by the log of their sampling probability."""
+    """Whether to subtract the log of the sampling probability from the logits of in-batch
+    negatives."""
     remove_accidental_hits: bool = True
-    """Whether negatives that equal the row's own item are removed."""
-    uniform_negatives: int = 0
-    """Items drawn uniformly from the catalogue in each step, over all ranks together, as further
-    negatives of every row: rare items are hardly ever in a batch otherwise."""
-    hard_negatives: int = 0
-    """How many of a row's negatives count: those that the model now scores highest. 0: all."""
+    """Whether to remove negatives that equal the row's own item."""
+    uniform_negatives: NonNegativeInt = 0
+    """Additional negatives per step, over all ranks together, drawn uniformly from the catalogue
+    and used by every row. They cover rare items, which batches hardly ever contain."""
+    hard_negatives: NonNegativeInt = 0
+    """Number of negatives per row that count: those with the highest scores. 0: all."""
     teacher: str = ""
-    """Directory of a run over the same features, whose ranker this one learns from (distillation):
-    one over all features, say, where this one has the towers' embeddings only. Every rank holds its
-    tables whole."""
-    teacher_weight: float = 0.5
-    """Share of the ranking loss that the teacher's probabilities are the labels of."""
+    """Directory of a run over the same features whose ranker teaches this one (distillation), such
+    as one that reads all features directly. Every rank holds the teacher's tables whole."""
+    teacher_weight: Fraction = 0.5
+    """Fraction of the ranking loss that uses the teacher's probabilities as labels."""
     warm_start: WarmStart = WarmStart()
-    """Where the towers begin."""
-    average_decay: float = 0.0
-    """Factor by which exponential moving averages of all weights keep what they are in each step,
-    such as 0.999; the averages are what is validated, exported and served. 0: the weights are."""
-    average_steps: int = 10
-    """Steps between two updates of the averages, each of which reads all table rows."""
+    """Initial weights of the towers."""
+    average_decay: Fraction = 0.0
+    """Decay of the exponential moving averages of all weights, such as 0.999. The averages are
+    validated, exported and served. 0: no averages."""
+    average_steps: PositiveInt = 10
+    """Steps between two updates of the averages. Each update reads all table rows."""
     metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
-    """Validation metric for early stopping; auto: auc, or recall for retrieval alone, or with
-    [[tasks]] task_auc, the mean of the tasks' AUCs, weighted by their shares."""
-    patience: int = 2
-    """Validations without a better metric after which training stops."""
-    log_every: int = 50
+    """Validation metric of early stopping. auto: auc; recall for objective 'retrieval'; with
+    [[tasks]] task_auc, the mean of the tasks' AUCs weighted by their shares."""
+    patience: PositiveInt = 2
+    """Validations without improvement after which training stops."""
+    log_every: PositiveInt = 50
     """Steps between JSON log lines."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: at the end of each epoch only."""
-    keep: int = 2
-    """Checkpoints that are kept beside the best."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints. 0: only at the end of each epoch."""
+    keep: PositiveInt = 2
+    """Number of checkpoints to keep besides the best."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes the rank's own GPU where there is one."""
+    """Device of the model. auto: the rank's own GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the MLPs (autocast)."""
-    accumulate: int = 1
-    """Parts into which a rank cuts its batch; their gradients are added before the step, so that
-    larger batches fit. In-batch negatives are those of one part."""
+    accumulate: PositiveInt = 1
+    """Number of parts of a rank's batch. Their gradients are added before the step, so that larger
+    batches fit into memory. In-batch negatives come from the same part."""
     cpu_layers: Literal["auto", "plain", "fused", "onednn"] = "auto"
     """How a CPU computes the layers of towers and ranker in training. plain: torch's own layers.
     fused: linear layer and ReLU in one operation, and faster dropout. onednn: large float32 steps
     in oneDNN's tensor layout, and faster dropout. auto: the fastest one by a short probe at the
     start; the run records it, and a resumed run keeps it. Results differ in the last digits only,
     except for dropout, whose masks differ between plain and the others."""
-    threads: int = 0
-    """CPU threads of a rank; 0: the machine's cores over the ranks on it."""
+    threads: NonNegativeInt = 0
+    """CPU threads of a rank. 0: the cores of the host divided by its ranks."""
 
 
 @dataclass(frozen=True)
@@ -384,19 +394,19 @@ class Parallel:
     """How the work is spread over ranks."""
 
     placement: Literal["auto", "replicated", "sharded"] = "auto"
-    """Whether each rank holds every embedding table whole, or a part of each. auto: large tables
-    are sharded."""
-    shard_from_mb: float = 16.0
-    """auto: a table of at least so many megabytes (10^6 bytes of float32) is sharded."""
+    """Whether each rank holds every embedding table whole, or only some of its rows. auto: large
+    tables are sharded."""
+    shard_from_mb: NonNegativeFloat = 16.0
+    """auto: smallest table to shard (10^6 bytes of float32)."""
     kernel: Literal["auto", "torch", "fbgemm"] = "auto"
-    """What reads and updates table rows. auto takes the faster one of those that are installed and
-    can hold the table, by a short trial."""
+    """Implementation of table lookups and updates. auto: the fastest installed one that supports
+    the table, by a short trial."""
     synchronization: Literal["step", "adasum", "average"] = "step"
-    """How dense weights stay together. step: gradients are summed in every step, as if there were
-    one rank. adasum: gradients are joined by Adasum, for batches so large that a sum overshoots.
-    average: each rank steps by itself and weights are averaged now and then, for slow networks.
-    Embedding rows are always summed in every step."""
-    average_every: int = 8
+    """How dense weights stay in sync. step: gradients are summed in every step, as on one rank.
+    adasum: Adasum combines gradients, for batches so large that a sum overshoots. average: each
+    rank steps alone and weights are averaged periodically, for slow networks. Embedding gradients
+    are always summed in every step."""
+    average_every: PositiveInt = 8
     """average: steps between two averages."""
 
 
@@ -404,33 +414,33 @@ class Parallel:
 class Evaluate:
     """What evaluation reports."""
 
-    k: tuple[int, ...] = (10, 50)
-    """Cut-offs of the retrieval metrics; the first also serves early stopping."""
-    threshold: float = 0.5
+    k: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (10, 50)
+    """Cut-offs of the retrieval metrics. Early stopping uses the first."""
+    threshold: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """Score from which a sample counts as predicted positive."""
-    beta: float = 1.0
+    beta: PositiveFloat = 1.0
     """Weight of recall in F-beta."""
-    batch_size: int = 32_768
-    """Rows scored at a time by a rank."""
+    batch_size: PositiveInt = 32_768
+    """Rows of a batch on each rank."""
 
 
 @dataclass(frozen=True)
 class Export:
     """How the bundle is made."""
 
-    parity_rows: int = 10_000
-    """Held-out rows that enter as raw values and must score as in torch."""
+    parity_rows: PositiveInt = 10_000
+    """Held-out rows whose scores from raw values must equal those of torch."""
     tolerance: float = 1e-5
-    """Largest allowed difference of a score."""
+    """Maximum difference of a score."""
     embeddings: Literal["float32", "float16", "int8"] = "float32"
-    """How embeddings are stored; the AUC that the smaller ones cost is measured at export."""
+    """Type of stored embeddings. Export measures the AUC that a smaller type loses."""
     ranker: Literal["float32", "int8"] = "float32"
-    """Weights of the ranker's inner layers; the AUC that int8 costs is measured at export."""
+    """Type of the weights of the ranker's inner layers. Export measures the AUC that int8 loses."""
     index: Literal["none", "hnsw"] = "none"
-    """Approximate index over the items, for large catalogues; its recall is measured."""
+    """Approximate index over the items, for large catalogues. Export measures its recall."""
     filters: tuple[str, ...] = ()
-    """Item features that a request may ask for: recommend(..., allowed={"genres": ["Drama"]})."""
+    """Item features that a request may filter by: recommend(..., allowed={"genres": ["Drama"]})."""
     seen: bool = True
-    """Store what each user met in the log, which recommend(..., skip_seen=True) leaves out."""
-    trending_days: float = 30.0
-    """The log's last days, whose most liked items answer a request of which nothing is known."""
+    """Whether to store each user's items of the log, which recommend(..., skip_seen=True) omits."""
+    trending_days: PositiveFloat = 30.0
+    """Last days of the log whose most liked items answer a request without any user data."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hvdrec.config.run import Config
+from hvdrec.config.root import Config
 from hvdrec.config.structure import from_dict
 from hvdrec.errors import UserError, invalid_value
 

@@ -1,96 +1,155 @@
-"""Nested frozen dataclasses from plain values, strictly, and back."""
+"""Checked, nested, frozen dataclasses: from plain values and back."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from hvdrec.errors import UserError, choices
+import pydantic.dataclasses
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import to_json, to_jsonable_python
+
+from hvdrec.errors import UserError, invalid_value, unknown_key
 
 T = TypeVar("T")
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+
+    def dataclass(*, frozen: bool) -> Callable[[type], type]:
+        """Make a dataclass that checks types and the constraints on its fields.
+
+        Types are strict: only an int becomes a float. A wrong value is a UserError.
+        """
+
+        def decorate(cls: type) -> type:
+            checked = pydantic.dataclasses.dataclass(cls, frozen=frozen, config=STRICT)
+            build = checked.__init__
+
+            @functools.wraps(build)
+            def init(self: Any, *args: Any, **kwargs: Any) -> None:
+                try:
+                    build(self, *args, **kwargs)
+                except ValidationError as error:
+                    raise _user_error(error, checked, checked.__name__) from None
+
+            checked.__init__ = init
+            return checked
+
+        return decorate
+
+
+__all__ = ["dataclass", "field_docs", "from_dict", "from_text", "to_dict", "type_of"]
 
 
 def to_dict(value: Any) -> Any:
-    """Return nested dataclasses as dicts, lists and scalars, ready for JSON; None is left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((f.name, to_dict(getattr(value, f.name))) for f in dataclasses.fields(value))
-        return {name: plain for name, plain in pairs if plain is not None}
-    if isinstance(value, Mapping):
-        return {key: to_dict(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_dict(item) for item in value]
-    return value
+    """Convert nested dataclasses to dicts, lists and scalars, ready for JSON, without None."""
+    return to_jsonable_python(value, exclude_none=True)
 
 
-def from_dict(kind: type[T], raw: Any, where: str = "") -> T:
-    """Build a dataclass from plain values, strictly.
+def from_dict(kind: type[T], raw: Any) -> T:
+    """Build a dataclass from plain values.
 
-    Raises UserError that names the key (dotted, from the root), the value and what is allowed.
+    Raises:
+        UserError: Names the key (dotted, from the root), the value and what is allowed.
     """
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{where or 'the file'}: must be a table, is {_shown(raw)}")
-    hints = get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(cast(Any, kind))}
-    for key in raw:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"unknown key '{_join(where, key)}'; known: {choices(fields)}{hint}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in raw:
-            raise UserError(f"key '{_join(where, name)}' is missing; it must be given")
-    values = {key: _convert(hints[key], item, _join(where, key)) for key, item in raw.items()}
-    return kind(**values)
+    try:
+        # Strict validation takes a list for a tuple and a table for a dataclass only from JSON.
+        return TypeAdapter(kind).validate_json(to_json(raw, fallback=str))
+    except ValidationError as error:
+        raise _user_error(error, kind) from None
 
 
-def _convert(kind: Any, raw: Any, where: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return raw
-    if dataclasses.is_dataclass(kind):
-        return from_dict(cast(type[Any], kind), raw, where)
-    if origin is Literal:
-        if raw not in arguments or isinstance(raw, bool):
-            raise UserError(f"{where} = {_shown(raw)}: allowed are {choices(arguments)}")
-        return raw
-    if origin in (Union, types.UnionType):
-        for option in arguments:
-            if option is not type(None) and type(raw) is option:
-                return raw
-        names = [option.__name__ for option in arguments if option is not type(None)]
-        raise UserError(f"{where} = {_shown(raw)}: allowed types are {choices(names)}")
-    if origin is tuple:
-        if not isinstance(raw, list):
-            raise UserError(f"{where} = {_shown(raw)}: must be a list")
-        if arguments[-1] is not Ellipsis and len(raw) != len(arguments):
-            raise UserError(f"{where} = {_shown(raw)}: must hold {len(arguments)} values")
-        kinds = [arguments[0]] * len(raw) if arguments[-1] is Ellipsis else list(arguments)
-        return tuple(
-            _convert(k, item, f"{where}[{i}]")
-            for i, (k, item) in enumerate(zip(kinds, raw, strict=True))
-        )
-    if origin is dict:
-        if not isinstance(raw, Mapping):
-            raise UserError(f"{where} = {_shown(raw)}: must be a table")
-        return {key: _convert(arguments[1], item, _join(where, key)) for key, item in raw.items()}
-    if kind is float and type(raw) is int:
-        return float(raw)
-    if type(raw) is not kind:
-        raise UserError(f"{where} = {_shown(raw)}: must be of type {kind.__name__}")
-    return raw
+def from_text(kind: Any, text: str | list[str], field: str) -> Any:
+    """Convert text from a command line to the type of a field.
+
+    Raises:
+        UserError: The text is not of that type; `field` names it.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(text)
+    except ValidationError as error:
+        raise _user_error(error, kind, field) from None
 
 
-def _join(where: str, key: object) -> str:
-    return f"{where}.{key}" if where else str(key)
+def field_docs(kind: Any) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass, on one line."""
+    fields = kind.__pydantic_fields__
+    return {name: " ".join((info.description or "").split()) for name, info in fields.items()}
 
 
-def _shown(value: Any) -> str:
-    """Return a value as it would stand in TOML, shortened."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def type_of(kind: Any, path: Sequence[str | int]) -> Any:
+    """Return the type of a nested field, without its constraints.
+
+    Args:
+        kind: The dataclass at the root.
+        path: Names of fields, keys of dicts and positions in tuples (as int or text).
+
+    Raises:
+        KeyError: There is no such field.
+    """
+    for part in path:
+        arguments = get_args(kind)
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind)[str(part)]
+        elif get_origin(kind) is dict:
+            kind = arguments[1]
+        elif get_origin(kind) is tuple and str(part).isdecimal():
+            kind = arguments[0]
+        else:
+            raise KeyError(part)
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _user_error(error: ValidationError, kind: Any, root: str = "") -> UserError:
+    """Return the first mistake, or an unknown key, which explains others that are missing."""
+    details = error.errors(include_url=False)
+    first = min(details, key=lambda each: each["type"] != "unexpected_keyword_argument")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return cause
+    if first["type"] == "unexpected_keyword_argument":
+        table = type_of(kind, first["loc"][:-1])
+        names = [each.name for each in dataclasses.fields(table)]
+        return unknown_key(_dotted(root, first["loc"]), names)
+    location = list(first["loc"])
+    if root and location and isinstance(location[0], int) and dataclasses.is_dataclass(kind):
+        location[0] = dataclasses.fields(kind)[location[0]].name  # a positional argument
+    path = _path(kind, location)
+    field, value = _dotted(root, path), first["input"]
+    if first["type"] == "missing":
+        return UserError(f"{field}: is missing; it has no default", field=field)
+    same = [each for each in details if _path(kind, each["loc"]) == path]  # one per type of a union
+    problem = " or ".join(dict.fromkeys(_problem(each["msg"]) for each in same or [first]))
+    problem = problem.replace(" or must be", " or")
+    return invalid_value(field or "the file", value, problem)
+
+
+def _path(kind: Any, location: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Return a location without the library's names for the types of a union."""
+    for end in range(len(location), 0, -1):
+        try:
+            type_of(kind, location[:end])
+            return tuple(location[:end])
+        except KeyError:
+            continue
+    return ()
+
+
+def _problem(message: str) -> str:
+    """Rephrase the library's message: ``Input should be ...`` becomes ``must be ...``."""
+    text = re.sub(r"^(Input|\w+) should ", "must ", message)
+    text = re.sub(r" after validation, not \d+$", "", text)
+    return text.replace("an object", "a table").replace("array", "list")
+
+
+def _dotted(root: str, path: Sequence[str | int]) -> str:
+    text = root
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")

@@ -17,7 +17,7 @@ from typing import Any
 
 from driver import Failed, make_environment
 
-from hvdrec.config import load
+from hvdrec.config import load_config
 
 PEERS = ("fuxictr", "lightgbm")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -126,7 +126,7 @@ def run_row(name: str, row: Row, seed: int, options: argparse.Namespace) -> dict
         fields += ["--samples.split.seed", str(seed)]
     fields += ["--seed", str(seed)]
     if row.full:
-        features = [f.name for f in load(source).features if f.side != "scene"]
+        features = [f.name for f in load_config(source).features if f.side != "scene"]
         fields += ["--train.objective", "ranking", "--model.tower.output", "0"]
         fields += ["--model.tower.normalize", "False"]
         fields += ["--model.ranker.direct", *features]

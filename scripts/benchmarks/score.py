@@ -25,8 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from synthetic import write_tables
 
 from hvdrec import samples
-from hvdrec.config import Config
-from hvdrec.config import run as configuration
+from hvdrec.config import Config, load_config
 from hvdrec.exporting import ranker_graph
 from hvdrec.exporting.writer import export
 from hvdrec.features.encode import encode
@@ -132,7 +131,7 @@ def _in_turns(
 def prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
     """Return a configuration whose samples and features are made, and a model of random weights."""
     write_tables(folder / "raw")
-    config = configuration.load(CONFIG)
+    config = load_config(CONFIG)
     paths = replace(config.paths, raw=str(folder / "raw"), work=str(folder))
     config = replace(config, paths=paths, export=replace(config.export, parity_rows=200))
     samples.make(config)

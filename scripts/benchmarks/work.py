@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvdrec.config import Config, load
+from hvdrec.config import Config, load_config
 from hvdrec.config.schema import FIRST_CODE, Feature
 from hvdrec.config.sections import Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train
 from hvdrec.features.fit import Fitted
@@ -120,7 +120,7 @@ def config_a(folder: Path, hidden: tuple[int, ...] = (400, 400, 400), batch: int
 
 def config_b(folder: Path) -> Config:
     """Return hvdrec's model of work (b): a DNN over MovieLens-1M's features but the histories."""
-    features = tuple(f for f in load(CONFIG_B).features if f.kind != "sequence")
+    features = tuple(f for f in load_config(CONFIG_B).features if f.kind != "sequence")
     return Config(
         name="work-b",
         features=features,

@@ -13,7 +13,7 @@ import pytest
 from diskcache import FanoutCache
 from moto.server import ThreadedMotoServer
 
-from hvdrec.config import load
+from hvdrec.config import load_config
 from hvdrec.config.sections import Loader
 from hvdrec.data.loader import ShardLoader
 from hvdrec.storage.artifacts import MANIFEST, read_manifest, verify_artifact
@@ -115,7 +115,7 @@ def test_each_row_is_delivered_once_while_the_server_restarts(
 
     loader = ShardLoader(
         features / "train",
-        load(small_run.config).schema,
+        load_config(small_run.config).schema,
         Loader(shuffle_rows=300, prefetch=1),
         batch_size=100,
         rank=0,
@@ -138,7 +138,7 @@ def test_each_row_is_delivered_once_while_the_server_restarts(
         restarter.join()
     here = ShardLoader(
         small_run.work / "features/train",
-        load(small_run.config).schema,
+        load_config(small_run.config).schema,
         batch_size=4800,
         rank=0,
         world_size=1,

@@ -242,7 +242,7 @@ def test_without_the_extra(bundle: Path, name: str) -> None:
 
 
 def test_nothing_else_is_needed() -> None:
-    others = ("torch", "pyarrow", "pandas", "duckdb", "tyro", "onnx", "horovod", "petastorm")
+    others = ("torch", "pyarrow", "pandas", "duckdb", "onnx", "horovod", "petastorm")
     program = blocked(*others) + (
         "import hvdrec.serving.run; "
         "print(*sorted(name for name in sys.modules if name.startswith('hvdrec.')))"

@@ -19,7 +19,7 @@ import pytest
 
 from hvdrec.scoring import RequestError, Scorer
 
-HEAVY = ("torch", "horovod", "petastorm", "pyarrow", "pandas", "onnx", "duckdb", "tyro")
+HEAVY = ("torch", "horovod", "petastorm", "pyarrow", "pandas", "onnx", "duckdb", "pydantic")
 
 
 @pytest.fixture(scope="module")

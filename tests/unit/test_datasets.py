@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvdrec import datasets
-from hvdrec.config import load
+from hvdrec.config import load_config
 from hvdrec.datasets import complete_journey, download, movielens
 from hvdrec.datasets.download import Source, cache_directory, fetch, fetch_first
 from hvdrec.errors import UserError
@@ -578,7 +578,7 @@ def test_the_complete_journey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", datasets.NAMES)
 def test_every_data_set_has_a_configuration_that_reads_its_tables(name: str) -> None:
-    config = load(CONFIGS / f"{name}.toml")
+    config = load_config(CONFIGS / f"{name}.toml")
     assert (config.name, config.paths.raw) == (name, f"data/{name}")
     samples = config.samples
     read = [samples.interactions, samples.users, samples.items, *(j.table for j in samples.joins)]

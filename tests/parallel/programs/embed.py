@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from hvdrec.config import load
+from hvdrec.config import load_config
 from hvdrec.exporting import embed
 from hvdrec.parallel.pool import open_pool
 
 
 def main() -> None:
-    config, bundle, out = load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
-    with open_pool(int(sys.argv[4])) as workers:
+from hvdrec.config import load_config
+from hvdrec.exporting import embed
+from hvdrec.parallel.pool import open_pool
         if workers is None:
             return
         out.mkdir()

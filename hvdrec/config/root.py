@@ -1,0 +1,76 @@
+"""`Config`: the whole configuration of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import MinLen
+
+from hvdrec.config.rules import check_rules
+from hvdrec.config.schema import Feature, Schema
+from hvdrec.config.sections import (
+    Encode,
+    Evaluate,
+    Export,
+    Loader,
+    Model,
+    Parallel,
+    Paths,
+    Samples,
+    Task,
+    Train,
+)
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from hvdrec.config.structure import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, from raw tables to a bundle.
+
+    Raises:
+        UserError: A value has the wrong type, is out of range or does not fit another one.
+    """
+
+    name: str
+    """Name of the run, for display."""
+    features: Annotated[tuple[Feature, ...], MinLen(1)]
+    """The features: [[features]] tables."""
+    seed: int = 0
+    """Seed of initial weights, row order and dropout."""
+    paths: Paths = Paths()
+    """Directories."""
+    samples: Samples = Samples()
+    """Raw tables to samples."""
+    tasks: tuple[Task, ...] = ()
+    """Several labels for the ranker. Empty: samples.label alone."""
+    encode: Encode = Encode()
+    """Samples to shards."""
+    loader: Loader = Loader()
+    """Shards to batches."""
+    model: Model = Model()
+    """The model."""
+    train: Train = Train()
+    """Training."""
+    parallel: Parallel = Parallel()
+    """Ranks."""
+    evaluate: Evaluate = Evaluate()
+    """Evaluation."""
+    export: Export = Export()
+    """Export."""
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+
+    @property
+    def schema(self) -> Schema:
+        """The features with the keys of users and items."""
+        return Schema(self.features, self.samples.user, self.samples.item)
+
+    @property
+    def task_columns(self) -> tuple[str, ...]:
+        """The label columns of the tasks, in the order of the tasks."""
+        return tuple(task.column for task in self.tasks)
