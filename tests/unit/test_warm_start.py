@@ -138,7 +138,7 @@ def test_a_vocabulary_that_is_too_large_is_refused(tmp_path: Path) -> None:
         ({"tower": Tower(hidden=(4,), output=3)}, "needs linear towers"),
         ({"tower": Tower(hidden=(), output=3, normalize=True)}, "needs linear towers"),
         ({"pooling": {"history": "attention"}}, "needs model.pooling.history = 'mean' or 'sqrt'"),
-        ({"dimension": 5}, "its dimension must be at least 6, is 5"),
+        ({"dimension": 5}, "dimension of 'item_id' must be at least 6, not 5"),
     ],
 )
 def test_models_that_cannot_begin_so(
