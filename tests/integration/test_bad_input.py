@@ -135,7 +135,9 @@ def test_unknown_key_in_the_toml(small_config: Write) -> None:
 
 def test_wrong_type_in_the_toml(small_config: Write) -> None:
     config = small_config(("batch_size = 512", 'batch_size = "512"'))
-    refused(hvdrec("train", config), "small.toml: train.batch_size = '512': must be a valid integer")
+    refused(
+        hvdrec("train", config), "small.toml: train.batch_size = '512': must be a valid integer"
+    )
 
 
 def test_training_before_preparing(small_config: Write) -> None:

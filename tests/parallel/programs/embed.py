@@ -14,9 +14,8 @@ from hvdrec.parallel.pool import open_pool
 
 
 def main() -> None:
-from hvdrec.config import load_config
-from hvdrec.exporting import embed
-from hvdrec.parallel.pool import open_pool
+    config, bundle, out = load_config(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
+    with open_pool(int(sys.argv[4])) as workers:
         if workers is None:
             return
         out.mkdir()
