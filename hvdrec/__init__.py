@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hvdrec.errors import UserError
     from hvdrec.exporting.export_run import ExportResult, export
     from hvdrec.features.prepare import PrepareResult, prepare
+    from hvdrec.planner.plan import PlanResult, plan
     from hvdrec.scoring import Scorer
     from hvdrec.training.evaluate_run import EvaluationResult, evaluate
     from hvdrec.tuning.run import TuneResult, tune
@@ -40,6 +41,7 @@ __all__ = [
     "Config",
     "EvaluationResult",
     "ExportResult",
+    "PlanResult",
     "PrepareResult",
     "Scorer",
     "TuneResult",
@@ -48,6 +50,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_config",
+    "plan",
     "prepare",
     "tune",
 ]
@@ -62,6 +65,8 @@ _MODULES = {
     "EvaluationResult": "hvdrec.training.evaluate_run",
     "export": "hvdrec.exporting.export_run",
     "ExportResult": "hvdrec.exporting.export_run",
+    "plan": "hvdrec.planner.plan",
+    "PlanResult": "hvdrec.planner.plan",
     "tune": "hvdrec.tuning.run",
     "TuneResult": "hvdrec.tuning.run",
     "Scorer": "hvdrec.scoring",

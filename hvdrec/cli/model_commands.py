@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvdrec.cli.answer import Answer, load_config, parse_overrides
@@ -52,47 +51,19 @@ def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
     config = load_config(options, rest)
     from dataclasses import asdict
 
-    from hvdrec.parallel import ranks
-    from hvdrec.planner.plan import Cluster
-    from hvdrec.planner.planning import (
-        CONSTANTS_FILE,
-        calibrate,
-        constants_for,
-        make_plan,
-        parse_quantity,
-    )
+    from hvdrec.planner.plan import plan
 
-    for name in ("ranks", "ranks_per_host", "cores"):
-        if getattr(options, name) < 0:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} {getattr(options, name)}: must not be negative")
-    bits = {"Gbit": 1e9, "Mbit": 1e6, "Tbit": 1e12}
-    sizes = {"GB": 1e9, "MB": 1e6, "TB": 1e12}
-    memory = parse_quantity(options.memory, sizes, "--memory") if options.memory else 0.0
-    bandwidth = parse_quantity(options.bandwidth, bits, "--bandwidth") if options.bandwidth else 0.0
-    if options.calibrate:
-        world = ranks.init()
-        constants = ranks.run_on_all(lambda: calibrate(config))
-        if world.is_first:
-            constants.save(Path(config.paths.work) / CONSTANTS_FILE)
-    else:
-        constants = constants_for(config, options.constants)
-    count = options.ranks or ranks.current().size
-    cluster = Cluster(count, options.ranks_per_host or count, memory, bandwidth, options.cores)
-    planned = make_plan(config, cluster, constants)
-    plan = planned.plan
-    facts = {
-        "cluster": asdict(cluster),
-        "constants": asdict(constants),
-        "tables": [asdict(each) for each in plan.tables],
-        "memory_per_rank": plan.memory,
-        "fits": plan.fits,
-        "smallest_ranks": planned.smallest,
-        "bytes_sent_per_step": {**plan.bytes_sent, "total": plan.total_bytes},
-        "seconds_per_step": {**plan.seconds, "total": plan.step_seconds},
-        "rows_per_second": config.train.batch_size / plan.step_seconds,
-    }
-    return Answer(facts, render_plan(config, planned))
+    result = plan(
+        config,
+        ranks=options.ranks,
+        ranks_per_host=options.ranks_per_host,
+        memory=options.memory or "",
+        bandwidth=options.bandwidth or "",
+        cores=options.cores,
+        calibrate=options.calibrate,
+        constants=options.constants,
+    )
+    return Answer(asdict(result), render_plan(result, config.train.batch_size))
 
 
 def evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hvdrec.cli.text_table import table
 
 if TYPE_CHECKING:
-    from hvdrec.config import Config
-    from hvdrec.planner.planning import Planned
+    from hvdrec.planner.plan import PlanResult
     from hvdrec.tuning.search import TuneResult
 
 TRIALS_SHOWN = 10
@@ -116,39 +115,40 @@ def _format_value(value: object) -> str:
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def render_plan(config: Config, planned: Planned) -> str:
-    """Return a plan for people."""
-    plan, cluster = planned.plan, planned.cluster
+def render_plan(result: PlanResult, batch_size: int) -> str:
+    """Format the predicted cost of a step, by table and by part of the step."""
+    cluster, sent, seconds = result.cluster, result.bytes_sent_per_step, result.seconds_per_step
     tables = table(
         ["table", "rows", "width", "placement", "MB per rank", "rows per step"],
         [
             [t.table, t.rows, t.width, t.placement, f"{t.memory / 1e6:.2f}", f"{t.distinct:.0f}"]
-            for t in plan.tables
+            for t in result.tables
         ],
     )
-    names = list(dict.fromkeys([*plan.seconds, *plan.bytes_sent]))
+    names = [name for name in dict.fromkeys([*seconds, *sent]) if name != "total"]
     parts = table(
         ["part of a step", "KB sent", "ms"],
         [
             [
                 name,
-                f"{plan.bytes_sent[name] / 1e3:.1f}" if name in plan.bytes_sent else "",
-                f"{1e3 * plan.seconds[name]:.2f}" if name in plan.seconds else "hidden",
+                f"{sent[name] / 1e3:.1f}" if name in sent else "",
+                f"{1e3 * seconds[name]:.2f}" if name in seconds else "hidden",
             ]
             for name in names
         ],
     )
-    largest = max(plan.seconds, key=lambda name: plan.seconds[name])
+    rows = -(-batch_size // cluster.ranks)
+    largest = max((name for name in names if name in seconds), key=lambda name: seconds[name])
     lines = [
-        f"{cluster.ranks} ranks, batch {config.train.batch_size} ({planned.work.rows} rows a rank)",
-        f"memory: {plan.memory / 1e9:.3f} GB on each rank for weights and optimizer",
-        f"a step: {plan.total_bytes / 1e6:.3f} MB sent by each rank, "
-        f"{1e3 * plan.step_seconds:.1f} ms, most of it {largest}; "
-        f"{config.train.batch_size / plan.step_seconds:.0f} rows/s",
+        f"{cluster.ranks} ranks, batch {batch_size} ({rows} rows a rank)",
+        f"memory: {result.memory_per_rank / 1e9:.3f} GB on each rank for weights and optimizer",
+        f"a step: {sent['total'] / 1e6:.3f} MB sent by each rank, "
+        f"{1e3 * seconds['total']:.1f} ms, most of it {largest}; {result.rows_per_second:.0f} rows/s",
     ]
-    if not plan.fits:
-        need = f"{planned.smallest} ranks would" if planned.smallest else "no number of ranks would"
-        lines.append(f"does not fit into {cluster.memory / 1e9:g} GB a rank; {need}")
-    if not planned.constants.is_measured:
-        lines.append("times are rough: nothing was measured; add --calibrate")
+    if not result.fits:
+        smallest = result.smallest_ranks
+        remedy = f"{smallest} ranks would fit" if smallest else "no number of ranks would fit"
+        lines.append(f"does not fit into {cluster.memory / 1e9:g} GB a rank; {remedy}")
+    if not result.constants.is_measured:
+        lines.append("times are rough guesses; measure this machine with --calibrate")
     return "\n\n".join([tables, parts, "\n".join(lines)])

@@ -1,4 +1,4 @@
-"""The planner against what jobs of several ranks do."""
+"""Tests of the planner against jobs of several ranks."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ from tests.parallel.test_training import log
 Train = Callable[..., Path]
 
 
-def planned(small: Path, ranks: int, *options: str, calibrate_on: int = 1) -> dict[str, Any]:
+def plan(small: Path, ranks: int, *options: str, calibrate_on: int = 1) -> dict[str, Any]:
     command = [HVDREC, "plan", str(small), "--ranks", str(ranks), "--json", *options]
     done = launch(command, calibrate_on)
     assert done.returncode == 0, done.stdout + done.stderr
     line = next(line for line in done.stdout.splitlines() if "{" in line)
-    found: dict[str, Any] = json.loads(line[line.index("{") :])
-    return found
+    result: dict[str, Any] = json.loads(line[line.index("{") :])
+    return result
 
 
 @pytest.mark.parametrize(
     ("ranks", "launcher", "placement"),
     [(2, "horovodrun", "sharded"), (2, "horovodrun", "replicated"), (4, "mpirun", "sharded")],
 )
-def test_bytes_are_as_planned(
+def test_bytes_match_the_plan(
     train: Train, small: Path, ranks: int, launcher: str, placement: str
 ) -> None:
     options = ("--parallel.placement", placement, "--train.batch-size", "480")
     lines = log(train(ranks, launcher, *options), "step")
     steps = lines[-1]["step"]
     assert steps == 20  # 4800 rows twice: no step is cut short
-    plan = planned(small, ranks, *options)
-    tables = sum(v for n, v in plan["bytes_sent_per_step"].items() if "-" in n and "(" in n)
+    sent = plan(small, ranks, *options)
+    tables = sum(v for n, v in sent["bytes_sent_per_step"].items() if "-" in n and "(" in n)
     assert lines[-1]["table_bytes_sent"] / steps == pytest.approx(tables, rel=0.02)
 
 
-def test_calibration_measures_messages_and_is_kept(small: Path, tmp_path: Path) -> None:
+def test_calibration_measures_messages_and_is_saved(small: Path, tmp_path: Path) -> None:
     features = small.parent / "work/features"
     options = ("--paths.work", str(tmp_path), "--paths.features", str(features))
-    rough = planned(small, 2, *options)
+    rough = plan(small, 2, *options)
     assert not rough["constants"]["is_measured"]
-    plan = planned(small, 2, "--calibrate", *options, calibrate_on=2)
-    measured = plan["constants"]
+    calibrated = plan(small, 2, "--calibrate", *options, calibrate_on=2)
+    measured = calibrated["constants"]
     assert measured["is_measured"]
-    # 0 where messages travel while the ranks compute.
+    # It is 0 if messages travel while the ranks compute.
     assert 0 <= measured["message_seconds"] < 1
     assert measured["message_seconds"] != rough["constants"]["message_seconds"]
     assert 1e-12 <= measured["byte_seconds"] < 1e-6
-    assert 1e-5 < plan["seconds_per_step"]["compute"] < 1
-    assert planned(small, 2, *options)["constants"] == measured
+    assert 1e-5 < calibrated["seconds_per_step"]["compute"] < 1
+    assert plan(small, 2, *options)["constants"] == measured
 
 
-def test_plans_without_shards_or_with_bad_options_end_in_one_line(
+def test_missing_shards_and_invalid_options_are_one_line_errors(
     small: Path, tmp_path: Path
 ) -> None:
     for options, text in (
         (("--paths.features", str(tmp_path)), "is missing; run hvdrec prepare"),
-        (("--bandwidth", "fast"), "--bandwidth fast: must be a number above 0 with one of"),
-        (("--ranks", "-2"), "--ranks -2: must not be negative"),
+        (("--bandwidth", "fast"), "bandwidth = 'fast': must be a number above 0 with one of"),
+        (("--ranks", "-2"), "ranks = -2: must not be negative"),
     ):
         done = launch([HVDREC, "plan", str(small), *options], 1)
         assert done.returncode == 2

@@ -1,0 +1,206 @@
+"""Measure the constants of the planner on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from hvdrec.config import Config
+from hvdrec.data.batch import Batch
+from hvdrec.data.loader import ShardLoader
+from hvdrec.embeddings.setup import make_tables
+from hvdrec.features.fit import Fitted
+from hvdrec.parallel import ranks
+from hvdrec.parallel.ranks import World, wait
+from hvdrec.planner.cost import Cluster, Constants
+from hvdrec.planner.workload import predict
+from hvdrec.training.build import build_model
+from hvdrec.training.machine import collector_spared, pick_device, set_threads
+from hvdrec.training.optimizer import make_optimizer
+from hvdrec.training.pipeline import preparer, steps
+from hvdrec.training.step import Trainee, take_step
+
+WARM_UP_STEPS, TRIAL_STEPS, TRIAL_SECONDS = 8, 24, 12.0
+"""A trial takes at least TRIAL_STEPS steps after the warm-up. It takes enough steps for three
+shuffle windows or row groups, because those are read at once, unless that exceeds TRIAL_SECONDS."""
+MAX_TRIAL_ROWS = 1_000_000
+"""The rows of a table in a trial; the time of a step does not depend on them."""
+SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 1 << 22
+MESSAGE_REPEATS = 15
+
+
+def measure_constants(config: Config) -> Constants:
+    """Measure the speed of this machine, with all ranks of the job at once; takes up to a minute.
+
+    Every rank calls this. One rank alone cannot measure messages and takes the defaults for them.
+    """
+    world = ranks.init()
+    set_threads(config, world)
+    device = pick_device(config, world)
+    sizes = Fitted.load(config.paths.of("features")).sizes
+    small = {name: min(size, MAX_TRIAL_ROWS) for name, size in sizes.items()}
+    rows = max(2, math.ceil(config.train.batch_size / world.size))
+    full, half = (_time_alone(config, small, device, n) for n in (rows, rows // 2))
+    slope = max((full - half) / (rows - rows // 2), 1e-9)
+    default = Constants()
+    message, byte = default.message_seconds, default.byte_seconds
+    if world.size > 1:
+        message, byte = time_messages(world.size)
+    available = len(os.sched_getaffinity(0)) / world.local_size
+    used = min(torch.get_num_threads(), available) if device.type == "cpu" else 0.0
+    values = np.array([max(full - slope * rows, 0.0), slope, used, message, byte])
+    step, row, cores, message, byte = (ranks.sum_arrays(values) / world.size).tolist()
+    constants = Constants(step, row, cores, message, byte, is_measured=True)
+    if world.size == 1:
+        return constants
+    return _correct_messages(constants, config, small, world, device, rows)
+
+
+def _correct_messages(
+    constants: Constants,
+    config: Config,
+    sizes: Mapping[str, int],
+    world: World,
+    device: torch.device,
+    rows: int,
+) -> Constants:
+    """Correct the time of a message so that the predicted step takes as long as a real one.
+
+    A message in a step does not cost what it costs alone: ranks wait for the slowest one, and some
+    messages travel while ranks compute.
+    """
+    cost = predict(config, Cluster(world.size, world.local_size), constants)
+    predicted = cost.total_seconds
+    count = max(TRIAL_STEPS, min(_trial_steps(config, rows), int(TRIAL_SECONDS / predicted)))
+    count = ranks.broadcast_object(count)
+    measured = _time_step(config, sizes, world, device, rows, count)
+    measured = float(ranks.sum_arrays(np.array([measured]))[0]) / world.size
+    messages = len(cost.seconds) - 1
+    message = max(constants.message_seconds + (measured - predicted) / messages, 0.0)
+    if message > 0:
+        return replace(constants, message_seconds=message)
+    # Ranks that wait leave cores to the others, so steps can be faster than those of a rank alone.
+    share = measured / cost.seconds["compute"]
+    return replace(
+        constants,
+        step_seconds=constants.step_seconds * share,
+        row_seconds=constants.row_seconds * share,
+        message_seconds=0.0,
+    )
+
+
+def _trial_steps(config: Config, rows: int) -> int:
+    """Return the number of steps of a trial on `rows` rows a step, unless steps are slow."""
+    loader = ShardLoader.from_config(config, "train", rows, 0, 1, shuffle=True)
+    read_together = max(_shuffle_rows(config, rows), loader.largest_row_group)
+    return 3 * max(TRIAL_STEPS // 3, math.ceil(read_together / rows))
+
+
+def _shuffle_rows(config: Config, rows: int) -> int:
+    """Return the size of a trial's shuffle window: small, so that the loader reads all the time."""
+    return min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
+
+
+def _time_alone(config: Config, sizes: Mapping[str, int], device: torch.device, rows: int) -> float:
+    """Return the time of a step on `rows` rows with its loader but without messages.
+
+    All ranks take such steps at the same time, each by itself, because they may share cores.
+    """
+    ranks.barrier()
+    with ranks.single_rank() as world:
+        return _time_step(config, sizes, world, device, rows, _trial_steps(config, rows))
+
+
+def _time_step(
+    config: Config,
+    sizes: Mapping[str, int],
+    world: World,
+    device: torch.device,
+    rows: int,
+    count: int,
+) -> float:
+    """Return the time of a step on `rows` rows a rank, from `count` steps; one rank may stop early.
+
+    The steps are split into thirds, and the median of their means is returned, so that a short
+    disturbance of the machine does not count.
+    """
+    torch.manual_seed(0)
+    config = replace(
+        config,
+        train=replace(config.train, batch_size=rows * world.size),
+        loader=replace(config.loader, shuffle_rows=_shuffle_rows(config, rows)),
+    )
+    model = build_model(config, sizes, with_tables=False).to(device)
+    tables = make_tables(config, sizes, world, device)
+    trainee = Trainee(config, model, tables, make_optimizer(model, config.train))
+    prepare = preparer(tables, config, 0, world.rank)
+    loader = ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
+    # The loader's thread runs beside the step, as in training, because it may need the same cores.
+    with (
+        collector_spared(),
+        closing(
+            loader.epochs(0, None, lambda n, batch: prepare(n, _fold_codes(batch, config, sizes)))
+        ) as epochs,
+    ):
+        trial = steps(itertools.chain.from_iterable(epochs), tables, device)
+        # The first steps are slower: they allocate memory, and the loader fills its queue.
+        for number, step in enumerate(itertools.islice(trial, WARM_UP_STEPS)):
+            float(take_step(trainee, step, number, 0.0).total)
+        ends = [time.perf_counter()]
+        for number, step in enumerate(itertools.islice(trial, count), start=1):
+            float(take_step(trainee, step, WARM_UP_STEPS + number, 0.0).total)
+            ends.append(time.perf_counter())
+            seconds = ends[-1] - ends[0]
+            if world.size == 1 and number >= TRIAL_STEPS and seconds > TRIAL_SECONDS:
+                break
+    thirds = np.array_split(np.diff(ends), 3)
+    return float(np.median([third.mean() for third in thirds]))
+
+
+def _fold_codes(batch: Batch, config: Config, sizes: Mapping[str, int]) -> Batch:
+    """Return a batch whose codes fit the smaller tables of a trial."""
+    features = dict(batch.features)
+    for feature in config.schema.features:
+        if feature.is_embedded:
+            size = sizes[config.schema.vocabulary_of(feature)]
+            features[feature.name] = features[feature.name] % size
+    return replace(batch, features=features)
+
+
+def time_messages(size: int) -> tuple[float, float]:
+    """Return the seconds of an empty collective, and of each byte that a rank sends.
+
+    Every rank of a job of `size` > 1 ranks must call this together.
+    """
+    import horovod.torch as hvd
+
+    def allreduce(count: int) -> None:
+        wait(hvd.allreduce_async(torch.zeros(count), op=hvd.Sum, name=f"trial/allreduce/{count}"))
+
+    def alltoall(count: int) -> None:
+        splits = torch.full((size,), count // size, dtype=torch.int32)
+        values = torch.zeros(int(splits.sum()))
+        wait(hvd.alltoall_async(values, splits=splits, name=f"trial/alltoall/{count}"))
+
+    small = (_median(allreduce, SMALL_MESSAGE) + _median(alltoall, SMALL_MESSAGE)) / 2
+    bytes_sent = 4 * LARGE_MESSAGE * (size - 1) / size * (2 + 1)
+    large = _median(allreduce, LARGE_MESSAGE) + _median(alltoall, LARGE_MESSAGE)
+    return small, max((large - 2 * small) / bytes_sent, 1e-12)
+
+
+def _median(collective: Callable[[int], None], count: int) -> float:
+    """Return the median time of a collective after the first few calls."""
+    times = []
+    for _ in range(MESSAGE_REPEATS):
+        started = time.perf_counter()
+        collective(count)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[3:]))

@@ -1,0 +1,91 @@
+"""Measure what the batches of a run look up, and predict its step from that."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+
+import numpy as np
+
+from hvdrec.config import Config
+from hvdrec.data.batch import Batch
+from hvdrec.data.loader import ShardLoader
+from hvdrec.embeddings.lookup import look_up
+from hvdrec.embeddings.placement import TableGroup
+from hvdrec.embeddings.setup import row_optimizer, table_groups
+from hvdrec.features.fit import Fitted
+from hvdrec.models.embedding import dimensions
+from hvdrec.planner.cost import Cluster, Constants, StepCost, Workload, predict_step
+from hvdrec.training.build import build_model
+
+SAMPLED_BATCHES = 6
+
+
+def predict(config: Config, cluster: Cluster, constants: Constants) -> StepCost:
+    """Predict a run's step on a cluster from its encoded shards."""
+    sizes = Fitted.load(config.paths.of("features")).sizes
+    groups = place_tables(config, sizes, cluster.ranks)
+    work = measure_workload(config, sizes, groups, cluster.ranks)
+    return predict_step(groups, work, cluster, constants, state_widths(config, groups))
+
+
+def place_tables(config: Config, sizes: Mapping[str, int], ranks: int) -> tuple[TableGroup, ...]:
+    """Return the placement of a run's tables on a number of ranks."""
+    return table_groups(config.schema, config.model.dimension, sizes, ranks, config.parallel)
+
+
+def state_widths(config: Config, groups: Sequence[TableGroup]) -> dict[int, int]:
+    """Return, by width of the tables, the numbers of optimizer state per row."""
+    optimizer = row_optimizer(config.train)
+    return {group.width: optimizer.state_width(group.width) for group in groups}
+
+
+def measure_workload(
+    config: Config, sizes: Mapping[str, int], groups: Sequence[TableGroup], ranks: int
+) -> Workload:
+    """Count what some batches of the training split look up.
+
+    Args:
+        config: The run, whose features are encoded.
+        sizes: The number of rows of each table.
+        groups: The tables, as placed on the ranks.
+        ranks: The number of ranks.
+    """
+    schema = config.schema
+    widths = dimensions(schema, config.model.dimension)
+    single_tables = [TableGroup(widths[name], 1, {name: sizes[name]}) for name in widths]
+    rows = math.ceil(config.train.batch_size / ranks)
+    local = list(_batches(config, rows, ranks))
+    everyone = list(_batches(config, config.train.batch_size, 1))
+
+    def unique_rows(batches: Sequence[Batch], placed: Sequence[TableGroup]) -> list[float]:
+        counts = [
+            [len(f.rows) for f in look_up(schema, placed, b.features, config.model.pooling)]
+            for b in batches
+        ]
+        return [float(mean) for mean in np.mean(counts, axis=0)]
+
+    softmax = 0.0
+    if config.train.objective != "ranking":
+        positive = float(np.mean([int((b.label * b.weight > 0).sum()) for b in local]))
+        # Embeddings and item indices go to all other ranks, gradients of all rows around the ring.
+        softmax = (ranks - 1) * positive * (12 * config.model.tower.output + 8)
+    names = [group.name for group in groups]
+    model = build_model(config, sizes, with_tables=False)
+    return Workload(
+        rows,
+        dict(zip(names, unique_rows(local, groups), strict=True)),
+        dict(zip(names, unique_rows(everyone, groups), strict=True)),
+        # Each lookup contains the row of MISSING.
+        {n: count - 1 for n, count in zip(widths, unique_rows(local, single_tables), strict=True)},
+        sum(parameter.numel() for parameter in model.parameters()),
+        softmax,
+    )
+
+
+def _batches(config: Config, rows: int, ranks: int) -> Iterator[Batch]:
+    loader = ShardLoader.from_config(config, "train", rows, 0, ranks, shuffle=True)
+    with closing(loader.epoch(0)) as batches:
+        yield from itertools.islice(batches, SAMPLED_BATCHES)
