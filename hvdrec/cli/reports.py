@@ -143,7 +143,8 @@ def render_plan(result: PlanResult, batch_size: int) -> str:
         f"{cluster.ranks} ranks, batch {batch_size} ({rows} rows a rank)",
         f"memory: {result.memory_per_rank / 1e9:.3f} GB on each rank for weights and optimizer",
         f"a step: {sent['total'] / 1e6:.3f} MB sent by each rank, "
-        f"{1e3 * seconds['total']:.1f} ms, most of it {largest}; {result.rows_per_second:.0f} rows/s",
+        f"{1e3 * seconds['total']:.1f} ms, most of it {largest}; "
+        f"{result.rows_per_second:.0f} rows/s",
     ]
     if not result.fits:
         smallest = result.smallest_ranks
