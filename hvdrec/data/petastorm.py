@@ -150,8 +150,6 @@ def read_row_groups(
 ) -> Generator[pa.Table, None, None]:
     """Yield the tables of row groups in the planned order, read ahead by worker threads.
 
-    Reads from a remote store are retried, see `storage.urls.retried`.
-
     Args:
         planned: Row groups, each with at least one row; repetitions are allowed.
         columns: Columns to read.

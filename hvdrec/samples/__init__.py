@@ -1,5 +1,5 @@
-"""From raw tables to labelled, split samples."""
+"""Raw tables to labelled, split samples."""
 
-from hvdrec.samples.make import make
+from hvdrec.samples.make import SamplesResult, make_samples
 
-__all__ = ["make"]
+__all__ = ["SamplesResult", "make_samples"]

@@ -1,11 +1,12 @@
-"""Columns in memory, and their cast to the types that features declare.
+"""Arrow columns in memory, and casts to the types that features declare.
 
-Strings are held dictionary-encoded, on their own and as the values of lists: four bytes a value.
+A column is compact if its strings, or the strings in its lists, are dictionary-encoded: each value
+then takes four bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hvdrec.config.schema import RawType
-from hvdrec.errors import UserError, choices
+from hvdrec.errors import choices, invalid_file
 
 Array = NDArray[Any]
 
@@ -28,64 +29,62 @@ TARGETS: dict[RawType, pa.DataType] = {
     "int": pa.int64(),
     "float": pa.float64(),
 }
-REMEDIES: dict[RawType, str] = {"string": "VARCHAR", "int": "BIGINT", "float": "DOUBLE"}
+SQL_TYPES: dict[RawType, str] = {"string": "VARCHAR", "int": "BIGINT", "float": "DOUBLE"}
 
 
 def compact(array: pa.Array) -> pa.Array:
-    """Return an array with its strings, or the strings in its lists, dictionary-encoded.
-
-    A null list becomes an empty one.
-    """
-    kind = array.type
-    if is_list(kind):
-        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-        return list_array(lengths, compact(array.flatten()))
-    if pa.types.is_dictionary(kind):
-        array, kind = array.cast(kind.value_type), kind.value_type
-    if pa.types.is_large_string(kind):
-        array, kind = array.cast(pa.string()), pa.string()
-    return array.dictionary_encode() if pa.types.is_string(kind) else array
+    """Dictionary-encode the strings of an array or of its lists; null lists become empty."""
+    dtype = array.type
+    if is_list(dtype):
+        return _map_values(compact, array)
+    if pa.types.is_dictionary(dtype):
+        array, dtype = array.cast(dtype.value_type), dtype.value_type
+    if pa.types.is_large_string(dtype):
+        array, dtype = array.cast(pa.string()), pa.string()
+    return array.dictionary_encode() if pa.types.is_string(dtype) else array
 
 
-def concatenated(arrays: Sequence[pa.Array], kind: pa.DataType) -> pa.Array:
-    """Return compact arrays of one type as one; `kind` is that of an empty result."""
+def concatenate(arrays: Sequence[pa.Array], dtype: pa.DataType) -> pa.Array:
+    """Concatenate compact arrays of one type; without arrays, return an empty one of `dtype`."""
     if not arrays:
-        return compact(pa.array([], kind))
+        return compact(pa.array([], dtype))
     if len(arrays) == 1:
         return arrays[0]
     if is_list(arrays[0].type):
-        lengths = [pc.list_value_length(a).to_numpy(zero_copy_only=False) for a in arrays]
-        values = concatenated([a.flatten() for a in arrays], arrays[0].type.value_type)
-        return list_array(np.concatenate(lengths), values)
-    return one(pa.chunked_array(arrays).unify_dictionaries())
-
-
-def one(column: pa.ChunkedArray) -> pa.Array:
-    """Return a chunked column as one array."""
-    array = column.combine_chunks()
+        values = concatenate([a.flatten() for a in arrays], arrays[0].type.value_type)
+        return list_array(np.concatenate([list_lengths(a) for a in arrays]), values)
+    array = pa.chunked_array(arrays).unify_dictionaries().combine_chunks()
     return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
 
 
+def list_lengths(array: pa.Array) -> Array:
+    """Return the length of each list, int32 [n]; 0 for a null list."""
+    return np.asarray(pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False))
+
+
 def list_array(lengths: Array, values: pa.Array) -> pa.Array:
-    """Return lists of the given lengths [n] over flat values."""
+    """Build lists of the given lengths [n] over flat values."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
+def _map_values(function: Callable[[pa.Array], pa.Array], array: pa.Array) -> pa.Array:
+    """Apply a function to the flat values of a list array."""
+    return list_array(list_lengths(array), function(array.flatten()))
+
+
 def plain(array: pa.Array) -> pa.Array:
-    """Return a compact array with its strings written out."""
+    """Decode the dictionaries of a compact array."""
     if is_list(array.type):
-        lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-        return list_array(lengths, plain(array.flatten()))
+        return _map_values(plain, array)
     return array.cast(array.type.value_type) if pa.types.is_dictionary(array.type) else array
 
 
 def canonical(array: pa.Array) -> pa.Array:
-    """Return a compact array with its dictionary sorted, so that equal values give equal files."""
+    """Sort the dictionary of a compact array, so that equal values give identical files."""
     if is_list(array.type):
-        lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-        return list_array(lengths, canonical(array.flatten()))
+        return _map_values(canonical, array)
     if not pa.types.is_dictionary(array.type):
         return array
     order = pc.sort_indices(array.dictionary)
@@ -96,10 +95,11 @@ def canonical(array: pa.Array) -> pa.Array:
     )
 
 
-def codes(array: pa.Array) -> tuple[Array, pa.Array]:
-    """Return the rank of each key among the distinct keys, int64 [n], and those keys, ascending.
+def encode_keys(array: pa.Array) -> tuple[Array, pa.Array]:
+    """Number the distinct keys of a compact column of strings or integers without nulls.
 
-    array: compact, of strings (sorted by their bytes) or integers, without nulls.
+    Returns:
+        The rank of each row's key, int64 [n], and the distinct keys, ascending (strings by bytes).
     """
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     index = encoded.indices.to_numpy(zero_copy_only=False)
@@ -112,9 +112,9 @@ def codes(array: pa.Array) -> tuple[Array, pa.Array]:
     return rank[index], values.take(pa.array(order))
 
 
-def groups(arrays: Sequence[pa.Array], rows: int) -> Array:
+def group_ids(arrays: Sequence[pa.Array], rows: int) -> Array:
     """Return int64 [rows], equal where rows are equal in all columns (null equals null)."""
-    found = np.zeros(rows, dtype=np.int64)
+    group = np.zeros(rows, dtype=np.int64)
     for array in arrays:
         if pa.types.is_dictionary(array.type):
             index = pc.fill_null(array.indices, -1).to_numpy(zero_copy_only=False)
@@ -122,59 +122,59 @@ def groups(arrays: Sequence[pa.Array], rows: int) -> Array:
             encoded = array.dictionary_encode(null_encoding="encode")
             index = encoded.indices.to_numpy(zero_copy_only=False)
         index = index.astype(np.int64) + 1
-        found = np.unique(found * (index.max(initial=0) + 1) + index, return_inverse=True)[1]
-    return found
+        group = np.unique(group * (index.max(initial=0) + 1) + index, return_inverse=True)[1]
+    return group
 
 
 def cast(
     array: pa.Array, dtype: RawType, *, where: str, name: str, purpose: str, lists: bool = False
 ) -> pa.Array:
-    """Return a compact column in a declared type: string, int64 or double, or lists of it.
+    """Cast a compact column to a declared type: string, int64 or float64, or lists of it.
 
-    Integers become decimal strings where strings are declared; floats never do, since '1.0' is no
-    key. where, name, purpose: the file, the column and what it is for, to name in the UserError
-    that any other type raises.
+    Integers become decimal strings if strings are declared. Floats do not: '1.0' is not a key.
+
+    Args:
+        array: Column [n].
+        dtype: Declared type of a value.
+        where: File or configuration key that the column comes from, for errors.
+        name: Name of the column, for errors.
+        purpose: What the column is for, for errors.
+        lists: Whether the declared values are lists.
+
+    Raises:
+        UserError: The type of the column or one of its values does not fit.
     """
-    kind = array.type
-    shown = type_name(kind)
-    if lists and not is_list(kind):
-        raise UserError(
-            f"{where}: column '{name}' is {shown}, {purpose} needs a list; derive it, for example "
-            f"samples.derive.{name} = \"string_split({name}, '|')\""
-        )
-    if is_list(kind) and not lists:
-        raise UserError(
-            f"{where}: column '{name}' is {shown}, {purpose} takes one value; "
-            "declare kind = 'categorical_list'"
-        )
-    if family(kind.value_type if lists else kind) not in ACCEPTED[dtype]:
-        target = REMEDIES[dtype] + ("[]" if lists else "")
+    actual = array.type
+    column = f"column '{name}' is {type_name(actual)}, {purpose}"
+    if lists and not is_list(actual):
+        example = f"samples.derive.{name} = \"string_split({name}, '|')\""
+        raise invalid_file(where, f"{column} needs a list", f"derive it, for example {example}")
+    if is_list(actual) and not lists:
+        raise invalid_file(where, f"{column} takes one value", "declare kind = 'categorical_list'")
+    if family(actual.value_type if lists else actual) not in ACCEPTED[dtype]:
+        target = SQL_TYPES[dtype] + ("[]" if lists else "")
+        if dtype == "string" and family(actual) == "float":
+            target = "BIGINT"
+        problem = f"{column} of dtype '{dtype}' takes {choices(ACCEPTED[dtype])}"
         example = f'samples.derive.{name} = "CAST({name} AS {target})"'
-        if dtype == "string" and family(kind) == "float":
-            example = f'samples.derive.{name} = "CAST({name} AS BIGINT)"'
-        raise UserError(
-            f"{where}: column '{name}' is {shown}, {purpose} of dtype '{dtype}' takes "
-            f"{choices(ACCEPTED[dtype])}; derive it, for example {example}"
-        )
+        raise invalid_file(where, problem, f"derive it, for example {example}")
     try:
         if lists:
-            lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-            return list_array(lengths, _cast_scalars(array.flatten(), dtype))
+            return _map_values(lambda values: _cast_scalars(values, dtype), array)
         return _cast_scalars(array, dtype)
     except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{where}: column '{name}' ({shown}) does not fit dtype '{dtype}' of {purpose}: "
-            f"{str(error).splitlines()[0]}; declare another dtype"
-        ) from None
+        shown = f"column '{name}' ({type_name(actual)})"
+        problem = f"{shown} does not fit dtype '{dtype}' of {purpose}: {first_line(error)}"
+        raise invalid_file(where, problem, "declare another dtype") from None
 
 
-def family(kind: pa.DataType) -> str:
-    """Return the sort of type that the messages speak of."""
-    if pa.types.is_dictionary(kind):
-        return family(kind.value_type)
-    if pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale <= 0):
+def family(dtype: pa.DataType) -> str:
+    """Return the family of a type, as error messages name it, such as "integer"."""
+    if pa.types.is_dictionary(dtype):
+        return family(dtype.value_type)
+    if pa.types.is_integer(dtype) or (pa.types.is_decimal(dtype) and dtype.scale <= 0):
         return "integer"
-    for name, belongs in (
+    for name, is_member in (
         ("boolean", pa.types.is_boolean),
         ("float", pa.types.is_floating),
         ("string", pa.types.is_string),
@@ -183,21 +183,27 @@ def family(kind: pa.DataType) -> str:
         ("timestamp", pa.types.is_timestamp),
         ("date", pa.types.is_date),
     ):
-        if belongs(kind):
+        if is_member(dtype):
             return name
-    return str(kind)
+    return str(dtype)
 
 
-def type_name(kind: pa.DataType) -> str:
-    """Return a compact column's type as the user knows it."""
-    return f"a list of {type_name(kind.value_type)}" if is_list(kind) else family(kind)
+def type_name(dtype: pa.DataType) -> str:
+    """Return the name of a column type for error messages."""
+    return f"a list of {type_name(dtype.value_type)}" if is_list(dtype) else family(dtype)
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Return whether values are lists of any sort."""
+def is_list(dtype: pa.DataType) -> bool:
+    """True for every list type."""
+    types = pa.types
     return bool(
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype)
     )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of Arrow or DuckDB; pointers into a query follow it."""
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def _cast_scalars(array: pa.Array, dtype: RawType) -> pa.Array:

@@ -1,8 +1,9 @@
-"""DuckDB in process: it reads raw tables, evaluates a user's SQL and runs Ibis expressions."""
+"""The in-process DuckDB engine: reads raw tables, evaluates user SQL and runs Ibis expressions."""
 
 from __future__ import annotations
 
 import glob
+import itertools
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,16 +15,17 @@ import ibis
 import pyarrow as pa
 from ibis.expr.types import Table
 
-from hvdrec.errors import UserError, choices
-from hvdrec.samples.columns import compact, concatenated
+from hvdrec.errors import UserError, choices, invalid_file, invalid_value
+from hvdrec.samples.columns import compact, concatenate, first_line
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 BATCH_ROWS = 262_144
+REWRITE = "write the table again"
 
 
 @contextmanager
 def connect() -> Iterator[Engine]:
-    """Open an engine in memory, which spills to a temporary directory and thinks in UTC."""
+    """Open an in-memory engine that spills to a temporary directory and uses UTC."""
     with tempfile.TemporaryDirectory(prefix="hvdrec-") as spill, duckdb.connect() as connection:
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
@@ -34,76 +36,81 @@ def connect() -> Iterator[Engine]:
 
 @dataclass
 class Engine:
-    """What making samples needs of an engine; all that is DuckDB's own stands here.
+    """Everything that is specific to DuckDB. Tables are Ibis expressions over named views.
 
-    Ibis compiles the expressions and the connection runs them, so that no version of Ibis has to
-    know this version of DuckDB's Python interface. Tables are Ibis expressions over named views.
+    Ibis only compiles expressions to SQL and the connection runs them, so the versions of Ibis and
+    of DuckDB's Python interface are independent.
     """
 
     connection: duckdb.DuckDBPyConnection
-    _made: int = 0
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _files: list[tuple[Path, str]] = field(default_factory=list)
     _expressions: list[tuple[str, str, str]] = field(default_factory=list)
 
     def read(self, file: Path, text: Collection[str] = ()) -> Table:
-        """Return a CSV or Parquet file, or all files of a glob, as a table.
+        """Open a Parquet or CSV file, or all files that a glob matches.
 
-        text: columns of a CSV file that are wanted as they are written ("007"), unless they are
-        floating-point numbers. Raises UserError if there is no such file or if it is not what its
-        suffix says.
+        Args:
+            file: Path or glob.
+            text: Columns of a CSV file to keep as text ("007"), unless they parse as floats.
+
+        Raises:
+            UserError: There is no such file, or it is not in the format of its suffix.
         """
         name = str(file)
         if not name.endswith(SUFFIXES):
-            raise UserError(f"{file}: must end in one of {choices(SUFFIXES)}; convert the table")
+            raise invalid_file(file, f"must end in one of {choices(SUFFIXES)}", "convert the table")
         if file.is_dir():
-            raise UserError(f"{file}: is a directory; name its files, as in '{name}/*.parquet'")
+            raise invalid_file(file, "is a directory", f"name its files, as in '{name}/*.parquet'")
         paths = [name] if file.is_file() else sorted(glob.glob(name, recursive=True))
         if not paths:
-            raise UserError(f"{file}: no such file; check paths.raw and the table's name")
+            raise invalid_file(file, "no such file", "check paths.raw and the table's name")
         listed = ", ".join(_literal(path) for path in paths)
         try:
             if name.endswith(".parquet"):
                 view = self._view(f"SELECT * FROM read_parquet([{listed}], union_by_name = true)")
             else:
-                source = f"SELECT * FROM read_csv([{listed}], union_by_name = true"
-                view = self._view(f"{source})")
-                found = self.connection.table(view)
-                kinds = {
-                    column: "'VARCHAR'"
-                    for column, kind in zip(found.columns, found.types, strict=True)
-                    if column in text and str(kind) != "DOUBLE"
-                }
-                if kinds:
-                    types = ", ".join(f"{_literal(c)}: {kind}" for c, kind in kinds.items())
-                    view = self._view(f"{source}, types = {{{types}}})")
+                view = self._view_csv(f"[{listed}], union_by_name = true", text)
             self._files.append((file, view))
             return self._table(view)
         except duckdb.Error as error:
             raise _unreadable(file, error) from None
 
-    def derive(self, table: Table, column: str, expression: str, key: str) -> Table:
-        """Add (or replace) a column given as a user's SQL over the table's other columns.
+    def _view_csv(self, arguments: str, text: Collection[str]) -> str:
+        view = self._view(f"SELECT * FROM read_csv({arguments})")
+        table = self.connection.table(view)
+        kept = [
+            column
+            for column, dtype in zip(table.columns, table.types, strict=True)
+            if column in text and str(dtype) != "DOUBLE"
+        ]
+        if not kept:
+            return view
+        types = ", ".join(f"{_literal(column)}: 'VARCHAR'" for column in kept)
+        return self._view(f"SELECT * FROM read_csv({arguments}, types = {{{types}}})")
 
-        Raises UserError, naming the configuration's key, if the expression is wrong.
+    def derive(self, table: Table, column: str, expression: str, key: str) -> Table:
+        """Add or replace a column by user SQL over the other columns of the table.
+
+        Raises:
+            UserError: The expression, given under this configuration key, is invalid.
         """
         view = self._view(_sql(table))
         others = f"* EXCLUDE ({_quoted(column)})" if column in table.columns else "*"
         try:
-            # The line break ends a comment that the expression may end in.
+            # The line break ends a comment at the end of the expression.
             derived = self._view(
                 f"SELECT {others}, ({expression}\n) AS {_quoted(column)} FROM {view}"
             )
             result = self._table(derived)
         except duckdb.Error as error:
-            raise UserError(
-                f"{key} = '{expression}': {_first_line(error)}; the columns are "
-                f"{choices(visible(table))}"
-            ) from None
+            columns = f"the columns are {choices(visible(table))}"
+            raise invalid_value(key, expression, first_line(error), columns) from None
         self._expressions.append((key, expression, view))
         return result
 
     def binds(self, table: Table, expression: str) -> bool:
-        """Return whether all columns that an SQL expression names are there."""
+        """True if the table has all columns that an SQL expression names."""
         try:
             view = self._view(_sql(table))
             _ = self.connection.sql(f"SELECT ({expression}\n) FROM {view} LIMIT 0").columns
@@ -111,25 +118,26 @@ class Engine:
             return False
         return True
 
-    def cached(self, table: Table) -> Table:
-        """Return a table computed once and kept."""
+    def materialize(self, table: Table) -> Table:
+        """Compute a table once and return the stored result."""
         name = self._name()
         try:
             self.connection.execute(f"CREATE TEMP TABLE {name} AS {_sql(table)}")
         except duckdb.Error as error:
-            raise self._blamed(error) from None
+            raise self._explain(error) from None
         return self._table(name)
 
     def register(self, rows: pa.Table) -> Table:
-        """Return rows in memory as a table."""
+        """Make rows in memory available as a table."""
         name = self._name()
         self.connection.register(name, rows)
         return self._table(name)
 
     def collect(self, table: Table) -> dict[str, pa.Array]:
-        """Return a table's columns, compact (see `columns.compact`); rows come in any order.
+        """Compute a table and return its compact columns, rows in any order.
 
-        Raises UserError that names the file or the expression which fails on some row.
+        Raises:
+            UserError: A file or a user's expression fails on some row.
         """
         parts: dict[str, list[pa.Array]] = {column: [] for column in table.columns}
         try:
@@ -138,21 +146,20 @@ class Engine:
                 for column, array in zip(batch.schema.names, batch.columns, strict=True):
                     parts[column].append(compact(array))
         except (duckdb.Error, pa.ArrowException, OSError) as error:
-            raise self._blamed(error) from None
+            raise self._explain(error) from None
         return {
-            column: concatenated(arrays, reader.schema.field(column).type)
+            column: concatenate(arrays, reader.schema.field(column).type)
             for column, arrays in parts.items()
         }
 
     def first(self, table: Table) -> dict[str, object] | None:
-        """Return a table's first row, or None if it has none."""
-        rows = self.collect(table.limit(1))
-        values = {column: array.to_pylist() for column, array in rows.items()}
-        return {c: v[0] for c, v in values.items()} if all(values.values()) else None
+        """Return the first row of a table, or None if it is empty."""
+        columns = self.collect(table.limit(1))
+        rows: list[dict[str, object]] = pa.table(columns).to_pylist()
+        return rows[0] if rows else None
 
     def _name(self) -> str:
-        self._made += 1
-        return f"hvdrec_{self._made}"
+        return f"hvdrec_{next(self._numbers)}"
 
     def _view(self, query: str) -> str:
         name = self._name()
@@ -161,23 +168,23 @@ class Engine:
 
     def _table(self, name: str) -> Table:
         schema = self.connection.sql(f"SELECT * FROM {name} LIMIT 0").to_arrow_table().schema
-        kinds = {field.name: _ibis_type(field.type) for field in schema}
-        return ibis.table(ibis.schema(kinds), name=name)
+        return ibis.table(
+            ibis.schema({field.name: _ibis_type(field.type) for field in schema}), name=name
+        )
 
-    def _blamed(self, error: Exception) -> UserError:
-        """Return the error of a query as one that names the file or the expression at fault."""
+    def _explain(self, error: Exception) -> UserError:
+        """Find the file or expression that made a query fail, and build the error that names it."""
         for file, view in self._files:
-            if found := self._failure(f"SELECT hash(v) AS h FROM {view} AS v"):
-                return _unreadable(file, found)
+            if failure := self._failure(f"SELECT hash(v) AS h FROM {view} AS v"):
+                return _unreadable(file, failure)
         for key, expression, view in self._expressions:
-            if found := self._failure(f"SELECT hash({expression}\n) AS h FROM {view}"):
-                return UserError(
-                    f"{key} = '{expression}': {_first_line(found)}; mend the expression or the "
-                    "data (TRY_CAST gives null where CAST fails)"
-                )
-        return UserError(f"samples: {_first_line(error)}")
+            if failure := self._failure(f"SELECT hash({expression}\n) AS h FROM {view}"):
+                remedy = "correct the expression or the data (TRY_CAST gives null where CAST fails)"
+                return invalid_value(key, expression, first_line(failure), remedy)
+        return UserError(f"samples: {first_line(error)}", field="samples")
 
     def _failure(self, query: str) -> Exception | None:
+        """Return the error of a query, if it fails. Filtering by a hash reads every value."""
         try:
             self.connection.sql(f"SELECT count(*) FROM ({query}) WHERE h = 0").fetchall()
         except duckdb.Error as error:
@@ -186,15 +193,15 @@ class Engine:
 
 
 def visible(table: Table) -> list[str]:
-    """Return a table's columns without those of our own, which begin with two underscores."""
+    """List the columns of a table without internal ones, which start with two underscores."""
     return [column for column in table.columns if not column.startswith("__")]
 
 
-def _ibis_type(kind: pa.DataType) -> ibis.DataType:
-    # Ibis cannot read this one type from Arrow, though it has it.
-    if kind == pa.month_day_nano_interval():
+def _ibis_type(dtype: pa.DataType) -> ibis.DataType:
+    # Ibis cannot convert this one Arrow type, although it has a type for it.
+    if dtype == pa.month_day_nano_interval():
         return ibis.dtype("interval('us')")
-    return ibis.schema(pa.schema([("kind", kind)]))["kind"]
+    return ibis.schema(pa.schema([("column", dtype)]))["column"]
 
 
 def _sql(table: Table) -> str:
@@ -210,10 +217,5 @@ def _literal(text: str) -> str:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    kind = "Parquet" if file.name.endswith(".parquet") else "CSV"
-    return UserError(f"{file}: no readable {kind} ({_first_line(error)}); write the table again")
-
-
-def _first_line(error: Exception) -> str:
-    """Return an engine's message without its pointers into the query."""
-    return str(error).strip().splitlines()[0].rstrip(".")
+    form = "Parquet" if file.name.endswith(".parquet") else "CSV"
+    return invalid_file(file, f"not a readable {form} file ({first_line(error)})", REWRITE)

@@ -1,4 +1,4 @@
-"""What a user did beside a sample, as slices of one sorted array per history."""
+"""Event histories of users: lists cut from one sorted array of events per history."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Users and times as numbers: key = user * times + the time's rank among the `times` different
-    ones, so that keys sort by user, then time, and are equal for equal times.
+class UserTimes:
+    """User and time of each of n rows, combined into one sortable key.
 
-    user: int64 codes [n]; key: int64 [n].
+    Attributes:
+        user: User codes, int64 [n].
+        key: user * times + rank of the time among all distinct times, int64 [n]. It sorts by user,
+            then time, and is equal for equal times.
+        times: Number of distinct times.
     """
 
     user: Array
@@ -27,19 +30,22 @@ class Moments:
     times: int
 
     @staticmethod
-    def of(user: Array, time: Array) -> Moments:
-        """Number rows. user: int64 codes [n]; time: sortable values [n]."""
+    def of(user: Array, time: Array) -> UserTimes:
+        """Build the keys of user codes int64 [n] and sortable times [n]."""
         distinct, rank = np.unique(time, return_inverse=True)
-        return Moments(user, user * len(distinct) + rank, len(distinct))
+        return UserTimes(user, user * len(distinct) + rank, len(distinct))
 
 
 @dataclass(frozen=True)
-class Events:
-    """The events that a history is made of, by user and time.
+class EventLog:
+    """The e events of a history, sorted by user and time.
 
-    items: item keys, or values of another column [n]; key: int64 [n], ascending; row: int64 [n],
-    the row that each stands for; same: int64 [n], the next event of the same user and item, or n.
-    It is None where repeated items stay.
+    Attributes:
+        items: Item keys, or values of another column, [e].
+        key: Keys of `UserTimes`, int64 [e], ascending.
+        row: Row number of each event, int64 [e].
+        same: Index of the next event of the same user and item, or e if there is none, int64 [e];
+            None if lists keep repeated items.
     """
 
     items: pa.Array
@@ -49,70 +55,71 @@ class Events:
 
     @staticmethod
     def of(
-        items: pa.Array, moments: Moments, chosen: Array, item_code: Array | None = None
-    ) -> Events:
-        """Sort the chosen rows' items; those of one time keep their order.
+        items: pa.Array, times: UserTimes, chosen: Array, item_code: Array | None = None
+    ) -> EventLog:
+        """Sort the events among n rows; events of one time keep their row order.
 
-        chosen: bool [n]; item_code: int64 [n], to keep of a user's events with one item (or value)
-        only the latest in each list.
+        Args:
+            items: Item keys or other values [n].
+            times: User and time of each row.
+            chosen: Whether each row is an event, bool [n].
+            item_code: Item codes, int64 [n], if lists keep only the latest event of an item.
         """
         rows = np.flatnonzero(chosen)
-        order = rows[np.argsort(moments.key[rows], kind="stable")]
+        order = rows[np.argsort(times.key[rows], kind="stable")]
         same = None
         if item_code is not None:
-            pair = moments.user[order] * (item_code.max(initial=0) + 1) + item_code[order]
-            same = _next_of_same(pair)
-        return Events(items.take(pa.array(order)), moments.key[order], order, same)
+            pair = times.user[order] * (item_code.max(initial=0) + 1) + item_code[order]
+            same = _next_equal(pair)
+        return EventLog(items.take(pa.array(order)), times.key[order], order, same)
 
-    def before(self, moments: Moments, rows: Array, length: int) -> pa.Array:
-        """Return lists of the last `length` events strictly before each row, oldest first."""
-        return self._last(moments.key[rows], moments.user[rows] * moments.times, length)
+    def before(self, times: UserTimes, rows: Array, length: int) -> pa.Array:
+        """Return the last `length` events strictly before each row, oldest first."""
+        return self._last(times.key[rows], times.user[rows] * times.times, length)
 
     def latest(self, users: int, times: int, length: int) -> pa.Array:
-        """Return lists of the last `length` events of each of the users 0 … `users` - 1."""
+        """Return the last `length` events of each user 0 ... users - 1, oldest first."""
         start = np.arange(users) * times
         return self._last(start + times, start, length)
 
-    def others(self, moments: Moments, rows: Array, length: int) -> pa.Array:
-        """Return lists of the `length` events nearest to each row in their order by time, half of
-        them before it where there are enough, without the row itself, oldest first."""
-        start = moments.user[rows] * moments.times
-        first, end = (
-            np.searchsorted(self.key, start),
-            np.searchsorted(self.key, start + moments.times),
-        )
-        own = np.full(len(moments.key), -1, dtype=np.int64)
+    def others(self, times: UserTimes, rows: Array, length: int) -> pa.Array:
+        """Return the `length` other events of the user nearest to each row in time order.
+
+        Half of them precede the row where there are enough. The row itself is left out.
+        """
+        start = times.user[rows] * times.times
+        first, end = (np.searchsorted(self.key, bound) for bound in (start, start + times.times))
+        own = np.full(len(times.key), -1, dtype=np.int64)
         own[self.row] = np.arange(len(self.row))
         own = own[rows]
-        place = np.where(own >= 0, own, np.searchsorted(self.key, moments.key[rows]))
+        position = np.where(own >= 0, own, np.searchsorted(self.key, times.key[rows]))
         wanted = length + (own >= 0)
-        low = np.clip(place - length // 2, first, np.maximum(first, end - wanted))
+        low = np.clip(position - length // 2, first, np.maximum(first, end - wanted))
         lengths = np.minimum(end - low, wanted)
         positions = _ranges(low, lengths)
         kept = positions != np.repeat(own, lengths)
         return list_array(lengths - (own >= 0), self.items.take(pa.array(positions[kept])))
 
     def _last(self, key: Array, start: Array, length: int) -> pa.Array:
-        """Return the last `length` events of those with start <= their key < key."""
+        """Return the last `length` events with start <= event key < key."""
         stop = np.searchsorted(self.key, key)
         first = np.searchsorted(self.key, start)
         if self.same is not None:
-            return self._last_distinct(first, stop, length)
+            return self._last_distinct(self.same, first, stop, length)
         first = np.maximum(first, stop - length)
         lengths = stop - first
         return list_array(lengths, self.items.take(pa.array(_ranges(first, lengths))))
 
-    def _last_distinct(self, first: Array, stop: Array, length: int) -> pa.Array:
-        """Return the last `length` events of [first, stop), each item at its latest time only."""
-        assert self.same is not None
-        # Rows of one user and time have one list: it is made once.
+    def _last_distinct(self, same: Array, first: Array, stop: Array, length: int) -> pa.Array:
+        """Return the last `length` events of [first, stop), each item only at its latest time."""
+        # Rows of one user and time share a list, which is built once.
         empty = first >= stop
         stops, which = np.unique(np.where(empty, -1, stop), return_inverse=True)
         firsts = np.zeros_like(stops)
         firsts[which] = np.where(empty, -1, first)
         lengths = stops - firsts
         positions = _ranges(firsts, lengths)
-        latest = self.same[positions] >= np.repeat(stops, lengths)
+        latest = same[positions] >= np.repeat(stops, lengths)
         lists = np.repeat(np.arange(len(stops)), lengths)[latest]
         counts = np.bincount(lists, minlength=len(stops))
         kept = np.minimum(counts, length)
@@ -123,16 +130,16 @@ class Events:
 
 
 def _ranges(first: Array, lengths: Array) -> Array:
-    """Return first[i], first[i] + 1, … of each length, one behind the other."""
+    """Concatenate the ranges first[i] ... first[i] + lengths[i] - 1."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.asarray(np.arange(total) + np.repeat(first - (ends - lengths), lengths))
 
 
-def _next_of_same(pair: Array) -> Array:
-    """Return for each entry the place of the next equal one, or their number."""
-    following = np.full(len(pair), len(pair), dtype=np.int64)
-    order = np.argsort(pair, kind="stable")
-    again = pair[order[1:]] == pair[order[:-1]]
-    following[order[:-1][again]] = order[1:][again]
+def _next_equal(values: Array) -> Array:
+    """Return the index of the next equal value of each value, or n if there is none."""
+    following = np.full(len(values), len(values), dtype=np.int64)
+    order = np.argsort(values, kind="stable")
+    is_equal = values[order[1:]] == values[order[:-1]]
+    following[order[:-1][is_equal]] = order[1:][is_equal]
     return following

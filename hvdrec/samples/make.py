@@ -1,8 +1,10 @@
-"""Making the samples artifact: join, label, draw negatives, split, add histories, write."""
+"""The stage `samples`: join, label, split, draw negatives, build histories, write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,33 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
-from hvdrec.config.sections import Samples
 from hvdrec.config.structure import to_dict
-from hvdrec.errors import UserError
-from hvdrec.samples import negatives
-from hvdrec.samples import sources as tables
-from hvdrec.samples.columns import groups
+from hvdrec.errors import invalid_file, invalid_value
+from hvdrec.samples.columns import group_ids
 from hvdrec.samples.engine import Engine, connect, visible
-from hvdrec.samples.history import Events, Moments
-from hvdrec.samples.rows import Keys, Rows, collect_rows, concatenated_rows, moments
-from hvdrec.samples.split import RANDOM, SPLITS, shuffled, split_rows
+from hvdrec.samples.history import EventLog, UserTimes
+from hvdrec.samples.join import (
+    ROW,
+    JoinedTable,
+    RawTables,
+    join_tables,
+    label_rows,
+    read_tables,
+)
+from hvdrec.samples.negatives import draw_negatives
+from hvdrec.samples.rows import (
+    KeyCodes,
+    LabelledRows,
+    collect_rows,
+    concatenate_rows,
+    time_values,
+)
+from hvdrec.samples.spec import SampleSpec
+from hvdrec.samples.split import SPLITS, shuffled, split_rows
 from hvdrec.samples.write import (
+    Entities,
     Histories,
-    latest_rows,
-    side_table,
+    entity_table,
     write_split,
     write_table,
     write_users,
@@ -32,243 +47,286 @@ from hvdrec.samples.write import (
 from hvdrec.storage.artifacts import write_artifact
 
 DRAWN_ROWS = 2_097_152
+"""Negatives that are joined at a time."""
 Array = NDArray[Any]
-Notify = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
-def make(
-    config: Config,
-    *,
-    out: Path | None = None,
-    overwrite: bool = False,
-    notify: Notify = lambda _: None,
-) -> dict[str, Any]:
-    """Write the samples artifact of a configuration and return its meta.
+@dataclass(frozen=True)
+class SamplesResult:
+    """The samples that `make_samples` wrote.
 
-    In this order: read the tables; join users, items and joins, with each derived column as soon
-    as the columns it is made of are there; leave out dropped rows; label and weigh; divide into
-    splits; draw negatives, which go to their positive's split, take its columns of the interactions
-    and are joined anew; add histories. The result depends on the rows and the seeds, not on the
-    order of rows in the files.
-
-    Features of users (items) that their own table does not give take the value of the user's
-    (item's) latest training row. Raises UserError for anything in the tables or the configuration
-    that does not fit; what stood at `out` is then left as it was.
+    Attributes:
+        path: Directory of the artifact.
+        rows: Split -> number of samples.
+        positives: Split -> number of samples with label 1.
+        users: Number of users.
+        items: Number of items.
+        tasks: Task -> split -> "rows" with a known label and "positives" among them.
     """
-    samples, schema = config.samples, config.schema
-    _check(samples)
+
+    path: Path
+    rows: Mapping[str, int]
+    positives: Mapping[str, int]
+    users: int
+    items: int
+    tasks: Mapping[str, Mapping[str, Mapping[str, int]]]
+
+
+@dataclass(frozen=True)
+class _SplitRows:
+    """Labelled rows with codes of their keys, split numbers [n] and times [n], if there are any."""
+
+    rows: LabelledRows
+    users: KeyCodes
+    items: KeyCodes
+    split: Array
+    time: Array | None
+
+
+def make_samples(
+    config: Config, overwrite: bool = False, *, notify: Callable[[str], None] = log.info
+) -> SamplesResult:
+    """Make labelled, split samples of raw tables and write them to ``config.paths.samples``.
+
+    Tables are joined, rows labelled and split. Negatives are drawn after that: they belong to the
+    split of their positive, share its columns of the interactions, and are joined like other rows.
+    The result depends on the contents of the tables and the seeds, not on the order of rows in the
+    files. Features of users and items that their own table lacks come from the latest training row.
+
+    Args:
+        config: The run.
+        overwrite: Replace existing samples once the new ones are complete.
+        notify: Called with one line of progress at a time.
+
+    Raises:
+        UserError: A table or an option is invalid. Existing samples are then unchanged.
+    """
+    spec = SampleSpec(config.samples, config.features, config.tasks)
+    spec.require_time()
+    path = config.paths.of("samples")
     meta: dict[str, Any] = {"config": to_dict(config)}
-    target = out or config.paths.of("samples")
-    with write_artifact(target, "samples", meta, overwrite=overwrite) as draft, connect() as engine:
+    with write_artifact(path, "samples", meta, overwrite=overwrite) as draft, connect() as engine:
         notify("reading and joining tables")
-        source = tables.read_source(engine, config)
-        joined = tables.joined(engine, config, source, source.interactions)
-        table = tables.labelled(engine, config, source, joined)
-        rows = collect_rows(engine, config, source, joined, table)
-        real = len(rows.label)
-        if not real:
-            why = f"samples.drop = '{samples.drop}' leaves none"
-            why = why if samples.drop else "the table is empty"
-            raise UserError(f"{source.file}: no rows: {why}; give rows")
-        notify(f"{real} labelled rows, {int(rows.label.sum())} positive")
-        users, items = (
-            Keys.of(rows.columns[schema.user_key]),
-            Keys.of(rows.columns[schema.item_key]),
-        )
-        time = _time(config, joined, rows)
-        split = split_rows(samples, users.code, _split_time(config, joined, rows, time))
-        if samples.negatives.per_positive:
-            _require_item_tables(config, source)
-            drawn, positive = _drawn(engine, config, source, rows, users, items)
-            notify(f"{len(positive)} negatives drawn")
-            rows = concatenated_rows([rows, *drawn])
-            split = np.concatenate([split, split[positive]])
-            time = None if time is None else np.concatenate([time, time[positive]])
-            users = Keys.of(rows.columns[schema.user_key])
-            items = Keys.of(rows.columns[schema.item_key])
-        histories = _histories(config, rows, users, split, time)
-        _require_known(config, rows, split)
-        meta["rows"], meta["positives"] = {}, {}
-        if config.tasks:
-            meta["tasks"] = {task.name: {} for task in config.tasks}
-        for number, name in enumerate(SPLITS):
-            chosen = np.flatnonzero(split == number)
-            if number == 0:
-                chosen = chosen[shuffled(len(chosen), samples.split.seed + 1)]
-            elif time is not None:
-                chosen = chosen[np.argsort(time[chosen], kind="stable")]
-            meta["rows"][name] = len(chosen)
-            meta["positives"][name] = int(rows.label[chosen].sum())
-            notify(f"{name}: {len(chosen)} rows, {meta['positives'][name]} positive")
-            for task, label in zip(config.tasks, rows.tasks, strict=True):
-                known = label[chosen][~np.isnan(label[chosen])]
-                counts = {"rows": len(known), "positives": int(known.sum())}
-                meta["tasks"][task.name][name] = counts
-                notify(f"{name}: {task.name}: {len(known)} rows, {counts['positives']} positive")
-            write_split(draft / name, config, rows, chosen, histories)
-        # The latest training row comes last; a drawn row says nothing of its item's own columns.
-        trained = np.flatnonzero(split[:real] == 0)
-        if time is not None:
-            trained = trained[np.argsort(time[trained], kind="stable")]
-        for side, key, keys in (
-            ("user", schema.user_key, users),
-            ("item", schema.item_key, items),
-        ):
-            table = side_table(
-                engine,
-                config,
-                source,
-                joined,
-                next((s for s in source.sides if s.name == f"samples.{side}s"), None),
-                (key, keys.values),
-                [
-                    f
-                    for f in schema.features
-                    if f.side == side and f.name not in {h.name for h in samples.history}
-                ],
-                (latest_rows(keys, trained), rows),
-            )
+        tables = read_tables(engine, spec, Path(config.paths.raw))
+        joined = join_tables(engine, spec, tables, tables.interactions)
+        logged = _label_and_split(engine, spec, tables, joined, notify)
+        samples = logged
+        if spec.samples.negatives.per_positive:
+            samples = _add_negatives(engine, spec, tables, logged, notify)
+        histories = _build_histories(spec, samples)
+        _require_known_labels(spec, samples)
+        meta |= _write_splits(draft, spec, samples, histories, notify)
+        latest_last = _training_rows(logged)
+        for side, keys in (("user", samples.users), ("item", samples.items)):
+            key = spec.samples.user if side == "user" else spec.samples.item
+            entities = Entities.of(side, key, keys, latest_last)
+            own = tables.side(f"samples.{side}s")
+            table = entity_table(engine, spec, joined, own, samples.rows, entities)
             meta[f"{side}s"] = len(table)
             notify(f"{len(table)} {side}s")
-            if side == "item":
-                write_table(draft / "items.parquet", table)
-                continue
-            for name, is_trained in (("train", True), ("all", False)):
-                file = draft / f"users_{name}.parquet"
-                write_users(file, config, table, histories, trained=is_trained)
-    return meta
+            _write_entities(draft, spec, side, table, histories)
+    fields = ("rows", "positives", "users", "items")
+    return SamplesResult(path, *(meta[field] for field in fields), meta.get("tasks", {}))
 
 
-def _check(samples: Samples) -> None:
-    """Refuse what needs a time that is not named."""
-    split = samples.split
-    by_column = split.method == "temporal" and split.column
-    if split.method in ("temporal", "leave-last-out") and not (samples.time or by_column):
-        also = " or samples.split.column" if split.method == "temporal" else ""
-        raise UserError(
-            f"samples.split.method = '{split.method}': needs samples.time{also}, which is empty; "
-            "name the column of the time, or take method = 'random'"
-        )
-    if samples.history and not samples.time:
-        raise UserError(
-            f"samples.history '{samples.history[0].name}': needs samples.time, which is empty; "
-            "name the column of the time"
-        )
-    for history in samples.history:
-        if history.scope == "others" and split.method not in RANDOM:
-            raise UserError(
-                f"samples.history '{history.name}': scope = 'others' tells of later rows, which "
-                f"samples.split.method = '{split.method}' forbids; take scope = 'before'"
-            )
-        if history.scope == "others" and not history.repeats:
-            raise UserError(
-                f"samples.history '{history.name}': repeats = false goes with scope = 'before' "
-                "alone; leave it out"
-            )
+def _label_and_split(
+    engine: Engine,
+    spec: SampleSpec,
+    tables: RawTables,
+    joined: JoinedTable,
+    notify: Callable[[str], None],
+) -> _SplitRows:
+    """Collect the labelled interactions and assign them to splits."""
+    samples = spec.samples
+    rows = collect_rows(engine, spec, tables, joined, label_rows(engine, spec, joined))
+    if not len(rows.label):
+        if samples.drop:
+            problem = f"removes every row of {tables.file}"
+            raise invalid_value("samples.drop", samples.drop, problem, "keep some rows")
+        raise invalid_file(tables.file, "the table is empty", "provide rows")
+    notify(f"{len(rows.label)} labelled rows, {int(rows.label.sum())} positive")
+    time = None
+    if name := samples.time:
+        time = time_values(joined.origin[name], name, "samples.time", rows.raw[name])
+    users = KeyCodes.of(rows.columns[samples.user])
+    items = KeyCodes.of(rows.columns[samples.item])
+    column = samples.split.column or samples.time
+    order = _split_order(spec, joined, rows, time)
+    split = split_rows(samples.split, users.code, order, column)
+    return _SplitRows(rows, users, items, split, time)
 
 
-def _require_known(config: Config, rows: Rows, split: Array) -> None:
-    """Refuse a task of which no training row tells anything."""
-    for i, (task, label) in enumerate(zip(config.tasks, rows.tasks, strict=True)):
-        if np.isnan(label[split == 0]).all():
-            raise UserError(
-                f"tasks[{i}].label = '{task.label}': is NULL in every training row; correct the "
-                "expression or leave the task out"
-            )
-
-
-def _time(config: Config, joined: tables.Joined, rows: Rows) -> Array | None:
-    name = config.samples.time
-    return moments(joined.origin[name], name, "samples.time", rows.raw[name]) if name else None
-
-
-def _split_time(
-    config: Config, joined: tables.Joined, rows: Rows, time: Array | None
+def _split_order(
+    spec: SampleSpec, joined: JoinedTable, rows: LabelledRows, time: Array | None
 ) -> Array | None:
-    """Return the values that order rows for the split."""
-    split = config.samples.split
+    """Return the numbers [n] that order rows for the split."""
+    split = spec.samples.split
     if split.method != "temporal":
         return time
-    name = split.column or config.samples.time
+    name = split.column or spec.samples.time
     array = rows.raw[name]
-    if split.boundaries and (pa.types.is_temporal(array.type)):
-        raise UserError(
-            f"samples.split.boundaries = {list(split.boundaries)}: column '{name}' is "
-            f"{array.type}, boundaries are numbers; derive a number, for example "
-            f'samples.derive.day = "epoch({name}) / 86400", and name it in samples.split.column'
-        )
-    return (
-        moments(joined.origin[name], name, "samples.split.column", array) if split.column else time
-    )
+    if split.boundaries and pa.types.is_temporal(array.type):
+        problem = f"column '{name}' is {array.type}, boundaries are numbers"
+        example = f'samples.derive.day = "epoch({name}) / 86400"'
+        remedy = f"derive a number, for example {example}, and name it in samples.split.column"
+        raise invalid_value("samples.split.boundaries", list(split.boundaries), problem, remedy)
+    if not split.column:
+        return time
+    return time_values(joined.origin[name], name, "samples.split.column", array)
 
 
-def _require_item_tables(config: Config, source: tables.Source) -> None:
-    """Refuse item features of the interactions: a drawn item would get its positive's values."""
-    for feature in config.features:
-        is_key = feature.name == config.samples.item
-        if feature.side == "item" and not is_key and feature.name in visible(source.interactions):
-            raise UserError(
-                f"feature '{feature.name}': side 'item' but a column of {source.file}; with "
-                "samples.negatives an item's columns must come from samples.items or samples.joins"
-            )
-
-
-def _drawn(
-    engine: Engine, config: Config, source: tables.Source, rows: Rows, users: Keys, items: Keys
-) -> tuple[list[Rows], Array]:
-    """Return the drawn negatives, in parts, and for each the place of its positive in rows."""
-    samples = config.samples
-    within = groups([rows.raw[c] for c in samples.negatives.within], len(rows.label))
+def _add_negatives(
+    engine: Engine,
+    spec: SampleSpec,
+    tables: RawTables,
+    logged: _SplitRows,
+    notify: Callable[[str], None],
+) -> _SplitRows:
+    """Append sampled negatives, each in the split and at the time of its positive."""
+    _require_item_tables(spec, tables)
+    negatives, rows = spec.samples.negatives, logged.rows
+    within = group_ids([rows.raw[c] for c in negatives.within], len(rows.label))
     positive = np.flatnonzero(rows.label == 1)
-    place, item = negatives.draw(
-        within,
-        users.code,
-        items.code,
-        positive,
-        samples.negatives.per_positive,
-        samples.negatives.seed,
+    users, items = logged.users.code, logged.items.code
+    index, item = draw_negatives(
+        within, users, items, positive, negatives.per_positive, negatives.seed
     )
-    of = positive[place]
-    first = int(rows.number.max()) + 1
-    number = first + np.arange(len(of))
-    context = source.interactions.drop(samples.item)
+    keys = logged.items.values.take(pa.array(item))
+    drawn, of = _join_negatives(engine, spec, tables, rows.number, positive[index], keys)
+    notify(f"{len(of)} negatives drawn")
+    both = concatenate_rows([rows, *drawn])
+    return _SplitRows(
+        both,
+        KeyCodes.of(both.columns[spec.samples.user]),
+        KeyCodes.of(both.columns[spec.samples.item]),
+        np.concatenate([logged.split, logged.split[of]]),
+        None if logged.time is None else np.concatenate([logged.time, logged.time[of]]),
+    )
+
+
+def _require_item_tables(spec: SampleSpec, tables: RawTables) -> None:
+    """Refuse item features of the interactions: a negative would get the values of its positive."""
+    for feature in spec.features:
+        is_key = feature.name == spec.samples.item
+        if feature.side == "item" and not is_key and feature.name in visible(tables.interactions):
+            problem = f"has side 'item' but is a column of {tables.file}"
+            remedy = (
+                "with samples.negatives, columns of items must come from samples.items or "
+                "samples.joins"
+            )
+            raise invalid_value("features.name", feature.name, problem, remedy)
+
+
+def _join_negatives(
+    engine: Engine,
+    spec: SampleSpec,
+    tables: RawTables,
+    number: Array,
+    of: Array,
+    keys: pa.Array,
+) -> tuple[list[LabelledRows], Array]:
+    """Join drawn items to the context of their positives, a bounded number at a time.
+
+    number: row numbers of the interactions [n]; of: index of each negative's positive [m]; keys:
+    its item [m]. Returns the negatives that samples.drop keeps, and their entries of `of`.
+    """
+    item = spec.samples.item
+    first = int(number.max()) + 1
+    numbers = first + np.arange(len(of))
+    context = tables.interactions.drop(item)
     parts = []
     for start in range(0, len(of), DRAWN_ROWS):
         part = slice(start, start + DRAWN_ROWS)
-        pairs = engine.register(
-            pa.table(
-                {
-                    "__drawn": pa.array(number[part]),
-                    "__of": pa.array(rows.number[of[part]]),
-                    samples.item: items.values.take(pa.array(item[part])),
-                }
-            )
-        )
-        interactions = pairs.inner_join(context, pairs["__of"] == context[tables.ROW])
-        interactions = interactions.drop("__of", tables.ROW).rename({tables.ROW: "__drawn"})
-        joined = tables.joined(engine, config, source, interactions, given=(samples.item,))
-        table = tables.labelled(engine, config, source, joined, is_drawn=True)
-        parts.append(collect_rows(engine, config, source, joined, table))
-    kept = [part.number - first for part in parts]
-    return parts, of[np.concatenate([np.zeros(0, dtype=np.int64), *kept])]
+        columns = {"__drawn": numbers[part], "__of": number[of[part]], item: keys[part]}
+        pairs = engine.register(pa.table(columns))
+        interactions = pairs.inner_join(context, pairs["__of"] == context[ROW])
+        interactions = interactions.drop("__of", ROW).rename({ROW: "__drawn"})
+        joined = join_tables(engine, spec, tables, interactions, known=(item,))
+        labelled = label_rows(engine, spec, joined, negatives=True)
+        parts.append(collect_rows(engine, spec, tables, joined, labelled))
+    kept = [np.zeros(0, dtype=np.int64), *(part.number - first for part in parts)]
+    return parts, of[np.concatenate(kept)]
 
 
-def _histories(
-    config: Config, rows: Rows, users: Keys, split: Array, time: Array | None
-) -> Histories | None:
-    samples = config.samples
-    if not samples.history:
+def _build_histories(spec: SampleSpec, samples: _SplitRows) -> Histories | None:
+    """Collect the events of all histories."""
+    options, rows = spec.samples, samples.rows
+    if not options.history:
         return None
-    assert time is not None
-    found = Moments.of(users.code, time)
+    assert samples.time is not None
+    times = UserTimes.of(samples.users.code, samples.time)
 
-    def events(allowed: Array) -> dict[str, Events]:
-        made = {}
-        for history, chosen in zip(samples.history, rows.events, strict=True):
-            values = rows.columns[history.column or samples.item]
-            code = None if history.repeats else groups([values], len(values))
+    def events(allowed: Array) -> dict[str, EventLog]:
+        logs = {}
+        for history, chosen in zip(options.history, rows.events, strict=True):
+            values = rows.columns[history.column or options.item]
+            code = None if history.repeats else group_ids([values], len(values))
             known = values.is_valid().to_numpy(zero_copy_only=False)
-            made[history.name] = Events.of(values, found, chosen & allowed & known, code)
-        return made
+            logs[history.name] = EventLog.of(values, times, chosen & allowed & known, code)
+        return logs
 
-    return Histories(found, events(split == 0), events(split >= 0))
+    return Histories(times, events(samples.split == 0), events(samples.split >= 0))
+
+
+def _require_known_labels(spec: SampleSpec, samples: _SplitRows) -> None:
+    """Refuse a task whose label is unknown in every training row."""
+    for i, (task, label) in enumerate(zip(spec.tasks, samples.rows.tasks, strict=True)):
+        if np.isnan(label[samples.split == 0]).all():
+            problem = "is NULL in every training row"
+            remedy = "correct the expression or leave the task out"
+            raise invalid_value(f"tasks[{i}].label", task.label, problem, remedy)
+
+
+def _write_splits(
+    draft: Path,
+    spec: SampleSpec,
+    samples: _SplitRows,
+    histories: Histories | None,
+    notify: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write all splits, training rows shuffled and others by time; return counts for the meta."""
+    rows, time = samples.rows, samples.time
+    counts: dict[str, Any] = {"rows": {}, "positives": {}}
+    if spec.tasks:
+        counts["tasks"] = {task.name: {} for task in spec.tasks}
+    for number, name in enumerate(SPLITS):
+        chosen = np.flatnonzero(samples.split == number)
+        if number == 0:
+            chosen = chosen[shuffled(len(chosen), spec.samples.split.seed + 1)]
+        elif time is not None:
+            chosen = chosen[np.argsort(time[chosen], kind="stable")]
+        positives = int(rows.label[chosen].sum())
+        counts["rows"][name], counts["positives"][name] = len(chosen), positives
+        notify(f"{name}: {len(chosen)} rows, {positives} positive")
+        for task, label in zip(spec.tasks, rows.tasks, strict=True):
+            known = label[chosen][~np.isnan(label[chosen])]
+            of_task = {"rows": len(known), "positives": int(known.sum())}
+            counts["tasks"][task.name][name] = of_task
+            notify(f"{name}: {task.name}: {len(known)} rows, {of_task['positives']} positive")
+        write_split(draft / name, spec, rows, chosen, histories)
+    return counts
+
+
+def _training_rows(logged: _SplitRows) -> Array:
+    """Return the numbers of the logged training rows, the latest last.
+
+    Negatives are left out: the columns of their item say nothing about the user.
+    """
+    rows = np.flatnonzero(logged.split == 0)
+    return rows if logged.time is None else rows[np.argsort(logged.time[rows], kind="stable")]
+
+
+def _write_entities(
+    draft: Path, spec: SampleSpec, side: str, table: pa.Table, histories: Histories | None
+) -> None:
+    if side == "item":
+        write_table(draft / "items.parquet", table)
+        return
+    for name in ("train", "all"):
+        file = draft / f"users_{name}.parquet"
+        if histories is None:
+            write_table(file, table)
+        else:
+            events = histories.train if name == "train" else histories.all
+            write_users(file, spec, table, histories.times.times, events)

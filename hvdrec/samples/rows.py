@@ -1,8 +1,8 @@
-"""Labelled rows in memory: collected from the engine, checked and in their declared types."""
+"""Labelled rows in memory: collected from the engine, checked and cast to declared types."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,37 @@ import pyarrow.compute as pc
 from ibis.expr.types import Table
 from numpy.typing import NDArray
 
-from hvdrec.config import Config
-from hvdrec.config.sections import Samples
-from hvdrec.errors import UserError, choices
-from hvdrec.samples.columns import canonical, cast, codes, concatenated, family, type_name
+from hvdrec.errors import choices, invalid_file, invalid_value
+from hvdrec.samples.columns import canonical, concatenate, encode_keys, family, type_name
 from hvdrec.samples.engine import Engine
-from hvdrec.samples.sources import (
+from hvdrec.samples.join import (
     LABEL,
     ROW,
     WEIGHT,
-    Joined,
-    Source,
+    JoinedTable,
+    RawTables,
     event,
     require_columns,
     require_one_match,
     task_label,
 )
+from hvdrec.samples.spec import SampleSpec
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Labelled rows in an order that depends on the data alone; arrays are [n], compact.
+class LabelledRows:
+    """n labelled rows in an order that depends only on the data.
 
-    number: of the interaction. columns: keys and features in their declared types. raw: as
-    collected, the columns that serve something else. label, weight: float64. events: per history,
-    whether the row is one of its events. tasks: per task its label, float64, NaN where unknown.
+    Attributes:
+        number: Row number of the interaction, int64 [n].
+        columns: Keys and features in their declared types, compact.
+        raw: Other columns that the samples need, as collected.
+        label: 0 or 1, float64 [n].
+        weight: float64 [n].
+        events: Per history, whether each row is an event, bool [n].
+        tasks: Per task its label, float64 [n], NaN where unknown.
     """
 
     number: Array
@@ -52,189 +56,179 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Users or items by number. code: int64 [n]; values: the distinct keys, ascending."""
+class KeyCodes:
+    """Users or items as numbers.
+
+    Attributes:
+        code: Rank of each row's key, int64 [n].
+        values: The distinct keys, ascending.
+    """
 
     code: Array
     values: pa.Array
 
     @staticmethod
-    def of(array: pa.Array) -> Keys:
-        """Number keys by their rank."""
-        return Keys(*codes(array))
-
-
-def feature_columns(config: Config) -> list[str]:
-    """Return the keys and the features that are no histories, each once."""
-    histories = {history.name for history in config.samples.history}
-    names = [config.samples.user, config.samples.item, *(f.name for f in config.features)]
-    return [name for name in dict.fromkeys(names) if name not in histories]
+    def of(array: pa.Array) -> KeyCodes:
+        """Number the keys of a compact column."""
+        return KeyCodes(*encode_keys(array))
 
 
 def collect_rows(
-    engine: Engine, config: Config, source: Source, rows: Joined, table: Table
-) -> Rows:
-    """Run the label join, check what came out and cast features to their declared types.
+    engine: Engine, spec: SampleSpec, tables: RawTables, joined: JoinedTable, labelled: Table
+) -> LabelledRows:
+    """Run the label join, check the result and cast features to their declared types.
 
-    rows: the joined tables; table: the same with label, weight and events. Raises UserError for a
-    missing column, a null key, a wrong type, a label that is not 0 or 1, a negative weight.
+    Args:
+        engine: The engine.
+        spec: Definition of the samples.
+        tables: The raw tables.
+        joined: The joined tables.
+        labelled: `joined` with label, weight and events.
+
+    Raises:
+        UserError: A column is missing, a key is null, a type is wrong, a label is not 0 or 1, or a
+            weight is negative.
     """
-    samples = config.samples
-    histories = {history.name for history in samples.history}
-    require_columns(
-        source,
-        rows,
-        {f.name: f"feature '{f.name}'" for f in config.features if f.name not in histories},
-    )
-    more = {name: purpose for purpose, name in _other_columns(samples) if name}
-    title = samples.title if samples.title in table.columns else ""
-    if samples.title and not (title or samples.items):
-        more[samples.title] = "samples.title"
-    require_columns(source, rows, more)
-    features = feature_columns(config)
+    samples = spec.samples
+    require_columns(tables, joined, {f.name: f"feature '{f.name}'" for f in spec.raw_features})
+    others = _other_columns(spec)
+    has_title = samples.title in labelled.columns
+    # Without an items table, the title must be a column of the joined tables.
+    title = {samples.title: "samples.title"} if samples.title and not samples.items else {}
+    require_columns(tables, joined, others | title)
+    raw = [*others, *([samples.title] if has_title else [])]
     events = [event(i) for i in range(len(samples.history))]
-    tasks = [task_label(i) for i in range(len(config.tasks))]
-    raw_names = [*more, *([title] if title else [])]
-    wanted = dict.fromkeys([ROW, LABEL, WEIGHT, *tasks, *events, *features, *raw_names])
-    found = engine.collect(table.select(*wanted))
-    number = found[ROW].to_numpy()
+    tasks = [task_label(i) for i in range(len(spec.tasks))]
+    names = dict.fromkeys([ROW, LABEL, WEIGHT, *tasks, *events, *spec.columns, *raw])
+    columns = engine.collect(labelled.select(*names))
+    number = columns[ROW].to_numpy()
     order = np.argsort(number)
     number = number[order]
     if len(number) > 1 and (np.diff(number) == 0).any():
-        require_one_match(engine, source)
-    for name in found:
-        found[name] = canonical(found[name].take(pa.array(order)))
-    # A literal 1.0 is a decimal to some engines.
-    label, weight, *of_tasks = (
-        found[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
-        for name in (LABEL, WEIGHT, *tasks)
-    )
-    _check_numbers(samples, source.file, label, weight)
-    for i, (task, values) in enumerate(zip(config.tasks, of_tasks, strict=True)):
-        _check_label(f"tasks[{i}].label", task.label, source.file, values[~np.isnan(values)])
+        require_one_match(engine, tables)
+    columns = {name: canonical(array.take(pa.array(order))) for name, array in columns.items()}
+    label, weight, *task_labels = _numbers(columns, [LABEL, WEIGHT, *tasks])
+    _check_label("samples.label", samples.label, tables.file, label)
+    _check_weight(samples.weight, tables.file, weight)
+    for i, (task, values) in enumerate(zip(spec.tasks, task_labels, strict=True)):
+        _check_label(f"tasks[{i}].label", task.label, tables.file, values[~np.isnan(values)])
     for name in (samples.user, samples.item):
-        _check_key(rows.origin[name], name, found[name])
-    columns = {name: declared(config, rows.origin[name], name, found[name]) for name in features}
-    return Rows(
+        _check_key(joined.origin[name], name, columns[name])
+    return LabelledRows(
         number,
-        columns,
-        {name: found[name] for name in raw_names},
+        {name: spec.cast(name, columns[name], joined.origin[name]) for name in spec.columns},
+        {name: columns[name] for name in raw},
         label,
         weight,
-        tuple(found[name].to_numpy(zero_copy_only=False).astype(bool) for name in events),
-        tuple(of_tasks),
+        tuple(columns[name].to_numpy(zero_copy_only=False).astype(bool) for name in events),
+        tuple(task_labels),
     )
 
 
-def declared(config: Config, where: str, name: str, array: pa.Array) -> pa.Array:
-    """Return a key or feature in its declared type (a key that is no feature: as a string)."""
-    feature = next((f for f in config.features if f.name == name), None)
-    if feature is None:
-        return cast(array, "string", where=where, name=name, purpose="a key")
-    purpose = f"feature '{name}'"
-    return cast(
-        array, feature.dtype, where=where, name=name, purpose=purpose, lists=feature.is_list
-    )
+def concatenate_rows(parts: Sequence[LabelledRows]) -> LabelledRows:
+    """Concatenate rows of several parts."""
 
-
-def concatenated_rows(parts: Sequence[Rows]) -> Rows:
-    """Return the rows of all parts, one after the other."""
-
-    def arrays(columns: Sequence[Mapping[str, pa.Array]]) -> dict[str, pa.Array]:
+    def columns(of_parts: Iterable[Mapping[str, pa.Array]]) -> dict[str, pa.Array]:
+        first, *rest = of_parts
         return {
-            name: concatenated([part[name] for part in columns], array.type)
-            for name, array in columns[0].items()
+            name: concatenate([array, *(part[name] for part in rest)], array.type)
+            for name, array in first.items()
         }
 
-    return Rows(
+    def arrays(of_parts: Iterable[tuple[Array, ...]]) -> tuple[Array, ...]:
+        return tuple(np.concatenate(each) for each in zip(*of_parts, strict=True))
+
+    return LabelledRows(
         np.concatenate([part.number for part in parts]),
-        arrays([part.columns for part in parts]),
-        arrays([part.raw for part in parts]),
+        columns(part.columns for part in parts),
+        columns(part.raw for part in parts),
         np.concatenate([part.label for part in parts]),
         np.concatenate([part.weight for part in parts]),
-        tuple(np.concatenate(of) for of in zip(*(part.events for part in parts), strict=True)),
-        tuple(np.concatenate(of) for of in zip(*(part.tasks for part in parts), strict=True)),
+        arrays(part.events for part in parts),
+        arrays(part.tasks for part in parts),
     )
 
 
-def moments(where: str, name: str, key: str, array: pa.Array) -> Array:
-    """Return a column of times as sortable numbers [n].
+def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
+    """Convert a column of times to sortable numbers [n].
 
-    where, name, key: file, column and configuration key, for the UserError that a null or another
-    type raises.
+    Args:
+        where: File or configuration key that the column comes from, for errors.
+        name: Name of the column, for errors.
+        key: Configuration key that names the column, for errors.
+        array: Numbers, dates or timestamps [n].
+
+    Raises:
+        UserError: The column has another type, or a value is null or not finite.
     """
-    kind = family(array.type)
-    if kind not in ("integer", "float", "decimal", "date", "timestamp"):
-        raise UserError(
-            f"{where}: column '{name}' ({key}) is {type_name(array.type)}, a time is "
-            f"{choices(['integer', 'float', 'date', 'timestamp'])}; derive it, for example "
-            f'samples.derive.{name} = "CAST({name} AS TIMESTAMP)"'
-        )
-    if kind == "date":
+    dtype = family(array.type)
+    if dtype not in ("integer", "float", "decimal", "date", "timestamp"):
+        allowed = choices(["integer", "float", "date", "timestamp"])
+        problem = f"column '{name}' ({key}) is {type_name(array.type)}, a time is {allowed}"
+        example = f'samples.derive.{name} = "CAST({name} AS TIMESTAMP)"'
+        raise invalid_file(where, problem, f"derive it, for example {example}")
+    if dtype == "date":
         array = array.cast(pa.date32()).cast(pa.int32())
-    elif kind != "float":
-        array = array.cast(pa.float64() if kind == "decimal" else pa.int64())
+    elif dtype != "float":
+        array = array.cast(pa.float64() if dtype == "decimal" else pa.int64())
     bad = array.null_count
-    if kind == "float" and not bad:
+    if dtype == "float" and not bad:
         bad = int((~np.isfinite(array.to_numpy())).sum())
     if bad:
-        raise UserError(
-            f"{where}: column '{name}' ({key}) is null or not finite in {bad} rows; every row "
-            f'needs a time: leave them out with samples.drop = "{name} IS NULL"'
-        )
+        problem = f"column '{name}' ({key}) is null or not finite in {bad} rows"
+        remedy = f'every row needs a time: drop them with samples.drop = "{name} IS NULL"'
+        raise invalid_file(where, problem, remedy)
     return np.asarray(array.to_numpy())
 
 
-def _other_columns(samples: Samples) -> list[tuple[str, str]]:
-    """Return (what needs it, column) of the columns that are wanted beside keys and features."""
-    split = samples.split
-    return [
-        ("samples.time", samples.time),
-        ("samples.split.column", split.column if split.method == "temporal" else ""),
-        *(
-            ("samples.negatives.within", column)
-            for column in (samples.negatives.within if samples.negatives.per_positive else ())
-        ),
-    ]
+def _other_columns(spec: SampleSpec) -> dict[str, str]:
+    """Map each column that is needed beside keys and features to what needs it."""
+    samples, split = spec.samples, spec.samples.split
+    columns = {samples.time: "samples.time"}
+    if split.method == "temporal":
+        columns[split.column] = "samples.split.column"
+    if samples.negatives.per_positive:
+        columns |= dict.fromkeys(samples.negatives.within, "samples.negatives.within")
+    columns.pop("", None)
+    return columns
+
+
+def _numbers(columns: Mapping[str, pa.Array], names: Sequence[str]) -> list[Array]:
+    # A literal 1.0 is a decimal in DuckDB.
+    return [columns[n].cast(pa.float64()).to_numpy(zero_copy_only=False) for n in names]
 
 
 def _check_key(where: str, name: str, array: pa.Array) -> None:
     if family(array.type) not in ("string", "integer"):
-        raise UserError(
-            f"{where}: key column '{name}' is {type_name(array.type)}, a key is "
-            f"{choices(['string', 'integer'])}; derive it, for example "
-            f'samples.derive.{name} = "CAST({name} AS BIGINT)"'
-        )
+        allowed = choices(["string", "integer"])
+        problem = f"key column '{name}' is {type_name(array.type)}, a key is {allowed}"
+        example = f'samples.derive.{name} = "CAST({name} AS BIGINT)"'
+        raise invalid_file(where, problem, f"derive it, for example {example}")
+    is_text = pa.types.is_dictionary(array.type)
     empty = array.null_count
-    if pa.types.is_dictionary(array.type):
+    if is_text:
         empty += int(pc.sum(pc.equal(array.cast(pa.string()), "")).as_py() or 0)
     if empty:
-        is_text = pa.types.is_dictionary(array.type)
         rule = f"{name} IS NULL OR {name} = ''" if is_text else f"{name} IS NULL"
-        raise UserError(
-            f"{where}: key column '{name}' is null{' or empty' if is_text else ''} in {empty} "
-            f'rows; every row needs a key: leave them out with samples.drop = "{rule}"'
-        )
+        problem = f"key column '{name}' is null{' or empty' if is_text else ''} in {empty} rows"
+        remedy = f'every row needs a key: drop them with samples.drop = "{rule}"'
+        raise invalid_file(where, problem, remedy)
 
 
 def _check_label(key: str, expression: str, file: Path, label: Array) -> None:
     bad = label[~np.isin(label, (0.0, 1.0))]
     if len(bad):
-        raise UserError(
-            f"{key} = '{expression}': is neither 0 nor 1 in {len(bad)} of {len(label)} "
-            f"rows of {file}, for example {_shown(bad[0])}; write a condition such as 'rating > 3'"
-        )
+        problem = f"is neither 0 nor 1 in {_example(bad, label, file)}"
+        raise invalid_value(key, expression, problem, "write a condition such as 'rating > 3'")
 
 
-def _check_numbers(samples: Samples, file: Path, label: Array, weight: Array) -> None:
-    _check_label("samples.label", samples.label, file, label)
+def _check_weight(expression: str, file: Path, weight: Array) -> None:
     bad = weight[~(np.isfinite(weight) & (weight >= 0))]
     if len(bad):
-        raise UserError(
-            f"samples.weight = '{samples.weight}': is negative or no number in {len(bad)} of "
-            f"{len(weight)} rows of {file}, for example {_shown(bad[0])}; a weight is 0 or greater"
-        )
+        problem = f"is negative or not finite in {_example(bad, weight, file)}"
+        raise invalid_value("samples.weight", expression, problem, "a weight is 0 or greater")
 
 
-def _shown(value: float) -> str:
-    return "null" if np.isnan(value) else f"{value:g}"
+def _example(bad: Array, values: Array, file: Path) -> str:
+    value = "null" if np.isnan(bad[0]) else f"{bad[0]:g}"
+    return f"{len(bad)} of {len(values)} rows of {file}, for example {value}"

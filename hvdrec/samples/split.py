@@ -1,4 +1,4 @@
-"""Which split a row belongs to: 0 train, 1 validation, 2 test."""
+"""Assignment of rows to splits: 0 train, 1 validation, 2 test."""
 
 from __future__ import annotations
 
@@ -7,49 +7,59 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.config.sections import Samples
-from hvdrec.errors import UserError
+from hvdrec.config.sections import Split
+from hvdrec.errors import UserError, invalid_value
 
 Array = NDArray[Any]
 SPLITS = ("train", "validation", "test")
 RANDOM = ("random", "random-per-user")
-"""Methods that divide without regard to time."""
+"""Methods that ignore time."""
 
 
-def split_rows(samples: Samples, user: Array, time: Array | None) -> Array:
-    """Return int8 [n].
+def split_rows(split: Split, user: Array, time: Array | None, column: str) -> Array:
+    """Assign each of n rows to a split; a pure function of its arguments.
 
-    user: int64 codes [n]; time: sortable numbers [n], the column that orders the rows, if there is
-    one. Rows come in an order that depends on the data alone; the random methods depend on nothing
-    but that order and the seed. Raises UserError where a split would be empty.
+    Args:
+        split: Method and fractions.
+        user: User codes, int64 [n].
+        time: Numbers that order the rows, [n]; None if there are none.
+        column: Name of the time column, for errors.
+
+    Returns:
+        Index into `SPLITS`, int8 [n].
+
+    Raises:
+        UserError: A split is empty.
     """
-    split = samples.split
     match split.method:
         case "temporal":
             assert time is not None
-            found = _by_boundaries(samples, time) if split.boundaries else _by_time(samples, time)
+            if split.boundaries:
+                number = _cut(time > split.boundaries[0], time > split.boundaries[1])
+            else:
+                number = _by_time(split.fractions, time, column)
         case "random":
-            found = _random(len(user), split.fractions, split.seed)
+            number = _random(split, len(user))
         case "random-per-user":
-            found = _random_per_user(user, split.fractions, split.seed)
+            number = _random_per_user(split, user)
         case "leave-last-out":
             assert time is not None
-            found = _last_out(user, time)
-    for number, name in enumerate(SPLITS):
-        if not (found == number).any():
-            raise UserError(
-                f"samples.split: the {name} split is empty: {_reason(samples, time, user)}"
-            )
-    return found
+            rank, count = _rank_in_user(user, time)
+            # A user with fewer than three rows is in the training split only.
+            number = np.where(count < 3, 0, _cut(rank >= count - 2, rank == count - 1))
+    for i, name in enumerate(SPLITS):
+        if not (number == i).any():
+            raise _empty(split, name, user, time, column)
+    return number.astype(np.int8)
 
 
 def shuffled(rows: int, seed: int) -> Array:
-    """Return a permutation of 0 … rows - 1, int64 [rows], the same on every machine and version."""
-    return np.argsort(_mixed(np.arange(rows), seed), kind="stable")
+    """Return a permutation of 0 ... rows - 1, int64 [rows], equal on all machines and versions."""
+    return np.argsort(_hash(np.arange(rows), seed), kind="stable")
 
 
-def _mixed(values: Array, seed: int) -> Array:
-    """Return uint64 hashes of integers: SplitMix64 (Steele, Lea and Flood, 2014), seeded."""
+def _hash(values: Array, seed: int) -> Array:
+    """Hash integers to uint64 with a seeded SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = values.astype(np.uint64)
     for salt in (np.uint64(seed % 2**64), np.uint64(0)):
         x = x + salt + np.uint64(0x9E3779B97F4A7C15)
@@ -59,55 +69,50 @@ def _mixed(values: Array, seed: int) -> Array:
     return x
 
 
-def _by_time(samples: Samples, time: Array) -> Array:
-    """Cut between different times, as near to the fractions as three filled splits allow."""
+def _cut(after_train: Array, after_validation: Array) -> Array:
+    """Number rows by how many of two cuts they lie behind."""
+    return after_train.astype(np.int8) + after_validation
+
+
+def _by_time(fractions: tuple[float, float, float], time: Array, column: str) -> Array:
+    """Cut between distinct times, as close to the fractions as three non-empty splits allow."""
     distinct, rank, counts = np.unique(time, return_inverse=True, return_counts=True)
     if len(distinct) < len(SPLITS):
-        column = samples.split.column or samples.time
-        raise UserError(
-            f"samples.split: '{column}' has {len(distinct)} different values, a temporal split "
-            "needs 3 or more (rows of one time stay together); take another column "
-            "or method = 'random'"
+        problem = (
+            f"has {len(distinct)} distinct values, a temporal split needs 3 or more "
+            "(rows of one time stay together)"
         )
-    train, validation, _ = samples.split.fractions
+        raise invalid_value(
+            "samples.split", column, problem, "choose another column or method = 'random'"
+        )
+    train, validation, _ = fractions
     ends = np.cumsum(counts)
     first = int(np.argmin(np.abs(ends[:-2] - train * len(time)))) + 1
     second = first + 1 + int(np.argmin(np.abs(ends[first:-1] - (train + validation) * len(time))))
-    return (rank >= first).astype(np.int8) + (rank >= second)
+    return _cut(rank >= first, rank >= second)
 
 
-def _by_boundaries(samples: Samples, time: Array) -> Array:
-    train, validation = samples.split.boundaries
-    return (time > train).astype(np.int8) + (time > validation)
-
-
-def _random(rows: int, fractions: tuple[float, float, float], seed: int) -> Array:
-    found = np.empty(rows, dtype=np.int8)
-    first, second = round(fractions[0] * rows), round((fractions[0] + fractions[1]) * rows)
-    rank = np.arange(rows)
-    found[shuffled(rows, seed)] = (rank >= first).astype(np.int8) + (rank >= second)
-    return found
-
-
-def _random_per_user(user: Array, fractions: tuple[float, float, float], seed: int) -> Array:
-    """Shares of validation and test are rounded down, but at least one row of a user with three."""
-    rank, count = _rank_in_user(user, _mixed(np.arange(len(user)), seed))
-    validation, test = (
-        np.maximum(np.floor(share * count + 1e-9), 1).astype(np.int64) for share in fractions[1:]
+def _random(split: Split, rows: int) -> Array:
+    train, validation, _ = split.fractions
+    number, rank = np.empty(rows, dtype=np.int8), np.arange(rows)
+    number[shuffled(rows, split.seed)] = _cut(
+        rank >= round(train * rows), rank >= round((train + validation) * rows)
     )
-    found = (rank < validation + test).astype(np.int8) + (rank < test)
-    return np.where(count < len(SPLITS), 0, found).astype(np.int8)
+    return number
 
 
-def _last_out(user: Array, time: Array) -> Array:
-    """A user's last row is test, the one before validation; users with fewer than 3 only train."""
-    rank, count = _rank_in_user(user, time)
-    found = (rank >= count - 2).astype(np.int8) + (rank == count - 1)
-    return np.where(count < len(SPLITS), 0, found).astype(np.int8)
+def _random_per_user(split: Split, user: Array) -> Array:
+    """Split each user's rows; fractions are rounded down, but users with three rows fill all."""
+    rank, count = _rank_in_user(user, _hash(np.arange(len(user)), split.seed))
+    validation, test = (
+        np.maximum(np.floor(fraction * count + 1e-9), 1).astype(np.int64)
+        for fraction in split.fractions[1:]
+    )
+    return np.where(count < 3, 0, _cut(rank < validation + test, rank < test))
 
 
 def _rank_in_user(user: Array, value: Array) -> tuple[Array, Array]:
-    """Return each row's place among its user's rows, by value, then row, and their number."""
+    """Return the rank of each row among its user's rows, by value then row, and their number."""
     order = np.lexsort((value, user))
     ordered = user[order]
     start = np.searchsorted(ordered, ordered)
@@ -116,18 +121,17 @@ def _rank_in_user(user: Array, value: Array) -> tuple[Array, Array]:
     return rank, np.bincount(user)[user]
 
 
-def _reason(samples: Samples, time: Array | None, user: Array) -> str:
-    split = samples.split
+def _empty(split: Split, name: str, user: Array, time: Array | None, column: str) -> UserError:
+    """Build the error for an empty split."""
+    empty = f"the {name} split is empty"
     if split.method in ("random-per-user", "leave-last-out"):
         most = int(np.bincount(user).max())
-        return f"no user has 3 rows or more (the most is {most}); take another samples.split.method"
+        problem = f"{empty}: no user has 3 or more rows (the maximum is {most})"
+        return invalid_value("samples.split.method", split.method, problem, "choose another method")
     if split.method == "temporal" and time is not None:
-        column = split.column or samples.time
-        return (
-            f"samples.split.boundaries = {list(split.boundaries)}, '{column}' runs from "
-            f"{time.min():g} to {time.max():g}; choose boundaries that leave rows on each side"
-        )
-    return (
-        f"samples.split.fractions = {list(split.fractions)} of {len(user)} rows; "
-        "give more rows or other fractions"
-    )
+        problem = f"{empty}: '{column}' ranges from {time.min():g} to {time.max():g}"
+        remedy = "choose boundaries that leave rows on each side"
+        return invalid_value("samples.split.boundaries", list(split.boundaries), problem, remedy)
+    problem = f"{empty} with {len(user)} rows"
+    remedy = "provide more rows or other fractions"
+    return invalid_value("samples.split.fractions", list(split.fractions), problem, remedy)

@@ -1,7 +1,8 @@
-"""Writing the files of the samples artifact."""
+"""The files of the samples artifact."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,56 +13,74 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvdrec.config import Config
-from hvdrec.config.schema import Feature
-from hvdrec.errors import UserError, choices
-from hvdrec.samples.columns import cast, concatenated, plain
+from hvdrec.config.schema import Side
+from hvdrec.errors import choices, invalid_file
+from hvdrec.samples.columns import cast, concatenate, first_line, list_array, plain
 from hvdrec.samples.engine import Engine, visible
-from hvdrec.samples.history import Events, Moments
-from hvdrec.samples.rows import Keys, Rows, declared
-from hvdrec.samples.sources import Joined, Side, Source, derive_ready
+from hvdrec.samples.history import EventLog, UserTimes
+from hvdrec.samples.join import JoinedTable, SideTable, derive_ready
+from hvdrec.samples.rows import KeyCodes, LabelledRows
+from hvdrec.samples.spec import SampleSpec
 from hvdrec.samples.split import RANDOM
 
 PART_ROWS = 524_288
+"""Rows per file."""
 ROW_GROUP_ROWS = 65_536
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Histories:
-    """Per history, its events of training rows alone and of all rows."""
+    """The events of every history, by name.
 
-    moments: Moments
-    trained: dict[str, Events]
-    everything: dict[str, Events]
+    Attributes:
+        times: User and time of each row.
+        train: Events of training rows.
+        all: Events of all rows.
+    """
+
+    times: UserTimes
+    train: dict[str, EventLog]
+    all: dict[str, EventLog]
+
+
+@dataclass(frozen=True)
+class Entities:
+    """The users or items of the samples.
+
+    Attributes:
+        side: "user" or "item".
+        key: Name of the key column.
+        values: Distinct keys that occur in samples, ascending, [k].
+        latest: Number of the latest training row of each key, int64 [k]; -1 if there is none.
+    """
+
+    side: Side
+    key: str
+    values: pa.Array
+    latest: Array
+
+    @staticmethod
+    def of(side: Side, key: str, codes: KeyCodes, order: Array) -> Entities:
+        """Find the last row of each key in `order`, the numbers of the training rows in order."""
+        latest = np.full(len(codes.values), -1, dtype=np.int64)
+        # If an index occurs several times, NumPy keeps the last assignment.
+        latest[codes.code[order]] = order
+        return Entities(side, key, codes.values, latest)
 
 
 def write_split(
-    folder: Path, config: Config, rows: Rows, chosen: Array, histories: Histories | None
+    folder: Path, spec: SampleSpec, rows: LabelledRows, chosen: Array, histories: Histories | None
 ) -> None:
-    """Write the chosen rows, in their order, as parts of a moderate size."""
+    """Write the samples with the row numbers `chosen`, in that order, to files of one folder."""
     folder.mkdir()
     for part, start in enumerate(range(0, len(chosen), PART_ROWS)):
         index = chosen[start : start + PART_ROWS]
         groups = (
-            _samples(config, rows, index[i : i + ROW_GROUP_ROWS], histories)
+            _samples(spec, rows, index[i : i + ROW_GROUP_ROWS], histories)
             for i in range(0, len(index), ROW_GROUP_ROWS)
         )
         _write(folder / f"part-{part:05d}.parquet", groups)
-
-
-def write_users(
-    file: Path, config: Config, users: pa.Table, histories: Histories | None, *, trained: bool
-) -> None:
-    """Write one row per user with the histories of training rows alone, or of all rows."""
-    if histories is not None:
-        events = histories.trained if trained else histories.everything
-        for history in config.samples.history:
-            latest = events[history.name].latest(
-                len(users), histories.moments.times, history.length
-            )
-            users = users.append_column(history.name, latest)
-    write_table(file, users)
 
 
 def write_table(file: Path, table: pa.Table) -> None:
@@ -69,146 +88,159 @@ def write_table(file: Path, table: pa.Table) -> None:
     _write(file, (table.slice(i, ROW_GROUP_ROWS) for i in range(0, len(table), ROW_GROUP_ROWS)))
 
 
-def side_table(
+def write_users(
+    file: Path, spec: SampleSpec, users: pa.Table, times: int, events: dict[str, EventLog]
+) -> None:
+    """Write one row per user with the latest events of every history.
+
+    Args:
+        file: File to write.
+        spec: Definition of the samples.
+        users: Keys and features of the users.
+        times: Number of distinct times.
+        events: Events per history.
+    """
+    for history in spec.samples.history:
+        latest = events[history.name].latest(len(users), times, history.length)
+        users = users.append_column(history.name, latest)
+    write_table(file, users)
+
+
+def entity_table(
     engine: Engine,
-    config: Config,
-    source: Source,
-    rows: Joined,
-    side: Side | None,
-    keys: tuple[str, pa.Array],
-    features: list[Feature],
-    latest: tuple[Array, Rows],
+    spec: SampleSpec,
+    joined: JoinedTable,
+    table: SideTable | None,
+    rows: LabelledRows,
+    entities: Entities,
 ) -> pa.Table:
-    """Return one row per user or item, sorted by key: the key, its features, an item's title.
+    """Build the table with one row per user or item, sorted by key.
 
-    side: the users' or the items' table, if there is one. keys: the key's name and the values that
-    occur in samples, to which those of the items' table are added. latest: per value, a row number
-    (-1 for none) into rows; features that are in no table of their own are taken from there.
+    Args:
+        engine: The engine.
+        spec: Definition of the samples.
+        joined: The joined tables.
+        table: The table of the users or items, if there is one. Its items without samples are
+            added.
+        rows: The samples. Features that `table` lacks come from the latest training row.
+        entities: The users or items that occur in samples.
+
+    Returns:
+        The key, its features and, for items, the title.
     """
-    samples = config.samples
-    name, values = keys
-    at, labelled_rows = latest
-    is_item = name == samples.item
-    own, where = _own_columns(engine, config, rows, side) if side else ({}, {})
-    place = None
-    if side:
-        known = _keys(config, where[name], name, own[name])
-        if is_item:
-            values = Keys.of(concatenated([values, known], values.type)).values
-            at = np.append(at, -1)[pc.fill_null(pc.index_in(values, keys[1]), -1).to_numpy()]
-        place = pc.index_in(values, value_set=known)
-    missing = pa.array(at, mask=at < 0)
-    columns = {name: values}
-    for feature in features:
-        if feature.name == name:
+    key, values, latest = entities.key, entities.values, entities.latest
+    columns, origin = _own_columns(engine, spec, joined, table) if table else ({}, {})
+    index = None
+    if table:
+        known = _cast_keys(spec, origin[key], key, columns[key])
+        if entities.side == "item":
+            values = KeyCodes.of(concatenate([values, known], values.type)).values
+            old = pc.fill_null(pc.index_in(values, entities.values), -1).to_numpy()
+            latest = np.append(latest, -1)[old]
+        index = pc.index_in(values, value_set=known)
+    latest_index = pa.array(latest, mask=latest < 0)
+    result = {key: values}
+    for name in (feature.name for feature in spec.side_features(entities.side)):
+        if name == key:
             continue
-        if feature.name in own:
-            typed = declared(config, where[feature.name], feature.name, own[feature.name])
-            columns[feature.name] = _taken(typed, place)
+        if name in columns:
+            result[name] = _take(spec.cast(name, columns[name], origin[name]), index)
         else:
-            columns[feature.name] = _taken(labelled_rows.columns[feature.name], missing)
-    if is_item and samples.title:
-        column, taken = samples.title, missing
-        array, file = labelled_rows.raw.get(column), rows.origin.get(column, "")
-        if column in own:
-            array, file, taken = own[column], where[column], place
-        if array is None:
-            assert side is not None
-            raise UserError(
-                f"{side.file}: column '{column}' (samples.title) is missing; the table has "
-                f"{choices(visible(side.table))}; correct the name"
-            )
-        title = cast(array, "string", where=file, name=column, purpose="samples.title")
-        columns["title"] = _taken(title, taken)
-    return pa.table({column: plain(array) for column, array in columns.items()})
-
-
-def latest_rows(keys: Keys, order: Array) -> Array:
-    """Return, per key, the last of its rows in `order`, int64 [keys], -1 for none.
-
-    order: row numbers [m].
-    """
-    found = np.full(len(keys.values), -1, dtype=np.int64)
-    # Of several assignments to one place, numpy keeps the last.
-    found[keys.code[order]] = order
-    return found
+            result[name] = _take(rows.columns[name], latest_index)
+    if entities.side == "item" and (title := spec.samples.title):
+        if title in columns:
+            array, where, taken = columns[title], origin[title], index
+        elif title in rows.raw:
+            array, where, taken = rows.raw[title], joined.origin[title], latest_index
+        else:
+            assert table is not None
+            problem = f"column '{title}' (samples.title) is missing; the table has "
+            problem += choices(visible(table.table))
+            raise invalid_file(table.file, problem, "correct the name")
+        typed = cast(array, "string", where=where, name=title, purpose="samples.title")
+        result["title"] = _take(typed, taken)
+    return pa.table({column: plain(array) for column, array in result.items()})
 
 
 def _own_columns(
-    engine: Engine, config: Config, rows: Joined, side: Side
+    engine: Engine, spec: SampleSpec, joined: JoinedTable, side: SideTable
 ) -> tuple[dict[str, pa.Array], dict[str, str]]:
-    """Return the columns that a users' or items' table gives by itself, and where each is from.
+    """Collect the columns that a users' or items' table provides without the interactions.
 
-    They are those that samples take from it, and those derived of nothing else.
+    These are the columns that the samples take from it and those derived from them alone.
+
+    Returns:
+        The columns, and the file or configuration key of each.
     """
-    derived = config.samples.derive
+    derive, file = spec.samples.derive, str(side.file)
     taken = [
-        c
-        for c in side.table.columns
-        if c in (*side.on, *derived) or rows.origin[c] == str(side.file)
+        column
+        for column in side.table.columns
+        if column in (*side.on, *derive) or joined.origin[column] == file
     ]
-    where = {column: str(side.file) for column in taken}
-    waiting = {c: sql for c, sql in derived.items() if c not in side.on}
-    table, left = derive_ready(engine, side.table.select(*taken), waiting, where)
-    names = [f.name for f in config.features] + [config.samples.title]
+    origin = dict.fromkeys(taken, file)
+    pending = {c: sql for c, sql in derive.items() if c not in side.on}
+    table, left = derive_ready(engine, side.table.select(*taken), pending, origin)
+    names = {f.name for f in spec.features} | {spec.samples.title}
     wanted = [c for c in table.columns if c in side.on or (c in names and c not in left)]
-    return engine.collect(table.select(*wanted)), where
+    return engine.collect(table.select(*wanted)), origin
 
 
-def _keys(config: Config, where: str, name: str, array: pa.Array) -> pa.Array:
-    """Return the keys of a users' or items' table in the type that the samples have."""
-    feature = next((f for f in config.features if f.name == name), None)
+def _cast_keys(spec: SampleSpec, where: str, name: str, array: pa.Array) -> pa.Array:
+    """Cast the keys of a users' or items' table to the type that they have in samples."""
+    feature = spec.feature(name)
     if feature and feature.dtype == "int" and pa.types.is_dictionary(array.type):
         try:
             return plain(array).cast(pa.int64())
         except pa.ArrowInvalid as error:
-            raise UserError(
-                f"{where}: key column '{name}' is string, feature '{name}' is of dtype 'int': "
-                f"{str(error).splitlines()[0]}; declare dtype = 'string'"
-            ) from None
-    return plain(declared(config, where, name, array))
+            problem = f"key column '{name}' is string, feature '{name}' has dtype 'int'"
+            problem += f": {first_line(error)}"
+            raise invalid_file(where, problem, "declare dtype = 'string'") from None
+    return plain(spec.cast(name, array, where))
 
 
-def _samples(config: Config, rows: Rows, index: Array, histories: Histories | None) -> pa.Table:
+def _samples(
+    spec: SampleSpec, rows: LabelledRows, index: Array, histories: Histories | None
+) -> pa.Table:
+    """Build the samples with the row numbers `index`."""
     positions = pa.array(index)
     columns = {name: array.take(positions) for name, array in rows.columns.items()}
     if histories is not None:
-        # In a random split, later knowledge must not reach a feature: only training rows count.
-        is_random = config.samples.split.method in RANDOM
-        events = histories.trained if is_random else histories.everything
-        for history in config.samples.history:
-            of = events[history.name]
-            lists = of.others if history.scope == "others" else of.before
-            columns[history.name] = lists(histories.moments, index, history.length)
+        # With a random split, only training rows may count as history: others leak the future.
+        is_random = spec.samples.split.method in RANDOM
+        events = histories.train if is_random else histories.all
+        for history in spec.samples.history:
+            log = events[history.name]
+            lists = log.others if history.scope == "others" else log.before
+            columns[history.name] = lists(histories.times, index, history.length)
     columns["label"] = pa.array(rows.label[index].astype(np.float32))
-    for task, label in zip(config.tasks, rows.tasks, strict=True):
-        known = label[index]
-        columns[task.column] = pa.array(known.astype(np.float32), mask=np.isnan(known))
+    for task, label in zip(spec.tasks, rows.tasks, strict=True):
+        values = label[index]
+        columns[task.column] = pa.array(values.astype(np.float32), mask=np.isnan(values))
     columns["weight"] = pa.array(rows.weight[index].astype(np.float32))
-    if config.samples.time and "time" not in columns:
-        columns["time"] = plain(rows.raw[config.samples.time].take(positions))
+    time = spec.samples.time
+    if time and "time" not in columns:
+        columns["time"] = plain(rows.raw[time].take(positions))
     return pa.table(columns)
 
 
-def _taken(array: pa.Array, place: pa.Array) -> pa.Array:
-    """Return entries by place; a null place gives null, or an empty list."""
-    taken = array.take(place)
+def _take(array: pa.Array, index: pa.Array) -> pa.Array:
+    """Take values by index; a null index gives null, or an empty list."""
+    taken = array.take(index)
     if not pa.types.is_list(taken.type) or not taken.null_count:
         return taken
     lengths = pc.fill_null(pc.list_value_length(taken), 0).to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), taken.flatten())
+    return list_array(lengths, taken.flatten())
 
 
-def _write(file: Path, groups: Any) -> None:
-    """Write row groups; without Arrow's own schema, so that encoded strings are read as strings."""
+def _write(file: Path, groups: Iterator[pa.Table]) -> None:
+    """Write row groups without Arrow's schema, so that dictionaries are read back as strings."""
     writer = None
     try:
         for table in groups:
-            if writer is None:
-                writer = pq.ParquetWriter(
-                    file, table.schema, compression="zstd", store_schema=False
-                )
+            writer = writer or pq.ParquetWriter(
+                file, table.schema, compression="zstd", store_schema=False
+            )
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
     finally:
         if writer is not None:

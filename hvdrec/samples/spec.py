@@ -1,0 +1,89 @@
+"""The parts of a configuration that define the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from hvdrec.config.schema import Feature, Side
+from hvdrec.config.sections import Samples, Task
+from hvdrec.errors import invalid_value
+from hvdrec.samples.columns import cast
+from hvdrec.samples.split import RANDOM
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """The section `samples` with the features and tasks that samples serve."""
+
+    samples: Samples
+    features: tuple[Feature, ...]
+    tasks: tuple[Task, ...]
+
+    @property
+    def raw_features(self) -> list[Feature]:
+        """Features that are columns of the raw tables, not histories."""
+        histories = {history.name for history in self.samples.history}
+        return [feature for feature in self.features if feature.name not in histories]
+
+    @property
+    def columns(self) -> list[str]:
+        """The keys and the raw features, each once."""
+        names = [self.samples.user, self.samples.item, *(f.name for f in self.raw_features)]
+        return list(dict.fromkeys(names))
+
+    @property
+    def text_columns(self) -> set[str]:
+        """Raw columns that hold text even if a CSV file shows numbers."""
+        dtypes = {self.samples.user: "string", self.samples.item: "string"}
+        dtypes |= {f.name: f.dtype for f in self.features}
+        text = {name for name, dtype in dtypes.items() if dtype == "string"}
+        return text - set(self.samples.derive)
+
+    def side_features(self, side: Side) -> list[Feature]:
+        """Return the raw features of one side."""
+        return [feature for feature in self.raw_features if feature.side == side]
+
+    def feature(self, name: str) -> Feature | None:
+        """Return the feature of a column, if there is one."""
+        return next((feature for feature in self.features if feature.name == name), None)
+
+    def cast(self, name: str, array: pa.Array, where: str) -> pa.Array:
+        """Cast a key or feature column to its declared type; keys are strings by default.
+
+        Args:
+            name: Name of the column.
+            array: Compact values [n].
+            where: File or configuration key that the column comes from, for errors.
+        """
+        feature = self.feature(name)
+        if feature is None:
+            return cast(array, "string", where=where, name=name, purpose="a key")
+        purpose = f"feature '{name}'"
+        lists = feature.is_list
+        return cast(array, feature.dtype, where=where, name=name, purpose=purpose, lists=lists)
+
+    def require_time(self) -> None:
+        """Raise UserError for a split or history that the configured time does not allow."""
+        samples, split = self.samples, self.samples.split
+        by_column = split.method == "temporal" and split.column
+        remedy = "name the column of the time"
+        if split.method in ("temporal", "leave-last-out") and not (samples.time or by_column):
+            also = " or samples.split.column" if split.method == "temporal" else ""
+            problem = f"needs samples.time{also}, which is empty"
+            remedy += " or use method = 'random'"
+            raise invalid_value("samples.split.method", split.method, problem, remedy)
+        for i, history in enumerate(samples.history):
+            field = f"samples.history[{i}]"
+            if not samples.time:
+                problem = "needs samples.time, which is empty"
+                raise invalid_value(f"{field}.name", history.name, problem, remedy)
+            if history.scope == "others" and split.method not in RANDOM:
+                problem = (
+                    f"contains later rows, which samples.split.method = '{split.method}' forbids"
+                )
+                raise invalid_value(f"{field}.scope", "others", problem, "use scope = 'before'")
+            if history.scope == "others" and not history.repeats:
+                problem = "works only with scope = 'before'"
+                raise invalid_value(f"{field}.repeats", False, problem, "leave it out")
