@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hvdrec.exporting.export_run import ExportResult, export
     from hvdrec.features.prepare import PrepareResult, prepare
     from hvdrec.planner.plan import PlanResult, plan
+    from hvdrec.samples import SamplesResult, make_samples
     from hvdrec.scoring import Scorer
     from hvdrec.training.evaluate_run import EvaluationResult, evaluate
     from hvdrec.tuning.run import TuneResult, tune
@@ -43,6 +44,7 @@ __all__ = [
     "ExportResult",
     "PlanResult",
     "PrepareResult",
+    "SamplesResult",
     "Scorer",
     "TuneResult",
     "UserError",
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_config",
+    "make_samples",
     "plan",
     "prepare",
     "tune",
@@ -59,6 +62,8 @@ _MODULES = {
     "Config": "hvdrec.config",
     "load_config": "hvdrec.config",
     "UserError": "hvdrec.errors",
+    "make_samples": "hvdrec.samples",
+    "SamplesResult": "hvdrec.samples",
     "prepare": "hvdrec.features.prepare",
     "PrepareResult": "hvdrec.features.prepare",
     "evaluate": "hvdrec.training.evaluate_run",

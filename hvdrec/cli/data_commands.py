@@ -30,14 +30,13 @@ def data(options: argparse.Namespace, rest: list[str]) -> Answer:
 
 
 def samples(options: argparse.Namespace, rest: list[str]) -> Answer:
-    from hvdrec import samples
+    from hvdrec.samples import make_samples
 
     config = load_config(options, rest)
-    meta = samples.make(config, overwrite=options.overwrite, notify=print_line)
-    path = config.paths.of("samples")
-    rows = [[split, meta["rows"][split], meta["positives"][split]] for split in meta["rows"]]
-    facts = {"path": str(path), **{k: meta[k] for k in ("rows", "positives", "users", "items")}}
-    return Answer(facts, table(["split", "rows", "positives"], rows) + f"\nwrote {path}")
+    result = make_samples(config, overwrite=options.overwrite)
+    rows = [[split, count, result.positives[split]] for split, count in result.rows.items()]
+    text = table(["split", "rows", "positives"], rows) + f"\nwrote {result.path}"
+    return Answer(result.to_dict(), text)
 
 
 def prepare(options: argparse.Namespace, rest: list[str]) -> Answer:

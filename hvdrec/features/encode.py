@@ -86,7 +86,7 @@ def encode(
 ) -> dict[str, Any]:
     """Fit the features, encode all splits and return the artifact's meta.
 
-    samples: directory that `hvdrec.samples.make_samples` wrote; out: directory to write. `progress` is told
+    samples: directory that `make_samples` wrote; out: directory to write. `progress` is told
     the rows that were written since it was last told. The workers share the encoding and write
     their shards; where they are on several hosts, all must see both directories. Memory grows, for
     each worker, with a row group, the keys and the vocabularies, not with the samples. Raises

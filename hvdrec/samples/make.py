@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from hvdrec.config import Config
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file, invalid_value
+from hvdrec.parallel.progress import print_line
 from hvdrec.samples.columns import group_ids
 from hvdrec.samples.engine import Engine, connect, visible
 from hvdrec.samples.history import EventLog, UserTimes
@@ -49,7 +49,6 @@ from hvdrec.storage.artifacts import write_artifact
 DRAWN_ROWS = 2_097_152
 """Negatives that are joined at a time."""
 Array = NDArray[Any]
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,17 @@ class SamplesResult:
         positives: Split -> number of samples with label 1.
         users: Number of users.
         items: Number of items.
-        tasks: Task -> split -> "rows" with a known label and "positives" among them.
     """
 
-    path: Path
+    path: str
     rows: Mapping[str, int]
     positives: Mapping[str, int]
     users: int
     items: int
-    tasks: Mapping[str, Mapping[str, Mapping[str, int]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ class _SplitRows:
 
 
 def make_samples(
-    config: Config, overwrite: bool = False, *, notify: Callable[[str], None] = log.info
+    config: Config, *, overwrite: bool = False, progress: bool = True
 ) -> SamplesResult:
-    """Make labelled, split samples of raw tables and write them to ``config.paths.samples``.
+    """Make labelled, split samples of raw tables and write them to ``paths.samples``.
 
     Tables are joined, rows labelled and split. Negatives are drawn after that: they belong to the
     split of their positive, share its columns of the interactions, and are joined like other rows.
@@ -97,7 +98,7 @@ def make_samples(
     Args:
         config: The run.
         overwrite: Replace existing samples once the new ones are complete.
-        notify: Called with one line of progress at a time.
+        progress: Print lines of progress on standard error.
 
     Raises:
         UserError: A table or an option is invalid. Existing samples are then unchanged.
@@ -105,6 +106,7 @@ def make_samples(
     spec = SampleSpec(config.samples, config.features, config.tasks)
     spec.require_time()
     path = config.paths.of("samples")
+    notify = print_line if progress else _ignore
     meta: dict[str, Any] = {"config": to_dict(config)}
     with write_artifact(path, "samples", meta, overwrite=overwrite) as draft, connect() as engine:
         notify("reading and joining tables")
@@ -127,7 +129,11 @@ def make_samples(
             notify(f"{len(table)} {side}s")
             _write_entities(draft, spec, side, table, histories)
     fields = ("rows", "positives", "users", "items")
-    return SamplesResult(path, *(meta[field] for field in fields), meta.get("tasks", {}))
+    return SamplesResult(str(path), *(meta[field] for field in fields))
+
+
+def _ignore(line: str) -> None:
+    pass
 
 
 def _label_and_split(

@@ -83,7 +83,7 @@ def _by_time(fractions: tuple[float, float, float], time: Array, column: str) ->
             "(rows of one time stay together)"
         )
         raise invalid_value(
-            "samples.split", column, problem, "choose another column or method = 'random'"
+            "samples.split.column", column, problem, "choose another column or method = 'random'"
         )
     train, validation, _ = fractions
     ends = np.cumsum(counts)

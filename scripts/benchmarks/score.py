@@ -24,7 +24,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from synthetic import write_tables
 
-from hvdrec import samples
 from hvdrec.config import Config, load_config
 from hvdrec.exporting import ranker_graph
 from hvdrec.exporting.writer import export
@@ -33,6 +32,7 @@ from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
+from hvdrec.samples import make_samples
 from hvdrec.scoring import Scorer
 from hvdrec.training.build import build_model
 
@@ -134,7 +134,7 @@ def prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
     config = load_config(CONFIG)
     paths = replace(config.paths, raw=str(folder / "raw"), work=str(folder))
     config = replace(config, paths=paths, export=replace(config.export, parity_rows=200))
-    samples.make(config)
+    make_samples(config)
     encode(config.paths.of("samples"), config.paths.of("features"), config)
     fitted = Fitted.load(config.paths.of("features"))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Samples: whole runs, splits, histories and negatives by hand, and every error's text."""
+"""Samples: whole runs, splits, histories, negatives and errors, against worked examples."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from hvdrec import samples
 from hvdrec.config import Config
-from hvdrec.config.sections import Samples, Split, Task
-from hvdrec.config.structure import from_dict
+from hvdrec.config.sections import Split, Task
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
-from hvdrec.samples import negatives
-from hvdrec.samples.history import Events, Moments
+from hvdrec.samples import make_samples
+from hvdrec.samples.history import EventLog, UserTimes
+from hvdrec.samples.negatives import draw_negatives
 from hvdrec.samples.split import shuffled, split_rows
 from hvdrec.storage.artifacts import read_manifest, verify_artifact
 
@@ -95,7 +95,7 @@ def raw(tmp_path: Path) -> Path:
 
 
 def configured(raw: Path, features: Sequence[Row] | None = None, **changes: Any) -> Config:
-    """Return the small configuration with some of [samples] changed; None takes a key out."""
+    """Return the small configuration with changes of [samples]; None removes a key."""
     merged = {k: v for k, v in {**SAMPLES, **changes}.items() if v is not None}
     table = {
         "name": "small",
@@ -106,10 +106,10 @@ def configured(raw: Path, features: Sequence[Row] | None = None, **changes: Any)
     return from_dict(Config, table)
 
 
-def made(config: Config) -> dict[str, list[Row]]:
-    """Make samples and return every table's rows by its name."""
+def make(config: Config) -> dict[str, list[Row]]:
+    """Make samples and return the rows of every table by its name."""
     out = config.paths.of("samples")
-    samples.make(config, overwrite=True)
+    make_samples(config, overwrite=True)
     tables = {name: pq.read_table(out / name) for name in SPLITS}
     tables |= {
         n: pq.read_table(out / f"{n}.parquet") for n in ("users_train", "users_all", "items")
@@ -118,34 +118,39 @@ def made(config: Config) -> dict[str, list[Row]]:
 
 
 def error_of(config: Config) -> str:
-    """Return the one line with which making samples refuses, having changed nothing."""
+    """Return the one-line error of making samples; check that no file was changed."""
     out = config.paths.of("samples")
     before = sorted(out.parent.rglob("*"))
     with pytest.raises(UserError) as caught:
-        samples.make(config)
+        make_samples(config)
     assert "\n" not in str(caught.value)
     assert sorted(out.parent.rglob("*")) == before
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------------------- a whole run
+# ---------------------------------------------------------------------------------- whole runs
 
 
-def test_small_log_by_hand(raw: Path) -> None:
+def test_a_small_log_equals_a_worked_example(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configured(raw)
-    said: list[str] = []
-    meta = samples.make(config, notify=said.append)
+    result = make_samples(config)
     out = config.paths.of("samples")
-    # Times 1 2 3 4 4 5 6 7 8: the cut nearest to 4.5 rows that divides no time is after 5, the
-    # one nearest to 6.75 after 7.
-    assert meta["rows"] == {"train": 5, "validation": 2, "test": 2}
-    assert meta["positives"] == {"train": 4, "validation": 0, "test": 1}
-    assert (meta["users"], meta["items"]) == (3, 5)
-    assert read_manifest(out, "samples").meta == meta
+    # Times 1 2 3 4 4 5 6 7 8: the cut between times nearest to 4.5 rows is after row 5, the one
+    # nearest to 6.75 rows after row 7.
+    facts = {
+        "rows": {"train": 5, "validation": 2, "test": 2},
+        "positives": {"train": 4, "validation": 0, "test": 1},
+        "users": 3,
+        "items": 5,
+    }
+    assert result.to_dict() == {"path": str(out), **facts}
+    assert read_manifest(out, "samples").meta == {"config": to_dict(config), **facts}
     verify_artifact(out, "samples")
-    assert any("9 labelled rows" in line for line in said)
+    assert "9 labelled rows" in capsys.readouterr().err
+    make_samples(config, overwrite=True, progress=False)
+    assert capsys.readouterr().err == ""
 
-    found = made(config)
+    found = make(config)
     assert found["validation"] == [
         {
             "user_id": "u3",
@@ -196,7 +201,7 @@ def test_small_log_by_hand(raw: Path) -> None:
 
 def test_declared_types_are_written(raw: Path) -> None:
     config = configured(raw)
-    samples.make(config)
+    make_samples(config)
     found = pq.read_schema(config.paths.of("samples") / "train" / "part-00000.parquet")
     lists = pa.list_(pa.field("element", pa.string()))
     expected = {
@@ -213,14 +218,14 @@ def test_declared_types_are_written(raw: Path) -> None:
     assert {name: found.field(name).type for name in found.names} == expected
 
 
-def test_result_depends_on_rows_and_seed_not_on_files(raw: Path) -> None:
+def test_samples_depend_on_rows_and_seed_not_on_file_order(raw: Path) -> None:
     log = [{**row, "t": row["t"] + 100 * i} for i in range(40) for row in LOG]
 
     def digests(name: str, seed: int) -> dict[str, str]:
         negative = {"per_positive": 1, "within": ["late"], "seed": 3}
         split = {"method": "random", "seed": seed}
         config = configured(raw, interactions=name, negatives=negative, split=split)
-        samples.make(config, overwrite=True)
+        make_samples(config, overwrite=True)
         manifest = read_manifest(config.paths.of("samples"), "samples")
         return {file: facts["sha256"] for file, facts in manifest.files.items()}
 
@@ -232,9 +237,9 @@ def test_result_depends_on_rows_and_seed_not_on_files(raw: Path) -> None:
     assert digests("one.parquet", 0) != digests("one.parquet", 1)
 
 
-def test_train_rows_are_shuffled_and_held_out_rows_in_order_of_time(raw: Path) -> None:
+def test_training_rows_are_shuffled_and_held_out_rows_sorted_by_time(raw: Path) -> None:
     write(raw / "log.parquet", [{**LOG[0], "t": t} for t in range(200)])
-    found = made(configured(raw))
+    found = make(configured(raw))
     times = [row["time"] for row in found["train"]]
     assert sorted(times) == list(range(100)) and times != sorted(times)
     assert [row["time"] for row in found["validation"]] == list(range(100, 150))
@@ -242,19 +247,19 @@ def test_train_rows_are_shuffled_and_held_out_rows_in_order_of_time(raw: Path) -
 
 
 def test_csv_gives_the_same_samples(raw: Path) -> None:
-    expected = made(configured(raw))
+    expected = make(configured(raw))
     write(raw / "log.csv", LOG)
     write(raw / "users.csv", USERS)
     write(raw / "items.csv", [{**i, "genres": "|".join(i["genres"] or [])} for i in ITEMS])
     files = {"interactions": "log.csv", "users": "users.csv", "items": "items.csv"}
     split = "string_split(nullif(genres, ''), '|')"
-    assert made(configured(raw, **files, derive={"late": "t > 4", "genres": split})) == expected
+    assert make(configured(raw, **files, derive={"late": "t > 4", "genres": split})) == expected
 
 
-def test_text_of_a_csv_is_kept_as_written(raw: Path) -> None:
+def test_text_in_a_csv_file_is_kept_as_written(raw: Path) -> None:
     (raw / "users.csv").write_text("user_id,zip,flag\nu1,01234,true\nu2,99999,false\n")
     features = [*FEATURES, {"name": "zip"}, {"name": "flag"}]
-    found = made(
+    found = make(
         configured(raw, features, users="users.csv", derive={**SAMPLES["derive"], "age": "1"})
     )
     assert [(r["zip"], r["flag"]) for r in found["users_all"]][:2] == [
@@ -267,7 +272,7 @@ def test_integer_columns_feed_string_features_and_join_string_keys(raw: Path) ->
     numbers = {"u1": 1, "u2": 2, "u3": 10}
     write(raw / "log.parquet", [{**row, "user_id": numbers[row["user_id"]]} for row in LOG])
     write(raw / "users.parquet", [{"user_id": "1", "age": 20}, {"user_id": "10", "age": 30}])
-    found = made(configured(raw))
+    found = make(configured(raw))
     # Sorted as text, since the key is a string feature.
     assert [(r["user_id"], r["age"]) for r in found["users_all"]] == [
         ("1", 20),
@@ -275,7 +280,7 @@ def test_integer_columns_feed_string_features_and_join_string_keys(raw: Path) ->
         ("2", None),
     ]
     features = [{"name": "user_id", "dtype": "int"}, *FEATURES[1:]]
-    found = made(configured(raw, features))
+    found = make(configured(raw, features))
     assert [(r["user_id"], r["age"]) for r in found["users_all"]] == [(1, 20), (2, None), (10, 30)]
 
 
@@ -296,7 +301,7 @@ def test_types_are_cast_as_declared(raw: Path) -> None:
         {"name": "codes", "side": "scene", "kind": "categorical_list"},
         {"name": "total", "side": "scene", "dtype": "int"},
     ]
-    last = made(configured(raw, features, derive=derive))["test"][-1]
+    last = make(configured(raw, features, derive=derive))["test"][-1]
     assert {name: last[name] for name in ("tiny", "half", "level", "codes", "total")} == {
         "tiny": "8",
         "half": 4.0,
@@ -306,15 +311,15 @@ def test_types_are_cast_as_declared(raw: Path) -> None:
     }
 
 
-def test_joins_take_derived_keys_and_give_nulls(raw: Path) -> None:
+def test_joins_use_derived_keys_and_give_nulls_without_a_match(raw: Path) -> None:
     write(
         raw / "days.parquet",
         [{"day": 1, "price": 1.5, "promo": 4}, {"day": 2, "price": 2.5, "promo": 5}],
     )
     features = [*FEATURES, {"name": "price", "side": "scene", "kind": "numeric", "dtype": "float"}]
     features += [{"name": "double", "side": "scene", "kind": "numeric", "dtype": "float"}]
-    # `double` stands first but waits for the join, whose key is derived.
-    found = made(
+    # `double` is declared first but needs the join, whose key is derived.
+    found = make(
         configured(
             raw,
             features,
@@ -326,18 +331,18 @@ def test_joins_take_derived_keys_and_give_nulls(raw: Path) -> None:
     assert rows[2] == (None, None) and rows[3] == (1.5, 3.0) and rows[7] == (2.5, 5.0)
 
 
-def test_drop_weight_and_event_predicates(raw: Path) -> None:
+def test_drop_weight_and_history_predicates_are_applied(raw: Path) -> None:
     history = [{"name": "liked", "where": "rating = 5"}]
     config = configured(raw, drop="rating = 3", weight="rating / 2", history=history)
-    found = made(config)
+    found = make(config)
     rows = {(r["user_id"], r["time"]): r for name in SPLITS for r in found[name]}
     assert ("u1", 6) not in rows and len(rows) == 8
     assert rows["u1", 7]["weight"] == 2.0
-    assert rows["u2", 8]["liked"] == ["b"]  # its "a" was rated 4
+    assert rows["u2", 8]["liked"] == ["b"]  # "a" has rating 4
 
 
-def test_users_and_items_without_tables_come_from_their_latest_training_row(raw: Path) -> None:
-    # The latest row of u1 has its smallest item, so no other order finds it.
+def test_without_tables_users_and_items_come_from_their_latest_training_row(raw: Path) -> None:
+    # The latest row of u1 has its smallest item, so that only time order finds it.
     renamed = {"a": "a", "b": "b", "c": "C", "d": "d"}
     log = [
         {**row, "item_id": renamed[row["item_id"]], "city": f"c{row['t']}", "size": row["t"]}
@@ -349,9 +354,9 @@ def test_users_and_items_without_tables_come_from_their_latest_training_row(raw:
         {"name": "city"},
         {"name": "size", "side": "item", "dtype": "int"},
     ]
-    found = made(configured(raw, features, users=None, items=None, title="city"))
+    found = make(configured(raw, features, users=None, items=None, title="city"))
     cities = {r["user_id"]: r["city"] for r in found["users_all"]}
-    assert cities == {"u1": "c4", "u2": "c4", "u3": None}  # u3 is in validation alone
+    assert cities == {"u1": "c4", "u2": "c4", "u3": None}  # u3 is only in validation
     assert found["items"][1:3] == [
         {"item_id": "a", "size": 3, "title": "c3"},
         {"item_id": "b", "size": 4, "title": "c4"},
@@ -361,39 +366,39 @@ def test_users_and_items_without_tables_come_from_their_latest_training_row(raw:
 def test_timestamps_and_dates_are_times(raw: Path) -> None:
     start = datetime.datetime(2020, 1, 1)
     moments = [start + datetime.timedelta(days=row["t"]) for row in LOG]
-    expected = made(configured(raw))
+    expected = make(configured(raw))
     for values in (moments, [m.date() for m in moments]):
         log = [{**row, "t": value} for row, value in zip(LOG, values, strict=True)]
         write(raw / "log.parquet", log)
-        found = made(configured(raw, derive={"late": "t > TIMESTAMP '2020-01-05'"}))
+        found = make(configured(raw, derive={"late": "t > TIMESTAMP '2020-01-05'"}))
         for name in SPLITS:
             assert [r["liked"] for r in found[name]] == [r["liked"] for r in expected[name]]
         assert found["test"][-1]["time"] == values[-1]
 
 
-def test_a_derived_interval_serves_other_columns(raw: Path) -> None:
+def test_a_derived_interval_is_used_by_another_expression(raw: Path) -> None:
     past = "to_timestamp(t * 3600) - to_timestamp(0)"
-    found = made(configured(raw, derive={"past": past, "late": "extract(hour FROM past)"}))
+    found = make(configured(raw, derive={"past": past, "late": "extract(hour FROM past)"}))
     assert [row["late"] for row in found["test"]] == [7, 8]
 
 
-def test_derived_times_are_read_in_utc(raw: Path) -> None:
+def test_derived_times_are_in_utc(raw: Path) -> None:
     derive = {"late": "extract(hour FROM to_timestamp(t * 3600)) -- of the day"}
-    found = made(configured(raw, derive=derive))
+    found = make(configured(raw, derive=derive))
     assert [row["late"] for row in found["test"]] == [7, 8]
 
 
-def test_an_artifact_that_stands_is_replaced_only_on_request_and_only_by_a_whole_one(
+def test_existing_samples_are_replaced_only_on_request_and_only_by_complete_ones(
     raw: Path,
 ) -> None:
     config = configured(raw)
-    samples.make(config)
+    make_samples(config)
     out = config.paths.of("samples")
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match="already exists; pass --overwrite"):
-        samples.make(config)
+        make_samples(config)
     with pytest.raises(UserError, match="is neither 0 nor 1"):
-        samples.make(configured(raw, label="rating"), overwrite=True)
+        make_samples(configured(raw, label="rating"), overwrite=True)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert [entry.name for entry in out.parent.iterdir()] == ["samples"]
 
@@ -408,19 +413,17 @@ events = st.lists(
 def naive_history(
     rows: Sequence[tuple[int, int, int, bool]], user: int, time: int | None
 ) -> list[int]:
-    """Return a user's events strictly before a time, oldest first; None for all."""
+    """Return the events of a user strictly before a time (None: all), oldest first."""
     mine = [(t, i) for i, (u, t, _, chosen) in enumerate(rows) if u == user and chosen]
     return [rows[i][2] for t, i in sorted(mine) if time is None or t < time]
 
 
 @settings(deadline=None)
 @given(events, st.integers(1, 5))
-def test_histories_equal_a_naive_search(
-    rows: list[tuple[int, int, int, bool]], length: int
-) -> None:
+def test_histories_equal_a_plain_loop(rows: list[tuple[int, int, int, bool]], length: int) -> None:
     columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    moments = Moments.of(columns[:, 0], columns[:, 1])
-    found = Events.of(pa.array(columns[:, 2]), moments, columns[:, 3].astype(bool))
+    moments = UserTimes.of(columns[:, 0], columns[:, 1])
+    found = EventLog.of(pa.array(columns[:, 2]), moments, columns[:, 3].astype(bool))
     before = found.before(moments, np.arange(len(rows)), length).to_pylist()
     assert before == [naive_history(rows, u, t)[-length:] for u, t, _, _ in rows]
     latest = found.latest(4, moments.times, length).to_pylist()
@@ -429,12 +432,12 @@ def test_histories_equal_a_naive_search(
 
 @settings(deadline=None)
 @given(events, st.integers(1, 5))
-def test_histories_without_repeats_hold_each_item_at_its_latest_time(
+def test_histories_without_repeats_keep_each_item_at_its_latest_time(
     rows: list[tuple[int, int, int, bool]], length: int
 ) -> None:
     columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    moments = Moments.of(columns[:, 0], columns[:, 1])
-    found = Events.of(pa.array(columns[:, 2]), moments, columns[:, 3].astype(bool), columns[:, 2])
+    moments = UserTimes.of(columns[:, 0], columns[:, 1])
+    found = EventLog.of(pa.array(columns[:, 2]), moments, columns[:, 3].astype(bool), columns[:, 2])
 
     def distinct(history: list[int]) -> list[int]:
         latest_first = list(dict.fromkeys(reversed(history)))
@@ -448,19 +451,19 @@ def test_histories_without_repeats_hold_each_item_at_its_latest_time(
 
 @settings(deadline=None)
 @given(events, st.integers(1, 5))
-def test_other_events_are_the_nearest_without_the_row_itself(
+def test_other_events_are_the_nearest_ones_without_the_row_itself(
     rows: list[tuple[int, int, int, bool]], length: int
 ) -> None:
     columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    moments = Moments.of(columns[:, 0], columns[:, 1])
-    found = Events.of(pa.array(np.arange(len(rows))), moments, columns[:, 3].astype(bool))
+    moments = UserTimes.of(columns[:, 0], columns[:, 1])
+    found = EventLog.of(pa.array(np.arange(len(rows))), moments, columns[:, 3].astype(bool))
     others = found.others(moments, np.arange(len(rows)), length).to_pylist()
     for number, (user, time, _, chosen) in enumerate(rows):
         mine = sorted((t, i) for i, (u, t, _, c) in enumerate(rows) if u == user and c)
         left = [i for _, i in mine if i != number]
         assert number not in others[number]
         assert len(others[number]) == min(length, len(left))
-        # They are neighbours of each other and of the row in the order of time.
+        # They are contiguous in time order and adjacent to the row.
         place = mine.index((time, number)) if chosen else sum(t < time for t, _ in mine)
         first = left.index(others[number][0]) if others[number] else place
         assert others[number] == left[first : first + length]
@@ -479,7 +482,7 @@ def test_other_events_are_the_nearest_without_the_row_itself(
     ),
     method=st.sampled_from(["temporal", "random", "random-per-user", "leave-last-out"]),
 )
-def test_no_history_knows_what_it_must_not(
+def test_no_history_contains_later_or_held_out_events(
     tmp_path_factory: pytest.TempPathFactory,
     rows: list[tuple[int, int, int, int]],
     method: str,
@@ -502,7 +505,7 @@ def test_no_history_knows_what_it_must_not(
         history=[{"name": "liked", "length": 100}],
     )
     try:
-        found = made(config)
+        found = make(config)
     except UserError as error:
         assert "split" in str(error)
         return
@@ -532,24 +535,24 @@ def test_no_history_knows_what_it_must_not(
 def divided(
     method: str, user: Sequence[int], time: Sequence[float] | None, **more: Any
 ) -> list[int]:
-    config = Samples(time="t", split=Split(method=method, **more))  # type: ignore[arg-type]
+    split = Split(method=method, **more)  # type: ignore[arg-type]
     times = None if time is None else np.array(time)
-    return [int(s) for s in split_rows(config, np.array(user), times)]
+    return [int(s) for s in split_rows(split, np.array(user), times, "t")]
 
 
 @given(st.lists(st.integers(0, 12), min_size=3, max_size=60))
-def test_temporal_split_is_strict_and_near_its_fractions(time: list[int]) -> None:
+def test_temporal_split_is_strict_and_closest_to_its_fractions(time: list[int]) -> None:
     if len(set(time)) < 3:
         return
     found = divided("temporal", [0] * len(time), time, fractions=(0.6, 0.2, 0.2))
     parts = [[t for t, s in zip(time, found, strict=True) if s == part] for part in range(3)]
     assert max(parts[0]) < min(parts[1]) and max(parts[1]) < min(parts[2])
-    # No other cut that fills all three splits comes nearer to the first fraction.
+    # No other cut with three non-empty splits is closer to the first fraction.
     sizes = [sum(t <= cut for t in time) for cut in sorted(set(time))[:-2]]
     assert abs(len(parts[0]) - 0.6 * len(time)) == min(abs(s - 0.6 * len(time)) for s in sizes)
 
 
-def test_temporal_split_by_hand() -> None:
+def test_temporal_split_equals_a_worked_example() -> None:
     time = [9, 1, 5, 5, 5, 2, 3, 4, 8, 7]
     assert divided("temporal", [0] * 10, time, fractions=(0.7, 0.2, 0.1)) == [
         2, 0, 0, 0, 0, 0, 0, 0, 1, 1,
@@ -562,7 +565,7 @@ def test_boundaries_are_the_last_values_of_train_and_validation() -> None:
 
 
 @given(st.integers(20, 300), st.integers(0, 5))
-def test_random_split_has_its_sizes_and_its_seed(rows: int, seed: int) -> None:
+def test_random_split_has_its_sizes_and_depends_on_the_seed(rows: int, seed: int) -> None:
     found = divided("random", [0] * rows, None, seed=seed)
     for part, share in enumerate((0.8, 0.1, 0.1)):
         assert abs(found.count(part) - share * rows) <= 1
@@ -571,7 +574,7 @@ def test_random_split_has_its_sizes_and_its_seed(rows: int, seed: int) -> None:
 
 
 def test_random_split_is_the_same_on_every_machine() -> None:
-    # Written down from SplitMix64 in plain integers.
+    # SplitMix64 in Python integers.
     def mixed(x: int, seed: int) -> int:
         for salt in (seed, 0):
             x = (x + salt + 0x9E3779B97F4A7C15) % 2**64
@@ -604,13 +607,13 @@ taken = st.lists(
 
 
 @given(taken, st.integers(1, 6), st.integers(0, 3))
-def test_negatives_are_of_the_group_and_not_taken(
+def test_negatives_are_items_of_the_group_that_the_user_has_not_taken(
     rows: list[tuple[int, int, int]], per_positive: int, seed: int
 ) -> None:
     group, user, item = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
     positive = np.arange(0, len(rows), 2)
-    place, drawn = negatives.draw(group, user, item, positive, per_positive, seed)
-    again = negatives.draw(group, user, item, positive, per_positive, seed)
+    place, drawn = draw_negatives(group, user, item, positive, per_positive, seed)
+    again = draw_negatives(group, user, item, positive, per_positive, seed)
     assert np.array_equal(place, again[0]) and np.array_equal(drawn, again[1])
     assert (np.diff(place) >= 0).all()
     for p, row in enumerate(positive):
@@ -623,16 +626,17 @@ def test_negatives_are_of_the_group_and_not_taken(
 
 @pytest.mark.parametrize("items", [9, 40])
 def test_negatives_are_drawn_uniformly(items: int) -> None:
-    # User 0 took item 0 in 3,000 rows; user 1 took them all. 9 are listed, 40 are drawn.
+    # User 0 took item 0 in 3,000 rows; user 1 took all items. 9 candidates are enumerated, 40 are
+    # drawn by rejection.
     count = 3000
     user = np.concatenate([np.zeros(count), np.ones(items)]).astype(np.int64)
     item = np.concatenate([np.zeros(count), np.arange(items)]).astype(np.int64)
-    place, drawn = negatives.draw(np.zeros_like(user), user, item, np.arange(count), 4, 0)
+    place, drawn = draw_negatives(np.zeros_like(user), user, item, np.arange(count), 4, 0)
     assert np.array_equal(np.bincount(place), np.full(count, 4))
     seen = np.bincount(drawn, minlength=items)
     expected = 4 * count / (items - 1)
     assert seen[0] == 0
-    # Chi-squared has items - 2 degrees of freedom; its mean plus five deviations is hardly met.
+    # Chi-squared has items - 2 degrees of freedom; the bound is its mean plus five deviations.
     chi_squared = ((seen[1:] - expected) ** 2 / expected).sum()
     assert chi_squared < items - 2 + 5 * np.sqrt(2 * (items - 2))
 
@@ -678,11 +682,11 @@ SHOP_FEATURES = [
 
 
 @pytest.mark.parametrize("method", ["temporal", "random", "random-per-user", "leave-last-out"])
-def test_negatives_share_context_and_split_and_are_joined_anew(
+def test_negatives_share_context_and_split_and_get_their_own_joined_columns(
     shop: tuple[Path, dict[str, Any]], method: str
 ) -> None:
     raw, changes = shop
-    found = made(configured(raw, SHOP_FEATURES, **{**changes, "split": {"method": method}}))
+    found = make(configured(raw, SHOP_FEATURES, **{**changes, "split": {"method": method}}))
     log = pq.read_table(raw / "log.parquet").to_pylist()
     bought = {(r["user_id"], r["store"], r["item_id"]) for r in log}
     sold = {(r["store"], r["item_id"]) for r in log}
@@ -710,11 +714,11 @@ def test_negatives_share_context_and_split_and_are_joined_anew(
     assert [len(r["liked"]) for r in found["users_all"]] == [2] * 5
 
 
-def test_negatives_are_negatives_of_every_task(shop: tuple[Path, dict[str, Any]]) -> None:
+def test_negatives_have_label_zero_in_every_task(shop: tuple[Path, dict[str, Any]]) -> None:
     raw, changes = shop
     tasks = (Task("bought", "1"), Task("even", "CASE WHEN store = 0 THEN t % 4 = 0 END"))
     config = replace(configured(raw, SHOP_FEATURES, **changes), tasks=tasks)
-    for row in made(config)["train"]:
+    for row in make(config)["train"]:
         if row["label"] == 0:
             assert (row["label_bought"], row["label_even"]) == (0.0, 0.0)
         else:
@@ -722,34 +726,36 @@ def test_negatives_are_negatives_of_every_task(shop: tuple[Path, dict[str, Any]]
             assert (row["label_bought"], row["label_even"]) == (1.0, even)
 
 
-def test_negatives_do_not_depend_on_how_many_are_joined_at_once(
+def test_negatives_do_not_depend_on_the_size_of_join_batches(
     shop: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, changes = shop
-    whole = made(configured(raw, SHOP_FEATURES, **changes))
+    whole = make(configured(raw, SHOP_FEATURES, **changes))
     monkeypatch.setattr(importlib.import_module("hvdrec.samples.make"), "DRAWN_ROWS", 50)
-    assert made(configured(raw, SHOP_FEATURES, **changes)) == whole
+    assert make(configured(raw, SHOP_FEATURES, **changes)) == whole
 
 
-def test_nothing_is_drawn_where_a_user_took_everything(shop: tuple[Path, dict[str, Any]]) -> None:
+def test_no_negatives_are_drawn_if_the_user_took_every_item(
+    shop: tuple[Path, dict[str, Any]],
+) -> None:
     raw, changes = shop
     write(
         raw / "log.parquet",
         [{"user_id": "u", "item_id": "i1", "store": 1, "t": t} for t in range(9)],
     )
-    found = made(configured(raw, SHOP_FEATURES, **changes))
+    found = make(configured(raw, SHOP_FEATURES, **changes))
     assert [len(found[name]) for name in SPLITS] == [4, 3, 2]
 
 
-# ------------------------------------------------------------------------------- a user's mistakes
+# ------------------------------------------------------------------------------- user errors
 
 
 def age_as(values: Mapping[str, Any]) -> pa.Table:
-    """Return the users' table with other columns."""
+    """Return the users table with other columns."""
     return pa.table({"user_id": ["u1", "u2", "u9"], **values})
 
 
-def test_missing_tables(raw: Path) -> None:
+def test_missing_tables_are_named(raw: Path) -> None:
     hint = "no such file; check paths.raw and the table's name"
     assert error_of(configured(raw, interactions="logs.parquet")) == f"{raw}/logs.parquet: {hint}"
     assert error_of(configured(raw, items="part-*.csv")) == f"{raw}/part-*.csv: {hint}"
@@ -757,35 +763,35 @@ def test_missing_tables(raw: Path) -> None:
         f"{raw}/users.xlsx: must end in one of [.parquet, .csv, .csv.gz]; convert the table"
     )
     assert error_of(configured(raw, interactions="")) == (
-        "samples.interactions is empty; name the table of what was shown or done"
+        "samples.interactions = '': is empty; name the table of impressions or actions"
     )
 
 
-def test_a_file_that_is_no_parquet(raw: Path) -> None:
+def test_a_file_with_a_wrong_suffix_is_refused(raw: Path) -> None:
     (raw / "log.parquet").write_text("user_id,item_id\n1,2\n")
     text = error_of(configured(raw))
-    assert text.startswith(f"{raw}/log.parquet: no readable Parquet (")
+    assert text.startswith(f"{raw}/log.parquet: not a readable Parquet file (")
     assert text.endswith("); write the table again")
 
 
-def test_a_damaged_parquet_file(raw: Path) -> None:
+def test_a_damaged_parquet_file_is_refused(raw: Path) -> None:
     file = raw / "log.parquet"
     write(file, [{**row, "t": i} for i in range(3000) for row in LOG])
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    assert error_of(configured(raw)).startswith(f"{file}: no readable Parquet (")
-    # The footer is whole, the pages are not: it comes out only when rows are read.
+    assert error_of(configured(raw)).startswith(f"{file}: not a readable Parquet file (")
+    # The footer is intact and the pages are not, so that only reading rows fails.
     file.write_bytes(whole[:4] + b"\xff" * 2000 + whole[2004:])
-    assert error_of(configured(raw)).startswith(f"{file}: no readable Parquet (")
+    assert error_of(configured(raw)).startswith(f"{file}: not a readable Parquet file (")
     write(file, LOG)
     users = raw / "users.parquet"
     write(users, [{"user_id": f"u{i}", "age": i} for i in range(3000)])
     whole = users.read_bytes()
     users.write_bytes(whole[:4] + b"\xff" * 2000 + whole[2004:])
-    assert error_of(configured(raw)).startswith(f"{users}: no readable Parquet (")
+    assert error_of(configured(raw)).startswith(f"{users}: not a readable Parquet file (")
 
 
-def test_missing_columns(raw: Path) -> None:
+def test_missing_columns_are_named(raw: Path) -> None:
     write(raw / "log.parquet", [{k: v for k, v in row.items() if k != "item_id"} for row in LOG])
     assert error_of(configured(raw)) == (
         f"{raw}/log.parquet: column 'item_id' (samples.item) is missing; the table has "
@@ -816,22 +822,22 @@ def test_missing_columns(raw: Path) -> None:
     )
 
 
-def test_join_keys_that_are_not_there_or_do_not_fit(raw: Path) -> None:
+def test_missing_or_mismatched_join_keys_are_refused(raw: Path) -> None:
     write(raw / "days.parquet", [{"day": 1, "price": 1.5}])
     joins = [{"table": "days.parquet", "on": ["day"]}]
     assert error_of(configured(raw, joins=joins)) == (
-        f"samples.joins[0]: its key 'day' is no column of {raw}/log.parquet or of a table joined "
-        "before; there are [user_id, item_id, rating, t, late, age, name, genres]; derive it in "
+        f"samples.joins[0].on = 'day': not a column of {raw}/log.parquet or of a table joined "
+        "before; known: [user_id, item_id, rating, t, late, age, name, genres]; add it to "
         "samples.derive"
     )
     derive = {"late": "t > 4", "day": "DATE '2020-01-01'"}
     assert error_of(configured(raw, joins=joins, derive=derive)) == (
-        f"{raw}/days.parquet: key column 'day' is int64, the samples' is date; give both tables "
-        "one type"
+        f"{raw}/days.parquet: key column 'day' is int64, but date in the interactions; use the "
+        "same type in both tables"
     )
 
 
-def test_several_rows_of_one_key(raw: Path) -> None:
+def test_duplicate_keys_are_refused(raw: Path) -> None:
     write(raw / "users.parquet", [*USERS, {"user_id": "u1", "age": 21}])
     assert error_of(configured(raw)) == (
         f"{raw}/users.parquet: 2 rows have user_id = u1 (samples.users); keep one row per key"
@@ -843,25 +849,25 @@ def test_several_rows_of_one_key(raw: Path) -> None:
     )
 
 
-def test_null_and_empty_keys(raw: Path) -> None:
+def test_null_and_empty_keys_are_refused(raw: Path) -> None:
     write(raw / "log.parquet", [*LOG, {**LOG[0], "user_id": None}, {**LOG[0], "user_id": ""}])
     config = configured(raw)
     assert error_of(config) == (
         f"{raw}/log.parquet: key column 'user_id' is null or empty in 2 rows; every row needs a "
-        "key: leave them out with samples.drop = \"user_id IS NULL OR user_id = ''\""
+        "key: drop them with samples.drop = \"user_id IS NULL OR user_id = ''\""
     )
     rest = configured(raw, drop="user_id IS NULL OR user_id = ''")
     write(raw / "items.parquet", [*ITEMS, {"item_id": None, "name": "?", "genres": None}])
     assert error_of(rest) == (
-        f"{raw}/items.parquet: key column 'item_id' is null in 1 rows; a key is needed in every "
-        "row: take these rows out of the table"
+        f"{raw}/items.parquet: key column 'item_id' is null in 1 rows; every row needs a key: "
+        "remove these rows"
     )
     write(raw / "items.parquet", ITEMS)
-    assert len(made(rest)["train"]) == 5
+    assert len(make(rest)["train"]) == 5
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
-def test_float_keys(raw: Path, name: str) -> None:
+def test_float_keys_are_refused(raw: Path, name: str) -> None:
     write(raw / "log.parquet", [{**row, "user_id": float(row["user_id"][1:])} for row in LOG])
     lines = [f"{row['user_id'][1:]}.0,{row['item_id']},{row['rating']},{row['t']}" for row in LOG]
     (raw / "log.csv").write_text("\n".join(["user_id,item_id,rating,t", *lines]))
@@ -871,7 +877,7 @@ def test_float_keys(raw: Path, name: str) -> None:
         'example samples.derive.user_id = "CAST(user_id AS BIGINT)"'
     )
     derive["user_id"] = "CAST(user_id AS BIGINT)"
-    found = made(configured(raw, interactions=name, users=None, derive=derive))
+    found = make(configured(raw, interactions=name, users=None, derive=derive))
     assert [row["user_id"] for row in found["users_all"]] == ["1", "2", "3"]
 
 
@@ -921,14 +927,16 @@ def test_float_keys(raw: Path, name: str) -> None:
         ),
     ],
 )
-def test_wrong_types(raw: Path, feature: Row, values: list[Any], message: str) -> None:
+def test_columns_of_the_wrong_type_are_refused(
+    raw: Path, feature: Row, values: list[Any], message: str
+) -> None:
     write(raw / "users.parquet", age_as({"age": values}))
     features = [feature, *(f for f in FEATURES if f["name"] != "age")]
     text = error_of(configured(raw, features))
     assert text == f"{raw}/users.parquet: column 'age' {message}"
 
 
-def test_integers_beyond_64_bits(raw: Path) -> None:
+def test_integers_beyond_64_bits_are_refused(raw: Path) -> None:
     write(raw / "users.parquet", age_as({"age": pa.array([2**64 - 1, 1, 2], pa.uint64())}))
     text = error_of(configured(raw))
     assert text.startswith(f"{raw}/users.parquet: column 'age' (integer) does not fit dtype 'int'")
@@ -948,25 +956,25 @@ def test_integers_beyond_64_bits(raw: Path) -> None:
         ),
     ],
 )
-def test_expressions_that_are_wrong(raw: Path, changes: dict[str, Any], key: str) -> None:
+def test_invalid_expressions_are_refused(raw: Path, changes: dict[str, Any], key: str) -> None:
     text = error_of(configured(raw, **changes))
     assert text.startswith(f"{key}: ")
     assert "; the columns are [user_id, item_id, rating, t" in text
 
 
-def test_histories_that_the_split_forbids(raw: Path) -> None:
+def test_histories_of_later_rows_need_a_random_split(raw: Path) -> None:
     others = {"name": "liked", "scope": "others"}
     assert error_of(configured(raw, history=[others], split={"method": "temporal"})) == (
-        "samples.history 'liked': scope = 'others' tells of later rows, which "
-        "samples.split.method = 'temporal' forbids; take scope = 'before'"
+        "samples.history[0].scope = 'others': contains later rows, which "
+        "samples.split.method = 'temporal' forbids; use scope = 'before'"
     )
     both = [{**others, "repeats": False}]
     assert error_of(configured(raw, history=both, split={"method": "random"})) == (
-        "samples.history 'liked': repeats = false goes with scope = 'before' alone; leave it out"
+        "samples.history[0].repeats = false: works only with scope = 'before'; leave it out"
     )
 
 
-def test_histories_of_another_column(raw: Path) -> None:
+def test_histories_of_another_column_use_its_values(raw: Path) -> None:
     write(raw / "items.parquet", [{**row, "maker": m} for row, m in zip(ITEMS, "qr?", strict=True)])
     features = [
         *FEATURES,
@@ -974,9 +982,9 @@ def test_histories_of_another_column(raw: Path) -> None:
         {"name": "makers", "kind": "sequence", "shares": "maker"},
     ]
     history = [{"name": "liked"}, {"name": "makers", "column": "maker", "repeats": False}]
-    found = made(configured(raw, features, history=history))
+    found = make(configured(raw, features, history=history))
     users = {row["user_id"]: row for row in found["users_all"]}
-    # u1 liked a, then c, whose maker nobody knows, then a again.
+    # u1 liked a, then c, which has no maker, then a again.
     assert (users["u1"]["liked"], users["u1"]["makers"]) == (["a", "c", "a"], ["q"])
     assert (users["u2"]["liked"], users["u2"]["makers"]) == (["a", "b"], ["q", "r"])
     history[1]["column"] = "genres"
@@ -986,14 +994,14 @@ def test_histories_of_another_column(raw: Path) -> None:
     assert "known: [user_id, age, item_id, late, maker]" in str(raised.value)
 
 
-def test_an_expression_that_fails_on_a_row(raw: Path) -> None:
+def test_an_expression_that_fails_on_a_row_is_named(raw: Path) -> None:
     write(raw / "users.parquet", age_as({"age": ["20", "old", "3"]}))
     text = error_of(configured(raw, derive={"late": "t > 4", "age": "CAST(age AS INT)"}))
     assert text.startswith("samples.derive.age = 'CAST(age AS INT)': ")
     assert "'old'" in text and text.endswith("(TRY_CAST gives null where CAST fails)")
 
 
-def test_labels_that_are_not_0_or_1(raw: Path) -> None:
+def test_labels_other_than_0_and_1_are_refused(raw: Path) -> None:
     assert error_of(configured(raw, label="CASE WHEN rating = 3 THEN 7 ELSE 1 END")) == (
         "samples.label = 'CASE WHEN rating = 3 THEN 7 ELSE 1 END': is neither 0 nor 1 in 1 of 9 "
         f"rows of {raw}/log.parquet, for example 7; write a condition such as 'rating > 3'"
@@ -1001,17 +1009,19 @@ def test_labels_that_are_not_0_or_1(raw: Path) -> None:
     text = error_of(configured(raw, label="CASE WHEN t > 1 THEN 1 END"))
     assert "is neither 0 nor 1 in 1 of 9 rows" in text and "for example null" in text
     assert error_of(configured(raw, label="item_id")) == (
-        "samples.label = 'item_id': is of type string; it must give 0 or 1, such as 'rating > 3'"
+        "samples.label = 'item_id': has type string; it must give 0 or 1, such as 'rating > 3'"
     )
 
 
 LIKE, LOVE = Task("like", "rating > 3"), Task("love", "CASE WHEN rating > 3 THEN rating = 5 END")
 
 
-def test_labels_of_tasks_stand_beside_the_main_one(raw: Path) -> None:
+def test_task_labels_are_written_beside_the_main_label(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = replace(configured(raw), tasks=(LIKE, LOVE))
-    said: list[str] = []
-    meta = samples.make(config, notify=said.append)
+    make_samples(config)
+    meta = read_manifest(config.paths.of("samples"), "samples").meta
     rows = pq.read_table(config.paths.of("samples") / "train")
     assert rows.schema.field("label_love").type == pa.float32()
     ratings = {(r["user_id"], r["t"]): r["rating"] for r in LOG}
@@ -1024,10 +1034,10 @@ def test_labels_of_tasks_stand_beside_the_main_one(raw: Path) -> None:
     # Training holds the ratings 5, 1, 4, 5 and 5.
     assert meta["tasks"]["like"]["train"] == {"rows": 5, "positives": 4}
     assert meta["tasks"]["love"]["train"] == {"rows": 4, "positives": 3}
-    assert "train: love: 4 rows, 3 positive" in said
+    assert "train: love: 4 rows, 3 positive" in capsys.readouterr().err.splitlines()
 
 
-def test_labels_of_tasks_that_cannot_be(raw: Path) -> None:
+def test_invalid_task_labels_are_refused(raw: Path) -> None:
     def error(label: str) -> str:
         return error_of(replace(configured(raw), tasks=(LIKE, Task("love", label))))
 
@@ -1036,7 +1046,7 @@ def test_labels_of_tasks_that_cannot_be(raw: Path) -> None:
         f"{raw}/log.parquet, for example 4; write a condition such as 'rating > 3'"
     )
     assert error("item_id") == (
-        "tasks[1].label = 'item_id': is of type string; it must give 0 or 1, such as 'rating > 3'"
+        "tasks[1].label = 'item_id': has type string; it must give 0 or 1, such as 'rating > 3'"
     )
     assert error("stars = 5").startswith("tasks[1].label = 'stars = 5': ")
     assert error("CASE WHEN t > 4 THEN 1 END") == (
@@ -1049,24 +1059,24 @@ def test_labels_of_tasks_that_cannot_be(raw: Path) -> None:
     ("weight", "count", "value"),
     [("3.5 - t", 6, "-3.5"), ("nullif(t, 8)", 1, "null"), ("1e308 * 10 * t", 9, "inf")],
 )
-def test_bad_weights(raw: Path, weight: str, count: int, value: str) -> None:
+def test_invalid_weights_are_refused(raw: Path, weight: str, count: int, value: str) -> None:
     assert error_of(configured(raw, weight=weight)) == (
-        f"samples.weight = '{weight}': is negative or no number in {count} of 9 rows of "
+        f"samples.weight = '{weight}': is negative or not finite in {count} of 9 rows of "
         f"{raw}/log.parquet, for example {value}; a weight is 0 or greater"
     )
 
 
-def test_conditions_that_are_none(raw: Path) -> None:
+def test_an_expression_that_is_not_a_condition_is_refused(raw: Path) -> None:
     assert error_of(configured(raw, drop="item_id")) == (
-        "samples.drop = 'item_id': is of type string; it must be a condition, such as 'rating > 3'"
+        "samples.drop = 'item_id': has type string; write a condition, such as 'rating > 3'"
     )
 
 
-def test_bad_times(raw: Path) -> None:
+def test_invalid_times_are_refused(raw: Path) -> None:
     write(raw / "log.parquet", [*LOG, {**LOG[0], "t": None}])
     assert error_of(configured(raw)) == (
         f"{raw}/log.parquet: column 't' (samples.time) is null or not finite in 1 rows; every row "
-        'needs a time: leave them out with samples.drop = "t IS NULL"'
+        'needs a time: drop them with samples.drop = "t IS NULL"'
     )
     write(raw / "log.parquet", [{**row, "t": f"2020-01-0{row['t']} 10:00"} for row in LOG])
     assert error_of(configured(raw, derive={"late": "1"})) == (
@@ -1075,43 +1085,44 @@ def test_bad_times(raw: Path) -> None:
         'samples.derive.t = "CAST(t AS TIMESTAMP)"'
     )
     derive = {"late": "1", "t": "CAST(t AS TIMESTAMP)"}
-    assert len(made(configured(raw, derive=derive))["train"]) == 5
+    assert len(make(configured(raw, derive=derive))["train"]) == 5
 
 
-def test_what_needs_a_time(raw: Path) -> None:
+def test_a_missing_time_column_is_refused(raw: Path) -> None:
     assert error_of(configured(raw, time=None)) == (
         "samples.split.method = 'temporal': needs samples.time or samples.split.column, which is "
-        "empty; name the column of the time, or take method = 'random'"
+        "empty; name the column of the time or use method = 'random'"
     )
     assert error_of(configured(raw, time=None, split={"method": "leave-last-out"})) == (
         "samples.split.method = 'leave-last-out': needs samples.time, which is empty; name the "
-        "column of the time, or take method = 'random'"
+        "column of the time or use method = 'random'"
     )
     assert error_of(configured(raw, time=None, split={"method": "random"})) == (
-        "samples.history 'liked': needs samples.time, which is empty; name the column of the time"
+        "samples.history[0].name = 'liked': needs samples.time, which is empty; name the "
+        "column of the time"
     )
 
 
-def test_empty_splits(raw: Path) -> None:
+def test_empty_splits_are_refused(raw: Path) -> None:
     assert error_of(configured(raw, split={"boundaries": [4, 9]})) == (
-        "samples.split: the test split is empty: samples.split.boundaries = [4.0, 9.0], 't' runs "
-        "from 1 to 8; choose boundaries that leave rows on each side"
+        "samples.split.boundaries = [4.0, 9.0]: the test split is empty: 't' ranges from 1 to 8; "
+        "choose boundaries that leave rows on each side"
     )
     assert error_of(configured(raw, drop="t > 2")) == (
-        "samples.split: 't' has 2 different values, a temporal split needs 3 or more (rows of one "
-        "time stay together); take another column or method = 'random'"
+        "samples.split.column = 't': has 2 distinct values, a temporal split needs 3 or more (rows "
+        "of one time stay together); choose another column or method = 'random'"
     )
     assert error_of(configured(raw, drop="t > 3", split={"method": "random"})) == (
-        "samples.split: the test split is empty: samples.split.fractions = [0.8, 0.1, 0.1] of 3 "
-        "rows; give more rows or other fractions"
+        "samples.split.fractions = [0.8, 0.1, 0.1]: the test split is empty with 3 rows; provide "
+        "more rows or other fractions"
     )
     for method in ("random-per-user", "leave-last-out"):
         assert error_of(configured(raw, drop="t > 3", split={"method": method})) == (
-            "samples.split: the validation split is empty: no user has 3 rows or more (the most is "
-            "2); take another samples.split.method"
+            f"samples.split.method = '{method}': the validation split is empty: no user has 3 or "
+            "more rows (the maximum is 2); choose another method"
         )
     assert error_of(configured(raw, drop="true")) == (
-        f"{raw}/log.parquet: no rows: samples.drop = 'true' leaves none; give rows"
+        f"samples.drop = 'true': removes every row of {raw}/log.parquet; keep some rows"
     )
 
 
@@ -1125,9 +1136,9 @@ def test_boundaries_are_numbers(raw: Path) -> None:
     )
 
 
-def test_item_features_of_interactions_do_not_go_with_negatives(raw: Path) -> None:
+def test_negatives_refuse_item_features_of_the_interactions(raw: Path) -> None:
     features = [*FEATURES, {"name": "rating", "side": "item", "dtype": "int"}]
     assert error_of(configured(raw, features, negatives={"per_positive": 1})) == (
-        f"feature 'rating': side 'item' but a column of {raw}/log.parquet; with samples.negatives "
-        "an item's columns must come from samples.items or samples.joins"
+        f"features.name = 'rating': has side 'item' but is a column of {raw}/log.parquet; with "
+        "samples.negatives, columns of items must come from samples.items or samples.joins"
     )
