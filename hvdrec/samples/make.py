@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Side
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.parallel.progress import print_line
@@ -120,9 +121,12 @@ def make_samples(
         _require_known_labels(spec, samples)
         meta |= _write_splits(draft, spec, samples, histories, notify)
         latest_last = _training_rows(logged)
-        for side, keys in (("user", samples.users), ("item", samples.items)):
-            key = spec.samples.user if side == "user" else spec.samples.item
-            entities = Entities.of(side, key, keys, latest_last)
+        sides: tuple[tuple[Side, str, KeyCodes], ...] = (
+            ("user", spec.samples.user, samples.users),
+            ("item", spec.samples.item, samples.items),
+        )
+        for side, key, codes in sides:
+            entities = Entities.of(side, key, codes, latest_last)
             own = tables.side(f"samples.{side}s")
             table = entity_table(engine, spec, joined, own, samples.rows, entities)
             meta[f"{side}s"] = len(table)
