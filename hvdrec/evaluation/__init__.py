@@ -1,1 +1,1 @@
-"""Metrics, full-catalogue evaluation, baselines and their report."""
+"""Metrics, full-catalogue retrieval, and the baselines that a model has to beat."""

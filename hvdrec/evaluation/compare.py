@@ -1,125 +1,170 @@
-"""The baselines' report: all of them measured as the model is, on the same rows."""
+"""Baselines, fitted on the training rows and measured as the model is, on the same rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import psutil
 
 from hvdrec.config import Config
-from hvdrec.evaluation.baselines import fit_baselines
+from hvdrec.evaluation.baselines import Baselines, fit_baselines
 from hvdrec.evaluation.held_out import (
     Interactions,
-    Retrieval,
-    Scores,
-    ranking_report,
+    RetrievalQueries,
+    ScoredRows,
     read_interactions,
 )
-from hvdrec.evaluation.item_item import Measure, choose, cooccurrence, ease, ease_bytes, taken_items
+from hvdrec.evaluation.item_item import (
+    Family,
+    Measure,
+    choose,
+    cooccurrence,
+    ease,
+    ease_bytes,
+)
 from hvdrec.evaluation.ranking import order_metrics
-from hvdrec.evaluation.tasks import task_baselines
+from hvdrec.evaluation.retrieval import user_item_matrix
 from hvdrec.parallel import ranks
-from hvdrec.storage.urls import read_metadata
+from hvdrec.storage.urls import read_metadata, read_tables
 
 CHOICE_USERS, CHOICE_ROWS = 10_000, 500_000
-"""Most users and rows of the validation split on which a baseline's setting is chosen."""
+"""Largest number of validation users and rows that choose a baseline's setting."""
 
 
 def compare(
-    config: Config, split: str, scores: Scores | None, top: Retrieval | None, ease_items: int
+    config: Config,
+    split: str,
+    rows: ScoredRows | None,
+    queries: RetrievalQueries | None,
+    ease_items: int,
 ) -> dict[str, Any]:
-    """Return ``baselines``, the report of each, and ``notes``, lines on them, on every rank.
+    """Fit and measure the baselines; every rank gets the same report.
 
-    scores: the split's rows, for ranking metrics; top: the users to retrieve for; either may be
-    absent. All baselines are fitted on the training rows alone. ease_items: the largest catalogue
-    for which EASE is fitted.
+    Args:
+        config: The run.
+        split: The split to measure on.
+        rows: Its rows, for ranking metrics; None leaves these out.
+        queries: Its queries, for retrieval metrics; None leaves these out.
+        ease_items: Largest catalogue for which EASE is fitted, in items.
+
+    Returns:
+        ``baselines``, the metrics of each baseline, and ``notes``, lines about them.
     """
     train = read_interactions(config.paths.of("features"), ["train"])
+    # One rank fits the item-item models: each would need its own [items, items] matrix.
     item_item, notes = ranks.broadcast_object(
         ranks.run_on_all(
             lambda: (
-                _item_item_baselines(config, split, train, scores, ease_items)
+                _item_item_baselines(config, split, train, rows, ease_items)
                 if ranks.current().is_first
                 else None
             )
         )
     )
-    return {"baselines": {**_baselines(config, train, scores, top), **item_item}, "notes": notes}
+    baselines = {**_mean_baselines(config, train, rows, queries), **item_item}
+    return {"baselines": baselines, "notes": notes}
 
 
-def _baselines(
-    config: Config, train: Interactions, scores: Scores | None, top: Retrieval | None
+def _mean_baselines(
+    config: Config,
+    train: Interactions,
+    rows: ScoredRows | None,
+    queries: RetrievalQueries | None,
 ) -> dict[str, Any]:
-    """Return the report of popularity and means, from the training rows alone."""
-    users, items = _counts(config)
-    fitted = fit_baselines(train.user, train.item, train.label, train.weight, users, items)
-    found: dict[str, dict[str, Any]] = {}
-    if scores is not None:
-        for name, score in fitted.scores(scores.user, scores.item).items():
-            found.setdefault(name, {})["ranking"] = ranking_report(score, scores, config)
-    if top is not None:
+    """Return the metrics of popularity and means."""
+    fitted = _fit(config, train)
+    reports: dict[str, dict[str, Any]] = {}
+    if rows is not None:
+        for name, score in fitted.scores(rows.user, rows.item).items():
+            reports.setdefault(name, {})["ranking"] = rows.metrics(score, config.evaluate)
+    if queries is not None:
+        everyone = np.ones((len(fitted.user_mean), 1))
         for name, vectors in fitted.item_vectors().items():
-            everyone = np.ones((users, 1))
-            found.setdefault(name, {})["retrieval"] = top.metrics(everyone, vectors, config)
-    if scores is not None and config.tasks:
-        for name, report in task_baselines(config, train, scores, users, items).items():
-            found[name]["tasks"] = report
-    return found
+            metrics = queries.metrics(everyone, vectors, config.evaluate.k)
+            reports.setdefault(name, {})["retrieval"] = metrics
+    if rows is not None and config.tasks:
+        for name, report in _task_baselines(config, train, rows).items():
+            reports[name]["tasks"] = report
+    return reports
+
+
+def _task_baselines(config: Config, train: Interactions, rows: ScoredRows) -> dict[str, Any]:
+    """Return the metrics of popularity and means that are fitted to each task's own label."""
+    table = read_tables(config.paths.of("features") / "train", list(config.task_columns))
+    by_name: dict[str, list[Any]] = {}
+    for column in config.task_columns:
+        label = table[column].to_numpy()
+        known = train.where(~np.isnan(label))
+        labelled = Interactions(known.user, known.item, label[~np.isnan(label)], known.weight)
+        for name, score in _fit(config, labelled).scores(rows.user, rows.item).items():
+            by_name.setdefault(name, []).append(score)
+    tasks = [task.name for task in config.tasks]
+    return {
+        name: rows.task_metrics(np.stack(columns, axis=1), tasks, config.evaluate)
+        for name, columns in by_name.items()
+    }
 
 
 def _item_item_baselines(
-    config: Config, split: str, train: Interactions, scores: Scores | None, ease_items: int
+    config: Config, split: str, train: Interactions, rows: ScoredRows | None, ease_items: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the report of co-occurrence and EASE, from the training rows alone, and notes.
+    """Return the metrics of co-occurrence and EASE, and notes.
 
-    Their settings are chosen on the validation split, for ranking and for retrieval apart. One rank
-    does it all: whole [items, items] matrices are too much to have on each.
+    Their settings are chosen on the validation split, separately for ranking and retrieval.
     """
     users, items = _counts(config)
     positive = train.where((train.label > 0) & (train.weight > 0))
-    taken = taken_items(positive.user, positive.item, users, items)
-    by = _choice_metrics(config)
-    rows: Interactions | None = None
+    taken = user_item_matrix(positive.user, positive.item, users, items)
     validation: Interactions | None = None
-    if scores is not None:
-        rows = Interactions(scores.user, scores.item, scores.label, scores.weight)
+    if rows is not None:
         validation = read_interactions(config.paths.of("features"), ["validation"])
         step = math.ceil(len(validation.user) / CHOICE_ROWS)
         validation = validation.where(np.arange(len(validation.user)) % max(step, 1) == 0)
-    found: dict[str, Any] = {}
-    lacking = _lacks_for_ease(items, ease_items)
-    notes = [lacking] if lacking else []
+    obstacle = _ease_obstacle(items, ease_items)
+    notes = [obstacle] if obstacle else []
+    reports: dict[str, Any] = {}
     with ranks.single_rank():
         to_choose = _measures(config, "validation", validation, most_users=CHOICE_USERS)
         to_report = _measures(config, split, rows)
-        for make in (cooccurrence,) if lacking else (cooccurrence, ease):
+        for make in (cooccurrence,) if obstacle else (cooccurrence, ease):
             family = make(taken)
-            chosen = choose(family, by, to_choose)
-            report: dict[str, Any] = {"chosen": chosen}
-            for value in sorted({choice[family.setting] for choice in chosen.values()}):
-                model = family.fit(value)
-                for kind, choice in chosen.items():
-                    if choice[family.setting] == value:
-                        report[kind] = to_report[kind](model)
-            found[family.name] = report
-            told = [
-                f"{choice[family.setting]:g} for {kind} (validation {by[kind]} "
-                f"{choice[by[kind]]:.4f})"
-                for kind, choice in chosen.items()
-            ]
-            notes.append(f"{family.name}: {family.setting} = {', '.join(told)}")
-    names = " and ".join(found)
+            reports[family.name], note = _chosen_report(config, family, to_choose, to_report)
+            notes.append(note)
+    names = " and ".join(reports)
     if split == "validation":
-        notes.append(f"{names}: chosen on the very rows that they are measured on")
-    if scores is not None:
-        notes.append(f"{names}: scores are no probabilities, what needs these is n/a")
-    return found, notes
+        notes.append(f"{names}: settings were chosen on the rows that are measured here")
+    if rows is not None:
+        notes.append(f"{names}: scores are not probabilities; metrics that need them are n/a")
+    return reports, notes
+
+
+def _chosen_report(
+    config: Config,
+    family: Family,
+    to_choose: Mapping[str, Measure],
+    to_report: Mapping[str, Measure],
+) -> tuple[dict[str, Any], str]:
+    """Choose a family's settings, then return the metrics of the chosen models and a note."""
+    by = _choice_metrics(config)
+    chosen = choose(family, by, to_choose)
+    report: dict[str, Any] = {"chosen": chosen}
+    for value in sorted({choice[family.setting] for choice in chosen.values()}):
+        model = family.fit(value)
+        for group, choice in chosen.items():
+            if choice[family.setting] == value:
+                report[group] = to_report[group](model)
+    choices = [
+        f"{choice[family.setting]:g} for {group} (validation {by[group]} {choice[by[group]]:.4f})"
+        for group, choice in chosen.items()
+    ]
+    return report, f"{family.name}: {family.setting} = {', '.join(choices)}"
 
 
 def _choice_metrics(config: Config) -> dict[str, str]:
-    """Return by which metrics baselines are chosen: that of early stopping where it applies."""
+    """Return the metrics that choose settings: the metric of early stopping where it applies."""
     name, objective = config.train.metric, config.train.objective
     by: dict[str, str] = {}
     if objective != "retrieval":
@@ -132,27 +177,30 @@ def _choice_metrics(config: Config) -> dict[str, str]:
 def _measures(
     config: Config, split: str, rows: Interactions | None, most_users: int | None = None
 ) -> dict[str, Measure]:
-    """Return what measures item-item models on a split: rows are those of ranking metrics."""
-    found: dict[str, Measure] = {}
+    """Return functions that measure item-item models on a split: ``ranking``, ``retrieval``."""
+    measures: dict[str, Measure] = {}
     if rows is not None:
-        found["ranking"] = lambda model: order_metrics(
+        measures["ranking"] = lambda model: order_metrics(
             model.scores(rows.user, rows.item), rows.label, rows.weight, rows.user
         )
     if config.train.objective != "ranking":
-        top = Retrieval.of(config, split, most_users)
-        found["retrieval"] = lambda model: top.item_item_metrics(model, config)
-    return found
+        features = config.paths.of("features")
+        queries = RetrievalQueries.read(features, split, config.samples, most_users)
+        measures["retrieval"] = lambda model: queries.item_item_metrics(model, config.evaluate.k)
+    return measures
 
 
-def _lacks_for_ease(items: int, most: int) -> str:
-    """Return why EASE is left out, in one line; empty where it is not."""
+def _ease_obstacle(items: int, most: int) -> str:
+    """Return why EASE is left out, in one line; empty if it is not."""
     need, free = ease_bytes(items), psutil.virtual_memory().available
-    takes = f"fitting takes {need / 1e9:.1f} GB for {items} items"
+    text = f"ease: left out, fitting takes {need / 1e9:.1f} GB for {items} items"
     if items > most:
-        return f"ease: left out, {takes}; --ease-items {items} would allow it"
-    if need > free:
-        return f"ease: left out, {takes}, {free / 1e9:.1f} GB are free"
-    return ""
+        return f"{text}; --ease-items {items} includes it"
+    return f"{text}, {free / 1e9:.1f} GB are free" if need > free else ""
+
+
+def _fit(config: Config, train: Interactions) -> Baselines:
+    return fit_baselines(train.user, train.item, train.label, train.weight, *_counts(config))
 
 
 def _counts(config: Config) -> tuple[int, int]:

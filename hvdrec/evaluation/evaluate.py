@@ -1,10 +1,10 @@
-"""Evaluation of a model on a split, over all ranks, beside its baselines."""
+"""Evaluation of a model on a split, over all ranks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,8 @@ from hvdrec.config import Config
 from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import compare
-from hvdrec.evaluation.held_out import Retrieval, Scores, part_of, ranking_report
+from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
-from hvdrec.evaluation.tasks import task_auc, task_report
 from hvdrec.features.fit import check_task_labels
 from hvdrec.models.embedding import Rows
 from hvdrec.models.recommender import Recommender
@@ -27,7 +26,9 @@ from hvdrec.storage.urls import read_table
 
 Array = NDArray[Any]
 RowsOf = Callable[[Mapping[str, Tensor]], Rows]
+"""Looks up the table rows of a batch, for a model that does not hold its tables."""
 BLOCK = 8192
+"""Users or items embedded at a time."""
 
 
 def evaluate_model(
@@ -39,71 +40,62 @@ def evaluate_model(
     ease_items: int = LARGEST_CATALOGUE,
     rows_of: RowsOf | None = None,
 ) -> dict[str, Any]:
-    """Return the report of a model on a split: metrics, and the same ones of each baseline.
+    """Measure a model on a split, beside its baselines; every rank gets the same report.
 
-    Ranking metrics where the model has a ranker, and under ``tasks`` those of each task; retrieval
-    metrics over the whole catalogue where its towers were trained to retrieve. Every rank calls
-    this and gets the same report. rows_of gives the table rows of a batch, where the model does not
-    hold its tables itself; ease_items is the largest catalogue for which EASE is fitted. ``notes``
-    tells what people should know of the baselines.
+    Args:
+        model: The model.
+        config: Its run.
+        split: The split to measure on.
+        with_baselines: Measure the baselines on the same rows and users.
+        ease_items: Largest catalogue for which EASE is fitted, in items.
+        rows_of: Looks up table rows; None if the model holds its tables.
+
+    Returns:
+        The fields of `EvaluationResult` from ``split`` on; those that do not apply are absent.
     """
-    device = next(model.parameters()).device
     features = config.paths.of("features")
     manifest = ranks.run_on_all(lambda: read_manifest(features, "features"))
     ranks.run_on_all(lambda: check_task_labels(features, manifest, config, "hvdrec prepare"))
     model.eval()
-    scores: Scores | None = None
     report: dict[str, Any] = {"split": split}
+    rows: ScoredRows | None = None
     if config.train.objective != "retrieval":
-        scores = score_split(model, config, split, device, rows_of)
-        report["ranking"] = ranking_report(scores.score, scores, config)
-        if config.tasks:
-            report["tasks"] = task_report(scores.task_scores, scores, config)
-    top: Retrieval | None = None
+        rows, metrics, tasks = _ranking(model, config, split, rows_of)
+        report |= {"ranking": metrics} | ({"tasks": tasks} if tasks else {})
+    queries: RetrievalQueries | None = None
     if config.train.objective != "ranking":
-        top = Retrieval.of(config, split)
-        users, items = (
-            embed_side(model, config, "user", device, rows_of),
-            embed_side(model, config, "item", device, rows_of),
-        )
-        report["retrieval"] = top.metrics(users, items, config)
+        queries, report["retrieval"] = _retrieval(model, config, split, rows_of)
     if with_baselines:
-        report |= compare(config, split, scores, top, ease_items)
+        report |= compare(config, split, rows, queries, ease_items)
     return report
 
 
 def validation_metric(
-    model: Recommender,
-    config: Config,
-    name: str,
-    device: torch.device,
-    rows_of: RowsOf | None = None,
+    model: Recommender, config: Config, name: str, rows_of: RowsOf | None = None
 ) -> tuple[float, dict[str, Any]]:
-    """Return the named metric on the validation split, and all those that were computed with it."""
+    """Return the named metric on the validation split, and all metrics computed with it."""
     if "@" in name:
-        users, items = (
-            embed_side(model, config, "user", device, rows_of),
-            embed_side(model, config, "item", device, rows_of),
-        )
-        metrics = Retrieval.of(config, "validation").metrics(users, items, config)
+        _, metrics = _retrieval(model, config, "validation", rows_of)
     else:
-        scores = score_split(model, config, "validation", device, rows_of)
-        metrics = ranking_report(scores.score, scores, config)
-        if config.tasks:
-            metrics["tasks"] = task_report(scores.task_scores, scores, config)
-            metrics["task_auc"] = task_auc(metrics["tasks"], config)
+        _, metrics, tasks = _ranking(model, config, "validation", rows_of)
+        if tasks:
+            metrics |= {"tasks": tasks, "task_auc": task_auc(tasks, config)}
     return float(metrics[name]), metrics
 
 
+def task_auc(tasks: Mapping[str, Any], config: Config) -> float:
+    """Return the mean of the tasks' AUCs, weighted by share; NaN if none is defined."""
+    pairs = [(tasks[task.name]["auc"], task.share) for task in config.tasks]
+    defined = [(auc, share) for auc, share in pairs if not math.isnan(auc)]
+    total = sum(share for _, share in defined)
+    return sum(auc * share for auc, share in defined) / total if total else math.nan
+
+
 def score_split(
-    model: Recommender,
-    config: Config,
-    split: str,
-    device: torch.device,
-    rows_of: RowsOf | None = None,
-) -> Scores:
-    """Score every row of a split; each rank scores its part and gets everybody's."""
-    world = ranks.current()
+    model: Recommender, config: Config, split: str, rows_of: RowsOf | None = None
+) -> ScoredRows:
+    """Score every row of a split; each rank scores its part, then all gather all rows."""
+    world, device = ranks.current(), next(model.parameters()).device
     loader = ShardLoader.from_config(
         config, split, config.evaluate.batch_size, world.rank, world.size, shuffle=False
     )
@@ -113,44 +105,60 @@ def score_split(
             batch = host_batch.to(device)
             rows = rows_of(host_batch.features) if rows_of is not None else None
             logit = model(batch.features, rows).logit.float()
-            columns = [
-                model.score(logit),
-                batch.label,
-                batch.weight,
-                batch.user_index,
-                batch.item_index,
-            ]
+            columns = [batch.user_index, batch.item_index, batch.label, batch.weight]
+            columns.append(model.score(logit))
             if batch.tasks is not None:
                 columns += [logit.sigmoid(), batch.tasks]
             parts.append(tuple(column[: batch.rows].cpu().numpy() for column in columns))
     gathered = [ranks.gather_arrays(np.concatenate(column)) for column in zip(*parts, strict=True)]
     if not config.tasks:
         gathered += [np.empty((len(gathered[0]), 0), np.float32)] * 2
-    return Scores(*gathered)
+    return ScoredRows(*gathered)
 
 
 def embed_side(
     model: Recommender,
     config: Config,
-    side: str,
-    device: torch.device,
+    side: Literal["user", "item"],
     rows_of: RowsOf | None = None,
 ) -> Array:
-    """Return tower embeddings float32 [n, D] of all users (items); ranks share the work."""
-    world = ranks.current()
+    """Return the tower embeddings of all users (items), float32 [n, D]; ranks share the work."""
+    world, device = ranks.current(), next(model.parameters()).device
     table = read_table(config.paths.of("features") / f"{side}s.parquet")
     start, stop = part_of(table.num_rows, world.rank, world.size)
-    features = config.schema.side("user" if side == "user" else "item")
+    features = config.schema.side(side)
     represent = model.represent_users if side == "user" else model.represent_items
-    found: list[Array] = [np.empty((0, model.output_width), np.float32)]
-    # All ranks take as many turns: some may look up rows that others hold.
-    turns = math.ceil(math.ceil(table.num_rows / world.size) / BLOCK)
+    blocks: list[Array] = [np.empty((0, model.output_width), np.float32)]
+    # All ranks run the same number of steps, because a lookup may be a collective.
+    steps = math.ceil(math.ceil(table.num_rows / world.size) / BLOCK)
     with torch.inference_mode():
-        for turn in range(turns):
-            first = min(start + turn * BLOCK, stop)
+        for step in range(steps):
+            first = min(start + step * BLOCK, stop)
             arrays = table_arrays(table.slice(first, min(BLOCK, stop - first)), features)
             codes = {name: torch.from_numpy(array) for name, array in arrays.items()}
             rows = rows_of(codes) if rows_of is not None else None
             codes = {name: code.to(device) for name, code in codes.items()}
-            found.append(represent(codes, rows)[:, : model.output_width].float().cpu().numpy())
-    return ranks.gather_arrays(np.concatenate(found))
+            vectors = represent(codes, rows)[:, : model.output_width]
+            blocks.append(vectors.float().cpu().numpy())
+    return ranks.gather_arrays(np.concatenate(blocks))
+
+
+def _ranking(
+    model: Recommender, config: Config, split: str, rows_of: RowsOf | None
+) -> tuple[ScoredRows, dict[str, Any], dict[str, Any]]:
+    """Return the scored rows of a split, their metrics and those of each task."""
+    rows = score_split(model, config, split, rows_of)
+    names = [task.name for task in config.tasks]
+    metrics = rows.metrics(rows.score, config.evaluate)
+    tasks = rows.task_metrics(rows.task_scores, names, config.evaluate) if names else {}
+    return rows, metrics, tasks
+
+
+def _retrieval(
+    model: Recommender, config: Config, split: str, rows_of: RowsOf | None
+) -> tuple[RetrievalQueries, dict[str, Any]]:
+    """Return the queries of a split and the model's metrics on them."""
+    queries = RetrievalQueries.read(config.paths.of("features"), split, config.samples)
+    users = embed_side(model, config, "user", rows_of)
+    items = embed_side(model, config, "item", rows_of)
+    return queries, queries.metrics(users, items, config.evaluate.k)

@@ -1,8 +1,9 @@
-"""A split's rows, and the protocols by which a model and its baselines are measured on them."""
+"""The rows of a split, and the protocols that measure a model and its baselines on them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hvdrec.config import Config
-from hvdrec.evaluation.item_item import ItemItem
+from hvdrec.config.sections import Evaluate, Samples
+from hvdrec.evaluation.item_item import ItemItemModel
 from hvdrec.evaluation.ranking import ranking_metrics
 from hvdrec.evaluation.retrieval import (
-    Csr,
-    csr,
     rank_catalogue,
     rank_scores,
     retrieval_metrics,
     retrieval_sums,
+    user_item_matrix,
 )
 from hvdrec.parallel import ranks
 from hvdrec.storage.urls import Location, read_metadata, read_tables
@@ -28,127 +28,162 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """A split's rows with their scores, in the order of the shards, whole on every rank.
+class Interactions:
+    """Rows of one or more splits.
 
-    score: float32 [n] probabilities; label, weight: float32 [n]; user, item: int64 [n] indices;
-    task_scores, task_labels: float32 [n, T], labels are NaN where a row tells nothing of a task.
+    Attributes:
+        user: User indices, int64 [n].
+        item: Item indices, int64 [n].
+        label: Labels, float32 [n].
+        weight: Row weights, float32 [n].
     """
 
-    score: Array
-    label: Array
-    weight: Array
-    user: Array
-    item: Array
-    task_scores: Array
-    task_labels: Array
-
-
-@dataclass(frozen=True)
-class Interactions:
-    """Rows of one or more splits: indices int64 [n], labels and weights float32 [n]."""
-
     user: Array
     item: Array
     label: Array
     weight: Array
 
-    def where(self, chosen: Array) -> Interactions:
-        """Return the rows that a mask bool [n] chooses."""
-        return Interactions(
-            self.user[chosen], self.item[chosen], self.label[chosen], self.weight[chosen]
-        )
+    def where(self, mask: Array) -> Interactions:
+        """Return the rows at which `mask`, bool [n], is true."""
+        return Interactions(self.user[mask], self.item[mask], self.label[mask], self.weight[mask])
 
     def pairs(self, items: int) -> Array:
-        """Return one int64 per row for its user and item, of `items` in all."""
+        """Return one int64 per row that identifies its (user, item) pair, [n]."""
         return np.asarray(self.user * items + self.item)
 
 
-def read_interactions(features: Location, splits: list[str]) -> Interactions:
-    """Read the key columns of splits."""
+@dataclass(frozen=True)
+class ScoredRows(Interactions):
+    """All rows of a split with a model's scores, in the order of the shards, on every rank.
+
+    Attributes:
+        score: Probabilities, float32 [n].
+        task_scores: Probabilities of each task, float32 [n, T].
+        task_labels: Labels of each task, float32 [n, T]; NaN if a row has no label for a task.
+    """
+
+    score: Array
+    task_scores: Array
+    task_labels: Array
+
+    def metrics(self, score: Array, options: Evaluate) -> dict[str, Any]:
+        """Return the ranking metrics of any probabilities [n] for these rows, on every rank."""
+        return ranks.run_on_all(
+            lambda: ranking_metrics(
+                score,
+                self.label,
+                self.weight,
+                self.user,
+                threshold=options.threshold,
+                beta=options.beta,
+            )
+        )
+
+    def task_metrics(
+        self, scores: Array, tasks: Sequence[str], options: Evaluate
+    ) -> dict[str, dict[str, Any]]:
+        """Return each task's ranking metrics over the rows with a label for it, on every rank.
+
+        Args:
+            scores: Probabilities of each task, [n, T].
+            tasks: Names of the T tasks.
+            options: Threshold and beta of the metrics.
+        """
+
+        def measure(task: int) -> dict[str, float]:
+            known = ~np.isnan(self.task_labels[:, task])
+            return ranking_metrics(
+                scores[known, task],
+                self.task_labels[known, task],
+                self.weight[known],
+                self.user[known],
+                threshold=options.threshold,
+                beta=options.beta,
+            )
+
+        return ranks.run_on_all(lambda: {name: measure(i) for i, name in enumerate(tasks)})
+
+
+@dataclass(frozen=True)
+class RetrievalQueries:
+    """The users to retrieve for: this rank's part of the users with a relevant item in a split.
+
+    Attributes:
+        users: User indices, int64 [u].
+        seen: Items to exclude for each user, sparse [u, items].
+        relevant: Items to find for each user, sparse [u, items].
+        items: Number of items in the catalogue.
+    """
+
+    users: Array
+    seen: Any
+    relevant: Any
+    items: int
+
+    @staticmethod
+    def read(
+        features: Location, split: str, samples: Samples, most_users: int | None = None
+    ) -> RetrievalQueries:
+        """Read the queries of a split; evenly spaced ones if there are more than `most_users`."""
+        earlier = ["train"] if split == "validation" else ["train", "validation"]
+        seen = read_interactions(features, earlier)
+        if samples.negatives.per_positive:
+            # Drawn negatives were never shown: only positives were seen.
+            seen = seen.where(seen.label > 0)
+        held_out = read_interactions(features, [split])
+        # Seen items are excluded from retrieval, so they cannot be targets.
+        count = read_metadata(features / "items.parquet").num_rows
+        again = np.isin(held_out.pairs(count), seen.pairs(count))
+        hit = (held_out.label > 0) & ~again
+        users = np.unique(held_out.user[hit])
+        users = users[:: max(1, math.ceil(len(users) / (most_users or math.inf)))]
+        world = ranks.current()
+        users = users[slice(*part_of(len(users), world.rank, world.size))]
+        return RetrievalQueries(
+            users,
+            _pairs_of(users, seen.user, seen.item, count),
+            _pairs_of(users, held_out.user[hit], held_out.item[hit], count),
+            count,
+        )
+
+    def metrics(self, users: Array, items: Array, ks: Sequence[int]) -> dict[str, Any]:
+        """Return the retrieval metrics of user and item vectors over all ranks' queries.
+
+        Args:
+            users: Vectors of all users, [users, d].
+            items: Vectors of all items, [items, d].
+            ks: Cut-offs.
+        """
+        vectors = users[self.users]
+        top = ranks.run_on_all(lambda: rank_catalogue(vectors, items, self.seen, max(ks)))
+        return self._metrics_of(top, ks)
+
+    def item_item_metrics(self, model: ItemItemModel, ks: Sequence[int]) -> dict[str, Any]:
+        """Return the retrieval metrics of an item-item model over all ranks' queries."""
+        score_items = model.score_items(self.users)
+        top = rank_scores(score_items, len(self.users), self.items, self.seen, max(ks))
+        return self._metrics_of(top, ks)
+
+    def _metrics_of(self, top: Array, ks: Sequence[int]) -> dict[str, Any]:
+        sums = retrieval_sums(top, self.relevant, ks, self.items)
+        return retrieval_metrics(ranks.sum_arrays(sums), ks)
+
+
+def read_interactions(features: Location, splits: Sequence[str]) -> Interactions:
+    """Read the indices, labels and weights of splits."""
     columns = ["user_index", "item_index", "label", "weight"]
     table = pa.concat_tables([read_tables(features / split, columns) for split in splits])
     return Interactions(*(table[name].to_numpy() for name in columns))
 
 
 def part_of(rows: int, rank: int, size: int) -> tuple[int, int]:
-    """Return the first of a rank's rows and the one after its last."""
+    """Return the first row of a rank's part and the row after its last."""
     return rows * rank // size, rows * (rank + 1) // size
 
 
-def ranking_report(score: Array, scores: Scores, config: Config) -> dict[str, Any]:
-    """Return the ranking metrics of any probabilities [n] for a split's rows, on every rank."""
-    return ranks.run_on_all(
-        lambda: ranking_metrics(
-            score,
-            scores.label,
-            scores.weight,
-            scores.user,
-            threshold=config.evaluate.threshold,
-            beta=config.evaluate.beta,
-        )
-    )
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """The users to retrieve for: this rank's part of those with something relevant in a split.
-
-    users: int64 [u]; seen: what is left out; relevant: what is to be found; items: in all.
-    """
-
-    users: Array
-    seen: Csr
-    relevant: Csr
-    items: int
-
-    @staticmethod
-    def of(config: Config, split: str, most: int | None = None) -> Retrieval:
-        """Return the users of a split; of more than `most`, evenly spaced ones."""
-        features, world = config.paths.of("features"), ranks.current()
-        earlier = ["train"] if split == "validation" else ["train", "validation"]
-        seen = read_interactions(features, earlier)
-        if config.samples.negatives.per_positive:
-            # Drawn negatives were never shown: only what the user took is seen.
-            seen = seen.where(seen.label > 0)
-        held_out = read_interactions(features, [split])
-        # What is excluded cannot be found: an item taken again is no target.
-        count = read_metadata(features / "items.parquet").num_rows
-        again = np.isin(held_out.pairs(count), seen.pairs(count))
-        hit = (held_out.label > 0) & ~again
-        everyone = np.unique(held_out.user[hit])
-        everyone = everyone[:: max(1, math.ceil(len(everyone) / (most or math.inf)))]
-        start, stop = part_of(len(everyone), world.rank, world.size)
-        users = everyone[start:stop]
-        return Retrieval(
-            users,
-            _csr_of(users, seen.user, seen.item),
-            _csr_of(users, held_out.user[hit], held_out.item[hit]),
-            count,
-        )
-
-    def metrics(self, user_vectors: Array, item_vectors: Array, config: Config) -> dict[str, Any]:
-        """Return the retrieval metrics of vectors over all ranks' users."""
-        k = max(config.evaluate.k)
-        vectors = user_vectors[self.users]
-        top = ranks.run_on_all(lambda: rank_catalogue(vectors, item_vectors, self.seen, k))
-        return self._metrics_of(top, config)
-
-    def item_item_metrics(self, model: ItemItem, config: Config) -> dict[str, Any]:
-        """Return the retrieval metrics of an item-item model over all ranks' users."""
-        scores, k = model.scores_of(self.users), max(config.evaluate.k)
-        top = rank_scores(scores, len(self.users), self.items, self.seen, k)
-        return self._metrics_of(top, config)
-
-    def _metrics_of(self, top: Array, config: Config) -> dict[str, Any]:
-        ks = config.evaluate.k
-        sums = retrieval_sums(top, self.relevant, ks, self.items)
-        return retrieval_metrics(sums.reduced(ranks.sum_arrays), ks)
-
-
-def _csr_of(users: Array, rows: Array, columns: Array) -> Csr:
-    """Return the items of the chosen users, which are sorted, as one row each."""
-    position = np.searchsorted(users, rows)
+def _pairs_of(users: Array, user: Array, item: Array, items: int) -> Any:
+    """Return the (user, item) pairs of `users`, sorted int64 [u], as a sparse [u, items] matrix."""
+    position = np.searchsorted(users, user)
     position[position == len(users)] = 0
-    chosen = users[position] == rows if len(users) else np.zeros(len(rows), dtype=bool)
-    return csr(position[chosen], columns[chosen], len(users))
+    mask = users[position] == user if len(users) else np.zeros(len(user), dtype=bool)
+    return user_item_matrix(position[mask], item[mask], len(users), items)

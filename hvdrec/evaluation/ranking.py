@@ -1,8 +1,8 @@
 """Metrics of predicted probabilities against labels 0 and 1.
 
-Arrays: score, label, weight are [n]; label holds 0 or 1; weights are not negative. Rows of weight
-zero do not count. A metric that is not defined for the rows is NaN. Over ranks there is nothing to
-add up: gather the arrays and compute once.
+All functions take score, label and weight of shape [n]; weights are not negative, and rows of
+weight zero do not count. A metric that the rows do not define is NaN. The metrics are not sums over
+ranks: gather the arrays, then compute once.
 """
 
 from __future__ import annotations
@@ -28,24 +28,30 @@ def ranking_metrics(
     threshold: float = 0.5,
     beta: float = 1.0,
 ) -> dict[str, float]:
-    """Return all ranking metrics of n rows.
+    """Return all ranking metrics by name.
 
-    user: int64 [n], whose row it is; threshold: score from which a row is predicted positive;
-    beta: weight of recall in F-beta. Raises UserError if a score is NaN or outside [0, 1].
+    Args:
+        score: Probabilities, [n].
+        label: 0 or 1, [n].
+        weight: Row weights, [n].
+        user: The user of each row, int64 [n].
+        threshold: Rows with a score of at least this are predicted positive.
+        beta: Weight of recall in F-beta.
+
+    Raises:
+        UserError: A score is NaN or outside [0, 1].
     """
-    counted = weight > 0
-    score, label, weight, user = (a[counted] for a in (score, label, weight, user))
-    score, weight = score.astype(np.float64), weight.astype(np.float64)
+    score, label, weight, user = _weighted_rows(score, label, weight, user)
+    score = score.astype(np.float64)
     wrong = int(np.count_nonzero(~((score >= 0) & (score <= 1))))
     if wrong:
         raise UserError(
             f"scores: {wrong} of {len(score)} are NaN or outside [0, 1]; the model has diverged: "
-            "lower train.learning_rate or set train.clip_norm"
+            "lower train.learning_rate or set train.clip_norm",
+            field="scores",
         )
     per_user, users = gauc(score, label, weight, user)
     precision, recall, f_beta = precision_recall_f(score, label, weight, threshold, beta)
-    total = weight.sum()
-    base_rate = _ratio((weight * label).sum(), total)
     return {
         "auc": auc(score, label, weight),
         "gauc": per_user,
@@ -60,19 +66,17 @@ def ranking_metrics(
         "recall": recall,
         "f_beta": f_beta,
         "e_measure": 1.0 - f_beta,
-        "base_rate": base_rate,
-        "rows": int(counted.sum()),
+        "base_rate": _ratio((weight * label).sum(), weight.sum()),
+        "rows": len(score),
     }
 
 
 def order_metrics(score: Array, label: Array, weight: Array, user: Array) -> dict[str, float]:
-    """Return those of the ranking metrics that only the order of scores decides.
+    """Return the ranking metrics that depend only on the order of the scores.
 
-    For scores that are no probabilities; all else as in `ranking_metrics`.
+    For scores that are not probabilities. Arguments are those of `ranking_metrics`.
     """
-    counted = weight > 0
-    score, label, weight, user = (a[counted] for a in (score, label, weight, user))
-    weight = weight.astype(np.float64)
+    score, label, weight, user = _weighted_rows(score, label, weight, user)
     per_user, users = gauc(score, label, weight, user)
     return {
         "auc": auc(score, label, weight),
@@ -80,28 +84,26 @@ def order_metrics(score: Array, label: Array, weight: Array, user: Array) -> dic
         "gauc_users": users,
         "average_precision": average_precision(score, label, weight),
         "base_rate": _ratio((weight * label).sum(), weight.sum()),
-        "rows": int(counted.sum()),
+        "rows": len(score),
     }
 
 
 def auc(score: Array, label: Array, weight: Array) -> float:
-    """Return the area under the ROC curve; equal scores count half.
+    """Return the area under the ROC curve; tied scores count half.
 
-    That is the weighted share of pairs of a positive and a negative that are in the right order
-    (Hanley and McNeil, 1982).
+    This is the weighted share of (positive, negative) pairs that are in the right order (Hanley and
+    McNeil, 1982).
     """
-    return (
-        float(_group_auc(score, label, weight, np.zeros(len(score), dtype=np.int64))[0][0])
-        if (len(score))
-        else float("nan")
-    )
+    if not len(score):
+        return float("nan")
+    return float(_group_auc(score, label, weight, np.zeros(len(score), dtype=np.int64))[0][0])
 
 
 def gauc(score: Array, label: Array, weight: Array, user: Array) -> tuple[float, int]:
-    """Return the mean of the users' AUCs, weighted by their impressions, and how many users count.
+    """Return the mean AUC over users, weighted by their impressions, and the number of users.
 
-    Users whose rows are all of one class have no AUC and do not count (Zhu et al., "Optimized cost
-    per click in Taobao display advertising", KDD 2017).
+    Users with rows of one class only have no AUC and do not count (Zhu et al., "Optimized cost per
+    click in Taobao display advertising", KDD 2017).
     """
     if not len(score):
         return float("nan"), 0
@@ -114,7 +116,7 @@ def gauc(score: Array, label: Array, weight: Array, user: Array) -> tuple[float,
 
 
 def log_loss(score: Array, label: Array, weight: Array) -> float:
-    """Return the weighted mean of -log p(label), p clipped to [1e-15, 1 - 1e-15]."""
+    """Return the weighted mean of -log p(label), with p clipped to [1e-15, 1 - 1e-15]."""
     if not weight.sum():
         return float("nan")
     p = np.clip(score, EPSILON, 1 - EPSILON)
@@ -123,9 +125,10 @@ def log_loss(score: Array, label: Array, weight: Array) -> float:
 
 
 def normalized_entropy(score: Array, label: Array, weight: Array) -> float:
-    """Return the log loss over that of always predicting the base rate; below 1 is better.
+    """Return the log loss divided by the log loss of always predicting the base rate.
 
-    Source: He et al., "Practical lessons from predicting clicks on ads at Facebook", ADKDD 2014.
+    Below 1 is better than the base rate. Source: He et al., "Practical lessons from predicting
+    clicks on ads at Facebook", ADKDD 2014.
     """
     rate = _ratio((weight * label).sum(), weight.sum())
     if not 0 < rate < 1:
@@ -138,7 +141,7 @@ def calibration_error(score: Array, label: Array, weight: Array, bins: int = BIN
     """Return the weighted mean of |mean score - share of positives| over bins of equal weight.
 
     Rows are sorted by score and cut into `bins` parts of equal weight (expected calibration error
-    with adaptive bins, Nixon et al. 2019). Equal scores fall into one bin, that of their middle.
+    with adaptive bins, Nixon et al. 2019). Tied scores share a bin: the one of their midpoint.
     """
     total = weight.sum()
     if not total:
@@ -154,10 +157,10 @@ def calibration_error(score: Array, label: Array, weight: Array, bins: int = BIN
 def precision_recall_f(
     score: Array, label: Array, weight: Array, threshold: float, beta: float
 ) -> tuple[float, float, float]:
-    """Return precision, recall and F-beta of predicting the rows with score >= threshold positive.
+    """Return precision, recall and F-beta when rows with score >= threshold are predicted positive.
 
-    F-beta = (1 + beta^2) P R / (beta^2 P + R); van Rijsbergen's E-measure is 1 - F. Without any
-    predicted (actual) positives precision (recall) is 0.
+    F-beta = (1 + beta^2) P R / (beta^2 P + R); van Rijsbergen's E-measure is 1 - F-beta. Precision
+    is 0 without predicted positives, recall is 0 without actual ones.
     """
     predicted = score >= threshold
     hits = (weight * label)[predicted].sum()
@@ -171,10 +174,10 @@ def precision_recall_f(
 def average_precision(
     score: Array, label: Array, weight: Array, threshold: float = -np.inf
 ) -> float:
-    """Return the sum of precision times gain in recall over falling scores, equal ones together.
+    """Return the sum of precision times the gain in recall, from the highest score down.
 
-    With a threshold only the part of the curve with score >= threshold is summed: what is ranked
-    below it adds nothing.
+    Tied scores form one step. With a threshold, only the part of the curve with score >= threshold
+    is summed.
     """
     positives = (weight * label).sum()
     if not positives:
@@ -189,13 +192,13 @@ def average_precision(
 
 
 def _group_auc(score: Array, label: Array, weight: Array, group: Array) -> tuple[Array, Array]:
-    """Return the AUC (NaN where a class is missing) and the weight of each group, [groups]."""
+    """Return the AUC of each group (NaN if a class is missing) and its weight, each [groups]."""
     groups = int(group.max()) + 1
     order = np.lexsort((score, group))
     score, group = score[order], group[order]
     positive = (weight * (label > 0))[order]
     negative = (weight * (label <= 0))[order]
-    # Runs of one group and one score: within a run a pair is a tie.
+    # A run holds rows of one group and one score: pairs within a run are ties.
     starts = np.flatnonzero(np.append(True, (np.diff(group) != 0) | (np.diff(score) != 0)))
     run_positive = np.add.reduceat(positive, starts)
     run_negative = np.add.reduceat(negative, starts)
@@ -211,5 +214,11 @@ def _group_auc(score: Array, label: Array, weight: Array, group: Array) -> tuple
     return areas, group_positive + group_negative
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else float("nan")
+def _weighted_rows(score: Array, label: Array, weight: Array, user: Array) -> tuple[Array, ...]:
+    """Drop rows of weight zero; weights become float64."""
+    counted = weight > 0
+    return score[counted], label[counted], weight[counted].astype(np.float64), user[counted]
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator else float("nan")

@@ -19,7 +19,8 @@ from hvdrec.config.sections import WarmStart
 from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.errors import UserError
 from hvdrec.evaluation.held_out import read_interactions
-from hvdrec.evaluation.item_item import linear_weights, taken_items
+from hvdrec.evaluation.item_item import linear_weights
+from hvdrec.evaluation.retrieval import user_item_matrix
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
@@ -136,7 +137,7 @@ def _taken(config: Config, size: int) -> Any:
     # Missing and rare items are one code each: they say nothing of each other.
     chosen = (train.label * train.weight > 0) & (code >= FIRST_CODE)
     users = int(train.user.max(initial=-1)) + 1
-    return taken_items(train.user[chosen], code[chosen], users, size)
+    return user_item_matrix(train.user[chosen], code[chosen], users, size)
 
 
 def _best_scale(taken: Any, user: Array, item: Array, seed: int) -> float:
