@@ -25,7 +25,7 @@ from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.urls import read_table
 
 Array = NDArray[Any]
-RowsOf = Callable[[Mapping[str, Tensor]], Rows]
+FetchRows = Callable[[Mapping[str, Tensor]], Rows]
 """Looks up the table rows of a batch, for a model that does not hold its tables."""
 BLOCK = 8192
 """Users or items embedded at a time."""
@@ -38,7 +38,7 @@ def evaluate_model(
     *,
     with_baselines: bool = True,
     ease_items: int = LARGEST_CATALOGUE,
-    rows_of: RowsOf | None = None,
+    fetch_rows: FetchRows | None = None,
 ) -> dict[str, Any]:
     """Measure a model on a split, beside its baselines; every rank gets the same report.
 
@@ -48,7 +48,7 @@ def evaluate_model(
         split: The split to measure on.
         with_baselines: Measure the baselines on the same rows and users.
         ease_items: Largest catalogue for which EASE is fitted, in items.
-        rows_of: Looks up table rows; None if the model holds its tables.
+        fetch_rows: Looks up table rows; None if the model holds its tables.
 
     Returns:
         The fields of `EvaluationResult` from ``split`` on; those that do not apply are absent.
@@ -60,24 +60,24 @@ def evaluate_model(
     report: dict[str, Any] = {"split": split}
     rows: ScoredRows | None = None
     if config.train.objective != "retrieval":
-        rows, metrics, tasks = _ranking(model, config, split, rows_of)
+        rows, metrics, tasks = _ranking(model, config, split, fetch_rows)
         report |= {"ranking": metrics} | ({"tasks": tasks} if tasks else {})
     queries: RetrievalQueries | None = None
     if config.train.objective != "ranking":
-        queries, report["retrieval"] = _retrieval(model, config, split, rows_of)
+        queries, report["retrieval"] = _retrieval(model, config, split, fetch_rows)
     if with_baselines:
         report |= compare(config, split, rows, queries, ease_items)
     return report
 
 
 def validation_metric(
-    model: Recommender, config: Config, name: str, rows_of: RowsOf | None = None
+    model: Recommender, config: Config, name: str, fetch_rows: FetchRows | None = None
 ) -> tuple[float, dict[str, Any]]:
     """Return the named metric on the validation split, and all metrics computed with it."""
     if "@" in name:
-        _, metrics = _retrieval(model, config, "validation", rows_of)
+        _, metrics = _retrieval(model, config, "validation", fetch_rows)
     else:
-        _, metrics, tasks = _ranking(model, config, "validation", rows_of)
+        _, metrics, tasks = _ranking(model, config, "validation", fetch_rows)
         if tasks:
             metrics |= {"tasks": tasks, "task_auc": task_auc(tasks, config)}
     return float(metrics[name]), metrics
@@ -92,7 +92,7 @@ def task_auc(tasks: Mapping[str, Any], config: Config) -> float:
 
 
 def score_split(
-    model: Recommender, config: Config, split: str, rows_of: RowsOf | None = None
+    model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None = None
 ) -> ScoredRows:
     """Score every row of a split; each rank scores its part, then all gather all rows."""
     world, device = ranks.current(), next(model.parameters()).device
@@ -103,7 +103,7 @@ def score_split(
     with torch.inference_mode():
         for host_batch in loader.epoch(0):
             batch = host_batch.to(device)
-            rows = rows_of(host_batch.features) if rows_of is not None else None
+            rows = fetch_rows(host_batch.features) if fetch_rows is not None else None
             logit = model(batch.features, rows).logit.float()
             columns = [batch.user_index, batch.item_index, batch.label, batch.weight]
             columns.append(model.score(logit))
@@ -120,7 +120,7 @@ def embed_side(
     model: Recommender,
     config: Config,
     side: Literal["user", "item"],
-    rows_of: RowsOf | None = None,
+    fetch_rows: FetchRows | None = None,
 ) -> Array:
     """Return the tower embeddings of all users (items), float32 [n, D]; ranks share the work."""
     world, device = ranks.current(), next(model.parameters()).device
@@ -136,7 +136,7 @@ def embed_side(
             first = min(start + step * BLOCK, stop)
             arrays = table_arrays(table.slice(first, min(BLOCK, stop - first)), features)
             codes = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            rows = rows_of(codes) if rows_of is not None else None
+            rows = fetch_rows(codes) if fetch_rows is not None else None
             codes = {name: code.to(device) for name, code in codes.items()}
             vectors = represent(codes, rows)[:, : model.output_width]
             blocks.append(vectors.float().cpu().numpy())
@@ -144,10 +144,10 @@ def embed_side(
 
 
 def _ranking(
-    model: Recommender, config: Config, split: str, rows_of: RowsOf | None
+    model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None
 ) -> tuple[ScoredRows, dict[str, Any], dict[str, Any]]:
     """Return the scored rows of a split, their metrics and those of each task."""
-    rows = score_split(model, config, split, rows_of)
+    rows = score_split(model, config, split, fetch_rows)
     names = [task.name for task in config.tasks]
     metrics = rows.metrics(rows.score, config.evaluate)
     tasks = rows.task_metrics(rows.task_scores, names, config.evaluate) if names else {}
@@ -155,10 +155,10 @@ def _ranking(
 
 
 def _retrieval(
-    model: Recommender, config: Config, split: str, rows_of: RowsOf | None
+    model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None
 ) -> tuple[RetrievalQueries, dict[str, Any]]:
     """Return the queries of a split and the model's metrics on them."""
     queries = RetrievalQueries.read(config.paths.of("features"), split, config.samples)
-    users = embed_side(model, config, "user", rows_of)
-    items = embed_side(model, config, "item", rows_of)
+    users = embed_side(model, config, "user", fetch_rows)
+    items = embed_side(model, config, "item", fetch_rows)
     return queries, queries.metrics(users, items, config.evaluate.k)

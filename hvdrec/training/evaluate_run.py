@@ -55,7 +55,7 @@ def evaluate(
         )
         set_threads(config, world)
         device = ranks.run_on_all(lambda: pick_device(config, world))
-        rows_of = None
+        fetch_rows = None
         if world.size == 1:
             model, name = load_model(run, config, checkpoint)
             model.to(device)
@@ -64,13 +64,13 @@ def evaluate(
             checks.require_same_files(
                 run / "checkpoints" / name, "evaluate the same run everywhere"
             )
-            rows_of = tables.fetch_rows
+            fetch_rows = tables.fetch_rows
         report = evaluate_model(
             model,
             config,
             split,
             with_baselines=baselines,
             ease_items=ease_items,
-            rows_of=rows_of,
+            fetch_rows=fetch_rows,
         )
     return EvaluationResult(run=str(run), checkpoint=name, **report)

@@ -366,7 +366,7 @@ def _validate(job: _Job, position: Position, epoch: int) -> tuple[dict[str, Any]
     averages = job.trainee.averages
     with averages.in_place() if averages is not None else nullcontext():
         found = validation_metric(
-            job.trainee.model, job.config, name, job.device, job.trainee.tables.fetch_rows
+            job.trainee.model, job.config, name, job.trainee.tables.fetch_rows
         )
     value, metrics = ranks.broadcast_object(found)
     better = position.best is None or (

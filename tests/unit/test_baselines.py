@@ -1,4 +1,4 @@
-"""Baselines by hand, and what their scores must obey."""
+"""Popularity and mean baselines against hand-worked values, and properties of their scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hvdrec.evaluation.baselines import BORDER, PRIOR, Baselines, fit_baselines
-from hvdrec.evaluation.retrieval import csr, rank_catalogue
+from hvdrec.evaluation.retrieval import rank_catalogue, user_item_matrix
 
 Array = NDArray[Any]
 
@@ -26,7 +26,7 @@ def _fitted() -> Baselines:
     return fit_baselines(USER, ITEM, LABEL, WEIGHT, 3, 4)
 
 
-def test_popularity_is_the_share_of_the_most_popular_items_positives() -> None:
+def test_popularity_is_relative_to_the_most_popular_item() -> None:
     item = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2])
     label = np.array([1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=np.float32)
     fitted = fit_baselines(item, item, label, np.ones(9), 3, 4)
@@ -45,7 +45,7 @@ def test_item_mean_is_weighted_and_shrunk_to_the_global_mean() -> None:
     assert scores["item_mean"].tolist() == pytest.approx(expected)
 
 
-def test_user_item_mean_adds_the_means() -> None:
+def test_user_item_mean_adds_user_and_item_effects() -> None:
     user = (1 + PRIOR * MEAN) / (2 + PRIOR)
     item = (2 + PRIOR * MEAN) / (2 + PRIOR)
     scores = _fitted().scores(np.array([0, 2, 0, 2]), np.array([0, 0, 3, 3]))
@@ -63,7 +63,7 @@ def test_scores_are_probabilities(rows: list[tuple[int, int, bool]]) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_item_vectors_rank_the_catalogue_as_the_scores_do(seed: int) -> None:
+def test_item_vectors_rank_the_catalogue_like_the_scores(seed: int) -> None:
     random = np.random.default_rng(seed)
     user, item = random.integers(0, 6, 300), random.integers(0, 20, 300)
     label = (random.random(300) < (item + 1) / 25).astype(np.float32)
@@ -72,14 +72,14 @@ def test_item_vectors_rank_the_catalogue_as_the_scores_do(seed: int) -> None:
     vectors = fitted.item_vectors()
     assert set(vectors) == {"popularity", "item_mean"}
     for name, column in vectors.items():
-        (top,) = rank_catalogue(np.ones((1, 1)), column, csr(none, none, 1), 20)
+        (top,) = rank_catalogue(np.ones((1, 1)), column, user_item_matrix(none, none, 1, 20), 20)
         assert sorted(top.tolist()) == list(range(20))
-        falling = fitted.scores(np.zeros(20, dtype=np.int64), top)[name]
-        assert (np.diff(falling) <= 1e-7).all()
+        descending = fitted.scores(np.zeros(20, dtype=np.int64), top)[name]
+        assert (np.diff(descending) <= 1e-7).all()
 
 
 @given(st.lists(st.floats(-0.5, 1.5), min_size=2, max_size=30, unique=True))
-def test_user_item_mean_keeps_the_order_of_the_sums(sums: list[float]) -> None:
+def test_user_item_mean_preserves_the_order_of_the_sums(sums: list[float]) -> None:
     ordered = np.sort(np.array(sums))
     index = np.arange(len(ordered))
     fitted = Baselines(np.zeros(1), np.zeros(1), ordered, 0.0)

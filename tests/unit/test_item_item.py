@@ -1,4 +1,4 @@
-"""Co-occurrence and EASE by hand, against loops and least squares, and the choice of settings."""
+"""Co-occurrence and EASE against hand-worked values, loops and least squares."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from numpy.typing import NDArray
 from hvdrec.evaluation import item_item
 from hvdrec.evaluation.item_item import (
     Family,
-    ItemItem,
+    ItemItemModel,
     choose,
     cooccurrence,
     ease,
     ease_bytes,
     runs,
-    taken_items,
 )
 from hvdrec.evaluation.ranking import order_metrics, ranking_metrics
-from hvdrec.evaluation.retrieval import csr, rank_scores
+from hvdrec.evaluation.retrieval import rank_scores, user_item_matrix
 
 Array = NDArray[Any]
 
@@ -35,37 +34,37 @@ ITEM = np.array([0, 1, 0, 1, 2, 2, 2])
 
 
 def _taken() -> Any:
-    return taken_items(USER, ITEM, 3, 4)
+    return user_item_matrix(USER, ITEM, 3, 4)
 
 
-def _all_scores(model: ItemItem, users: int, items: int) -> Array:
+def _all_scores(model: ItemItemModel, users: int, items: int) -> Array:
     everyone, everything = np.divmod(np.arange(users * items), items)
     return model.scores(everyone, everything).reshape(users, items)
 
 
-def test_taken_items_holds_one_for_each_pair() -> None:
+def test_user_item_matrix_has_one_per_distinct_pair() -> None:
     assert _taken().toarray().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]]
 
 
-def test_cooccurrence_by_hand() -> None:
+def test_cooccurrence_weights_worked_out_by_hand() -> None:
     # Two users each took items 0, 1 and 2; two took 0 and 1, one 0 and 2, one 1 and 2: cosines
     # 1, 1/2, 1/2.
-    whole = cooccurrence(_taken(), [1, 3]).fit(3)
-    assert whole.weights.toarray().tolist() == [
+    model = cooccurrence(_taken(), [1, 3]).fit(3)
+    assert model.weights.toarray().tolist() == [
         [0, 1, 0.5, 0],
         [1, 0, 0.5, 0],
         [0.5, 0.5, 0, 0],
         [0, 0, 0, 0],
     ]
-    assert _all_scores(whole, 3, 4).tolist() == [[1, 1, 1, 0], [1.5, 1.5, 1, 0], [0.5, 0.5, 0, 0]]
+    assert _all_scores(model, 3, 4).tolist() == [[1, 1, 1, 0], [1.5, 1.5, 1, 0], [0.5, 0.5, 0, 0]]
 
 
-def test_cooccurrence_counts_the_most_similar_items_the_first_of_equal_ones() -> None:
+def test_cooccurrence_keeps_the_k_most_similar_items_and_breaks_ties_by_index() -> None:
     nearest = cooccurrence(_taken(), [1, 3]).fit(1)  # of item 0: 1; of 1: 0; of 2: 0, not 1
     assert _all_scores(nearest, 3, 4).tolist() == [[1, 1, 0.5, 0], [1, 1, 0.5, 0], [0, 0, 0, 0]]
 
 
-def test_ease_by_hand() -> None:
+def test_ease_weights_worked_out_by_hand() -> None:
     # taken' taken + I = [[3, 2, 1], [2, 3, 1], [1, 1, 3]] for items 0, 1, 2, its inverse
     # [[8, -5, -1], [-5, 8, -1], [-1, -1, 5]] / 13; item 3 stands alone.
     model = ease(_taken()).fit(1.0)
@@ -81,12 +80,12 @@ def _random(seed: int, users: int = 30, items: int = 12) -> Array:
 
 
 def _sparse(dense: Array) -> Any:
-    return taken_items(*np.nonzero(dense), *dense.shape)
+    return user_item_matrix(*np.nonzero(dense), *dense.shape)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 10.0, 300.0]))
 @settings(max_examples=30, deadline=None)
-def test_ease_is_least_squares_without_the_item_itself(seed: int, l2: float) -> None:
+def test_ease_equals_least_squares_on_the_other_items(seed: int, l2: float) -> None:
     dense = _random(seed).astype(np.float64)
     with mock.patch.object(item_item, "MIRRORED", 5):
         weights = ease(_sparse(dense)).fit(l2).weights
@@ -102,7 +101,7 @@ def test_ease_is_least_squares_without_the_item_itself(seed: int, l2: float) -> 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.sampled_from([1, 20, 10**6]))
 @settings(max_examples=50, deadline=None)
-def test_cooccurrence_is_that_of_a_loop_whatever_the_block(seed: int, k: int, block: int) -> None:
+def test_cooccurrence_matches_a_loop_for_any_block_size(seed: int, k: int, block: int) -> None:
     dense = _random(seed)
     with mock.patch.object(item_item, "BLOCK", block):
         model = cooccurrence(_sparse(dense), [k, 12]).fit(k)
@@ -120,13 +119,13 @@ def test_cooccurrence_is_that_of_a_loop_whatever_the_block(seed: int, k: int, bl
 
 
 @pytest.mark.parametrize("make", [cooccurrence, ease])
-def test_the_catalogue_is_ranked_by_the_scores_of_rows(make: Callable[[Any], Family]) -> None:
+def test_catalogue_ranking_agrees_with_row_scores(make: Callable[[Any], Family]) -> None:
     dense = _random(4)
     model = make(_sparse(dense)).fit(20)
     users = np.array([3, 7, 8, 29])
-    seen = csr(*np.nonzero(dense[users]), len(users))
+    seen = _sparse(dense[users])
     with mock.patch("hvdrec.evaluation.retrieval.BLOCK_SCORES", 10):
-        top = rank_scores(model.scores_of(users), len(users), dense.shape[1], seen, 12)
+        top = rank_scores(model.score_items(users), len(users), dense.shape[1], seen, 12)
     for row, user in enumerate(users):
         score = _all_scores(model, *dense.shape)[user].round(5)
         unseen = np.flatnonzero(~dense[user]).tolist()
@@ -136,16 +135,16 @@ def test_the_catalogue_is_ranked_by_the_scores_of_rows(make: Callable[[Any], Fam
 
 
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 20))
-def test_runs_cover_all_once_and_stay_small(sizes: list[int], most: int) -> None:
-    found = list(runs(np.array(sizes, dtype=np.int64), most))
-    assert [i for run in found for i in range(len(sizes))[run]] == list(range(len(sizes)))
-    for run in found:
+def test_runs_cover_every_element_once_and_stay_small(sizes: list[int], most: int) -> None:
+    cut = list(runs(np.array(sizes, dtype=np.int64), most))
+    assert [i for run in cut for i in range(len(sizes))[run]] == list(range(len(sizes)))
+    for run in cut:
         assert sum(sizes[run][1:]) < most
 
 
-def test_the_setting_of_the_best_metric_is_taken_for_each_kind() -> None:
-    def fit(value: float) -> ItemItem:
-        return ItemItem(value, None)
+def test_choose_takes_the_best_setting_for_each_group_of_metrics() -> None:
+    def fit(value: float) -> ItemItemModel:
+        return ItemItemModel(value, None)
 
     quality: dict[float, Mapping[str, float]] = {
         1.0: {"auc": math.nan, "recall@10": 0.3},
@@ -163,15 +162,15 @@ def test_the_setting_of_the_best_metric_is_taken_for_each_kind() -> None:
     }
 
 
-def test_memory_of_ease() -> None:
+def test_ease_bytes_grow_with_the_square_of_the_items() -> None:
     assert ease_bytes(20_000) == 6_400_000_000
 
 
-def test_metrics_of_the_order_are_those_of_the_probabilities() -> None:
+def test_order_metrics_equal_ranking_metrics() -> None:
     random = np.random.default_rng(0)
     score, label = random.random(200), (random.random(200) < 0.4).astype(np.float32)
     weight, user = random.integers(0, 3, 200), random.integers(0, 9, 200)
     full = ranking_metrics(score, label, weight, user)
-    found = order_metrics(score * 7 - 3, label, weight, user)
-    assert {"auc", "gauc", "average_precision", "rows"} < set(found)
-    assert found == pytest.approx({name: full[name] for name in found}, abs=1e-12)
+    metrics = order_metrics(score * 7 - 3, label, weight, user)
+    assert {"auc", "gauc", "average_precision", "rows"} < set(metrics)
+    assert metrics == pytest.approx({name: full[name] for name in metrics}, abs=1e-12)

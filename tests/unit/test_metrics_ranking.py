@@ -1,4 +1,4 @@
-"""Ranking metrics: by hand, against scikit-learn, and whatever the order of the rows."""
+"""Ranking metrics against hand-worked values and scikit-learn, for any order of the rows."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_metrics_match_scikit_learn(
 
 @given(scored_rows())
 @settings(max_examples=100, deadline=None)
-def test_gauc_is_the_weighted_mean_of_scikit_learns_auc_per_user(
+def test_gauc_matches_the_weighted_mean_of_scikit_learn_auc_per_user(
     rows: tuple[Array, Array, Array, Array],
 ) -> None:
     score, label, weight, user = rows
@@ -119,7 +119,7 @@ def test_a_row_of_weight_two_counts_as_two_rows(rows: tuple[Array, Array, Array,
     assert once == pytest.approx(twice, abs=1e-12, nan_ok=True)
 
 
-def test_auc_and_gauc_by_hand() -> None:
+def test_auc_and_gauc_worked_out_by_hand() -> None:
     # User 0: the positive (0.6) is above one negative (0.2) and tied with the other: (1 + 1/2) / 2.
     # User 1: the positive is below: 0. User 2 has positives only and does not count.
     score, label = _arrays([0.6, 0.2, 0.6, 0.3, 0.4, 0.9], [1, 0, 0, 1, 0, 1])
@@ -138,7 +138,7 @@ def test_users_need_not_be_contiguous_or_sorted() -> None:
     assert ranking.gauc(score, label, _ones(label), user) == (1.0, 2)
 
 
-def test_log_loss_and_calibration_by_hand() -> None:
+def test_log_loss_and_calibration_worked_out_by_hand() -> None:
     score, label = _arrays([0.75, 0.5, 0.25, 0.5], [1, 0, 0, 0])
     weight = _ones(label)
     expected = -(2 * math.log(0.75) + 2 * math.log(0.5)) / 4
@@ -148,11 +148,11 @@ def test_log_loss_and_calibration_by_hand() -> None:
     assert metrics["normalized_entropy"] == pytest.approx(expected / entropy)
     # Mean score 0.5, mean label 0.25.
     assert metrics["calibration"] == pytest.approx(2.0)
-    # Three bins, for the tied ones share one: (|0.25 - 0| + 2 |0.5 - 0| + |0.75 - 1|) / 4.
+    # Three bins, because tied scores share one: (|0.25 - 0| + 2 |0.5 - 0| + |0.75 - 1|) / 4.
     assert metrics["calibration_error"] == pytest.approx(1.5 / 4)
 
 
-def test_calibration_error_takes_ten_bins_of_equal_weight() -> None:
+def test_calibration_error_uses_ten_bins_of_equal_weight() -> None:
     score = (np.arange(1000) + 0.5) / 1000
     label = (np.arange(1000) % 2 == 0).astype(np.float32)
     # Each bin of 100 rows has mean label 1/2 and mean scores 0.05, 0.15, ..., 0.95.
@@ -160,19 +160,19 @@ def test_calibration_error_takes_ten_bins_of_equal_weight() -> None:
     assert ranking.calibration_error(score, label, _ones(label)) == pytest.approx(expected)
 
 
-def test_base_rate_alone_has_normalized_entropy_one() -> None:
+def test_predicting_the_base_rate_has_normalized_entropy_one() -> None:
     label = np.array([1, 0, 0, 0], dtype=np.float32)
     rate = np.full(4, 0.25, dtype=np.float32)
     assert ranking.normalized_entropy(rate, label, _ones(label)) == pytest.approx(1.0)
 
 
-def test_log_loss_of_a_sure_mistake_is_finite() -> None:
+def test_log_loss_of_a_certain_mistake_is_finite() -> None:
     score, label = _arrays([1.0, 0.0], [0, 1])
     metrics = ranking_metrics(score, label, _ones(label), np.zeros(2, dtype=np.int64))
     assert metrics["log_loss"] == pytest.approx(-math.log(ranking.EPSILON), rel=1e-2)
 
 
-def test_precision_recall_f_and_e_by_hand() -> None:
+def test_precision_recall_f_and_e_worked_out_by_hand() -> None:
     score, label = _arrays([0.9, 0.5, 0.6, 0.4, 0.1], [1, 1, 0, 1, 0])
     weight = _ones(label)
     # From 0.5 up: two hits of three predicted (the threshold itself counts), of three positives.
@@ -185,7 +185,7 @@ def test_precision_recall_f_and_e_by_hand() -> None:
     assert metrics["e_measure"] == pytest.approx(8 / 13)
 
 
-def test_average_precision_at_a_threshold_by_hand() -> None:
+def test_average_precision_at_a_threshold_worked_out_by_hand() -> None:
     score, label = _arrays([0.9, 0.8, 0.7, 0.4, 0.3], [1, 0, 1, 1, 0])
     weight = _ones(label)
     # Recall rises by 1/3 at each positive, with precisions 1, 2/3 and 3/4.
@@ -198,7 +198,7 @@ def test_average_precision_at_a_threshold_by_hand() -> None:
 
 
 @pytest.mark.parametrize("only", [0.0, 1.0])
-def test_one_class_leaves_orderings_undefined(only: float) -> None:
+def test_order_metrics_are_nan_for_one_class(only: float) -> None:
     label = np.full(3, only, dtype=np.float32)
     score = np.array([0.2, 0.5, 0.7], dtype=np.float32)
     metrics = ranking_metrics(score, label, _ones(label), np.zeros(3, dtype=np.int64))
@@ -210,14 +210,14 @@ def test_one_class_leaves_orderings_undefined(only: float) -> None:
     assert math.isnan(metrics["average_precision"]) == (only == 0.0)
 
 
-def test_nothing_predicted_positive() -> None:
+def test_precision_and_recall_are_zero_without_predicted_positives() -> None:
     score, label = _arrays([0.2, 0.1], [1, 0])
     metrics = ranking_metrics(score, label, _ones(label), np.zeros(2, dtype=np.int64))
     zero = (metrics["precision"], metrics["recall"], metrics["f_beta"])
     assert (*zero, metrics["e_measure"]) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_no_rows_give_no_numbers() -> None:
+def test_metrics_are_nan_without_rows() -> None:
     empty = np.empty(0, dtype=np.float32)
     metrics = ranking_metrics(empty, empty, empty, np.empty(0, dtype=np.int64))
     assert (metrics.pop("rows"), metrics.pop("gauc_users")) == (0, 0)
@@ -225,17 +225,17 @@ def test_no_rows_give_no_numbers() -> None:
         assert math.isnan(metrics[name]), name
 
 
-def test_rows_of_weight_zero_count_nowhere() -> None:
+def test_rows_of_weight_zero_do_not_count() -> None:
     score, label, weight = _arrays([0.9, 0.2, math.nan], [1, 0, 1], [1, 1, 0])
     metrics = ranking_metrics(score, label, weight, np.array([0, 0, 3]))
     assert (metrics["rows"], metrics["auc"], metrics["gauc_users"]) == (2, 1.0, 1)
 
 
-def test_scores_of_a_diverged_model_are_refused_in_one_line() -> None:
+def test_scores_that_are_not_probabilities_are_refused() -> None:
     score, label = _arrays([0.9, math.nan, 1.5], [1, 0, 0])
     with pytest.raises(UserError) as caught:
         ranking_metrics(score, label, _ones(label), np.zeros(3, dtype=np.int64))
-    assert str(caught.value) == (
-        "scores: 2 of 3 are NaN or outside [0, 1]; the model has diverged: lower "
-        "train.learning_rate or set train.clip_norm"
-    )
+    assert caught.value.field == "scores"
+    text = str(caught.value)
+    for part in ("2 of 3", "NaN or outside [0, 1]", "train.learning_rate", "train.clip_norm"):
+        assert part in text

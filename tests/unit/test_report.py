@@ -1,4 +1,4 @@
-"""The report's text and JSON, and the text table under it."""
+"""Results as text and JSON, and the text table behind them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPORT: dict[str, Any] = {
 }
 
 
-def test_render_sets_model_and_baselines_side_by_side() -> None:
+def test_evaluation_table_has_model_and_baselines_side_by_side() -> None:
     assert render_evaluation(REPORT) == (
         "Ranking, test split\n"
         "ranking   model  popularity  user_item_mean\n"
@@ -48,12 +48,12 @@ def test_notes_follow_the_tables() -> None:
     assert text.endswith("auc      0.5000\n\nease: l2 = 300 for ranking\nsecond")
 
 
-def test_render_tells_of_each_task_in_a_row() -> None:
-    told = {"gauc": 0.7, "log_loss": 0.5, "calibration": 1.0, "base_rate": math.nan, "rows": 9}
+def test_evaluation_table_has_a_row_for_each_task() -> None:
+    metrics = {"gauc": 0.7, "log_loss": 0.5, "calibration": 1.0, "base_rate": math.nan, "rows": 9}
     report = {
         "split": "test",
         "ranking": {"auc": 0.9},
-        "tasks": {"like": {"auc": 0.9, **told}, "love": {"auc": 0.8, **told}},
+        "tasks": {"like": {"auc": 0.9, **metrics}, "love": {"auc": 0.8, **metrics}},
         "baselines": {
             "item_mean": {
                 "ranking": {"auc": 0.6},
@@ -71,12 +71,12 @@ def test_render_tells_of_each_task_in_a_row() -> None:
     )
 
 
-def test_render_leaves_out_what_was_not_measured() -> None:
+def test_evaluation_table_omits_metrics_that_were_not_measured() -> None:
     text = render_evaluation({"ranking": {"auc": 0.5}})
     assert text == "Ranking\nranking   model\n-------  ------\nauc      0.5000"
 
 
-def test_jsonable_gives_strict_json() -> None:
+def test_jsonable_replaces_nan_and_infinity() -> None:
     plain = jsonable(REPORT | {"extra": (3, [1.0, math.inf], True, "x")})
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert plain["ranking"] == {"auc": 0.89512, "gauc": None, "rows": 83643}
@@ -111,7 +111,7 @@ def test_long_titles_are_cut_to_the_width_of_a_cell() -> None:
         assert (word * 20).startswith(title)
 
 
-def test_the_last_column_is_whole() -> None:
+def test_the_last_column_is_not_cut() -> None:
     long = "word " * 40
     assert table(["a", "b"], [["x", long]]).splitlines()[2] == f"x  {long}".rstrip()
 
