@@ -11,10 +11,11 @@ from hvdrec.parallel.progress import print_line
 
 
 def doctor(options: argparse.Namespace, rest: list[str]) -> Answer:
+    from hvdrec.cli.reports import render_checks
     from hvdrec.cluster.doctor import diagnose
 
     report = diagnose()
-    return Answer(report.as_dict(), report.render(), report.exit_status)
+    return Answer(report.as_dict(), render_checks(report.checks), report.exit_status)
 
 
 def data(options: argparse.Namespace, rest: list[str]) -> Answer:

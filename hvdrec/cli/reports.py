@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hvdrec.cli.text_table import table
 
 if TYPE_CHECKING:
+    from hvdrec.cluster.doctor import Check
     from hvdrec.planner.plan import PlanResult
     from hvdrec.tuning.search import TuneResult
 
@@ -153,3 +154,19 @@ def render_plan(result: PlanResult, batch_size: int) -> str:
     if not result.constants.is_measured:
         lines.append("times are rough guesses; measure this machine with --calibrate")
     return "\n\n".join([tables, parts, "\n".join(lines)])
+
+
+def render_checks(checks: Sequence[Check]) -> str:
+    """Format the checks of a machine, with remedies and the number of problems."""
+    width = max((len(check.name) for check in checks), default=0)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:<8} {check.name:<{width}}  {check.value}".rstrip())
+        if check.remedy:
+            lines.append(f"{'':<8} {'':<{width}}  -> {check.remedy}")
+    counts = [
+        f"{count} {status}{'' if count == 1 else 's'}"
+        for status in ("problem", "warning")
+        for count in [sum(check.status == status for check in checks)]
+    ]
+    return "\n".join([*lines, "", ", ".join(counts)])

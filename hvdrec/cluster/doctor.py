@@ -1,4 +1,4 @@
-"""What this machine can do, what is wrong with it, and how to mend it."""
+"""Check this machine: installed packages, Horovod's build, launchers, GPUs, memory, compiler."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ Status = Literal["ok", "warning", "problem"]
 
 INSTALL = "run scripts/install"
 TRAINING_PACKAGES = ("torch", "horovod", "petastorm", "pyarrow")
-LEAST_MEMORY = 4.0
-"""GiB below which training on the configurations that come with hvdrec may run out."""
+PETASTORM_LIMITS = {"pyarrow": 15, "numpy": 2}
+"""The major versions from which petastorm fails."""
+MIN_MEMORY_GIB = 4.0
+"""With less memory, training with the configurations of hvdrec may run out of it."""
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; ``remedy`` is empty where the status is ok."""
+    """The result of one check; `remedy` is empty if the status is ok."""
 
     name: str
     value: str
@@ -38,40 +40,28 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was looked at."""
+    """The results of all checks."""
 
     checks: tuple[Check, ...]
 
     @property
     def exit_status(self) -> int:
-        """0 where there is no problem (warnings are none), else 1."""
+        """1 if there is a problem, else 0; warnings are not problems."""
         return int(any(check.status == "problem" for check in self.checks))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON: ``{"ok": bool, "checks": [{name, value, ...}]}``."""
         return {"ok": self.exit_status == 0, "checks": [asdict(check) for check in self.checks]}
 
-    def render(self) -> str:
-        """Return the report for people: a line per check, its remedy on the line below."""
-        width = max((len(check.name) for check in self.checks), default=0)
-        lines = []
-        for check in self.checks:
-            lines.append(f"{check.status:<8} {check.name:<{width}}  {check.value}".rstrip())
-            if check.remedy:
-                lines.append(f"{'':<8} {'':<{width}}  -> {check.remedy}")
-        counts = [
-            f"{count} {status}{'' if count == 1 else 's'}"
-            for status in ("problem", "warning")
-            for count in [sum(check.status == status for check in self.checks)]
-        ]
-        return "\n".join([*lines, "", ", ".join(counts)])
-
 
 def diagnose() -> Report:
-    """Look at this machine and return what was found; nothing is changed and nothing raised."""
+    """Check this machine; nothing is changed and nothing raised."""
     versions = {name: _version(name) for name in ("numpy", "onnxruntime", *TRAINING_PACKAGES)}
-    horovod_checks, has_nccl = _horovod(versions["horovod"])
-    mpirun, horovodrun = shutil.which("mpirun"), shutil.which("horovodrun")
+    horovod = versions["horovod"]
+    horovod_checks, has_nccl = _horovod(horovod)
+    mpirun = shutil.which("mpirun")
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+    horovodrun = shutil.which("horovodrun", path=str(Path(sys.executable).parent))
     return Report(
         (
             python_check(sys.version_info[:3]),
@@ -81,61 +71,56 @@ def diagnose() -> Report:
             *training_checks(versions),
             *petastorm_checks(versions),
             *horovod_checks,
-            mpirun_check(mpirun, _output(mpirun, "--version"), versions["horovod"]),
-            *_as_root(mpirun),
-            horovodrun_check(horovodrun, _beside_python("horovodrun"), versions["horovod"]),
+            mpirun_check(mpirun, _first_line(mpirun), horovod),
+            *(root_check(os.geteuid() == 0, os.environ) if mpirun else []),
+            horovodrun_check(shutil.which("horovodrun"), horovodrun, horovod),
             gpu_check(*_gpus(versions["torch"]), has_nccl),
             Check("cores", str(len(os.sched_getaffinity(0)))),
             memory_check(_memory_gib()),
-            compiler_check(*_compiler(), versions["horovod"]),
+            compiler_check(compiler, _first_line(compiler), horovod),
         )
     )
 
 
 def python_check(version: Sequence[int]) -> Check:
-    """Check the version of Python; the pinned training packages are made for 3.11."""
+    """Check Python's version; the pinned training packages need 3.11."""
     text = ".".join(map(str, version))
     if tuple(version[:2]) < (3, 11):
         return Check("python", text, "problem", "use Python 3.11")
     if tuple(version[:2]) > (3, 11):
-        remedy = "scoring works; for training make the environment with Python 3.11"
+        remedy = "scoring works; for training create the environment with Python 3.11"
         return Check("python", text, "warning", remedy)
     return Check("python", text)
 
 
 def scoring_check(name: str, version: str | None) -> Check:
-    """Check a package that nothing works without."""
+    """Check a package that scoring needs."""
     if version is None:
         return Check(name, "not installed", "problem", f"pip install {name}")
     return Check(name, version)
 
 
 def training_checks(versions: Mapping[str, str | None]) -> list[Check]:
-    """Check the packages of training: all there, none there (the slim install), or incomplete."""
-    slim = all(versions[name] is None for name in TRAINING_PACKAGES)
-    checks = []
-    for name in TRAINING_PACKAGES:
-        version = versions[name]
-        if version is not None:
-            checks.append(Check(name, version))
-        elif slim:
-            remedy = f"scoring does not need it; for training {INSTALL}"
-            checks.append(Check(name, "not installed", "warning", remedy))
-        else:
-            checks.append(Check(name, "not installed", "problem", INSTALL))
-    return checks
+    """Check the packages of training; all may be missing (the slim install), but not some."""
+    missing: tuple[Status, str] = ("problem", INSTALL)
+    if all(versions[name] is None for name in TRAINING_PACKAGES):
+        missing = ("warning", f"scoring does not need it; for training {INSTALL}")
+    return [
+        Check(name, version) if version else Check(name, "not installed", *missing)
+        for name in TRAINING_PACKAGES
+        for version in [versions[name]]
+    ]
 
 
 def petastorm_checks(versions: Mapping[str, str | None]) -> list[Check]:
-    """Check petastorm against pyarrow and numpy: it fails with pyarrow 15 and with numpy 2."""
-    petastorm = versions["petastorm"]
+    """Check that petastorm works with the installed pyarrow and numpy."""
     checks = []
-    for other, limit in (("pyarrow", 15), ("numpy", 2)):
+    for other, limit in PETASTORM_LIMITS.items():
         version = versions[other]
-        if petastorm is None or version is None:
+        if versions["petastorm"] is None or version is None:
             continue
-        name, value = f"petastorm with {other}", f"{petastorm} with {version}"
-        if _major(version) >= limit:
+        name, value = f"petastorm with {other}", f"{versions['petastorm']} with {version}"
+        if int(version.split(".")[0]) >= limit:
             remedy = f"petastorm cannot read with {other} {limit} or later: {INSTALL}"
             checks.append(Check(name, value, "problem", remedy))
         else:
@@ -144,40 +129,37 @@ def petastorm_checks(versions: Mapping[str, str | None]) -> list[Check]:
 
 
 def transport_checks(mpi: bool, gloo: bool, nccl: bool) -> list[Check]:
-    """Check what Horovod was built with: one of MPI and Gloo it needs, NCCL is for GPUs."""
-    neither = not mpi and not gloo
+    """Check the transports of Horovod's build: it needs MPI or Gloo; NCCL is for GPUs."""
+    status: Status = "warning" if mpi or gloo else "problem"
     checks = []
-    for name, built, launcher in (("MPI", mpi, "mpirun"), ("Gloo", gloo, "horovodrun --gloo")):
-        label, value = f"horovod with {name}", "built" if built else "not built"
-        if built:
-            checks.append(Check(label, value))
+    for name, is_built, launcher in (("MPI", mpi, "mpirun"), ("Gloo", gloo, "horovodrun --gloo")):
+        label, remedy = f"horovod with {name}", f"{launcher} will not work; build Horovod again: "
+        if is_built:
+            checks.append(Check(label, "built"))
         else:
-            remedy = f"{launcher} will not work; build Horovod again: {INSTALL}"
-            checks.append(Check(label, value, "problem" if neither else "warning", remedy))
-    checks.append(Check("horovod with NCCL", "built" if nccl else "not built"))
-    return checks
+            checks.append(Check(label, "not built", status, remedy + INSTALL))
+    return [*checks, Check("horovod with NCCL", "built" if nccl else "not built")]
 
 
-def mpirun_check(path: str | None, output: str, horovod: str | None) -> Check:
-    """Check which MPI ``mpirun --version`` names; Open MPI 5 breaks ``horovodrun --mpi``."""
+def mpirun_check(path: str | None, version: str, horovod: str | None) -> Check:
+    """Check the MPI of ``mpirun --version``; ``horovodrun --mpi`` fails with Open MPI 5."""
     if path is None:
         if horovod is None:
             return Check("mpirun", "not found (only training needs it)")
         return Check("mpirun", "not found on PATH", "warning", _activate())
-    first = output.strip().splitlines()[0] if output.strip() else "says no version"
-    value = f"{path}: {first}"
-    found = re.search(r"\(Open MPI\) (\d+)\.", first)
-    if found and int(found[1]) >= 5:
+    value = f"{path}: {version}"
+    open_mpi = re.search(r"\(Open MPI\) (\d+)\.", version)
+    if open_mpi is None:
+        remedy = f"only Open MPI 4.1 is tested: put it first on PATH ({_activate()})"
+        return Check("mpirun", value, "warning", remedy)
+    if int(open_mpi[1]) >= 5:
         remedy = "horovodrun --mpi fails with Open MPI 5: put Open MPI 4.1 first on PATH"
         return Check("mpirun", value, "problem", f"{remedy} ({_activate()})")
-    if not found:
-        remedy = "tried with Open MPI 4.1 only: put that first on PATH"
-        return Check("mpirun", value, "warning", f"{remedy} ({_activate()})")
     return Check("mpirun", value)
 
 
 def root_check(is_root: bool, environment: Mapping[str, str]) -> list[Check]:
-    """Check that mpirun, where it is called directly, may run as root; nothing for other users."""
+    """Check that root may call mpirun directly; other users need no check."""
     names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
     if not is_root:
         return []
@@ -187,70 +169,81 @@ def root_check(is_root: bool, environment: Mapping[str, str]) -> list[Check]:
     return [Check("mpirun as root", "refused by Open MPI", "warning", remedy)]
 
 
-def horovodrun_check(on_path: str | None, beside: str | None, horovod: str | None) -> Check:
-    """Check that the launcher is there; ``beside`` is the one in the environment of this Python."""
-    if on_path is not None:
-        if beside is not None and Path(on_path).resolve() != Path(beside).resolve():
-            return Check(
-                "horovodrun", f"{on_path} is of another environment", "problem", _activate()
-            )
-        return Check("horovodrun", on_path)
-    if beside is not None:
-        return Check("horovodrun", f"{beside}, not on PATH", "warning", _activate())
-    if horovod is None:
-        return Check("horovodrun", "not found (only training needs it)")
-    return Check("horovodrun", "not found", "problem", INSTALL)
+def horovodrun_check(on_path: str | None, installed: str | None, horovod: str | None) -> Check:
+    """Check that the first horovodrun on PATH is the one installed beside this Python."""
+    name = "horovodrun"
+    if on_path is None and installed is not None:
+        return Check(name, f"{installed}, not on PATH", "warning", _activate())
+    if on_path is None and horovod is None:
+        return Check(name, "not found (only training needs it)")
+    if on_path is None:
+        return Check(name, "not found", "problem", INSTALL)
+    if installed is not None and Path(on_path).resolve() != Path(installed).resolve():
+        return Check(name, f"{on_path} is from another environment", "problem", _activate())
+    return Check(name, on_path)
 
 
-def gpu_check(names: Sequence[str], is_hidden: bool, has_nccl: bool) -> Check:
-    """Check that GPUs are used: ``is_hidden`` where the machine has some that torch cannot use."""
+def gpu_check(names: Sequence[str], is_unused: bool, has_nccl: bool) -> Check:
+    """Check that torch and Horovod use the GPUs; `is_unused` if torch does not see them."""
     if names:
         value = ", ".join(f"{index}: {name}" for index, name in enumerate(names))
         if has_nccl:
             return Check("GPUs", value)
-        remedy = "Horovod has no NCCL, so ranks exchange through main memory: "
+        remedy = "Horovod has no NCCL, so ranks exchange data through main memory: "
         return Check("GPUs", value, "warning", f"{remedy}{INSTALL} --cuda")
-    if is_hidden:
+    if is_unused:
         remedy = f"install the CUDA build of torch, then {INSTALL} --cuda"
-        return Check("GPUs", "there, but not used by the installed torch", "warning", remedy)
+        return Check(
+            "GPUs", "present, but the installed torch does not use them", "warning", remedy
+        )
     return Check("GPUs", "none")
 
 
 def memory_check(gib: float | None) -> Check:
-    """Check the memory that this process may use, in GiB; None where the system does not tell."""
+    """Check the memory that this process may use, in GiB; None if it is unknown."""
     if gib is None:
         return Check("memory", "unknown")
-    if gib < LEAST_MEMORY:
-        remedy = f"less than {LEAST_MEMORY:g} GiB: use fewer ranks and smaller batches"
+    if gib < MIN_MEMORY_GIB:
+        remedy = f"less than {MIN_MEMORY_GIB:g} GiB: use fewer ranks and smaller batches"
         return Check("memory", f"{gib:.1f} GiB", "warning", remedy)
     return Check("memory", f"{gib:.1f} GiB")
 
 
-def compiler_check(path: str | None, output: str, horovod: str | None) -> Check:
-    """Check the C++ compiler, which is needed only to build Horovod."""
+def compiler_check(path: str | None, version: str, horovod: str | None) -> Check:
+    """Check the C++ compiler, which only the build of Horovod needs."""
     if path is not None:
-        first = output.strip().splitlines()[0] if output.strip() else "says no version"
-        return Check("C++ compiler", f"{path}: {first}")
+        return Check("C++ compiler", f"{path}: {version}")
     if horovod is not None:
-        return Check("C++ compiler", "not found (Horovod is built already)")
-    remedy = "only to build Horovod for training: apt-get install g++, or set CXX"
+        return Check("C++ compiler", "not found (Horovod is already built)")
+    remedy = "only needed to build Horovod for training: apt-get install g++, or set CXX"
     return Check("C++ compiler", "not found", "warning", remedy)
+
+
+def horovod_transports() -> tuple[bool, bool, bool]:
+    """Return True for each of MPI, Gloo and NCCL that Horovod was built with.
+
+    Raises:
+        ImportError: Horovod was not built for the installed torch.
+        OSError: A library that it was linked with is missing.
+    """
+    import horovod.torch as hvd
+
+    return bool(hvd.mpi_built()), bool(hvd.gloo_built()), bool(hvd.nccl_built())
 
 
 def _horovod(version: str | None) -> tuple[list[Check], bool]:
     if version is None:
         return [], False
     try:
-        from hvdrec.cluster.build import horovod_build
-
-        build = horovod_build()
-    except Exception as error:  # whatever a broken extension raises is what is to be told
+        mpi, gloo, nccl = horovod_transports()
+    except Exception as error:  # a broken extension may raise anything
         remedy = f"it was built for another torch or MPI: {INSTALL}"
         return [Check("horovod for torch", _one_line(error), "problem", remedy)], False
-    return transport_checks(build.mpi, build.gloo, build.nccl), build.nccl
+    return transport_checks(mpi, gloo, nccl), nccl
 
 
 def _gpus(torch_version: str | None) -> tuple[list[str], bool]:
+    """Return the GPUs that torch sees, and True if the machine has some that it does not see."""
     has_device = NVIDIA_DEVICE.exists()
     if torch_version is None:
         return [], False
@@ -258,13 +251,9 @@ def _gpus(torch_version: str | None) -> tuple[list[str], bool]:
         import torch
 
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    except Exception:  # a broken torch is reported with Horovod, which needs it
+    except Exception:  # Horovod's check reports a broken torch
         return [], has_device
     return names, has_device and not names
-
-
-def _as_root(mpirun: str | None) -> list[Check]:
-    return root_check(os.geteuid() == 0, os.environ) if mpirun else []
 
 
 def _version(name: str) -> str | None:
@@ -274,29 +263,18 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _major(version: str) -> int:
-    return int(version.split(".", maxsplit=1)[0])
-
-
-def _output(program: str | None, argument: str) -> str:
+def _first_line(program: str | None) -> str:
+    """Return the first line that ``program --version`` prints."""
     if program is None:
         return ""
     try:
         done = subprocess.run(
-            [program, argument], capture_output=True, text=True, timeout=20, check=False
+            [program, "--version"], capture_output=True, text=True, timeout=20, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return _one_line(error)
-    return done.stdout or done.stderr
-
-
-def _compiler() -> tuple[str | None, str]:
-    path = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
-    return path, _output(path, "--version")
-
-
-def _beside_python(name: str) -> str | None:
-    return shutil.which(name, path=str(Path(sys.executable).parent))
+    output = (done.stdout or done.stderr).strip()
+    return output.splitlines()[0] if output else "prints no version"
 
 
 def _activate() -> str:

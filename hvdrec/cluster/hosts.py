@@ -1,7 +1,7 @@
-"""Whether hosts are fit for a job, asked before it is launched.
+"""Check before a launch that hosts can work in a job.
 
-Launchers tell little and late of a host that does not answer, or of an ssh that asks for a
-password. This asks each host by ssh, as they do, what `agreement` says of it.
+Launchers say little, and late, about a host that does not answer or an ssh that asks for a
+password. `check_hosts` connects to each host by ssh, as launchers do, and compares its probe.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from typing import Any
 
 import psutil
 
-from hvdrec.cluster.probe import answer
-from hvdrec.errors import UserError
+from hvdrec.cluster.probe import probe_host
+from hvdrec.errors import UserError, invalid_file, invalid_value
 from hvdrec.parallel import agreement
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 40
 CLOCK_SECONDS = 60
-"""How far clocks may be apart: stores and file systems compare times."""
+"""The allowed difference of clocks: stores and file systems compare times."""
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
+# A name that starts with a dash would be an option of ssh.
+HOST_PATTERN, SLOTS_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*", r"([1-9][0-9]*)?"
 
 
 @dataclass(frozen=True)
 class HostCheck:
-    """What is wrong with a host; nothing if it is fit."""
+    """The problems of a host; empty if it can work in the job."""
 
     host: str
     slots: int
@@ -43,106 +45,114 @@ class HostCheck:
 
 
 def parse_hosts(text: str) -> dict[str, int]:
-    """Return the slots of each host of ``hv1:2,hv2:2``, as horovodrun and mpirun take them."""
-    found: dict[str, int] = {}
+    """Return the slots of each host in ``hv1:2,hv2:2``, the format of horovodrun and mpirun."""
+    hosts: dict[str, int] = {}
     for part in text.split(","):
         host, _, slots = part.strip().partition(":")
-        # A name that starts with a dash would be an option of ssh.
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", host) or not re.fullmatch(
-            r"([1-9][0-9]*)?", slots
-        ):
-            raise UserError(f"-H {text}: '{part}' is no host; write host:slots,host:slots")
-        if host in found:
-            raise UserError(f"-H {text}: '{host}' stands there twice")
-        found[host] = int(slots or 1)
-    return found
+        if not re.fullmatch(HOST_PATTERN, host) or not re.fullmatch(SLOTS_PATTERN, slots):
+            raise invalid_value(
+                "-H", text, f"'{part}' is not a host", "write host:slots,host:slots"
+            )
+        if host in hosts:
+            raise invalid_value("-H", text, f"'{host}' appears twice", "name each host once")
+        hosts[host] = int(slots or 1)
+    return hosts
 
 
 def check_hosts(hosts: Mapping[str, int], paths: Sequence[Path]) -> list[HostCheck]:
-    """Return what keeps hosts from working in a job that is launched here and reads paths.
+    """Find what keeps hosts from working in a job that is launched here and reads paths.
 
-    Every host must let this one in without a password, have this Python with the same versions at
-    the same place, see the same at each path, and reach this host over the network.
+    Every host must accept ssh from this host without a password, have the same Python environment
+    at the same place, see the same content at each path, and reach this host over the network.
     """
-    here = answer(0, [str(path) for path in paths])
-    missing = [path for path, seen in here["paths"].items() if seen == agreement.MISSING_FILE]
+    local = probe_host(0, [str(path) for path in paths])
+    missing = [path for path, seen in local["paths"].items() if seen == agreement.MISSING_FILE]
     if missing:
-        raise UserError(f"{missing[0]}: is not there on {here['host']}, where this was started")
+        raise invalid_file(missing[0], f"does not exist on {local['host']}, where this was started")
     with _listening() as port, ThreadPoolExecutor(len(hosts)) as pool:
-        found = pool.map(lambda host: _problems(host, here, port), hosts)
-        return [
-            HostCheck(host, slots, tuple(problems))
-            for (host, slots), problems in zip(hosts.items(), found, strict=True)
-        ]
+        problems = pool.map(lambda host: _problems(host, local, port), hosts)
+        pairs = zip(hosts.items(), problems, strict=True)
+        return [HostCheck(host, slots, tuple(each)) for (host, slots), each in pairs]
 
 
-def compare(here: Mapping[str, Any], there: Mapping[str, Any], seconds: float) -> list[str]:
-    """Return what is wrong with a host's answer, which took some seconds, beside this host's."""
+def compare_probes(
+    local: Mapping[str, Any], remote: Mapping[str, Any], seconds: float
+) -> list[str]:
+    """Return the problems that a host's probe shows.
+
+    Args:
+        local: The probe of this host.
+        remote: The probe of the other host.
+        seconds: How long the other host took to answer.
+    """
     problems = []
-    for name, version in there["versions"].items():
-        mine = here["versions"][name]
-        if version != mine:
-            problems.append(f"{name} {version}, but {mine} on {here['host']}; install the same")
-    for path, seen in there["paths"].items():
-        mine = here["paths"][path]
+    here = local["host"]
+    for name, version in remote["versions"].items():
+        expected = local["versions"][name]
+        if version != expected:
+            problems.append(f"{name} {version}, but {expected} on {here}; install the same version")
+    for path, seen in remote["paths"].items():
+        expected = local["paths"][path]
         if seen == agreement.MISSING_FILE:
-            problems.append(f"{path}: is not there; copy it there, or share it")
-        elif seen != mine:
-            problems.append(f"{path}: is not the same as on {here['host']} ({seen}, here {mine})")
-    if there["unreached"]:
+            problems.append(f"{path}: does not exist; copy it there, or share it")
+        elif seen != expected:
+            problems.append(f"{path}: differs from {here} ({seen}, here {expected})")
+    if remote["unreached"]:
         problems.append(
-            f"cannot connect to {here['host']} ({there['unreached']}); open the network between "
-            "them for all ports"
+            f"cannot connect to {here} ({remote['unreached']}); allow all ports between the hosts"
         )
-    apart = there["time"] - time.time()
-    if abs(apart) > CLOCK_SECONDS + seconds:
-        problems.append(f"its clock is {apart:+.0f} s off that of {here['host']}; set both by NTP")
+    offset = remote["time"] - time.time()
+    if abs(offset) > CLOCK_SECONDS + seconds:
+        problems.append(f"its clock is {offset:+.0f} s off that of {here}; set both by NTP")
     return problems
 
 
 def explain_ssh(host: str, text: str) -> str:
-    """Return what an ssh that did not get in said, and what helps."""
-    said = " ".join(text.split()) or "it says nothing"
-    if "Permission denied" in said:
-        return f"ssh asks for a password ({said}); ssh-copy-id {host}"
-    if "Host key verification failed" in said:
-        return f"ssh does not know this host ({said}); ssh {host} once, or ssh-keyscan"
-    return f"cannot be reached by ssh ({said})"
+    """Return the problem and remedy behind the error output of ssh."""
+    output = " ".join(text.split()) or "no message"
+    if "Permission denied" in output:
+        return f"ssh asks for a password ({output}); ssh-copy-id {host}"
+    if "Host key verification failed" in output:
+        return f"ssh does not know this host ({output}); ssh {host} once, or ssh-keyscan"
+    return f"cannot be reached by ssh ({output})"
 
 
-def _problems(host: str, here: Mapping[str, Any], port: int) -> list[str]:
-    """Ask one host, and return what is wrong with it."""
-    command = [sys.executable, "-m", answer.__module__]
-    paths = list(here["paths"])
+def _problems(host: str, local: Mapping[str, Any], port: int) -> list[str]:
+    """Probe a host and return its problems."""
+    command = [sys.executable, "-m", probe_host.__module__]
+    paths = list(local["paths"])
     started = time.monotonic()
     try:
         if _is_local(host):
-            asked = _run([*command, "0", *paths])
+            done = _run([*command, "0", *paths])
         else:
-            there = (
-                f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([*command, str(port), *paths])}"
-            )
-            asked = _run([*SSH, host, there])
+            remote = shlex.join([*command, str(port), *paths])
+            done = _run([*SSH, host, f"cd {shlex.quote(str(Path.cwd()))} && {remote}"])
     except subprocess.TimeoutExpired:
         return [f"no answer within {ANSWER_SECONDS} s after the connection was made"]
     except FileNotFoundError:
-        raise UserError("ssh: not installed here (apt-get install openssh-client)") from None
-    if asked.returncode == 0:
-        # Whatever a login script prints comes first.
+        raise UserError(
+            "ssh: not installed here; apt-get install openssh-client", field="ssh"
+        ) from None
+    if done.returncode == 0:
+        # Login scripts may print lines before the probe does.
         with suppress(ValueError, IndexError):
-            return compare(
-                here, json.loads(asked.stdout.splitlines()[-1]), time.monotonic() - started
-            )
-    said = " ".join((asked.stderr.strip() or asked.stdout.strip()).splitlines()[-1:])
-    if asked.returncode == 255:
-        return [explain_ssh(host, asked.stderr)]
-    if "can't cd" in said or "cd:" in said:
-        return [f"{Path.cwd()}: is not there, where this was started; ranks start in it"]
-    if asked.returncode == 127:
-        return [f"{sys.executable}: is not there ({said}); install hvdrec at the same place"]
-    if "No module named" in said:
-        return [f"hvdrec is not installed or another version ({said}); install the same"]
-    return [f"does not answer what it was asked ({said or f'exit {asked.returncode}'})"]
+            probe = json.loads(done.stdout.splitlines()[-1])
+            return compare_probes(local, probe, time.monotonic() - started)
+    return [_explain_failure(host, done)]
+
+
+def _explain_failure(host: str, done: subprocess.CompletedProcess[str]) -> str:
+    output = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-1:])
+    if done.returncode == 255:
+        return explain_ssh(host, done.stderr)
+    if "can't cd" in output or "cd:" in output:
+        return f"{Path.cwd()}: does not exist; ranks start in the directory of the launcher"
+    if done.returncode == 127:
+        return f"{sys.executable}: does not exist ({output}); install hvdrec at the same place"
+    if "No module named" in output:
+        return f"hvdrec is not installed or has another version ({output}); install the same"
+    return f"gives no valid answer ({output or f'exit code {done.returncode}'})"
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -157,25 +167,24 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _is_local(host: str) -> bool:
-    """Return whether a name is this host's, as launchers tell: they do without ssh then."""
+    """Return True if a name is that of this host, for which launchers do not use ssh."""
     try:
         address = socket.gethostbyname(host)
     except OSError:
         return False
-    mine = (each.address for each_list in psutil.net_if_addrs().values() for each in each_list)
-    return address in mine
+    return any(address == each.address for card in psutil.net_if_addrs().values() for each in card)
 
 
 @contextmanager
 def _listening() -> Iterator[int]:
-    """Yield a port on which whoever connects is let in, and out again."""
+    """Yield a port that accepts connections and closes them."""
     with socket.create_server(("", 0), backlog=128) as server:
 
-        def take() -> None:
-            with suppress(OSError):  # closed
+        def accept() -> None:
+            with suppress(OSError):  # the server was shut down
                 while True:
                     server.accept()[0].close()
 
-        threading.Thread(target=take, daemon=True).start()
+        threading.Thread(target=accept, daemon=True).start()
         yield int(server.getsockname()[1])
-        server.shutdown(socket.SHUT_RDWR)  # a close alone does not end a wait
+        server.shutdown(socket.SHUT_RDWR)  # `close` alone does not end a blocked `accept`

@@ -1,7 +1,7 @@
-"""What a host answers when it is asked whether it is fit for a job; neither torch nor Horovod load.
+"""What a host reports about itself; neither torch nor Horovod is loaded.
 
-``python -m hvdrec.cluster.probe PORT [PATH...]`` prints one JSON object. PORT is where the host
-that asks through ssh listens, 0 if nobody does.
+``python -m hvdrec.cluster.probe PORT [PATH...]`` prints one JSON object. PORT is the port on which
+the host that asks through ssh listens, or 0.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from hvdrec.parallel import agreement
 CONNECT_SECONDS = 5.0
 
 
-def answer(port: int, paths: Sequence[str]) -> dict[str, Any]:
-    """Return this host's name, versions, clock, what it sees at paths, and whom it cannot reach."""
-    asker = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
+def probe_host(port: int, paths: Sequence[str]) -> dict[str, Any]:
+    """Return this host's name, versions, clock, digests of paths, and failed connection."""
+    client = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
     return {
         "host": agreement.host_name(),
         "versions": agreement.versions(),
         "time": time.time(),
         "paths": {path: agreement.digest(Path(path)) for path in paths},
-        "unreached": _unreached(asker, port) if port and asker else "",
+        "unreached": _connection_error(client, port) if port and client else "",
     }
 
 
-def _unreached(address: str, port: int) -> str:
+def _connection_error(address: str, port: int) -> str:
     try:
         with socket.create_connection((address, port), CONNECT_SECONDS):
             return ""
@@ -41,4 +41,4 @@ def _unreached(address: str, port: int) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(answer(int(sys.argv[1]), sys.argv[2:])))
+    print(json.dumps(probe_host(int(sys.argv[1]), sys.argv[2:])))

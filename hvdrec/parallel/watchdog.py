@@ -1,9 +1,13 @@
-"""A job ends as a whole: when a rank fails, ends, is stopped or loses its host or network.
+"""End a job as a whole when one rank fails, dies, is stopped or loses its host or network.
 
-The others wait for that rank in their next collective, under MPI for ever. So each rank keeps a
-connection to the first one, over which both say every few seconds that they are there. Who fails
-says so; whose connection breaks has ended; who is silent is stopped or cut off. The rank that
-notices tells it in one line and ends; the others follow.
+The other ranks would wait for that rank in their next collective, with MPI forever. Therefore each
+rank keeps a TCP connection to rank 0 and sends a sign of life over it every few seconds. A rank
+that fails says so. A rank whose connection breaks has ended. A rank that is silent for too long is
+stopped or unreachable. The rank that notices reports the problem in one line and ends; the others
+follow.
+
+Horovod's stall shutdown does not cover this: with a rank that is stopped (SIGSTOP), jobs with Gloo
+and with MPI hung on, because the coordinator itself waits for that rank.
 """
 
 from __future__ import annotations
@@ -27,58 +31,58 @@ import psutil
 
 from hvdrec.errors import SharedError, UserError
 from hvdrec.parallel import ranks
-from hvdrec.parallel.ranks import World, silence_seconds
+from hvdrec.parallel.ranks import World
 
 T = TypeVar("T")
 
-SIGNS = 10
-"""Signs of life within the time after which a rank counts as lost."""
+BEATS = 10
+"""Signs of life within the silence limit."""
 CONNECT_SECONDS = LEAVE_SECONDS = 3.0
 FOLLOW_SECONDS = 3.0
-"""How long a rank that need not tell why the job ends waits: launchers show the first end."""
-TURN_SECONDS, TURNS = 5.0, 4
+"""How long a rank without a report waits before it ends: launchers show the first end."""
+REPORT_SECONDS, MAX_REPORTS = 5.0, 4
 LOOPBACK = "127.0.0.1"
 ALIVE, LEAVING, FAILED, END = b"alive\n", b"leaving\n", b"failed\n", b"end\n"
 SILENT = b"?"
-"""What is heard of a rank that says nothing."""
+"""Stands for the message of a rank that sends none."""
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Let the block end on all ranks of the job, or the job end.
+    """Run a block to its end on all ranks of the job, or end the job.
 
-    Every rank enters it. An exception that one rank alone meets is told on standard error and ends
-    the process there, with 2 for a user's mistake and 1 for anything else, and all other ranks soon
-    after; SharedError passes, as every rank has it, and so does everything in a process alone.
+    Every rank enters the block. If it fails on one rank, that rank prints the error and exits, with
+    code 2 for a UserError and 1 otherwise, and all other ranks end soon after. SharedError is
+    raised as usual, because every rank has it, and so is every error in a single process.
     """
     world = ranks.current()
     if world.size == 1:
         yield
         return
-    watch = _start(world)
-    with _ended_by_launcher(watch):
+    watchdog = _start(world)
+    with _report_sigterm(watchdog):
         try:
             yield
         except SharedError:
             raise
         except Exception as error:
-            _fail(error, world, watch)
+            _fail(error, world, watchdog)
         finally:
-            if watch is not None:
-                watch.leave()
+            if watchdog is not None:
+                watchdog.leave()
 
 
 @dataclass(frozen=True)
-class _Offer:
-    """Where the first rank listens, and what those who may connect know."""
+class _Endpoint:
+    """Where rank 0 listens, and the token that a rank must know to connect."""
 
     addresses: list[str]
     port: int
     token: str
 
 
-class _Watch:
-    """The thread that says that this rank is there, and hears whether the others are."""
+class _Watchdog:
+    """The thread that sends this rank's signs of life and receives those of other ranks."""
 
     def __init__(self, world: World, silence: float) -> None:
         self._world = world
@@ -88,78 +92,77 @@ class _Watch:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._left: set[int] = set()
         self._is_leaving = False
-        self._beaten, self._woke = self._loop.time(), -math.inf
+        self._last_beat, self._woke = self._loop.time(), -math.inf
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
     def listen(self, address: str, token: str) -> int:
-        """Let the other ranks in at an address (empty: all of this host); return the port."""
+        """Accept the other ranks at an address (empty: all of this host) and return the port."""
 
-        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self._greet(reader, writer, token)
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self._accept(reader, writer, token)
 
         async def serve() -> int:
             server = await asyncio.start_server(
-                greet, address or None, 0, family=socket.AF_INET, backlog=1024
+                accept, address or None, 0, family=socket.AF_INET, backlog=1024
             )
             return int(server.sockets[0].getsockname()[1])
 
         return self._call(serve())
 
-    def connect(self, offer: _Offer) -> bool:
-        """Connect to the first rank at the first of its addresses that answers, if one does."""
+    def connect(self, endpoint: _Endpoint) -> bool:
+        """Connect to the first address of rank 0 that answers; return False if none does."""
 
         async def try_all() -> bool:
-            for address in offer.addresses:
+            for address in endpoint.addresses:
                 with suppress(OSError):
-                    await asyncio.wait_for(self._connect(address, offer), CONNECT_SECONDS)
+                    await asyncio.wait_for(self._connect(address, endpoint), CONNECT_SECONDS)
                     return True
             return False
 
         return self._call(try_all())
 
     def leave(self) -> None:
-        """Tell the others that this rank ends as it should, hear it of them, and stop."""
+        """Tell the other ranks that this rank ends normally, wait for theirs, and stop."""
         with suppress(OSError):
             self._call(self._leave())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    def tell_failed(self) -> None:
-        """Tell the others to end: this rank has told why."""
+    def end_others(self) -> None:
+        """Tell the other ranks to end; this rank has reported why."""
         with suppress(OSError):
-            self._call(self._say(END if self._world.is_first else FAILED))
+            self._call(self._send(END if self._world.is_first else FAILED))
 
     def _call(self, action: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(action, self._loop).result()
 
-    # Everything below runs in the thread.
+    # The methods below run in the thread.
 
-    async def _greet(
+    async def _accept(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str
     ) -> None:
-        """Let in who knows the token."""
         with suppress(OSError, ValueError):
             words = (await asyncio.wait_for(reader.readline(), CONNECT_SECONDS)).decode().split()
             if len(words) == 2 and secrets.compare_digest(words[0], token):
                 writer.write(ALIVE)
-                self._begin(int(words[1]), reader, writer)
+                self._watch(int(words[1]), reader, writer)
                 return
         writer.close()
 
-    async def _connect(self, address: str, offer: _Offer) -> None:
-        reader, writer = await asyncio.open_connection(address, offer.port)
-        writer.write(f"{offer.token} {self._world.rank}\n".encode())
+    async def _connect(self, address: str, endpoint: _Endpoint) -> None:
+        reader, writer = await asyncio.open_connection(address, endpoint.port)
+        writer.write(f"{endpoint.token} {self._world.rank}\n".encode())
         if await reader.readline() != ALIVE:
             writer.close()
             raise OSError("another program listens there")
-        self._begin(0, reader, writer)
+        self._watch(0, reader, writer)
 
-    def _begin(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _watch(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers[rank] = writer
-        self._beaten = self._loop.time()
-        for work in (self._beat(writer), self._hear(rank, reader)):
+        self._last_beat = self._loop.time()
+        for work in (self._beat(writer), self._listen_to(rank, reader)):
             task = self._loop.create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -167,67 +170,65 @@ class _Watch:
     async def _beat(self, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while True:
-                await asyncio.sleep(self._silence / SIGNS)
+                await asyncio.sleep(self._silence / BEATS)
                 if self._was_silent():
                     self._woke = self._loop.time()
-                self._beaten = self._loop.time()
+                self._last_beat = self._loop.time()
                 writer.write(ALIVE)
 
     def _was_silent(self) -> bool:
-        """Return whether this rank was the silent one until just now: for that the others end."""
+        """Return True if this rank itself was silent until just now, so the others have ended."""
         now = self._loop.time()
-        return now - self._beaten > 0.9 * self._silence or now - self._woke < FOLLOW_SECONDS
+        return now - self._last_beat > 0.9 * self._silence or now - self._woke < FOLLOW_SECONDS
 
-    async def _hear(self, rank: int, reader: asyncio.StreamReader) -> None:
-        """Hear a rank until it leaves; end the job when it fails, ends or falls silent."""
-        word = ALIVE
-        while word == ALIVE:
-            word = await self._next_word(reader)
-        if word not in (LEAVING, FAILED, END, SILENT):
-            # Whoever ends all ranks at once ends this one, too, before it complains.
+    async def _listen_to(self, rank: int, reader: asyncio.StreamReader) -> None:
+        """Read a rank's messages until it leaves; end the job if it fails, ends or is silent."""
+        message = ALIVE
+        while message == ALIVE:
+            message = await self._receive(reader)
+        if message not in (LEAVING, FAILED, END, SILENT):
+            # If a launcher ends all ranks at once, let it end this rank before it reports.
             await asyncio.sleep(0.1)
         where = self._world.describe(rank)
-        if word == LEAVING or self._is_leaving:
+        if message == LEAVING or self._is_leaving:
             self._left.add(rank)
-        elif word in (FAILED, END) or self._was_silent():
+        elif message in (FAILED, END) or self._was_silent():
             await self._end(None)
-        elif word == SILENT:
+        elif message == SILENT:
             await self._end(
                 f"{where}: no sign of life for {self._silence:g} s; it is stopped, or its host or "
                 "network is down"
             )
         else:
-            await self._end(
-                f"{where}: ended without an error message; it was killed, or it crashed"
-            )
+            await self._end(f"{where}: ended without an error message; it was killed or it crashed")
 
-    async def _next_word(self, reader: asyncio.StreamReader) -> bytes:
-        """Return what is said next, b"" where the connection has ended."""
-        for _ in range(2):  # who was stopped itself has not listened: once more
+    async def _receive(self, reader: asyncio.StreamReader) -> bytes:
+        """Return the next message, or b"" if the connection has ended."""
+        for _ in range(2):  # twice, because a rank that was stopped itself has not read in time
             try:
                 return await asyncio.wait_for(reader.readline(), self._silence / 2)
             except TimeoutError as error:
-                if error.errno is not None:  # of the network, not of the wait
+                if error.errno is not None:  # a timeout of the network, not of `wait_for`
                     break
             except OSError:
                 return b""
         return SILENT
 
-    async def _say(self, word: bytes) -> None:
-        """Send a word to all who are there; who does not take it soon goes without."""
+    async def _send(self, message: bytes) -> None:
+        """Send a message to all ranks that have not left, without waiting long for slow ones."""
         for rank, writer in self._writers.items():
             if rank not in self._left:
-                writer.write(word)
+                writer.write(message)
         drains = [asyncio.ensure_future(writer.drain()) for writer in self._writers.values()]
         if drains:
             await asyncio.wait(drains, timeout=1.0)
 
     async def _leave(self) -> None:
         self._is_leaving = True
-        await self._say(LEAVING)
-        # A connection that is closed too early would take the other's last word with it.
-        until = self._loop.time() + LEAVE_SECONDS
-        while len(self._left) < len(self._writers) and self._loop.time() < until:
+        await self._send(LEAVING)
+        # Closing a connection too early would discard the other rank's last message.
+        deadline = self._loop.time() + LEAVE_SECONDS
+        while len(self._left) < len(self._writers) and self._loop.time() < deadline:
             await asyncio.sleep(0.01)
         for task in self._tasks:
             task.cancel()
@@ -235,77 +236,76 @@ class _Watch:
         for writer in self._writers.values():
             writer.close()
 
-    async def _end(self, line: str | None) -> NoReturn:
-        """End this process and, on the first rank, the others; a line tells why."""
+    async def _end(self, report: str | None) -> NoReturn:
+        """End this process, after its report if it has one; rank 0 also ends the others."""
+        if report is not None:
+            if not self._world.is_first:
+                await asyncio.sleep(report_delay(self._world))
+            _report(report)
         if self._world.is_first:
-            if line is not None:
-                _tell(line)
-            await self._say(END)
-        elif line is not None:
-            await asyncio.sleep(report_delay(self._world))
-            _tell(line)
-        if line is None:
+            await self._send(END)
+        if report is None:
             await asyncio.sleep(FOLLOW_SECONDS)
         os._exit(1)
 
 
 def report_delay(world: World) -> float:
-    """Return how long a rank that has lost the first one waits before it tells so.
+    """Return the seconds that a rank waits before it reports the loss of rank 0.
 
-    One rank of each host would speak for all, one host after the other: the launcher ends the job
-    before it is the next one's turn.
+    One rank of each host would report, one host after the other. The launcher ends the job before
+    the next host's turn, so only one line appears.
     """
-    speakers = [world.hosts.index(host, 1) for host in dict.fromkeys(world.hosts[1:])]
-    turn = speakers.index(world.rank) if world.rank in speakers else TURNS
-    return TURN_SECONDS * min(turn, TURNS)
+    reporters = [world.hosts.index(host, 1) for host in dict.fromkeys(world.hosts[1:])]
+    turn = reporters.index(world.rank) if world.rank in reporters else MAX_REPORTS
+    return REPORT_SECONDS * min(turn, MAX_REPORTS)
 
 
-def _start(world: World) -> _Watch | None:
-    """Connect all ranks to the first one; None where nothing is to be watched."""
-    silence = float(ranks.broadcast_object(silence_seconds()))
+def _start(world: World) -> _Watchdog | None:
+    """Connect all ranks to rank 0; return None if the silence limit is 0."""
+    silence = float(ranks.broadcast_object(ranks.silence_seconds()))
     if silence == 0:
         return None
-    watch = _Watch(world, silence)
-    offer: _Offer | None = None
+    watchdog = _Watchdog(world, silence)
+    endpoint: _Endpoint | None = None
     if world.is_first:
-        one_host = world.local_size == world.size
+        is_local = world.local_size == world.size
         token = secrets.token_hex(16)
-        port = watch.listen(LOOPBACK if one_host else "", token)
-        offer = _Offer([LOOPBACK] if one_host else _addresses(), port, token)
-    offered = _Offer(**ranks.broadcast_object(asdict(offer) if offer else None))
-    connected = world.is_first or watch.connect(offered)
-    lost = [rank for rank, found in enumerate(ranks.gather_objects(connected)) if not found]
+        port = watchdog.listen(LOOPBACK if is_local else "", token)
+        endpoint = _Endpoint([LOOPBACK] if is_local else _addresses(), port, token)
+    first = _Endpoint(**ranks.broadcast_object(asdict(endpoint) if endpoint else None))
+    is_connected = world.is_first or watchdog.connect(first)
+    flags = ranks.gather_objects(is_connected)
+    lost = [rank for rank, flag in enumerate(flags) if not flag]
     if lost and world.is_first:
-        who, where = world.describe(*lost), ", ".join(offered.addresses)
+        where = f"{', '.join(first.addresses)}, port {first.port}"
         print(
-            f"hvdrec: warning: {who} cannot connect to {world.describe(0)} ({where}, port "
-            f"{offered.port}): should they fall silent, nobody will notice",
+            f"hvdrec: warning: {world.describe(*lost)} cannot connect to {world.describe(0)} "
+            f"({where}); if they fall silent, the job will hang",
             file=sys.stderr,
             flush=True,
         )
-    return watch
+    return watchdog
 
 
 def _addresses() -> list[str]:
-    """Return this host's addresses, that of Horovod's interface first."""
-    first = os.environ.get("HOROVOD_GLOO_IFACE", "")
-    interfaces = psutil.net_if_addrs().items()
-    found = [
-        (name != first, address.address == LOOPBACK, address.address)
-        for name, addresses in interfaces
+    """Return this host's addresses, that of Horovod's interface first and the loopback last."""
+    preferred = os.environ.get("HOROVOD_GLOO_IFACE", "")
+    keyed = [
+        (name != preferred, address.address == LOOPBACK, address.address)
+        for name, addresses in psutil.net_if_addrs().items()
         for address in addresses
         if address.family == socket.AF_INET
     ]
-    return [address for *_, address in sorted(found)]
+    return [address for *_, address in sorted(keyed)]
 
 
 @contextmanager
-def _ended_by_launcher(watch: _Watch | None) -> Iterator[None]:
-    """Let a rank that its launcher ends say so, so that nobody wonders why it has gone."""
+def _report_sigterm(watchdog: _Watchdog | None) -> Iterator[None]:
+    """Tell the other ranks when the launcher ends this rank, so that none reports it as lost."""
 
     def end(number: int, frame: Any) -> None:
-        if watch is not None:
-            watch.tell_failed()
+        if watchdog is not None:
+            watchdog.end_others()
         os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -318,20 +318,21 @@ def _ended_by_launcher(watch: _Watch | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(error: Exception, world: World, watch: _Watch | None) -> NoReturn:
-    """Tell what this rank alone has met, and end it and all others."""
-    if type(error).__name__ == "HorovodInternalError" and watch is not None:
-        # A collective fails when another rank has ended: the watch will know which one, and why.
+def _fail(error: Exception, world: World, watchdog: _Watchdog | None) -> NoReturn:
+    """Report an error of this rank, and end this rank and all others."""
+    if type(error).__name__ == "HorovodInternalError" and watchdog is not None:
+        # A collective fails if another rank has ended; the watchdog knows which one, and why.
         time.sleep(FOLLOW_SECONDS)
-    if not isinstance(error, UserError):
+    is_mistake = isinstance(error, UserError)
+    if not is_mistake:
         traceback.print_exception(error)
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    _tell(f"{world.describe(world.rank)}: {text}")
-    if watch is not None:
-        watch.tell_failed()
-    os._exit(2 if isinstance(error, UserError) else 1)
+    text = str(error) if is_mistake else f"{type(error).__name__}: {error}"
+    _report(f"{world.describe(world.rank)}: {text}")
+    if watchdog is not None:
+        watchdog.end_others()
+    os._exit(2 if is_mistake else 1)
 
 
-def _tell(line: str) -> None:
-    # Not through sys.stderr, which another thread may hold.
+def _report(line: str) -> None:
+    # Not through sys.stderr, whose lock another thread may hold.
     os.write(2, f"hvdrec: error: {' '.join(line.split())}\n".encode())

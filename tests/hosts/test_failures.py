@@ -17,7 +17,7 @@ from tests.parallel.launch import BIN
 LAUNCHERS = ("horovodrun --gloo", "horovodrun --mpi", "mpirun")
 EVERY = pytest.mark.parametrize("launcher", LAUNCHERS)
 LOST = "no sign of life for 25 s; it is stopped, or its host or network is down"
-GONE = "ended without an error message; it was killed, or it crashed"
+GONE = "ended without an error message; it was killed or it crashed"
 
 
 @pytest.fixture

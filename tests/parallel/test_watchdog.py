@@ -56,7 +56,7 @@ def test_a_killed_rank_is_noticed(launcher: str) -> None:
     status, lines, output = run("killed", launcher)
     assert status != 0
     # The launcher may end the other ranks before one of them reports.
-    line = f"rank 1 on {HOST}: ended without an error message; it was killed, or it crashed"
+    line = f"rank 1 on {HOST}: ended without an error message; it was killed or it crashed"
     assert lines in ([], [line])
     assert lines or "Process 1 exit with" in output or "process rank 1 with PID" in output
     assert "all passed" not in output
