@@ -1,7 +1,7 @@
-"""HTTP around a scorer: `hvdrec serve BUNDLE`, or `serve` from Python; needs the extra `serve`.
+"""HTTP service around a scorer, behind ``hvdrec serve``; needs the extra ``serve``.
 
-from hvdrec.serving import Options, serve
-serve(Options(Path("bundle"), port=8080, workers=2))
+>>> from hvdrec.serving import Options, serve
+>>> serve(Options(Path("bundle"), port=8080, workers=2))  # doctest: +SKIP
 """
 
 from hvdrec.errors import UserError
@@ -11,11 +11,14 @@ __all__ = ["Options", "add_arguments", "from_arguments", "serve"]
 
 
 def serve(options: Options) -> None:
-    """Serve a bundle until SIGTERM or SIGINT; requests that are in work then end first.
+    """Serve a bundle until SIGTERM or SIGINT, then finish the requests in progress.
 
-    Only for a process's main thread. Raises UserError for a port that cannot be had and where the
-    extra is missing, BundleError for a bundle that cannot be opened, StoreError where the
-    embeddings' store does not answer.
+    Must be called in the main thread of a process.
+
+    Raises:
+        UserError: The port is not available, or the extra ``serve`` is not installed.
+        BundleError: The bundle cannot be opened.
+        StoreError: The embedding store does not reply.
     """
     try:
         from hvdrec.serving.run import run

@@ -1,4 +1,4 @@
-"""What answers look like, for the OpenAPI document; the service writes them itself, faster."""
+"""Responses, as pydantic models for the OpenAPI document; the service itself serializes faster."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pydantic import BaseModel
 
 
 class ScoreAnswer(BaseModel):
-    """A probability for each item, in the order of the request."""
+    """One probability per item, in the order of the request; per task if requested."""
 
     scores: list[float]
     tasks: dict[str, list[float]] | None = None
-    """Of each task, where the request asks for them."""
 
 
 class RankedItem(BaseModel):
-    """A ranked item."""
+    """A recommended item; with the probability of each task if requested."""
 
     item: str | int
     title: str | None
@@ -24,17 +23,16 @@ class RankedItem(BaseModel):
     retrieval_score: float
     source: Literal["stored", "features", "trending"]
     tasks: dict[str, float] | None = None
-    """The probability of each task, where the request asks for them."""
 
 
 class RecommendAnswer(BaseModel):
-    """Items, best first."""
+    """Recommended items, best first."""
 
     items: list[RankedItem]
 
 
 class KeyAnswer(BaseModel):
-    """What users or items are known by."""
+    """Name and type of the key of users or items."""
 
     name: str
     dtype: Literal["string", "int"]
@@ -51,7 +49,7 @@ class FieldAnswer(BaseModel):
 
 
 class LimitsAnswer(BaseModel):
-    """What the service takes on."""
+    """Limits of the service."""
 
     max_body: int
     max_candidates: int
@@ -60,14 +58,14 @@ class LimitsAnswer(BaseModel):
 
 
 class ExamplesAnswer(BaseModel):
-    """Keys to try."""
+    """Example keys."""
 
     users: list[str | int]
     items: list[str | int]
 
 
 class BundleAnswer(BaseModel):
-    """The bundle that is served."""
+    """The bundle being served."""
 
     name: str
     version: str
@@ -85,16 +83,14 @@ class BundleAnswer(BaseModel):
 
 
 class StateAnswer(BaseModel):
-    """How the service is."""
+    """State of the service."""
 
     state: str
 
 
 class ErrorAnswer(BaseModel):
-    """Why there is no answer."""
+    """An error: its text on one line, and the field at fault, such as ``scene.hour``."""
 
     status: int
     error: str
-    """One line."""
     field: str | None
-    """The part of the request that it is about: `items`, `scene.hour`."""

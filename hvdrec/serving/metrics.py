@@ -1,4 +1,4 @@
-"""What Prometheus is told; several workers count in files that any of them can sum."""
+"""Prometheus metrics; several workers write files that any of them can sum."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from hvdrec.errors import UserError
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+GAUGE_FILE = re.compile(r"gauge_live\w+_(\d+)\.db$")
 
 
 @contextlib.contextmanager
 def shared_folder() -> Iterator[None]:
-    """Let the processes that are started meanwhile count together, in a folder that goes after.
+    """Let processes started in the body share metrics through a temporary directory.
 
-    Raises UserError where no temporary directory can be written.
+    Raises:
+        UserError: No temporary directory can be created.
     """
     try:
         temporary = tempfile.TemporaryDirectory(prefix="hvdrec-metrics-")
     except OSError as error:
         raise UserError(
-            f"--workers: the counters of several workers need a temporary directory ({error}); "
-            "let /tmp be written (in a container --tmpfs /tmp), set TMPDIR, or use one worker"
+            f"--workers: several workers share metrics in a temporary directory, which cannot be "
+            f"created ({error}); make /tmp writable (in a container --tmpfs /tmp), set TMPDIR, or "
+            "use one worker",
+            field="--workers",
         ) from None
     with temporary as folder:
         os.environ[FOLDER] = folder  # prometheus_client reads it when it is imported
@@ -41,24 +45,30 @@ def shared_folder() -> Iterator[None]:
 
 
 def remove_shared_folder() -> None:
-    """Remove the folder where the process that made it cannot any more."""
+    """Remove the shared directory, for when the process that created it has died."""
     if folder := os.environ.get(FOLDER):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class Metrics:
-    """A worker's counters."""
+    """Metrics of one worker.
+
+    Attributes:
+        candidates: Counts scored items by route.
+        in_flight: Number of requests in progress.
+        reloads: Counts bundles that replaced another.
+        refused: Counts bundles that were refused.
+    """
 
     def __init__(self) -> None:
+        """Create the metrics at zero."""
         self._registry = registry = CollectorRegistry()
-        per_answer = ["route", "status"]
-        self._requests = Counter(
-            "hvdrec_requests", "Requests that were answered.", per_answer, registry=registry
-        )
+        labels = ["route", "status"]
+        self._requests = Counter("hvdrec_requests", "Answered requests.", labels, registry=registry)
         self._seconds = Histogram(
             "hvdrec_request_seconds",
-            "Seconds from a request's head to the end of its answer.",
-            per_answer,
+            "Seconds from the head of a request to the end of its response.",
+            labels,
             buckets=SECONDS,
             registry=registry,
         )
@@ -67,58 +77,56 @@ class Metrics:
         )
         self.in_flight = Gauge(
             "hvdrec_requests_in_flight",
-            "Requests that are read, waiting or scored.",
+            "Requests being read, waiting or being scored.",
             multiprocess_mode="livesum",
             registry=registry,
         )
         self._bundle = Gauge(
             "hvdrec_bundle_info",
-            "1 for a bundle that is served, 0 for one that was.",
+            "1 for the bundle being served, 0 for earlier ones.",
             ["name", "version"],
             multiprocess_mode="livemax",
             registry=registry,
         )
         self._served: Gauge | None = None
         self.reloads = Counter(
-            "hvdrec_bundle_reloads", "New bundles taken, by each worker.", registry=registry
+            "hvdrec_bundle_reloads", "New bundles loaded, per worker.", registry=registry
         )
         self.refused = Counter(
-            "hvdrec_bundle_refused", "New bundles refused, by each worker.", registry=registry
+            "hvdrec_bundle_refused", "New bundles refused, per worker.", registry=registry
         )
-        self._known: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._labelled: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
-        known = self._known.get((route, status))
-        if known is None:
+        labelled = self._labelled.get((route, status))
+        if labelled is None:
             labels = (route, str(status))
-            known = self._requests.labels(*labels), self._seconds.labels(*labels)
-            self._known[route, status] = known
-        known[0].inc()
-        known[1].observe(seconds)
+            labelled = self._requests.labels(*labels), self._seconds.labels(*labels)
+            self._labelled[route, status] = labelled
+        labelled[0].inc()
+        labelled[1].observe(seconds)
 
     def serves(self, name: str, version: str) -> None:
-        """Tell which bundle answers from now on."""
+        """Record the bundle that answers from now on."""
         if self._served is not None:
             self._served.set(0)
         self._served = self._bundle.labels(name, version)
         self._served.set(1)
 
-    def exposed(self) -> bytes:
-        """Return everything in Prometheus' text format, over all workers."""
+    def exposition(self) -> bytes:
+        """Return the metrics of all workers in Prometheus' text format."""
         registry = self._registry
         if folder := os.environ.get(FOLDER):
-            _forget_the_dead(Path(folder))
+            _remove_dead_gauges(Path(folder))
             registry = CollectorRegistry()
             MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
 
-def _forget_the_dead(folder: Path) -> None:
-    """Remove the gauges of workers that are no more, which counts only what is now."""
-    for pid in {int(found[1]) for file in folder.iterdir() if (found := _GAUGE.match(file.name))}:
+def _remove_dead_gauges(folder: Path) -> None:
+    """Remove the gauge files of dead workers, which would otherwise be summed."""
+    matches = (GAUGE_FILE.match(file.name) for file in folder.iterdir())
+    for pid in {int(match[1]) for match in matches if match}:
         if not Path("/proc", str(pid)).exists():
             mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
-
-
-_GAUGE = re.compile(r"gauge_live\w+_(\d+)\.db$")

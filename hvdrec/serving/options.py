@@ -1,123 +1,102 @@
-"""What a service is told: where it listens and what it takes on."""
+"""Settings of the service and their command-line options; needs no extra."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from hvdrec.errors import UserError
+from hvdrec.errors import invalid_value
 
 MOST_THREADS = 4
 
 
+def _option(default: Any, text: str, low: float = 0, high: float = 0) -> Any:
+    """Declare a setting with its help text, and for numbers the smallest and largest value."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
 @dataclass(frozen=True)
 class Options:
-    """A service's settings; a value that cannot be is a UserError."""
+    """Settings of the service; `hvdrec serve --help` describes each.
+
+    Raises:
+        UserError: A value is out of range.
+    """
 
     bundle: Path
-    """Directory of the bundle."""
-    host: str = "127.0.0.1"
-    """Address to listen on; the default is reached from this machine alone."""
-    port: int = 8080
-    """0 takes any free port, which the first line on standard error names."""
-    workers: int = 1
-    """Processes that share the port."""
-    threads: int = 0
-    """Requests that a worker scores at once; 0: its share of the cores, 1 to 4."""
-    max_requests: int = 64
-    """Requests that a worker takes at once, those that wait included; one more gets 503."""
-    max_wait: float = 1.0
-    """Seconds a request may wait to be scored before it gets 503, and its body to come (408)."""
-    max_body: int = 1 << 20
-    """Bytes of a request's body; a longer one gets 413."""
-    max_candidates: int = 10_000
-    """Items that a request may have scored or ranked; more get 422."""
+    host: str = _option("127.0.0.1", "address to listen on; the default accepts local clients only")
+    port: int = _option(8080, "port; 0 takes a free one, printed to standard error", 0, 65535)
+    workers: int = _option(1, "processes that share the port", 1, 1024)
+    threads: int = _option(
+        0,
+        f"requests that a worker scores at once; 0: its share of the cores, at most {MOST_THREADS}",
+        0,
+        1024,
+    )
+    max_requests: int = _option(
+        64, "requests in a worker, waiting ones included; further ones get 503", 1, 1_000_000
+    )
+    max_wait: float = _option(
+        1.0, "seconds a request may wait for a thread (503) or for its body (408)", 0.001, 3600
+    )
+    max_body: int = _option(1 << 20, "bytes of a request's body; a longer one gets 413", 1, 1 << 30)
+    max_candidates: int = _option(
+        10_000, "items that a request may score or rank; more get 422", 1, 10_000_000
+    )
     watch: bool = True
-    """Whether a new bundle at the path replaces the old one."""
-    redis: str | None = None
-    """URL of the Redis that holds the embeddings; None: those of the bundle."""
+    store: str | None = None
 
     def __post_init__(self) -> None:
-        limits = {
-            "port": (0, 65535),
-            "workers": (1, 1024),
-            "threads": (0, 1024),
-            "max_requests": (1, 1_000_000),
-            "max_wait": (0.001, 3600),
-            "max_body": (1, 1 << 30),
-            "max_candidates": (1, 10_000_000),
-        }
-        for name, (least, most) in limits.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"{option} {value}: must be from {least} to {most}")
+        for setting in fields(self):
+            low, high = (setting.metadata.get(name, 0) for name in ("low", "high"))
+            value = getattr(self, setting.name)
+            if high and not low <= value <= high:
+                raise invalid_value(_flag(setting.name), value, f"must be from {low} to {high}")
 
     @property
     def scoring_threads(self) -> int:
-        """Return how many requests a worker scores at once."""
+        """Number of requests that a worker scores at once."""
         affinity = getattr(os, "sched_getaffinity", None)  # not on every system
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         return self.threads or min(max(cores // self.workers, 1), MOST_THREADS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a service's settings to a command line; `from_arguments` reads them."""
-    default = Options(Path())
-    add = parser.add_argument
-    add("bundle", type=Path, help="directory of the bundle")
-    add("--host", default=default.host, help="address to listen on (default %(default)s)")
-    add("--port", type=int, default=default.port, help="0: any free one (default %(default)s)")
-    add("--workers", type=int, default=default.workers, help="processes (default %(default)s)")
-    add(
-        "--threads",
-        type=int,
-        default=default.threads,
-        help="requests that a worker scores at once (default: its share of the cores, "
-        f"at most {MOST_THREADS})",
-    )
-    add(
-        "--max-requests",
-        type=int,
-        default=default.max_requests,
-        help="requests that a worker takes at once, those that wait included; more get 503 "
-        "(default %(default)s)",
-    )
-    add(
-        "--max-wait",
-        type=float,
-        default=default.max_wait,
-        help="seconds a request may wait before it gets 503 (default %(default)s)",
-    )
-    add(
-        "--max-body",
-        type=int,
-        default=default.max_body,
-        help="bytes of a request's body; longer ones get 413 (default %(default)s)",
-    )
-    add(
-        "--max-candidates",
-        type=int,
-        default=default.max_candidates,
-        help="items a request may have ranked; more get 422 (default %(default)s)",
-    )
-    add(
+    """Add the settings to a command line; `from_arguments` reads them."""
+    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    for setting in fields(Options):
+        if setting.metadata:
+            parser.add_argument(
+                _flag(setting.name),
+                type=type(setting.default),
+                default=setting.default,
+                help=f"{setting.metadata['help']} (default %(default)s)",
+            )
+    parser.add_argument(
         "--no-watch",
         dest="watch",
         action="store_false",
-        help="stay with the bundle as it is, whatever lies at its path later",
+        help="do not reload when another bundle replaces this one",
     )
-    add(
+    parser.add_argument(
+        "--store",
         "--redis",
         metavar="URL",
         default=os.environ.get("HVDREC_REDIS"),
-        help="take embeddings from this Redis, where hvdrec publish wrote them (default: "
-        "$HVDREC_REDIS, else those of the bundle)",
+        help="read embeddings from this store, for example redis://HOST:6379/0, which hvdrec "
+        "publish fills (default: $HVDREC_REDIS, else the bundle's own embeddings)",
     )
 
 
 def from_arguments(arguments: argparse.Namespace) -> Options:
-    """Return the settings that a command line told; UserError for one that cannot be."""
-    return Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
+    """Build the settings from a parsed command line; UserError for a value out of range."""
+    return Options(
+        **{setting.name: getattr(arguments, setting.name) for setting in fields(Options)}
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

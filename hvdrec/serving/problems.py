@@ -1,4 +1,4 @@
-"""What a request may end in besides an answer; all of it is one JSON shape."""
+"""Error responses; all have one JSON shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ JSON = "application/json"
 
 
 class Problem(Exception):
-    """The end of a request that gets no answer: its status, one line of text, and the field."""
+    """Ends a request with an error response.
+
+    Attributes:
+        status: HTTP status.
+        text: What is wrong, on one line.
+        field: The part of the request at fault, such as ``scene.hour``; None if there is not one.
+        headers: Further response headers.
+    """
 
     def __init__(
         self,
@@ -28,11 +35,11 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
     def response(self) -> Response:
-        """Return it as a response: ``{"status": 422, "error": "...", "field": "scene.hour"}``."""
+        """Build the response: ``{"status": 422, "error": "...", "field": "scene.hour"}``."""
         body = {"status": self.status, "error": self.text, "field": self.field}
         return Response(orjson.dumps(body), self.status, self.headers, JSON)
 
 
 def unavailable(text: str) -> Problem:
-    """Return the problem of a request that may be sent again in a moment."""
+    """Build the problem of a request that the client may repeat in a moment."""
     return Problem(503, text, headers={"retry-after": str(RETRY_SECONDS)})

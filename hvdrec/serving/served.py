@@ -15,10 +15,11 @@ from hvdrec.serving.options import Options
 from hvdrec.serving.problems import unavailable
 
 
-class Served:
-    """Which scorer answers now; none before `load` has ended."""
+class ServedBundle:
+    """The scorer that answers requests; none until `load` returns."""
 
     def __init__(self, options: Options, metrics: Metrics) -> None:
+        """Serve ``options.bundle`` and count reloads in ``metrics``."""
         self._options = options
         self._metrics = metrics
         self._scorer: Scorer | None = None
@@ -26,19 +27,19 @@ class Served:
 
     @property
     def current(self) -> Scorer:
-        """Return the scorer in use, for one whole request; Problem before there is one."""
+        """The current scorer; use one for a whole request. Problem if none is loaded yet."""
         if self._watched is not None:
             return self._watched.current
         if self._scorer is None:
-            raise unavailable("the bundle is being loaded; try again")
+            raise unavailable("the bundle is loading; try again")
         return self._scorer
 
     def load(self) -> None:
-        """Open and warm the bundle, and follow its path; raises ScoringError."""
+        """Open and warm up the bundle and watch its path; raises ScoringError."""
         if self._options.watch:
             self._watched = Scorer.watch(
                 self._options.bundle,
-                stores=stores_from(self._options.redis),
+                stores=stores_from(self._options.store),
                 on_reload=self._reloaded,
                 on_refused=self._refused,
             )
@@ -46,31 +47,26 @@ class Served:
             scorer = open_scorer(self._options)
             scorer.warm()
             self._scorer = scorer
-        self._tell(self.current)
+        self._metrics.serves(self.current.info.name, self.current.version)
 
     def close(self) -> None:
-        """Stop following the path."""
+        """Stop watching the path."""
         if self._watched is not None:
             self._watched.close()
 
     def _reloaded(self, scorer: Scorer) -> None:
         self._metrics.reloads.inc()
-        self._tell(scorer)
+        self._metrics.serves(scorer.info.name, scorer.version)
 
     def _refused(self, error: ScoringError) -> None:
         self._metrics.refused.inc()
 
-    def _tell(self, scorer: Scorer) -> None:
-        self._metrics.serves(scorer.info.name, scorer.version)
-
 
 def open_scorer(options: Options) -> Scorer:
-    """Open the bundle once; raises ScoringError."""
-    stores = stores_from(options.redis)
-    if stores is None:
+    """Open the bundle without watching it; raises ScoringError."""
+    if options.store is None:
         return Scorer.load(options.bundle)
-    info = read_bundle(options.bundle, verify=False)
-    users, items = stores(info)
+    users, items = open_stores(options.store, read_bundle(options.bundle, verify=False))
     return Scorer.load(options.bundle, users=users, items=items)
 
 

@@ -1,4 +1,4 @@
-"""Threads that score, so that the event loop stays free to take, refuse and answer requests."""
+"""Scoring threads, which keep the event loop free to accept, refuse and answer requests."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ T = TypeVar("T")
 
 
 class WaitedTooLong(Exception):
-    """A call for which no thread had time."""
+    """No thread was free for a call in time."""
 
 
 class _Call:
-    __slots__ = ("abandoned", "begun", "future", "work")
+    __slots__ = ("abandoned", "future", "started", "work")
 
     def __init__(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
         self.work = work
         self.future = future
-        self.begun = False
+        self.started = False
         self.abandoned = False
 
 
-class Threads:
-    """A fixed number of threads that take calls from one event loop, first come, first served.
+class ScoringThreads:
+    """A fixed number of threads that run the calls of one event loop, first come, first served.
 
-    What `concurrent.futures` would do takes several times as long for each call.
+    `concurrent.futures` does the same, but its overhead per call is several times higher.
     """
 
     def __init__(self, count: int, max_wait: float) -> None:
-        """Start ``count`` threads; a call that none has begun after ``max_wait`` seconds fails."""
+        """Start ``count`` threads; a call that waits longer than ``max_wait`` seconds fails."""
         self._loop = asyncio.get_running_loop()
         self._max_wait = max_wait
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, name=f"hvdrec-score-{number}", daemon=True)
+            threading.Thread(target=self._run_calls, name=f"hvdrec-score-{number}", daemon=True)
             for number in range(count)
         ]
         for thread in self._threads:
             thread.start()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns, or raise what it raises; WaitedTooLong."""
+        """Run ``work`` in a thread and return its result; WaitedTooLong if no thread is free."""
         call = _Call(work, self._loop.create_future())
         self._calls.put(call)
         timer = self._loop.call_later(self._max_wait, _give_up, call)
@@ -57,21 +57,21 @@ class Threads:
             call.abandoned = True
 
     async def close(self) -> None:
-        """End the threads, after the calls that are waiting."""
+        """Finish the waiting calls and stop the threads."""
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
-    def _work(self) -> None:
+    def _run_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             if not call.abandoned:
-                call.begun = True
-                self._answer(call)
-            # What a call holds goes with it, not with the next one: a scorer that was replaced.
+                call.started = True
+                self._run(call)
+            # Free what the call refers to, such as a replaced scorer, before waiting again.
             del call
 
-    def _answer(self, call: _Call) -> None:
+    def _run(self, call: _Call) -> None:
         result: Any = None
         failure: BaseException | None = None
         try:
@@ -79,10 +79,10 @@ class Threads:
         except BaseException as error:
             failure = error
         try:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 self._loop.call_soon_threadsafe(_settle, call.future, result, failure)
         finally:
-            del failure  # its traceback holds this frame
+            del failure  # breaks a cycle: its traceback refers to this frame
 
 
 def _settle(future: asyncio.Future[Any], result: Any, failure: BaseException | None) -> None:
@@ -95,6 +95,6 @@ def _settle(future: asyncio.Future[Any], result: Any, failure: BaseException | N
 
 
 def _give_up(call: _Call) -> None:
-    if not call.begun and not call.future.done():
+    if not call.started and not call.future.done():
         call.abandoned = True
         call.future.set_exception(WaitedTooLong())

@@ -1,11 +1,11 @@
-"""What a scoring thread does for a request: from the bytes of its body to those of its answer."""
+"""The work of a scoring thread: from the bytes of a request's body to those of the response."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -13,39 +13,38 @@ import orjson
 from hvdrec.scoring import BundleError, Recommendation, RequestError, Scorer, StoreError
 from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.errors import shown
-from hvdrec.serving.bodies import (
-    RecommendBody,
-    ScoreBody,
-    checked,
-    field_of,
-    from_json,
-    with_integers,
-)
+from hvdrec.serving.bodies import RecommendBody, ScoreBody, from_json, parse_body, with_integers
 from hvdrec.serving.description import LARGEST_NUMBER
 from hvdrec.serving.problems import Problem, unavailable
 
 LOG = logging.getLogger("hvdrec.serving")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer's body, and the number of items that it is about."""
+    """The body of a response.
+
+    Attributes:
+        content: JSON.
+        items: Number of items scored or returned.
+    """
 
     content: bytes
     items: int
 
 
 def score(scorer: Scorer, body: bytes, max_candidates: int) -> Answer:
-    """Answer `/v1/score`; raises Problem."""
-    return _answered(_score, scorer, body, max_candidates)
+    """Answer ``/v1/score``; raises Problem."""
+    return _answer(_score, scorer, body, max_candidates)
 
 
 def recommend(scorer: Scorer, body: bytes, max_candidates: int) -> Answer:
-    """Answer `/v1/recommend`; raises Problem."""
-    return _answered(_recommend, scorer, body, max_candidates)
+    """Answer ``/v1/recommend``; raises Problem."""
+    return _answer(_recommend, scorer, body, max_candidates)
 
 
-def _answered(
+def _answer(
     answer: Callable[[Scorer, Any, int], Answer], scorer: Scorer, body: bytes, max_candidates: int
 ) -> Answer:
     values = from_json(body)
@@ -55,66 +54,62 @@ def _answered(
         except Problem as problem:
             if problem.status != 422:
                 raise
-        # Whether an integer was written as 3.0 is only asked once something is refused.
+        # Converting whole floats costs time, so only a refused body is converted and tried again.
         return answer(scorer, with_integers(values), max_candidates)
     except RecursionError:
         raise Problem(422, "body: is nested too deeply", "body") from None
 
 
 def _score(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
-    asked = checked(ScoreBody, values, max_candidates)
-    check_numbers(scorer.info, "user", [asked.user])
-    check_numbers(scorer.info, "scene", [asked.scene])
-    check_numbers(scorer.info, "item", asked.items)
-    request = asked.user, asked.items, asked.scene
-    answer: dict[str, Any] = {}
-    if asked.tasks:
-        answer["tasks"] = _scored(scorer, "items", lambda: scorer.score_tasks(*request))
-        scores = answer["tasks"].pop("score")
+    body = parse_body(ScoreBody, values, max_candidates)
+    check_numbers(scorer.info, "user", [body.user])
+    check_numbers(scorer.info, "scene", [body.scene])
+    check_numbers(scorer.info, "item", body.items)
+    request = body.user, body.items, body.scene
+    if body.tasks:
+        by_task = _scored(lambda: scorer.score_tasks(*request))
+        scores = by_task.pop("score")
+        answer: dict[str, Any] = {"scores": scores, "tasks": by_task}
     else:
-        scores = _scored(scorer, "items", lambda: scorer.score(*request))
-    if not np.isfinite(scores).all():
-        raise Problem(422, "the score is not finite; check the numbers among the features")
-    answer = {"scores": scores, **answer}
+        scores = _scored(lambda: scorer.score(*request))
+        answer = {"scores": scores}
+    _check_finite(scores)
     return Answer(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), len(scores))
 
 
 def _recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
-    asked = checked(RecommendBody, values, max_candidates)
-    for name, wanted in (asked.allowed or {}).items():
-        for value in wanted:
+    body = parse_body(RecommendBody, values, max_candidates)
+    for name, accepted in (body.allowed or {}).items():
+        for value in accepted:
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 text = f"allowed.{name} = {shown(value)}: does not fit 64 bits"
                 raise Problem(422, text, f"allowed.{name}")
-    check_numbers(scorer.info, "user", [asked.user])
-    check_numbers(scorer.info, "scene", [asked.scene])
+    check_numbers(scorer.info, "user", [body.user])
+    check_numbers(scorer.info, "scene", [body.scene])
     items = _scored(
-        scorer,
-        "exclude",
         lambda: scorer.recommend(
-            asked.user,
-            asked.scene,
-            asked.k,
-            candidates=asked.candidates,
-            exclude=asked.exclude,
-            allowed=asked.allowed,
-            skip_seen=asked.skip_seen,
-            diversity=asked.diversity,
+            body.user,
+            body.scene,
+            body.k,
+            # Only the default can be above the limit.
+            candidates=min(body.candidates, max_candidates),
+            exclude=body.exclude,
+            allowed=body.allowed,
+            skip_seen=body.skip_seen,
+            diversity=body.diversity,
         ),
     )
-    if not np.isfinite([(item.score, item.retrieval_score) for item in items]).all():
-        raise Problem(422, "the score is not finite; check the numbers among the features")
-    if asked.tasks:
-        items = _with_tasks(scorer, asked, items)
-    return Answer(orjson.dumps({"items": items}), len(items))
+    _check_finite([(item.score, item.retrieval_score) for item in items])
+    answer = _with_tasks(scorer, body, items) if body.tasks else items
+    return Answer(orjson.dumps({"items": answer}), len(items))
 
 
 def _with_tasks(
-    scorer: Scorer, asked: RecommendBody, items: list[Recommendation]
+    scorer: Scorer, body: RecommendBody, items: list[Recommendation]
 ) -> list[dict[str, Any]]:
-    """Return recommendations with each task's probability; those few are scored once more."""
+    """Add each task's probability; this scores the few returned items once more."""
     keys = [item.item for item in items]
-    by_task = _scored(scorer, "exclude", lambda: scorer.score_tasks(asked.user, keys, asked.scene))
+    by_task = _scored(lambda: scorer.score_tasks(body.user, keys, body.scene))
     columns = [by_task[task].tolist() for task in scorer.tasks]
     return [
         {**asdict(item), "tasks": dict(zip(scorer.tasks, values, strict=True))}
@@ -123,7 +118,7 @@ def _with_tasks(
 
 
 def check_numbers(info: BundleInfo, side: str, entries: list[Any]) -> None:
-    """Raise Problem for a number of which float32 would make an infinite one."""
+    """Raise Problem if a raw feature of one side would become infinite as float32."""
     fields = [field for field in info.side(side) if field.dtype == "float"]
     if not fields:
         return
@@ -134,21 +129,24 @@ def check_numbers(info: BundleInfo, side: str, entries: list[Any]) -> None:
             value = entry.get(field.name)
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and abs(number) > LARGEST_NUMBER:
-                    raise Problem(
-                        422,
-                        f"{field.name} = {shown(number)}: must be within {LARGEST_NUMBER:g} of 0",
-                        f"{'items' if side == 'item' else side}.{field.name}",
-                    )
+                    problem = f"must be within {LARGEST_NUMBER:g} of 0"
+                    text = f"{field.path} = {shown(number)}: {problem}"
+                    raise Problem(422, text, field.path)
 
 
-def _scored(scorer: Scorer, items: str, call: Callable[[], Any]) -> Any:
-    """Return what the scorer answers; Problem where it raises."""
+def _check_finite(scores: Any) -> None:
+    if not np.isfinite(scores).all():
+        raise Problem(422, "the score is not finite; check the numbers among the features")
+
+
+def _scored(call: Callable[[], T]) -> T:
+    """Call the scorer and turn its errors into problems."""
     try:
         return call()
     except RequestError as error:
-        raise Problem(422, str(error), field_of(str(error), scorer.info, items)) from None
+        raise Problem(422, str(error), error.field or None) from None
     except StoreError as error:
         raise unavailable(str(error)) from None
-    except BundleError as error:  # a large tower opens late, and may be gone by then
+    except BundleError as error:  # a large tower is opened late; its file may be gone by then
         LOG.error("%s", error)
         raise unavailable("the bundle cannot be read") from None

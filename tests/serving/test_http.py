@@ -1,4 +1,4 @@
-"""The service's routes: what they answer is what the scorer says."""
+"""The routes of the service answer what the scorer returns."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_score(client: httpx.Client, scorer: Scorer, user: Any) -> None:
     answer = client.post("/v1/score", json={"user": user, "items": items, "scene": scene})
     assert answer.status_code == 200
     assert answer.headers["bundle-version"] == scorer.version
-    # Bit for bit: the decimals are the shortest that tell a float32 from all others.
-    found = np.array(answer.json()["scores"], dtype=np.float32)
-    np.testing.assert_array_equal(found, scorer.score(user, items, scene))
+    # Bit for bit: JSON holds the shortest decimals that identify a float32.
+    scores = np.array(answer.json()["scores"], dtype=np.float32)
+    np.testing.assert_array_equal(scores, scorer.score(user, items, scene))
 
 
-def test_score_without_a_scene_takes_its_defaults(client: httpx.Client, scorer: Scorer) -> None:
+def test_score_without_a_scene_uses_the_defaults(client: httpx.Client, scorer: Scorer) -> None:
     for scene in ({}, {"scene": None}, {"scene": {}}):
         answer = client.post("/v1/score", json={"user": "1", "items": ["10", "20"], **scene})
         assert answer.json()["scores"] == pytest.approx(scorer.score("1", ["10", "20"]).tolist())
@@ -47,22 +47,22 @@ def test_recommend(client: httpx.Client, scorer: Scorer, user: Any) -> None:
     assert answer.status_code == 200
     assert answer.headers["bundle-version"] == scorer.version
     expected = scorer.recommend(user, {"hour": 21}, 3, candidates=4, **options)
-    found = answer.json()["items"]
-    assert [set(item) for item in found] == [
+    items = answer.json()["items"]
+    assert [set(item) for item in items] == [
         {"item", "score", "retrieval_score", "title", "source"}
     ] * len(expected)
-    for item, wanted in zip(found, expected, strict=True):
-        assert (item["item"], item["title"]) == (wanted.item, wanted.title)
-        assert (item["score"], item["source"]) == (wanted.score, wanted.source)
-        assert item["retrieval_score"] == wanted.retrieval_score
+    for item, other in zip(items, expected, strict=True):
+        assert (item["item"], item["title"]) == (other.item, other.title)
+        assert (item["score"], item["source"]) == (other.score, other.source)
+        assert item["retrieval_score"] == other.retrieval_score
 
 
-def test_recommend_takes_the_documented_defaults(client: httpx.Client, scorer: Scorer) -> None:
+def test_recommend_uses_the_documented_defaults(client: httpx.Client, scorer: Scorer) -> None:
     answer = client.post("/v1/recommend", json={"user": "2"})
     assert [i["item"] for i in answer.json()["items"]] == [r.item for r in scorer.recommend("2")]
 
 
-def test_tasks_are_told_where_they_are_asked_for(task_service: Running, task_bundle: Path) -> None:
+def test_tasks_are_returned_on_request(task_service: Running, task_bundle: Path) -> None:
     scorer = Scorer.load(task_bundle)
     user, scene = {"age": 30.0, "history": ["10", "20"]}, {"hour": 21}
     items: list[Any] = ["40", {"item_id": "20", "year": 1999}, None]
@@ -70,53 +70,58 @@ def test_tasks_are_told_where_they_are_asked_for(task_service: Running, task_bun
         assert client.get("/v1/bundle").json()["tasks"] == ["click", "love"]
         body: dict[str, Any] = {"user": user, "items": items, "scene": scene}
         plain = client.post("/v1/score", json=body).json()
-        told = client.post("/v1/score", json={**body, "tasks": True}).json()
+        answer = client.post("/v1/score", json={**body, "tasks": True}).json()
         assert list(plain) == ["scores"]
-        assert list(told) == ["scores", "tasks"] and list(told["tasks"]) == ["click", "love"]
-        assert told["scores"] == plain["scores"]
-        wanted = scorer.score_tasks(user, items, scene)
-        for name, scores in {"score": told["scores"], **told["tasks"]}.items():
-            np.testing.assert_array_equal(np.array(scores, np.float32), wanted[name])
-        nothing = client.post("/v1/score", json={"user": "1", "items": [], "tasks": True}).json()
-        assert nothing == {"scores": [], "tasks": {"click": [], "love": []}}
+        assert list(answer) == ["scores", "tasks"]
+        assert list(answer["tasks"]) == ["click", "love"]
+        assert answer["scores"] == plain["scores"]
+        expected = scorer.score_tasks(user, items, scene)
+        for name, scores in {"score": answer["scores"], **answer["tasks"]}.items():
+            np.testing.assert_array_equal(np.array(scores, np.float32), expected[name])
+        empty = client.post("/v1/score", json={"user": "1", "items": [], "tasks": True}).json()
+        assert empty == {"scores": [], "tasks": {"click": [], "love": []}}
 
         body = {"user": user, "scene": scene, "k": 3}
         plain = client.post("/v1/recommend", json=body).json()["items"]
-        told = client.post("/v1/recommend", json={**body, "tasks": True}).json()["items"]
-        by_task = [item.pop("tasks") for item in told]
-        assert told == plain
-        wanted = scorer.score_tasks(user, [item["item"] for item in plain], scene)
-        for place, of_item in enumerate(by_task):
-            assert list(of_item) == ["click", "love"]
-            for name, value in of_item.items():
-                assert np.float32(value) == wanted[name][place]
+        ranked = client.post("/v1/recommend", json={**body, "tasks": True}).json()["items"]
+        by_task = [item.pop("tasks") for item in ranked]
+        assert ranked == plain
+        expected = scorer.score_tasks(user, [item["item"] for item in plain], scene)
+        for position, probabilities in enumerate(by_task):
+            assert list(probabilities) == ["click", "love"]
+            for name, value in probabilities.items():
+                assert np.float32(value) == expected[name][position]
 
 
-def test_keys_of_integers(int_client: httpx.Client) -> None:
+def test_integer_keys(int_client: httpx.Client) -> None:
     body = {"user": 1, "items": [10, 20], "scene": {"hour": 21}}
     answer = int_client.post("/v1/score", json=body)
     assert len(answer.json()["scores"]) == 2
-    # JSON has one kind of number: 21.0 is 21.
+    # JSON does not distinguish 21.0 from 21.
     same = '{"user": 1.0, "items": [10.0, 2e1], "scene": {"hour": 21.0}}'
     headers = {"content-type": "application/json"}
     assert int_client.post("/v1/score", content=same, headers=headers).json() == answer.json()
-    found = int_client.post("/v1/recommend", json={"user": 1, "k": 1}).json()["items"]
-    assert type(found[0]["item"]) is int
+    items = int_client.post("/v1/recommend", json={"user": 1, "k": 1}).json()["items"]
+    assert type(items[0]["item"]) is int
 
 
 def test_bundle(client: httpx.Client, scorer: Scorer) -> None:
     answer = client.get("/v1/bundle")
     assert answer.headers["bundle-version"] == scorer.version
-    told = answer.json()
-    assert (told["name"], told["version"], told["model"]) == ("tiny", scorer.version, scorer.model)
-    assert (told["users"], told["items"]) == (2, 4)
-    assert told["user_key"] == {"name": "user_id", "dtype": "string"}
+    description = answer.json()
+    assert (description["name"], description["version"], description["model"]) == (
+        "tiny",
+        scorer.version,
+        scorer.model,
+    )
+    assert (description["users"], description["items"]) == (2, 4)
+    assert description["user_key"] == {"name": "user_id", "dtype": "string"}
     hour = {"name": "hour", "side": "scene", "dtype": "int", "list": False, "default": 12}
-    assert [f for f in told["fields"] if f["name"] == "hour"] == [hour]
-    assert told["examples"]["users"] == ["1", "2"]
-    assert (told["filters"], told["tasks"]) == (["genres", "year"], [])
-    assert set(told["examples"]["items"]) == {"10", "20", "30", "40"}
-    assert told["limits"]["max_candidates"] == 100
+    assert [f for f in description["fields"] if f["name"] == "hour"] == [hour]
+    assert description["examples"]["users"] == ["1", "2"]
+    assert (description["filters"], description["tasks"]) == (["genres", "year"], [])
+    assert set(description["examples"]["items"]) == {"10", "20", "30", "40"}
+    assert description["limits"]["max_candidates"] == 100
 
 
 def test_health(client: httpx.Client, scorer: Scorer) -> None:
@@ -126,14 +131,15 @@ def test_health(client: httpx.Client, scorer: Scorer) -> None:
     assert answer.headers["bundle-version"] == scorer.version
 
 
-def test_openapi_tells_the_bundles_fields_and_its_examples_work(client: httpx.Client) -> None:
+def test_openapi_describes_the_bundles_fields_and_its_examples_work(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     scene = schemas["Scene"]
     assert set(scene["properties"]) == {"hour", "place", "temperature"}
     assert scene["properties"]["hour"]["default"] == 12
     assert scene["additionalProperties"] is False
-    assert schemas["User"]["properties"]["history"]["type"] == ["array", "null"]
+    history = schemas["User"]["properties"]["history"]["anyOf"]
+    assert [each["type"] for each in history] == ["array", "null"]
     assert schemas["ItemKey"] == {"type": "string"}
     operations = document["paths"]
     known = {"/v1/score", "/v1/recommend", "/v1/bundle", "/healthz", "/readyz"}
@@ -149,7 +155,8 @@ def test_openapi_of_integer_keys(int_client: httpx.Client) -> None:
     schemas = int_client.get("/openapi.json").json()["components"]["schemas"]
     limits = {"minimum": -(2**63), "maximum": 2**63 - 1}
     assert schemas["UserKey"] == {"type": "integer", **limits}
-    assert schemas["User"]["properties"]["history"]["items"]["type"] == ["integer", "null"]
+    history = schemas["User"]["properties"]["history"]["anyOf"][0]
+    assert [each["type"] for each in history["items"]["anyOf"]] == ["integer", "null"]
 
 
 def test_metrics(client: httpx.Client, scorer: Scorer) -> None:
@@ -178,12 +185,12 @@ def test_metrics(client: httpx.Client, scorer: Scorer) -> None:
     assert after["hvdrec_requests_in_flight"] == 0
     assert after[f'hvdrec_bundle_info{{name="tiny",version="{scorer.version}"}}'] == 1
     assert after["hvdrec_bundle_reloads_total"] == 0
-    # No client makes labels: a path that is no route is counted among the others.
+    # Unknown paths share one label, so clients cannot create labels.
     assert after['hvdrec_requests_total{route="other",status="404"}'] >= 1
     assert not any("/not/there" in name for name in after)
 
 
-def test_the_page_may_load_nothing_but_itself(client: httpx.Client) -> None:
+def test_the_page_may_load_only_itself(client: httpx.Client) -> None:
     answer = client.get("/")
     assert answer.headers["content-type"].startswith("text/html")
     policy = answer.headers["content-security-policy"]

@@ -1,4 +1,4 @@
-"""A service with more to do than it can: refusals, never a crash. In this process, step by step."""
+"""An overloaded or failing service refuses requests and never crashes; run in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError
-from hvdrec.serving.app import Counted, Service
+from hvdrec.serving.app import CountedApp, Service
 from hvdrec.serving.metrics import Metrics
 from hvdrec.serving.options import Options
 from hvdrec.serving.problems import unavailable
@@ -26,27 +26,27 @@ ONE: dict[str, Any] = {"user": "1", "items": ["10"]}
 
 
 class SlowScorer:
-    """A scorer whose answers wait until they are let go, or fail with an error of choice."""
+    """A scorer whose calls block until `may_finish` is set, or raise `error`."""
 
     def __init__(self, scorer: Scorer, version: str = "slow") -> None:
         self.info = scorer.info
         self.version = version
-        self.begun = threading.Semaphore(0)
-        self.may_end = threading.Event()
-        self.fails: Exception | None = None
+        self.started = threading.Semaphore(0)
+        self.may_finish = threading.Event()
+        self.error: Exception | None = None
         self.answer = np.array([0.5], dtype=np.float32)
 
     def score(self, user: Any, items: Any, scene: Any) -> np.ndarray:
-        self.begun.release()
-        assert self.may_end.wait(60)
-        if self.fails is not None:
-            raise self.fails
+        self.started.release()
+        assert self.may_finish.wait(60)
+        if self.error is not None:
+            raise self.error
         return self.answer
 
 
 @dataclass
-class FakeServed:
-    """What is served: a scorer, or none yet."""
+class FakeServedBundle:
+    """A `ServedBundle` with a given scorer, or none yet."""
 
     scorer: SlowScorer | None
     loaded: threading.Event = field(default_factory=threading.Event)
@@ -55,7 +55,7 @@ class FakeServed:
     @property
     def current(self) -> Any:
         if self.scorer is None:
-            raise unavailable("the bundle is being loaded; try again")
+            raise unavailable("the bundle is loading; try again")
         return self.scorer
 
     def load(self) -> None:
@@ -68,12 +68,12 @@ class FakeServed:
 
 
 @asynccontextmanager
-async def started(served: FakeServed, **limits: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """Run a service in this process, with limits of choice."""
+async def running(served: FakeServedBundle, **limits: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Run a service in this process."""
     settings: dict[str, Any] = {"threads": 1, "max_wait": 60.0, **limits}
     metrics = Metrics()
     service = Service(Options(Path("unused"), **settings), served, metrics)  # type: ignore[arg-type]
-    app = Counted(service.app, service.paths, metrics)
+    app = CountedApp(service.app, service.paths, metrics)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         service.app.router.lifespan_context(service.app),
@@ -83,7 +83,7 @@ async def started(served: FakeServed, **limits: Any) -> AsyncIterator[httpx.Asyn
 
 
 async def in_flight(client: httpx.AsyncClient, count: int) -> None:
-    """Wait until so many requests are under way."""
+    """Wait until a number of requests is in progress."""
     line = f"hvdrec_requests_in_flight {float(count)}\n"
     while line not in (await client.get("/metrics")).text:
         await asyncio.sleep(0)
@@ -93,22 +93,22 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
-def test_more_requests_than_it_takes(scorer: Scorer) -> None:
+def test_too_many_requests_are_refused(scorer: Scorer) -> None:
     async def test() -> None:
         slow = SlowScorer(scorer)
-        async with started(FakeServed(slow), max_requests=3) as client:
-            taken = [asyncio.create_task(client.post("/v1/score", json=ONE)) for _ in range(3)]
+        async with running(FakeServedBundle(slow), max_requests=3) as client:
+            tasks = [asyncio.create_task(client.post("/v1/score", json=ONE)) for _ in range(3)]
             await in_flight(client, 3)
             for path in ("/v1/score", "/v1/recommend"):
                 answer = await client.post(path, json={"user": "1"})
                 text = check(answer, 503, None)
-                assert text == "overloaded: 3 requests are under way; try again"
+                assert text == "overloaded: 3 requests in progress; try again"
                 assert answer.headers["retry-after"] == "1"
-            # What does not score is answered all the same.
+            # Routes that do not score still answer.
             for path in ("/healthz", "/readyz", "/metrics"):
                 assert (await client.get(path)).status_code == 200
-            slow.may_end.set()
-            for task in taken:
+            slow.may_finish.set()
+            for task in tasks:
                 assert (await task).json() == {"scores": [0.5]}
             assert (await client.post("/v1/score", json=ONE)).status_code == 200
             metrics = (await client.get("/metrics")).text
@@ -119,36 +119,36 @@ def test_more_requests_than_it_takes(scorer: Scorer) -> None:
     run(test)
 
 
-def test_a_request_that_waits_too_long(scorer: Scorer) -> None:
+def test_a_request_that_waits_too_long_is_refused(scorer: Scorer) -> None:
     async def test() -> None:
         slow = SlowScorer(scorer)
-        async with started(FakeServed(slow), max_wait=0.05) as client:
+        async with running(FakeServedBundle(slow), max_wait=0.05) as client:
             first = asyncio.create_task(client.post("/v1/score", json=ONE))
-            while not slow.begun.acquire(blocking=False):
+            while not slow.started.acquire(blocking=False):
                 await asyncio.sleep(0)
             answer = await client.post("/v1/score", json=ONE)
             text = check(answer, 503, None)
-            assert text == "overloaded: waited 0.05 s to be scored; try again"
+            assert text == "overloaded: no thread was free within 0.05 s; try again"
             assert answer.headers["retry-after"] == "1"
-            # One that has begun is not given up, however long it takes.
-            slow.may_end.set()
+            # A request that has started is completed, however long it takes.
+            slow.may_finish.set()
             assert (await first).status_code == 200
-            # And nobody computes what was given up.
-            assert not slow.begun.acquire(blocking=False)
+            # The refused request is never computed.
+            assert not slow.started.acquire(blocking=False)
 
     run(test)
 
 
-def test_before_the_bundle_is_loaded(scorer: Scorer) -> None:
+def test_requests_before_the_bundle_is_loaded(scorer: Scorer) -> None:
     async def test() -> None:
-        served = FakeServed(None)
-        async with started(served) as client:
+        served = FakeServedBundle(None)
+        async with running(served) as client:
             for answer in (
                 await client.get("/readyz"),
                 await client.get("/v1/bundle"),
                 await client.post("/v1/score", json=ONE),
             ):
-                assert check(answer, 503, None) == "the bundle is being loaded; try again"
+                assert check(answer, 503, None) == "the bundle is loading; try again"
                 assert answer.headers["retry-after"] == "1"
             assert (await client.get("/healthz")).status_code == 200
             served.scorer = SlowScorer(scorer)
@@ -157,22 +157,24 @@ def test_before_the_bundle_is_loaded(scorer: Scorer) -> None:
     run(test)
 
 
-def test_a_store_that_does_not_answer_at_first(
+def test_loading_is_retried_while_the_store_is_down(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test() -> None:
         monkeypatch.setattr("hvdrec.serving.app.RETRY_SECONDS", 0.001)
-        served = FakeServed(None, load_errors=[StoreError("down"), StoreError("down")])
-        async with started(served):
+        served = FakeServedBundle(None, load_errors=[StoreError("down"), StoreError("down")])
+        async with running(served):
             assert await asyncio.to_thread(served.loaded.wait, 60)
         assert [record.message for record in caplog.records] == ["down"]
 
     run(test)
 
 
-def test_the_end_of_a_service_that_never_came_to_load() -> None:
+def test_a_service_that_never_loads_shuts_down() -> None:
     async def test() -> None:
-        async with started(FakeServed(None, load_errors=[BundleError("gone")] * 1000)) as client:
+        async with running(
+            FakeServedBundle(None, load_errors=[BundleError("gone")] * 1000)
+        ) as client:
             assert (await client.get("/healthz")).status_code == 200
 
     run(test)
@@ -183,71 +185,71 @@ def test_the_end_of_a_service_that_never_came_to_load() -> None:
     [
         (StoreError("redis: no\nanswer"), 503, "redis: no answer", None),
         (BundleError("user_tower.onnx: gone"), 503, "the bundle cannot be read", None),
-        (RequestError("hour = 'x': must be an integer"), 422, "hour = 'x'", "scene.hour"),
+        (RequestError("hour = 'x'", field="scene.hour"), 422, "hour = 'x'", "scene.hour"),
         (RequestError("something else"), 422, "something else", None),
         (RuntimeError("secret"), 500, "internal error", None),
         (MemoryError(), 500, "internal error", None),
     ],
 )
-def test_errors_of_scoring(
+def test_scoring_errors_become_responses(
     scorer: Scorer, error: Exception, status: int, text: str, name: str | None
 ) -> None:
     async def test() -> None:
         slow = SlowScorer(scorer)
-        slow.fails = error
-        slow.may_end.set()
-        async with started(FakeServed(slow)) as client:
+        slow.error = error
+        slow.may_finish.set()
+        async with running(FakeServedBundle(slow)) as client:
             answer = await client.post("/v1/score", json=ONE)
             assert check(answer, status, name).startswith(text)
             assert "secret" not in answer.text
             assert ("retry-after" in answer.headers) == (status == 503)
-            slow.fails = None
+            slow.error = None
             assert (await client.post("/v1/score", json=ONE)).status_code == 200
 
     run(test)
 
 
-def test_a_score_that_is_no_number(scorer: Scorer) -> None:
+def test_a_score_that_is_not_finite(scorer: Scorer) -> None:
     async def test() -> None:
         slow = SlowScorer(scorer)
         slow.answer = np.array([0.5, np.nan], dtype=np.float32)
-        slow.may_end.set()
-        async with started(FakeServed(slow)) as client:
+        slow.may_finish.set()
+        async with running(FakeServedBundle(slow)) as client:
             text = check(await client.post("/v1/score", json=ONE), 422, None)
             assert text.startswith("the score is not finite")
 
     run(test)
 
 
-def test_a_request_keeps_the_scorer_it_began_with(scorer: Scorer) -> None:
+def test_a_request_keeps_its_scorer_during_a_reload(scorer: Scorer) -> None:
     async def test() -> None:
         old, new = SlowScorer(scorer, "old"), SlowScorer(scorer, "new")
         new.answer = np.array([0.75], dtype=np.float32)
-        new.may_end.set()
-        served = FakeServed(old)
-        async with started(served, threads=2) as client:
+        new.may_finish.set()
+        served = FakeServedBundle(old)
+        async with running(served, threads=2) as client:
             first = asyncio.create_task(client.post("/v1/score", json=ONE))
-            while not old.begun.acquire(blocking=False):
+            while not old.started.acquire(blocking=False):
                 await asyncio.sleep(0)
             served.scorer = new
             second = await client.post("/v1/score", json=ONE)
             assert (second.json(), second.headers["bundle-version"]) == ({"scores": [0.75]}, "new")
-            old.may_end.set()
+            old.may_finish.set()
             answer = await first
             assert (answer.json(), answer.headers["bundle-version"]) == ({"scores": [0.5]}, "old")
 
     run(test)
 
 
-def test_a_body_that_does_not_come(scorer: Scorer) -> None:
+def test_a_body_that_does_not_arrive(scorer: Scorer) -> None:
     async def never() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.Event().wait()
 
     async def test() -> None:
-        async with started(FakeServed(SlowScorer(scorer)), max_wait=0.05) as client:
+        async with running(FakeServedBundle(SlowScorer(scorer)), max_wait=0.05) as client:
             answer = await client.post("/v1/score", content=never(), headers=JSON)
-            assert check(answer, 408, "body") == "body: did not come within 0.05 s"
+            assert check(answer, 408, "body") == "body: did not arrive within 0.05 s"
             assert answer.headers["connection"] == "close"
             await in_flight(client, 0)
 

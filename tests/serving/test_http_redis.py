@@ -1,4 +1,4 @@
-"""A service whose embeddings come from Redis, which comes and goes."""
+"""A service whose embeddings come from a Redis server that goes down and comes back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 def answered(running: Running) -> httpx.Response | None:
-    """Return the answer to a request, None while there is none: Redis is given 0.1 s."""
+    """Return the answer to a request; None for 503, as Redis may take longer than 0.1 s."""
     answer = httpx.post(f"{running.url}/v1/score", json=ONE, timeout=60)
     if answer.status_code == 503:
         check(answer, 503, None)
@@ -38,17 +38,17 @@ def answered(running: Running) -> httpx.Response | None:
     return answer
 
 
-def test_redis_goes_and_comes_back(bundle: Path, redis: RedisProcess, scorer: Scorer) -> None:
+def test_redis_goes_down_and_comes_back(bundle: Path, redis: RedisProcess, scorer: Scorer) -> None:
     publish(bundle, redis.url)
     expected = scorer.score("1", ["10", "20", "none"], {"hour": 21}).tolist()
-    with serving(bundle, *PATIENT, "--redis", redis.url) as running:
+    with serving(bundle, *PATIENT, "--store", redis.url) as running:
         answer = wait_for(lambda: answered(running))
         assert answer.json()["scores"] == pytest.approx(expected)
 
         redis.kill()
         answer = wait_for(lambda: refused(running))
         assert f"127.0.0.1:{redis.port}" in check(answer, 503, None)
-        # The process is well all the same.
+        # The process stays healthy.
         assert httpx.get(f"{running.url}/healthz").status_code == 200
         counted = 'hvdrec_requests_total{route="/v1/score",status="503"}'
         assert counted in httpx.get(f"{running.url}/metrics").text
@@ -65,7 +65,7 @@ def refused(running: Running) -> httpx.Response | None:
     return answer if answer.status_code == 503 else None
 
 
-def test_redis_that_is_not_there_yet(bundle: Path, redis: RedisProcess) -> None:
+def test_redis_that_is_not_up_yet(bundle: Path, redis: RedisProcess) -> None:
     redis.kill()
     with serving(bundle, *PATIENT, "--redis", redis.url, is_awaited=False) as running:
         assert wait_for(lambda: answers(f"{running.url}/healthz", 200))

@@ -1,4 +1,4 @@
-"""Schemathesis on the OpenAPI document: what it allows is answered, what it does not is refused."""
+"""Schemathesis: the service answers what its OpenAPI document allows and refuses the rest."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def test_every_check_of_schemathesis(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     running: Running = request.getfixturevalue(name)
-    done = subprocess.run(
+    result = subprocess.run(
         [
             str(Path(sys.executable).with_name("schemathesis")),
             *("run", f"{running.url}/openapi.json"),
             *("--checks", "all", "--seed", "1", "--max-examples", str(EXAMPLES)),
             *("--generation-database", "none", "--request-timeout", "60"),
-            # What a request did to the bundle, nothing, is no state to be tested.
+            # Requests do not change the bundle, so there is no state to test.
             *("--phases", "examples,coverage,fuzzing"),
         ],
         cwd=tmp_path,
@@ -32,6 +32,6 @@ def test_every_check_of_schemathesis(
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 selected / 5 total" in done.stdout
-    assert "No issues found" in done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "5 selected / 5 total" in result.stdout
+    assert "No issues found" in result.stdout

@@ -1,4 +1,4 @@
-"""Requests that cannot be answered: 4xx in one shape, which names the field."""
+"""Invalid requests: 4xx responses in one shape, which names the field."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ONE: dict[str, Any] = {"user": "1", "items": ["10"]}
 
 
 def check(answer: httpx.Response, status: int, field: str | None) -> str:
-    """Check an error's shape and return its text."""
-    told = answer.json()
-    assert set(told) == {"status", "error", "field"}
-    assert (answer.status_code, told["status"], told["field"]) == (status, status, field)
+    """Check the shape of an error response and return its text."""
+    problem = answer.json()
+    assert set(problem) == {"status", "error", "field"}
+    assert (answer.status_code, problem["status"], problem["field"]) == (status, status, field)
     assert answer.headers["content-type"] == "application/json"
-    text: str = told["error"]
+    text: str = problem["error"]
     assert text
     assert "\n" not in text
     return text
@@ -34,7 +34,7 @@ def check(answer: httpx.Response, status: int, field: str | None) -> str:
         (
             {**ONE, "usr": 1},
             "usr",
-            "field 'usr' does not exist; known: [user, items, scene, tasks]",
+            "usr: unknown field; known: [user, scene, tasks, items]",
         ),
         ({**ONE, "tasks": True}, "tasks", "tasks: this bundle's ranker has a single label; score"),
         ({**ONE, "tasks": "all"}, "tasks", "tasks = 'all': must be a valid boolean"),
@@ -42,7 +42,7 @@ def check(answer: httpx.Response, status: int, field: str | None) -> str:
         ({**ONE, "items": {"10": 1}}, "items", "items = {'10': 1}: must be a valid list"),
         ({**ONE, "items": [10]}, "items", 'items = 10: item_id is a string, not int; pass "10"'),
         ({**ONE, "items": [["10"]]}, "items", "items = ['10']: item_id is a string, not list"),
-        ({**ONE, "items": ["10"] * 101}, "items", "items: 101 of them; at most 100 are scored"),
+        ({**ONE, "items": ["10"] * 101}, "items", "items = ['10', '10',"),
         ({**ONE, "items": [{"yaer": 1}]}, "items.yaer", "items.yaer: unknown field; known:"),
         ({**ONE, "items": [{"year": "x"}]}, "items.year", "items.year = 'x': must be an integer"),
         ({**ONE, "user": 1}, "user", 'user = 1: user_id is a string, not int; pass "1"'),
@@ -53,7 +53,7 @@ def check(answer: httpx.Response, status: int, field: str | None) -> str:
             "user.age",
             "user.age = 'old': must be a number, not str",
         ),
-        ({**ONE, "user": {"age": 1e31}}, "user.age", "age = 1e+31: must be within 1e+30 of 0"),
+        ({**ONE, "user": {"age": 1e31}}, "user.age", "user.age = 1e+31: must be within 1e+30 of 0"),
         ({**ONE, "user": {"history": "10"}}, "user.history", "user.history = '10': must be a list"),
         ({**ONE, "scene": []}, "scene", "scene = []: must be a valid dictionary"),
         ({**ONE, "scene": {"hr": 1}}, "scene.hr", "scene.hr: unknown field; known: [hour"),
@@ -73,11 +73,11 @@ def check(answer: httpx.Response, status: int, field: str | None) -> str:
         (
             {**ONE, "scene": {"temperature": -2e30}},
             "scene.temperature",
-            "temperature = -2e+30: must be within 1e+30 of 0",
+            "scene.temperature = -2e+30: must be within 1e+30 of 0",
         ),
     ],
 )
-def test_score(client: httpx.Client, body: Any, field: str, text: str) -> None:
+def test_invalid_score_requests(client: httpx.Client, body: Any, field: str, text: str) -> None:
     assert check(client.post("/v1/score", json=body), 422, field).startswith(text)
 
 
@@ -89,9 +89,9 @@ def test_score(client: httpx.Client, body: Any, field: str, text: str) -> None:
         ({"k": True}, "k", "k = True: must be a valid integer"),
         ({"k": 1.5}, "k", "k = 1.5: must be a valid integer"),
         ({"k": None}, "k", "k = None: must be a valid integer"),
-        ({"k": 101}, "k", "k = 101: at most 100 are ranked at a time"),
+        ({"k": 101}, "k", "k = 101: must be at most 100"),
         ({"k": 10**30}, "k", "k = 1e+30: must be a valid integer"),
-        ({"candidates": 101}, "candidates", "candidates = 101: at most 100 are ranked at a time"),
+        ({"candidates": 101}, "candidates", "candidates = 101: must be at most 100"),
         ({"exclude": "10"}, "exclude", "exclude = '10': must be a valid list"),
         ({"exclude": [[]]}, "exclude", "exclude = []: item_id is a string, not list"),
         ({"allowed": ["Drama"]}, "allowed", "allowed = ['Drama']: must be a valid dictionary"),
@@ -108,10 +108,12 @@ def test_score(client: httpx.Client, body: Any, field: str, text: str) -> None:
         ({"skip_seen": 1}, "skip_seen", "skip_seen = 1: must be a valid boolean"),
         ({"diversity": 1.5}, "diversity", "diversity = 1.5: must be less than 1"),
         ({"diversity": "high"}, "diversity", "diversity = 'high': must be a valid number"),
-        ({"items": ["10"]}, "items", "field 'items' does not exist; known: [user, scene, k,"),
+        ({"items": ["10"]}, "items", "items: unknown field; known: [user, scene, tasks, k,"),
     ],
 )
-def test_recommend(client: httpx.Client, change: Any, field: str, text: str) -> None:
+def test_invalid_recommend_requests(
+    client: httpx.Client, change: Any, field: str, text: str
+) -> None:
     answer = client.post("/v1/recommend", json={"user": "1", **change})
     assert check(answer, 422, field).startswith(text)
 
@@ -134,13 +136,13 @@ def test_recommend(client: httpx.Client, change: Any, field: str, text: str) -> 
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/score", "/v1/recommend"])
-def test_no_json(client: httpx.Client, path: str, content: bytes) -> None:
+def test_bodies_that_are_not_json(client: httpx.Client, path: str, content: bytes) -> None:
     answer = client.post(path, content=content, headers=JSON)
-    assert check(answer, 400, "body").startswith("body: no valid JSON (")
+    assert check(answer, 400, "body").startswith("body: not valid JSON (")
 
 
 @pytest.mark.parametrize("depth", [900, 1000, 1020])
-def test_lists_within_lists(client: httpx.Client, depth: int) -> None:
+def test_deeply_nested_values(client: httpx.Client, depth: int) -> None:
     for deep in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
         for name in ("user", "items", "scene", "exclude", "k"):
             text = f'{{"user": "1", "{name}": {deep}}}'
@@ -158,54 +160,54 @@ def test_lists_within_lists(client: httpx.Client, depth: int) -> None:
         {"content-type": "application/jsonp"},
     ],
 )
-def test_another_type_of_body(client: httpx.Client, headers: dict[str, str]) -> None:
+def test_other_content_types(client: httpx.Client, headers: dict[str, str]) -> None:
     answer = client.post("/v1/score", content=json.dumps(ONE), headers=headers)
     text = check(answer, 415, "content-type")
     assert text == f"content-type = {headers.get('content-type', '')!r}: must be application/json"
-    # What a page elsewhere can make a browser send without asking is not taken either.
+    # A page of another origin cannot send requests: its browser gets no permission.
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_types_of_body_that_are_json(client: httpx.Client) -> None:
-    for kind in ("application/json; charset=utf-8", "Application/JSON"):
-        headers = {"content-type": kind}
+def test_content_types_that_are_json(client: httpx.Client) -> None:
+    for content_type in ("application/json; charset=utf-8", "Application/JSON"):
+        headers = {"content-type": content_type}
         answer = client.post("/v1/score", content=json.dumps(ONE), headers=headers)
         assert answer.status_code == 200
 
 
-def test_a_packed_body(client: httpx.Client) -> None:
+def test_a_compressed_body(client: httpx.Client) -> None:
     headers = {**JSON, "content-encoding": "gzip"}
     answer = client.post("/v1/score", content=b"\x1f\x8b", headers=headers)
     check(answer, 415, "content-encoding")
 
 
 @pytest.mark.parametrize("size", [20_001, 100_000, 1_000_000])
-def test_a_body_that_is_too_long(client: httpx.Client, size: int) -> None:
+def test_a_body_above_the_limit(client: httpx.Client, size: int) -> None:
     def parts() -> Iterator[bytes]:
         for start in range(0, size, 10_000):
             yield b" " * min(10_000, size - start)
 
     text = "body: has more than 20000 bytes; send fewer items at a time"
-    # With the length told at once, and in chunks without.
+    # With a content-length header, and in chunks without one.
     assert check(client.post("/v1/score", content=b" " * size, headers=JSON), 413, "body") == text
     try:
         answer = client.post("/v1/score", content=parts(), headers=JSON)
     except httpx.WriteError:
-        assert size > 8 * 20_000  # by then the service has hung up
+        assert size > 8 * 20_000  # the service has closed the connection
     else:
         assert check(answer, 413, "body") == text
 
 
-def test_a_body_as_long_as_may_be(client: httpx.Client) -> None:
+def test_a_body_at_the_limit(client: httpx.Client) -> None:
     content = json.dumps(ONE)
     padded = content + " " * (20_000 - len(content))
     assert client.post("/v1/score", content=padded, headers=JSON).status_code == 200
 
 
-def test_paths_and_methods(client: httpx.Client) -> None:
-    assert check(client.get("/v1/scores"), 404, None) == "/v1/scores: no such path"
+def test_unknown_paths_and_methods(client: httpx.Client) -> None:
+    assert check(client.get("/v1/scores"), 404, None) == "/v1/scores: unknown path"
     answer = client.get("/v1/score")
-    assert check(answer, 405, None) == "GET /v1/score: no such method"
+    assert check(answer, 405, None) == "/v1/score: method GET is not allowed"
     assert answer.headers["allow"] == "POST"
     for path in ("/docs", "/redoc", "/v1/score/", "/../etc/passwd", "/page.html"):
         assert client.get(path).status_code == 404

@@ -154,7 +154,7 @@ def test_errors_are_shown_where_they_belong(page: Page, service: Running, scorer
     expect_list(page, expected(scorer, "2", hour=12, place=None, temperature=None))
     page.fill("#scene-temperature", "1e31")
     error = page.locator(".field", has=page.locator("#scene-temperature")).get_by_role("alert")
-    expect(error).to_have_text("temperature = 1e+31: must be within 1e+30 of 0")
+    expect(error).to_have_text("scene.temperature = 1e+31: must be within 1e+30 of 0")
 
 
 def test_a_user_of_another_type(page: Page, int_service: Running) -> None:
