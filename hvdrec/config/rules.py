@@ -47,8 +47,12 @@ def _samples(config: Config) -> Mistakes:
 
 
 def _histories(config: Config) -> Mistakes:
-    sequences = [feature.name for feature in config.features if feature.kind == "sequence"]
-    singles = [feature.name for feature in config.features if feature.kind == "categorical"]
+    sequences = [feature.name for feature in config.features if feature.is_sequence]
+    singles = [
+        feature.name
+        for feature in config.features
+        if feature.has_vocabulary and not feature.is_list
+    ]
     for i, history in enumerate(config.samples.history):
         key = f"samples.history[{i}]"
         if history.name not in sequences:
@@ -135,7 +139,7 @@ def _warm_start(config: Config) -> Mistakes:
     if not history:
         return
     field, output = "train.warm_start.history", model.tower.output
-    sequences = [f.name for f in config.features if f.kind == "sequence" and not f.shares]
+    sequences = [f.name for f in config.features if f.is_sequence and not f.shares]
     if history not in sequences:
         problem = f"must name a sequence feature over '{key}'; known: {choices(sequences)}"
         yield invalid_value(field, history, problem)
@@ -172,11 +176,19 @@ def _teacher(config: Config) -> Mistakes:
 def _export(config: Config) -> Mistakes:
     index, filters = config.export.index, config.export.filters
     kinds = ("categorical", "categorical_list", "hashed")
-    allowed = [f.name for f in config.features if f.side == "item" and f.kind in kinds]
+    allowed = [column.name for column in config.schema.columns("item") if column.kind in kinds]
     for name in filters:
         if name not in allowed or filters.count(name) > 1:
             problem = f"must name different item features with codes; known: {choices(allowed)}"
             yield invalid_value("export.filters", name, problem)
+    carried = [f.name for side in ("user", "item") for f in config.schema.carried(side)]
+    if carried and config.export.embeddings != "float32":
+        yield invalid_value(
+            "export.embeddings",
+            config.export.embeddings,
+            f"the codes of {choices(carried)} are stored next to the embeddings, because scene "
+            "features combine them, and need 'float32'",
+        )
     if index != "none" and config.train.objective == "ranking":
         yield invalid_value(
             "export.index",

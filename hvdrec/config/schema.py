@@ -1,13 +1,15 @@
-"""What a feature is: its name, its side, its kind, and how its raw value is turned into inputs."""
+"""Features and the schema they form: name, side, kind and raw columns."""
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from hvdrec.errors import UserError, choices
+from hvdrec.config.kinds import find_kind, kind_names
+from hvdrec.errors import UserError, choices, invalid_value, unknown_name
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -16,23 +18,94 @@ else:
 
 Side = Literal["user", "item", "scene"]
 SIDES: tuple[Side, ...] = ("user", "item", "scene")
-Kind = Literal["categorical", "categorical_list", "sequence", "numeric", "hashed"]
 RawType = Literal["string", "int", "float"]
+ColumnKind = Literal["categorical", "hashed", "numeric", "categorical_list", "sequence"]
 Pooling = Literal["mean", "sqrt", "attention", "self-attention"]
 Transform = Literal["standardize", "log", "quantile"]
 
 MISSING = 0
-"""The code of a missing, null, NaN or empty value; in lists also of padding, and then left out."""
+"""Code of a missing, null, NaN or empty value, and of padding in lists (which is ignored)."""
 UNKNOWN = 1
-"""The code of a value that the fitted vocabulary does not hold."""
+"""Code of a value that is not in the fitted vocabulary."""
 FIRST_CODE = 2
-"""The code of the first value of a vocabulary (of the first hash or quantile bucket)."""
+"""Code of the first value of a vocabulary, or of the first hash or quantile bucket."""
 
 MISSING_INT = -(2**63)
-"""How a missing value enters the preprocessing graph among int64 (strings: "", floats: NaN)."""
+"""A missing int64 in the preprocessing graph (a missing string is "", a missing float NaN)."""
 
 KEY_COLUMNS = ("user_index", "item_index", "label", "weight")
-"""Columns of an encoded shard that are no features."""
+"""Columns of an encoded shard that are not features."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A raw column of the samples that a feature reads, and a field of a scoring request."""
+
+    name: str
+    """Name of the column and of the field."""
+    side: Side
+    """Side it describes."""
+    dtype: RawType
+    """Type of a value, or of a list's entries."""
+    kind: ColumnKind = "categorical"
+    """Form of the value. categorical, hashed and numeric: one value. categorical_list: a list of
+    which the first max_length entries count. sequence: a list in time order of which the last
+    max_length entries count."""
+    max_length: int = 50
+    """Number of entries of a list that count."""
+    default: str | int | float | None = None
+    """Value of a scene field that a request leaves out; None means missing."""
+
+    @property
+    def is_list(self) -> bool:
+        """True if a value is a list."""
+        return self.kind in ("categorical_list", "sequence")
+
+    @property
+    def is_sequence(self) -> bool:
+        """True if a value is a list in time order, padded and cut on the left."""
+        return self.kind == "sequence"
+
+
+class FeatureKind(ABC):  # noqa: B024 (the abstract methods are in hvdrec.features.kinds.Kind)
+    """What a kind of feature declares to the configuration; `hvdrec.features.kinds.Kind` adds code.
+
+    A kind is stateless: every method takes the feature that it is asked about.
+    """
+
+    column_kind: ClassVar[ColumnKind] = "categorical"
+    """Form of the raw column (or columns)."""
+    dtypes: ClassVar[tuple[RawType, ...]] = ("string", "int")
+    """Allowed values of ``dtype``."""
+    sides: ClassVar[tuple[Side, ...]] = SIDES
+    """Allowed values of ``side``."""
+    has_vocabulary: ClassVar[bool] = False
+    """True if fitting learns a vocabulary, which features can share."""
+
+    def check(self, feature: Feature) -> None:
+        """Raise UserError if a field of the feature does not fit this kind."""
+        if feature.dtype not in self.dtypes:
+            raise feature.invalid("dtype", f"{feature.kind} needs {choices(self.dtypes)}")
+        if feature.side not in self.sides:
+            raise feature.invalid("side", f"{feature.kind} needs {choices(self.sides)}")
+        if feature.columns:
+            raise feature.invalid("columns", f"{feature.kind} reads the column of its own name")
+
+    def columns(self, feature: Feature) -> tuple[Column, ...]:
+        """Return the raw columns that the feature reads itself."""
+        return (feature.column(feature.name, self.column_kind),)
+
+    def sources(self, feature: Feature) -> tuple[str, ...]:
+        """Return the names of the features whose codes this feature combines."""
+        return ()
+
+    def is_embedded(self, feature: Feature) -> bool:
+        """True if the feature is encoded as codes of an embedding table, not as a float32."""
+        return True
+
+    def vocabulary(self, feature: Feature, item_key: str) -> str:
+        """Return the name of the feature that owns this feature's vocabulary and table."""
+        return feature.shares or feature.name
 
 
 @dataclass(frozen=True)
@@ -40,70 +113,87 @@ class Feature:
     """One feature of a user, an item or the scene."""
 
     name: str
-    """Column of the samples, and the name used at scoring time."""
+    """Name of the feature; most kinds read the column of this name."""
     side: Side = "user"
-    """Whose feature it is: user, item or scene."""
-    kind: Kind = "categorical"
-    """categorical: one value with a vocabulary. categorical_list: several, pooled. sequence: item
-    keys in order of time, sharing the item key's vocabulary and table. numeric: one number.
-    hashed: one integer, hashed into a fixed number of buckets, no vocabulary."""
+    """user, item or scene. Scene features are inputs of the ranker alone."""
+    kind: str = "categorical"
+    """categorical: one value with a vocabulary. categorical_list: several values, pooled. sequence:
+    item keys in time order, which share the vocabulary and table of the item key. numeric: one
+    number. hashed: one integer, hashed into buckets, without a vocabulary. crossed: a hashed
+    combination of several features. Python code can register more kinds."""
     dtype: RawType = "string"
-    """Type of the raw value. Integer columns may feed a string feature; nothing else is cast."""
+    """Type of the raw value. A string feature also accepts an integer column; there are no other
+    casts."""
     dimension: NonNegativeInt = 0
-    """Width of its embedding; 0 takes model.dimension. Must agree for shared tables."""
+    """Width of the embedding; 0 means model.dimension. Features that share a table must agree."""
     min_count: PositiveInt = 1
     """Values seen less often in the training split share the unknown code."""
     max_length: PositiveInt = 50
-    """Lists keep their first, sequences their last max_length values."""
+    """Lists keep their first max_length values, sequences their last."""
     transform: Transform = "standardize"
     """numeric only. standardize: (x - mean) / deviation. log: sign(x) log(1 + |x|), then
-    standardized. quantile: a code per quantile bucket, embedded."""
+    standardized. quantile: one code per quantile bucket, embedded."""
     buckets: PositiveInt = 32
-    """Number of quantile buckets, or of hash buckets."""
+    """Number of quantile or hash buckets."""
     shares: str = ""
-    """Name of the feature whose vocabulary and table this one uses; a sequence takes item_key's."""
+    """Name of the feature whose vocabulary and table to use; a sequence uses the item key's."""
+    columns: tuple[str, ...] = ()
+    """crossed: the features to combine. Kinds of your own: the raw columns to read."""
     default: str | int | float | None = None
-    """Value of a scene field that the caller leaves out; none means missing."""
+    """Value of a scene field that a request leaves out. Without it, the value is missing."""
 
     def __post_init__(self) -> None:
-        where = f"feature '{self.name}'"
         if not self.name.isidentifier():
-            raise UserError(f"{where}: a name is letters, digits and underscores")
+            raise self.invalid("name", "use letters, digits and underscores")
         if self.name in KEY_COLUMNS:
-            raise UserError(
-                f"{where}: the names {choices(KEY_COLUMNS)} are taken; rename the column"
-            )
-        if self.kind == "numeric" and self.dtype == "string":
-            raise UserError(
-                f"{where}: numeric needs dtype {choices(['int', 'float'])}, not 'string'"
-            )
-        if self.kind == "hashed" and self.dtype != "int":
-            raise UserError(f"{where}: hashed needs dtype 'int', not '{self.dtype}'")
-        if self.kind not in ("numeric",) and self.dtype == "float":
-            raise UserError(
-                f"{where}: {self.kind} needs dtype {choices(['string', 'int'])}, not 'float'"
-            )
-        if self.kind == "sequence" and self.side != "user":
-            raise UserError(
-                f"{where}: a sequence of items belongs to side 'user', not '{self.side}'"
-            )
+            raise self.invalid("name", f"{choices(KEY_COLUMNS)} are reserved", "rename the column")
+        if self.kind not in kind_names():
+            raise unknown_name(self._field("kind"), self.kind, kind_names())
+        self.definition.check(self)
         if self.default is not None and self.side != "scene":
-            raise UserError(f"{where}: a default is for scene features only")
+            raise self.invalid("default", "only scene features have a default")
+
+    def _field(self, name: str) -> str:
+        return f"features.{self.name}.{name}"
+
+    def invalid(self, name: str, problem: str, remedy: str = "") -> UserError:
+        """Build the UserError for one of this feature's fields."""
+        return invalid_value(self._field(name), getattr(self, name), problem, remedy)
+
+    @property
+    def definition(self) -> FeatureKind:
+        """The kind's object, from the registry."""
+        kind: FeatureKind = find_kind(self.kind)
+        return kind
+
+    def column(self, name: str, kind: ColumnKind = "categorical") -> Column:
+        """Return a raw column with this feature's side, dtype, length and default."""
+        return Column(name, self.side, self.dtype, kind, self.max_length, self.default)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the features whose codes this feature combines; most features have none."""
+        return self.definition.sources(self)
 
     @property
     def is_list(self) -> bool:
-        """Whether a raw value is a list."""
-        return self.kind in ("categorical_list", "sequence")
+        """True if the feature has a list of codes per row."""
+        return self.definition.column_kind in ("categorical_list", "sequence")
+
+    @property
+    def is_sequence(self) -> bool:
+        """True if the feature is a list in time order, padded and cut on the left."""
+        return self.definition.column_kind == "sequence"
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the graph gives int64 codes for a table (else a float32 value)."""
-        return self.kind != "numeric" or self.transform == "quantile"
+        """True if the graph outputs int64 codes for a table, False if it outputs a float32."""
+        return self.definition.is_embedded(self)
 
     @property
     def has_vocabulary(self) -> bool:
-        """Whether fitting learns a vocabulary of its raw values."""
-        return self.kind in ("categorical", "categorical_list", "sequence")
+        """True if fitting learns a vocabulary of the feature's raw values."""
+        return self.definition.has_vocabulary
 
 
 @dataclass(frozen=True)
@@ -116,36 +206,72 @@ class Schema:
 
     def __post_init__(self) -> None:
         names = [feature.name for feature in self.features]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"feature '{name}': declared {names.count(name)} times")
-        for side, key in (("user", self.user_key), ("item", self.item_key)):
-            if not key.isidentifier():
-                raise UserError(f"samples.{side}: '{key}' is no column name")
-            if key in names and self[key].side != side:
-                raise UserError(f"feature '{key}': is the {side} key, side must be '{side}'")
-            if key in names and self[key].is_list:
-                raise UserError(f"feature '{key}': is the {side} key and cannot be a list")
         for feature in self.features:
-            shared = self.vocabulary_of(feature)
-            if shared not in names:
-                raise UserError(
-                    f"feature '{feature.name}': shares '{shared}', which is no feature; "
-                    f"known: {choices(names)}"
-                )
-            other = self[shared]
-            if shared != feature.name and (
-                not (feature.has_vocabulary and other.has_vocabulary)
-                or other.dtype != feature.dtype
-            ):
-                raise UserError(
-                    f"feature '{feature.name}': cannot share '{shared}' "
-                    f"({other.kind}, dtype {other.dtype}); both need a vocabulary of one dtype"
-                )
-            if shared != feature.name and self.vocabulary_of(other) != other.name:
-                raise UserError(
-                    f"feature '{feature.name}': '{shared}' itself shares another; name that"
-                )
+            if names.count(feature.name) > 1:
+                raise feature.invalid("name", f"declared {names.count(feature.name)} times")
+        self._check_key("user", self.user_key)
+        self._check_key("item", self.item_key)
+        for feature in self.features:
+            self._check_sharing(feature, names)
+            self._check_sources(feature, names)
+        self._check_columns()
+
+    def _check_key(self, side: Side, key: str) -> None:
+        if not key.isidentifier():
+            raise invalid_value(f"samples.{side}", key, "is not a column name")
+        feature = next((feature for feature in self.features if feature.name == key), None)
+        if feature is None:
+            return
+        if feature.side != side:
+            raise feature.invalid("side", f"must be '{side}', the feature is the {side} key")
+        if feature.is_list or feature.sources:
+            raise feature.invalid("kind", f"the {side} key must hold one value")
+
+    def _check_sharing(self, feature: Feature, names: list[str]) -> None:
+        shared = self.vocabulary_of(feature)
+        if shared == feature.name:
+            return
+        field = f"features.{feature.name}.shares"
+        if shared not in names:
+            raise unknown_name(field, shared, names)
+        owner = self[shared]
+        if not (feature.has_vocabulary and owner.has_vocabulary) or owner.dtype != feature.dtype:
+            problem = (
+                f"both features need a vocabulary and the same dtype; this one is {feature.kind} "
+                f"of {feature.dtype}, '{shared}' is {owner.kind} of {owner.dtype}"
+            )
+            raise invalid_value(field, shared, problem)
+        owners_owner = self.vocabulary_of(owner)
+        if owners_owner != shared:
+            problem = f"'{shared}' itself shares '{owners_owner}'"
+            raise invalid_value(field, shared, problem, f"name '{owners_owner}'")
+
+    def _check_sources(self, feature: Feature, names: list[str]) -> None:
+        for name in feature.sources:
+            field = f"features.{feature.name}.columns"
+            if name not in names:
+                raise unknown_name(field, name, names)
+            source = self[name]
+            if source.sources or source.is_list or not source.is_embedded:
+                problem = f"'{name}' does not have one code per row"
+                remedy = "name categorical, hashed or quantile features"
+                raise invalid_value(field, list(feature.columns), problem, remedy)
+            if feature.side not in ("scene", source.side):
+                problem = f"'{name}' is on side '{source.side}'"
+                remedy = "a feature that combines several sides needs side = 'scene'"
+                raise invalid_value(field, list(feature.columns), problem, remedy)
+
+    def _check_columns(self) -> None:
+        declared: dict[str, Column] = {}
+        for feature in self.features:
+            for column in feature.definition.columns(feature):
+                other = declared.setdefault(column.name, column)
+                if (other.side, other.dtype) != (column.side, column.dtype):
+                    problem = (
+                        f"column '{column.name}' is {column.dtype} of side '{column.side}' here, "
+                        f"{other.dtype} of side '{other.side}' in another feature"
+                    )
+                    raise invalid_value(f"features.{feature.name}", feature.kind, problem)
 
     def __getitem__(self, name: str) -> Feature:
         for feature in self.features:
@@ -153,18 +279,37 @@ class Schema:
                 return feature
         raise KeyError(name)
 
+    def key(self, side: Side) -> str:
+        """Return the name of the user key or the item key."""
+        return self.user_key if side == "user" else self.item_key
+
     def side(self, side: Side) -> tuple[Feature, ...]:
         """Return the features of one side, in the order of declaration."""
         return tuple(feature for feature in self.features if feature.side == side)
 
+    def columns(self, side: Side | None = None) -> tuple[Column, ...]:
+        """Return the raw columns of all features, or of one side's, each once."""
+        features = self.features if side is None else self.side(side)
+        columns: dict[str, Column] = {}
+        for feature in features:
+            for column in feature.definition.columns(feature):
+                columns.setdefault(column.name, column)
+        return tuple(columns.values())
+
+    def carried(self, side: Side) -> tuple[Feature, ...]:
+        """Return the user or item features whose codes scene features combine.
+
+        A stored user or item has no raw values, so its codes travel with its embedding.
+        """
+        read = {name for feature in self.side("scene") for name in feature.sources}
+        return tuple(feature for feature in self.side(side) if feature.name in read)
+
     def vocabulary_of(self, feature: Feature) -> str:
         """Return the name of the feature that owns this feature's vocabulary and table."""
-        if feature.shares:
-            return feature.shares
-        return self.item_key if feature.kind == "sequence" else feature.name
+        return feature.definition.vocabulary(feature, self.item_key)
 
     def matched(self, names: Iterable[str]) -> list[tuple[str, str]]:
-        """Return the pairs of a user's and an item's feature, of those named, sharing a table."""
+        """Return the pairs of a user and an item feature, among `names`, that share a table."""
         tables = {n: self.vocabulary_of(self[n]) for n in names if self[n].is_embedded}
         users, items = ([n for n in tables if self[n].side == side] for side in ("user", "item"))
         return [(u, i) for u in users for i in items if tables[u] == tables[i]]

@@ -93,7 +93,7 @@ def _dtype(feature: Feature, code_type: CodeType) -> type[np.generic]:
 
 def fill(columns: Mapping[str, Array], table: pa.Table, features: Sequence[Feature]) -> None:
     """Write the columns of a table into arrays with as many rows; see `table_arrays`."""
-    sequences = {feature.name for feature in features if feature.kind == "sequence"}
+    sequences = {feature.name for feature in features if feature.is_sequence}
     for name, column in columns.items():
         start = 0
         for chunk in table[name].chunks:

@@ -50,7 +50,7 @@ def drop_to_unknown(
     """
     dropped = dict(codes)
     for feature in schema.features:
-        if feature.is_embedded and feature.name in codes and feature.kind == "categorical":
+        if feature.name in codes and feature.has_vocabulary and not feature.is_list:
             code = codes[feature.name].numpy()
             mask = (random.random(code.shape) < rate) & (code != MISSING)
             dropped[feature.name] = torch.from_numpy(np.where(mask, UNKNOWN, code))

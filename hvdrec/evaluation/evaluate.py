@@ -17,7 +17,7 @@ from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import compare
 from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
-from hvdrec.features.fit import check_task_labels
+from hvdrec.features.checks import check_task_labels
 from hvdrec.models.embedding import Rows
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
@@ -55,7 +55,7 @@ def evaluate_model(
     """
     features = config.paths.of("features")
     manifest = ranks.run_on_all(lambda: read_manifest(features, "features"))
-    ranks.run_on_all(lambda: check_task_labels(features, manifest, config, "hvdrec prepare"))
+    ranks.run_on_all(lambda: check_task_labels(features, manifest, config.tasks, "hvdrec prepare"))
     model.eval()
     report: dict[str, Any] = {"split": split}
     rows: ScoredRows | None = None

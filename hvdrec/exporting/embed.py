@@ -29,27 +29,27 @@ class _Block:
     """Rows to embed: raw columns, as an Arrow stream."""
 
     tower: Path
-    features: tuple[Feature, ...]
+    columns: tuple[Column, ...]
     rows: bytes
 
 
-def write_side(draft: Path, side: str, table: pa.Table, config: Config, workers: WorkerPool) -> int:
+def write_side(draft: Path, side: Side, table: pa.Table, config: Config, workers: WorkerPool) -> int:
     """Embed all users (items) and write keys, sorted, with embeddings in the same order.
 
     draft: the bundle's directory with the towers, which all workers must see. Each worker that
     helps holds the tower whole, with its tables.
     """
     schema = config.schema
-    key = schema.user_key if side == "user" else schema.item_key
-    features = schema.side("user" if side == "user" else "item")
+    key = schema.key(side)
+    columns = schema.columns(side)
     keys = key_array(table[key])
     order = np.argsort(keys, kind="stable")
     folder = draft / f"{side}s"
     folder.mkdir()
     np.save(folder / "keys.npy", keys[order], allow_pickle=False)
     tower = draft / f"{side}_tower.onnx"
-    names = [*dict.fromkeys([key, *(feature.name for feature in features)])]
-    blocks = _blocks(tower.absolute(), features, table.select(names).take(order))
+    names = [*dict.fromkeys([key, *(column.name for column in columns)])]
+    blocks = _blocks(tower.absolute(), columns, table.select(names).take(order))
     try:
         with closing(workers.map(_embed, blocks)) as embeddings:
             np.save(folder / "embeddings.npy", np.concatenate([*embeddings]), allow_pickle=False)
@@ -65,19 +65,19 @@ def key_array(column: pa.ChunkedArray) -> NDArray[Any]:
     return np.array([key.encode() for key in column.to_pylist()], dtype=np.bytes_)
 
 
-def _blocks(tower: Path, features: tuple[Feature, ...], table: pa.Table) -> Iterator[_Block]:
+def _blocks(tower: Path, columns: tuple[Column, ...], table: pa.Table) -> Iterator[_Block]:
     for start in range(0, table.num_rows, BLOCK):
         part = table.slice(start, BLOCK)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, part.schema) as writer:
             writer.write_table(part)
-        yield _Block(tower, features, sink.getvalue().to_pybytes())
+        yield _Block(tower, columns, sink.getvalue().to_pybytes())
 
 
 def _embed(block: _Block) -> NDArray[np.float32]:
     """Return the embeddings [rows, width] of a block."""
     with pa.ipc.open_stream(block.rows) as stream:
-        inputs = rows_to_inputs(block.features, stream.read_all())
+        inputs = rows_to_inputs(block.columns, stream.read_all())
     embeddings: NDArray[np.float32] = _session(block.tower).run(["embedding"], inputs)[0]
     return embeddings
 

@@ -13,7 +13,7 @@ import torch
 from onnx import compose, helper
 from torch import Tensor, nn
 
-from hvdrec.config.schema import Feature
+from hvdrec.config.schema import Feature, Side
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import build, output_name
 from hvdrec.models.recommender import Recommender
@@ -37,24 +37,38 @@ class _Core(nn.Module):
 
 
 def user_tower(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
-    """Return raw user features [N] -> ``embedding`` float32 [N, user_width]."""
-    return _tower(model, fitted, model.schema.side("user"), model.represent_users)
+    """Return the graph from raw user features [N] to ``embedding``; see `stored_width`."""
+    return _tower(model, fitted, "user", model.represent_users)
 
 
 def item_tower(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
-    """Return raw item features [N] -> ``embedding`` float32 [N, item_width]."""
-    return _tower(model, fitted, model.schema.side("item"), model.represent_items)
+    """Return the graph from raw item features [N] to ``embedding``; see `stored_width`."""
+    return _tower(model, fitted, "item", model.represent_items)
+
+
+def stored_width(model: Recommender, side: Side) -> int:
+    """Return the width of a stored embedding.
+
+    It is the width of the model's representation, plus one column for the code of each feature
+    that scene features combine. Codes are whole numbers below 2^24, which float32 holds exactly.
+    """
+    represented = model.user_width() if side == "user" else model.item_width()
+    return represented + len(model.schema.carried(side))
 
 
 def _tower(
-    model: Recommender, fitted: Fitted, features: tuple[Feature, ...], represent: Function
+    model: Recommender, fitted: Fitted, side: Side, represent: Function
 ) -> onnx.ModelProto:
+    features, carried = model.schema.side(side), model.schema.carried(side)
+
     def embed(inputs: dict[str, Tensor]) -> Tensor:
-        return represent({feature.name: inputs[output_name(feature.name)] for feature in features})
+        vectors = represent({f.name: inputs[output_name(f.name)] for f in features})
+        codes = [inputs[output_name(f.name)].unsqueeze(-1).to(vectors.dtype) for f in carried]
+        return torch.cat([vectors, *codes], dim=-1) if codes else vectors
 
     examples = {output_name(feature.name): example(feature) for feature in features}
     core = export_function(model, embed, examples, "embedding")
-    return preprocessed(fitted, features, core)
+    return joined(*preprocessing(fitted, features), core)
 
 
 def example(feature: Feature) -> Tensor:
@@ -126,41 +140,54 @@ def _named(core: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
     return core
 
 
-def joined(front: onnx.ModelProto, core: onnx.ModelProto) -> onnx.ModelProto:
-    """Return one graph in which the front's outputs feed the core's inputs of the same name.
+def joined(*models: onnx.ModelProto) -> onnx.ModelProto:
+    """Join graphs in order: an input named like an output of an earlier graph reads that output.
 
-    An input that both take is one input. Names inside the two must differ.
+    Inputs of the same name are one input. All other names must differ between the graphs.
+
+    Returns:
+        A graph with the last graph's outputs.
     """
-    made = {value.name for value in front.graph.output}
-    inputs = {value.name: value for value in front.graph.input}
-    inputs |= {value.name: value for value in core.graph.input if value.name not in made}
+    inputs: dict[str, onnx.ValueInfoProto] = {}
+    outputs: set[str] = set()
+    for model in models:
+        inputs |= {v.name: v for v in model.graph.input if v.name not in outputs | {*inputs}}
+        outputs |= {value.name for value in model.graph.output}
+    last = models[-1].graph
     graph = helper.make_graph(
-        [*front.graph.node, *core.graph.node],
-        core.graph.name,
+        [node for model in models for node in model.graph.node],
+        last.name,
         list(inputs.values()),
-        list(core.graph.output),
-        [*front.graph.initializer, *core.graph.initializer],
+        list(last.output),
+        [constant for model in models for constant in model.graph.initializer],
     )
-    versions = {opset.domain: opset.version for opset in (*front.opset_import, *core.opset_import)}
+    versions = {opset.domain: opset.version for model in models for opset in model.opset_import}
     return helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid(*opset) for opset in versions.items()],
-        ir_version=max(front.ir_version, core.ir_version),
+        ir_version=max(model.ir_version for model in models),
         producer_name="hvdrec",
     )
 
 
-def preprocessed(
-    fitted: Fitted, features: Sequence[Feature], core: onnx.ModelProto, rows: str = "rows"
-) -> onnx.ModelProto:
-    """Return a graph that takes ``rows`` raw values in place of the codes that the core takes."""
+def preprocessing(
+    fitted: Fitted, features: Sequence[Feature], prefix: str = "front", rows: str = "rows"
+) -> tuple[onnx.ModelProto, ...]:
+    """Return the preprocessing graph of some features, ready to be joined; nothing without any.
+
+    Args:
+        fitted: The fitted features.
+        features: The features to compile.
+        prefix: Prefix of names inside the graph.
+        rows: Name of the number of rows. Dimensions of one name must have one size, because the
+            runtime plans memory by it.
+    """
     if not features:
-        return core
+        return ()
     front = build(fitted, [feature.name for feature in features])
-    front = compose.add_prefix(front, "front/", rename_inputs=False, rename_outputs=False)
-    # Sizes of one name are one size to the runtime, which reuses memory by it.
+    front = compose.add_prefix(front, f"{prefix}/", rename_inputs=False, rename_outputs=False)
     for value in (*front.graph.input, *front.graph.output, *front.graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param == "rows":
                 size.dim_param = rows
-    return joined(front, core)
+    return (front,)

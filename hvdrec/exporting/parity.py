@@ -1,4 +1,4 @@
-"""The proof that a bundle, fed with raw values, scores as the torch model does."""
+"""Comparison of a bundle's scores from raw values with the torch model's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
-from hvdrec.config.schema import Feature
+from hvdrec.config.schema import SIDES, Feature, Schema
 from hvdrec.data.collate import table_arrays
 from hvdrec.features.fit import Fitted
-from hvdrec.features.graph import output_name
+from hvdrec.features.graph import build, output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
 from hvdrec.scoring import Scorer
-from hvdrec.storage.urls import Location, read_table, read_tables
+from hvdrec.storage.urls import read_table, read_tables
 
 Arrays = Mapping[str, NDArray[Any]]
 Row = dict[str, Any]
@@ -32,64 +32,60 @@ UNSEEN_KEY = {"string": "\N{NO-BREAK SPACE}never seen", "int": 2**62}
 def largest_difference(
     bundle: Path, config: Config, model: Recommender, fitted: Fitted
 ) -> tuple[int, float]:
-    """Return how many scores were compared, and by how much they differ at most.
+    """Score held-out rows with the bundle and with torch, and compare.
 
-    Rows are spread evenly over the test split and go through `Scorer.score` one by one, three
+    Rows are spread evenly over the test split. They go through `Scorer.score` one by one, three
     times: as they are (torch reads the encoded shards); with the item given by its key (torch reads
-    the encoded catalogue); and spoiled with unknown keys, missing and NaN values (torch reads what
-    the preprocessing graph makes of them). Where there are tasks, the probability of each is
-    compared along with the score, through `Scorer.score_tasks`.
+    the encoded catalogue); and with some values unknown, missing or NaN (torch reads what the
+    preprocessing graph makes of them). With tasks, each task's probability is compared too.
+
+    Args:
+        bundle: The bundle's directory.
+        config: The run; ``paths`` and ``export.parity_rows`` are used.
+        model: The trained model on the CPU.
+        fitted: The fitted features.
+
+    Returns:
+        Number of scores compared; largest absolute difference, infinite if a score is NaN.
     """
     samples, features = config.paths.of("samples"), config.paths.of("features")
+    schema = config.schema
     raw: pa.Table = ds.dataset(str(samples / "test"), format="parquet").to_table()
     step = max(1, -(-raw.num_rows // config.export.parity_rows))
     chosen = np.arange(0, raw.num_rows, step)
-    raw = raw.take(chosen)
+    names = [schema.user_key, schema.item_key, *(column.name for column in schema.columns())]
+    raw = raw.take(chosen).select([*dict.fromkeys(names)])
     encoded = read_tables(features / "test").take(chosen)
-    catalogue = read_table(features / "items.parquet")
+    items = read_table(features / "items.parquet").take(encoded["item_index"].to_numpy())
 
     scorer = Scorer.load(bundle)
-    schema = config.schema
-    columns = [
-        *dict.fromkeys([schema.user_key, schema.item_key, *(f.name for f in schema.features)])
-    ]
-    rows = raw.select(columns).to_pylist()
     codes = table_arrays(encoded, schema.features)
-    own = encoded["item_index"].to_numpy()
-    item_codes = table_arrays(catalogue.take(own), schema.side("item"))
-    spoiled = [_spoiled(config, number, row) for number, row in enumerate(rows)]
-    spoiled_table = pa.Table.from_pylist(spoiled, schema=raw.select(columns).schema)
-    spoiled_codes = _preprocessed(features / "preprocess.onnx", schema.features, spoiled_table)
+    by_key = {**codes, **table_arrays(items, schema.side("item"))}
+    rows = raw.to_pylist()
+    corrupted = [_corrupted(schema, number, row) for number, row in enumerate(rows)]
+    corrupted_table = pa.Table.from_pylist(corrupted, schema=raw.schema)
     comparisons = (
-        (_scores(scorer, config, rows, by_key=False), _torch_scores(model, codes)),
-        (
-            _scores(scorer, config, rows, by_key=True),
-            _torch_scores(model, {**codes, **item_codes}),
-        ),
-        (
-            _scores(scorer, config, spoiled, by_key=False),
-            _torch_scores(model, spoiled_codes),
-        ),
+        (_scores(scorer, schema, rows, by_key=False), codes),
+        (_scores(scorer, schema, rows, by_key=True), {**by_key, **_combined(fitted, by_key)}),
+        (_scores(scorer, schema, corrupted, by_key=False), _encoded(fitted, corrupted_table)),
     )
-    differences = [np.abs(ours - torchs) for ours, torchs in comparisons]
-    # A NaN on either side must not pass for a small difference.
+    differences = [np.abs(scores - _torch_scores(model, codes)) for scores, codes in comparisons]
+    # max() would ignore a NaN, depending on its position.
     largest = max(
         float(np.max(d, initial=0.0)) if not np.isnan(d).any() else np.inf for d in differences
     )
     return sum(len(d) for d in differences), largest
 
 
-def _scores(scorer: Scorer, config: Config, rows: Sequence[Row], *, by_key: bool) -> NDArray[Any]:
-    """Score raw rows one by one, as a service would: float64 [n, 1 + T] of T tasks."""
-    schema = config.schema
-    users = [schema.user_key, *(feature.name for feature in schema.side("user"))]
-    items = [schema.item_key, *(feature.name for feature in schema.side("item"))]
-    scene = [feature.name for feature in schema.side("scene")]
+def _scores(scorer: Scorer, schema: Schema, rows: Sequence[Row], *, by_key: bool) -> NDArray[Any]:
+    """Score raw rows one by one, as a service does; float64 [n, 1 + T] with T tasks."""
+    users, items, scene = ([column.name for column in schema.columns(side)] for side in SIDES)
     scores = np.empty((len(rows), 1 + len(scorer.tasks)), dtype=np.float64)
     for number, row in enumerate(rows):
+        item = row[schema.item_key]
         request = (
-            {name: row[name] for name in users},
-            [row[schema.item_key] if by_key else {name: row[name] for name in items}],
+            {name: row[name] for name in (schema.user_key, *users)},
+            [item if by_key else {name: row[name] for name in (schema.item_key, *items)}],
             {name: row[name] for name in scene},
         )
         scores[number, 0] = scorer.score(*request)[0]
@@ -100,7 +96,7 @@ def _scores(scorer: Scorer, config: Config, rows: Sequence[Row], *, by_key: bool
 
 
 def _torch_scores(model: Recommender, codes: Arrays, block: int = 4096) -> NDArray[Any]:
-    """Return torch's probabilities of encoded rows, float64 [n, 1 + T] of T tasks."""
+    """Score encoded rows with torch; float64 [n, 1 + T] with T tasks."""
     count = len(next(iter(codes.values())))
     scores = [np.empty((0, 1 + len(model.tasks)))]
     with torch.inference_mode():
@@ -115,34 +111,42 @@ def _torch_scores(model: Recommender, codes: Arrays, block: int = 4096) -> NDArr
     return np.concatenate(scores)
 
 
-def _spoiled(config: Config, number: int, row: Row) -> Row:
-    """Return a row as bad luck would have it: by turns another part of it is unknown or missing."""
-    schema = config.schema
-    spoiled = dict(row)
-    names = [feature.name for feature in schema.features]
-    if number % 2 == 0:
-        spoiled[schema.user_key] = _unseen(config, schema.user_key)
-    if number % 3 == 0:
-        spoiled[schema.item_key] = _unseen(config, schema.item_key)
-    for position, feature in enumerate(schema.features):
-        if feature.name in (schema.user_key, schema.item_key):
+def _corrupted(schema: Schema, number: int, row: Row) -> Row:
+    """Return a copy of a row in which some values, by the row's number, are unknown or missing."""
+    corrupted = dict(row)
+    dtypes = {column.name: column.dtype for column in schema.columns()}
+    for key, every in ((schema.user_key, 2), (schema.item_key, 3)):
+        if number % every == 0:
+            corrupted[key] = UNSEEN_KEY[dtypes.get(key, "string")]
+    for position, column in enumerate(schema.columns()):
+        if column.name in (schema.user_key, schema.item_key):
             continue
         if (number + position) % 3 == 0:
-            spoiled[feature.name] = float("nan") if feature.dtype == "float" else None
-        elif (number + position) % 3 == 1 and feature.is_list:
-            spoiled[feature.name] = [_unseen(config, feature.name), *(row[feature.name] or [])]
-    assert set(names) <= set(spoiled)
-    return spoiled
+            corrupted[column.name] = float("nan") if column.dtype == "float" else None
+        elif (number + position) % 3 == 1 and column.is_list:
+            corrupted[column.name] = [UNSEEN_KEY[column.dtype], *(row[column.name] or [])]
+    return corrupted
 
 
-def _unseen(config: Config, name: str) -> Any:
-    schema = config.schema
-    known = {feature.name: feature.dtype for feature in schema.features}
-    return UNSEEN_KEY[known.get(name, "string")]
+def _encoded(fitted: Fitted, table: pa.Table) -> Arrays:
+    """Run the preprocessing graph over raw rows."""
+    features = fitted.schema.features
+    return _run(fitted, features, rows_to_inputs(fitted.schema.columns(), table))
 
 
-def _preprocessed(graph: Location, features: Sequence[Feature], table: pa.Table) -> Arrays:
-    session = onnxruntime.InferenceSession(graph.read_bytes(), providers=["CPUExecutionProvider"])
-    names = [output_name(feature.name) for feature in features]
-    outputs = session.run(names, rows_to_inputs(tuple(features), table))
-    return {feature.name: array for feature, array in zip(features, outputs, strict=True)}
+def _combined(fitted: Fitted, codes: Arrays) -> Arrays:
+    """Compute the scene features that combine other features from the codes of these."""
+    features = [feature for feature in fitted.schema.side("scene") if feature.sources]
+    names = {name for feature in features for name in feature.sources}
+    return _run(fitted, features, {output_name(name): codes[name] for name in names})
+
+
+def _run(fitted: Fitted, features: Sequence[Feature], inputs: Arrays) -> Arrays:
+    if not features:
+        return {}
+    names = [feature.name for feature in features]
+    session = onnxruntime.InferenceSession(
+        build(fitted, names).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    outputs = session.run([output_name(name) for name in names], inputs)
+    return dict(zip(names, outputs, strict=True))

@@ -20,7 +20,7 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
-from hvdrec.config.schema import Feature
+from hvdrec.config.schema import Column
 from hvdrec.errors import UserError
 from hvdrec.evaluation.ranking import auc
 from hvdrec.features.raw import rows_to_inputs
@@ -155,9 +155,9 @@ class _Measured:
 
     def __init__(self, draft: Path, config: Config, rows: pa.Table) -> None:
         schema = config.schema
-        self._users = _run(draft / "user_tower.onnx", schema.side("user"), rows)
-        self._items = _run(draft / "item_tower.onnx", schema.side("item"), rows)
-        self._scene, self._rows = schema.side("scene"), rows
+        self._users = _run(draft / "user_tower.onnx", schema.columns("user"), rows)
+        self._items = _run(draft / "item_tower.onnx", schema.columns("item"), rows)
+        self._scene, self._rows = schema.columns("scene"), rows
         self._tasks = config.tasks
 
     def scores(self, ranker: Path, kind: str) -> Array:
@@ -188,11 +188,11 @@ class _Measured:
         return found
 
 
-def _run(graph: Path, features: tuple[Feature, ...], rows: pa.Table) -> Array:
+def _run(graph: Path, columns: tuple[Column, ...], rows: pa.Table) -> Array:
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     blocks = (rows.slice(start, BLOCK) for start in range(0, rows.num_rows, BLOCK))
     return np.concatenate(
-        [session.run(["embedding"], rows_to_inputs(features, block))[0] for block in blocks]
+        [session.run(["embedding"], rows_to_inputs(columns, block))[0] for block in blocks]
     )
 
 

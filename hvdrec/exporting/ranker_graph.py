@@ -1,20 +1,22 @@
 """The ranker's ONNX graph, which computes once per request what all its candidates share.
 
-The ranker's first linear layer reads [user, item, user * item, matches, scene]. With its weights
-cut into those parts it is, for one request,
+The ranker's first linear layer reads [user, item, user * item, matches, scene, pairs]. Split into
+these parts, its output for one request is
 
-    user W_u + scene W_s + b  +  item (W_i + diag(user) W_p),
+    user W_u + scene W_s + b  +  item (W_i + diag(user) W_p)  +  pairs W_x.
 
-so that user and scene enter once per request, and an item costs one product with a matrix made for
-the request, a fourth of the unfactored layer or less. A match is an inner product of columns of
-user and item: each of these columns adds the match's one row of weights to W_p. Shapes: R requests,
-N items, U and I widths of representations, H of the first layer, P pairs of columns that are
-multiplied: the D of the towers' embeddings, then those of matches.
+User and scene enter once per request, and an item costs one product with a matrix built for the
+request, at most a fourth of the unfactored layer. A match is an inner product of columns of user
+and item: each of these columns adds the match's row of weights to W_p. Pairs are scene features
+that combine item features (`crossed`); they are looked up per item.
+
+Shapes: R requests, N items, U and I widths of representations, H of the first layer, P pairs of
+columns that are multiplied: the D of the towers' embeddings, then those of matches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +28,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hvdrec.config.schema import Feature
 from hvdrec.exporting.graphs import (
     OPSET,
     example,
     export_function,
     export_functions,
     joined,
-    preprocessed,
 )
-from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import Ranker, Recommender
 from hvdrec.models.tasks import TaskRanker
@@ -44,62 +45,91 @@ Codes = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Factored:
-    """A ranker as a first linear layer, in its parts, and the rest."""
+    """A ranker as its first linear layer, in parts, and the rest.
+
+    Attributes:
+        request: user_embedding [R, U] and codes [R] of `request_features` -> what all items of a
+            request share, [R, H].
+        item: [I, H], weights of an item's representation.
+        product: [P, H], weights of the products of user and item columns.
+        columns: [P] each, the columns of user and item that are multiplied.
+        pairs: Codes [N] of `pair_features` -> their part of the output, [N, H]; None without any.
+        rest: The first layer's output [N, H] -> logits [N], or [N, T] with T tasks.
+    """
 
     request: Callable[[Tensor, Codes], Tensor]
-    """user_embedding [R, U] and scene codes [R] -> what all items of a request share, [R, H]."""
     item: NDArray[np.float32]
-    """[I, H]: weights of an item's representation."""
     product: NDArray[np.float32]
-    """[P, H]: weights of the products of a user's and an item's columns."""
     columns: tuple[NDArray[np.int64], NDArray[np.int64]]
-    """[P] each: which columns of a user and an item are multiplied."""
+    pairs: Callable[[Codes], Tensor] | None
     rest: Callable[[Tensor], Tensor]
-    """The first layer's output [N, H] -> logits [N], or [N, T] of T tasks."""
+
+
+def pair_features(model: Recommender) -> tuple[Feature, ...]:
+    """Return the scene features whose codes differ between the items of a request."""
+    if model.ranker is None:
+        return ()
+    return tuple(f for f in model.schema.side("scene") if f not in request_features(model))
+
+
+def request_features(model: Recommender) -> tuple[Feature, ...]:
+    """Return the scene features that all items of a request share."""
+    items = {feature.name for feature in model.schema.carried("item")}
+    return tuple(f for f in model.schema.side("scene") if items.isdisjoint(f.sources))
 
 
 def factored(model: Recommender) -> Factored | None:
-    """Return a model's ranker in parts; None where its first layer is not linear in each of them.
+    """Split a model's ranker into parts.
 
-    That is so with cross layers and with products of heads.
+    Returns:
+        The parts, or None if the first layer is not linear in each of them: with cross layers or
+        head products.
     """
     if model.ranker is None:
         return _inner_product(model)
     if model.ranker.cross is not None or model.heads:
         return None
-    first, rest = _in_two(model.ranker)
-    user, item, width = model.user_width(), model.item_width(), model.output_width
-    matches = model.matches
-    cuts = [user, item, width, len(matches)]
-    weights = torch.split(first.weight.detach(), [*cuts, first.in_features - sum(cuts)], dim=1)
-    shared = torch.cat([weights[0], weights[4]], dim=1)
+    first, rest = _split_ranker(model.ranker)
+    width, matches = model.output_width, model.matches
+    scene, pairs = model.schema.side("scene"), pair_features(model)
+    widths = [model.user_width(), model.item_width(), width, len(matches)]
+    widths += [model.tables.width(feature) for feature in scene]
+    user, item, product, match, *by_feature = torch.split(first.weight.detach(), widths, dim=1)
+    shared = torch.cat(
+        [user, *(w for f, w in zip(scene, by_feature, strict=True) if f not in pairs)], dim=1
+    )
     bias = first.bias.detach()
-    widths = torch.tensor([match.width for match in matches], dtype=torch.int64)
-    of_matches = weights[3].repeat_interleave(widths, dim=1)
+    match_widths = torch.tensor([match.width for match in matches], dtype=torch.int64)
 
     def request(users: Tensor, codes: Codes) -> Tensor:
-        scene = model.scene_vectors(codes)
-        return functional.linear(torch.cat([users, *scene.values()], dim=-1), shared, bias)
+        vectors = model.scene_vectors(codes, request_features(model))
+        return functional.linear(torch.cat([users, *vectors.values()], dim=-1), shared, bias)
+
+    def pair_terms(codes: Codes) -> Tensor:
+        weights = [w for f, w in zip(scene, by_feature, strict=True) if f in pairs]
+        vectors = model.scene_vectors(codes, pairs)
+        return functional.linear(torch.cat([*vectors.values()], -1), torch.cat(weights, 1))
 
     return Factored(
         request,
-        weights[1].T.contiguous().numpy(),
-        torch.cat([weights[2], of_matches], dim=1).T.contiguous().numpy(),
+        item.T.contiguous().numpy(),
+        torch.cat([product, match.repeat_interleave(match_widths, dim=1)], 1).T.contiguous().numpy(),
         (
             _columns([(0, width), *((match.user, match.width) for match in matches)]),
             _columns([(0, width), *((match.item, match.width) for match in matches)]),
         ),
+        pair_terms if pairs else None,
         rest,
     )
 
 
 def _columns(ranges: list[tuple[int, int]]) -> NDArray[np.int64]:
-    """Return the numbers of columns in ranges of (start, width)."""
+    """Return the column numbers in ranges of (start, width)."""
     return np.concatenate([np.arange(start, start + width) for start, width in ranges])
 
 
-def _in_two(ranker: Ranker | TaskRanker) -> tuple[nn.Linear, Callable[[Tensor], Tensor]]:
-    """Return a ranker's first linear layer, and what makes logits of that layer's output."""
+def _split_ranker(ranker: Ranker | TaskRanker) -> tuple[nn.Linear, Callable[[Tensor], Tensor]]:
+    """Return the first linear layer, and the function from its output to logits."""
     if isinstance(ranker, TaskRanker):
         return ranker.first, ranker.after_first
     first, *after = [*ranker.hidden, ranker.head]
@@ -109,16 +139,16 @@ def _in_two(ranker: Ranker | TaskRanker) -> tuple[nn.Linear, Callable[[Tensor], 
 
 
 def _outputs(model: Recommender, logit: Tensor) -> tuple[Tensor, ...]:
-    """Return the served score of logits and, where there are tasks, the probability of each."""
+    """Return the served score and, with tasks, the probability of each."""
     return model.score(logit), *(logit.sigmoid().unbind(dim=-1) if model.tasks else ())
 
 
-def _names(model: Recommender) -> list[str]:
+def _output_names(model: Recommender) -> list[str]:
     return ["score", *(task.output for task in model.tasks)]
 
 
 def _inner_product(model: Recommender) -> Factored:
-    """Return the score of a model without a ranker: the towers' inner product over T."""
+    """Return the parts of a model without a ranker: the towers' inner product / temperature."""
     weight = np.full((model.output_width, 1), 1 / model.temperature, dtype=np.float32)
     columns = _columns([(0, model.output_width)])
     return Factored(
@@ -126,34 +156,31 @@ def _inner_product(model: Recommender) -> Factored:
         np.zeros((model.item_width(), 1), dtype=np.float32),
         weight,
         (columns, columns),
+        None,
         lambda first_output: first_output.squeeze(-1),
     )
 
 
-def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
-    """Return the graph that scores pairs of representations in the scenes of requests.
-
-    ``user_embedding`` float32 [R, U], raw scene features [R], ``item_embedding`` float32 [N, I],
-    ``request`` int64 [N], the row of the user and the scene that an item is paired with
-    -> ``score`` float32 [N], a probability; of a model with tasks also that of each,
-    ``score_NAME``.
-    """
-    return preprocessed(fitted, model.schema.side("scene"), core(model), "requests")
-
-
 def core(model: Recommender) -> onnx.ModelProto:
-    """Return the same graph over the codes of scene features, without their preprocessing."""
-    examples = {
+    """Return the ranker's graph over codes, without preprocessing.
+
+    Inputs: ``user_embedding`` float32 [R, U], ``item_embedding`` float32 [N, I], codes [R] of
+    `request_features`, codes [N] of `pair_features`, and ``request`` int64 [N], the row of the user
+    and the scene that each item is scored for. Outputs: ``score`` float32 [N], a probability, and
+    with tasks ``score_NAME`` of each.
+    """
+    request_examples = {
         "user_embedding": torch.zeros(3, model.user_width()),
-        **{output_name(f.name): example(f) for f in model.schema.side("scene")},
+        **{output_name(f.name): example(f) for f in request_features(model)},
     }
+    pair_examples = {output_name(f.name): example(f) for f in pair_features(model)}
     parts = factored(model)
     if parts is None:
-        return _unfactored(model, examples)
+        return _unfactored(model, request_examples, pair_examples)
     shared = export_function(
         model,
         lambda inputs: parts.request(inputs["user_embedding"], _codes(model, inputs)),
-        examples,
+        request_examples,
         "shared",
         rows="requests",
     )
@@ -161,18 +188,27 @@ def core(model: Recommender) -> onnx.ModelProto:
         model,
         lambda inputs: _outputs(model, parts.rest(inputs["first"])),
         {"first": torch.zeros(3, parts.product.shape[1])},
-        _names(model),
+        _output_names(model),
     )
     first = _first_layer(parts, model.user_width(), shared.ir_version)
-    return joined(joined(shared, first), rest)
+    if parts.pairs is not None:
+        to_terms = parts.pairs
+        pairs = export_function(
+            model, lambda inputs: to_terms(_codes(model, inputs)), pair_examples, "pair_terms"
+        )
+        first = joined(pairs, first)
+    return joined(shared, first, rest)
 
 
-def _codes(model: Recommender, inputs: dict[str, Tensor]) -> Codes:
-    return {f.name: inputs[output_name(f.name)] for f in model.schema.side("scene")}
+def _codes(model: Recommender, inputs: Mapping[str, Tensor]) -> Codes:
+    names = [feature.name for feature in model.schema.side("scene")]
+    return {name: inputs[output_name(name)] for name in names if output_name(name) in inputs}
 
 
-def _unfactored(model: Recommender, examples: dict[str, Tensor]) -> onnx.ModelProto:
-    """Return the ranker as it is, over users and scenes that are gathered for each item."""
+def _unfactored(
+    model: Recommender, request_examples: dict[str, Tensor], pair_examples: dict[str, Tensor]
+) -> onnx.ModelProto:
+    """Return the whole ranker over users and scenes that are gathered for each item."""
 
     def score(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         codes = _codes(model, inputs)
@@ -180,32 +216,38 @@ def _unfactored(model: Recommender, examples: dict[str, Tensor]) -> onnx.ModelPr
         return _outputs(model, logit)
 
     items = {"item_embedding": torch.zeros(3, model.item_width())}
-    whole = export_functions(model, score, {**examples, **items}, _names(model))
-    graph = whole.graph
+    examples = {**request_examples, **pair_examples, **items}
+    exported = export_functions(model, score, examples, _output_names(model))
+    graph = exported.graph
     gathers = []
     for value in graph.input:
-        if value.name not in examples:
-            continue
-        for node in graph.node:
-            node.input[:] = [
-                f"{name}/paired" if name == value.name else name for name in node.input
-            ]
-        gathers.append(
-            helper.make_node("Gather", [value.name, "request"], [f"{value.name}/paired"])
-        )
-        value.type.tensor_type.shape.dim[0].dim_param = "requests"
-    kept = list(graph.node)
+        if value.name in request_examples:
+            rename_input(graph, value.name, f"{value.name}/paired")
+            gathers.append(
+                helper.make_node("Gather", [value.name, "request"], [f"{value.name}/paired"])
+            )
+            value.type.tensor_type.shape.dim[0].dim_param = "requests"
+    nodes = list(graph.node)
     del graph.node[:]
-    graph.node.extend([*gathers, *kept])
-    graph.input.append(helper.make_tensor_value_info("request", TensorProto.INT64, ["rows"]))
-    return whole
+    graph.node.extend([*gathers, *nodes])
+    graph.input.append(_int64("request", "rows"))
+    return exported
+
+
+def rename_input(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Let the nodes of a graph read another tensor."""
+    for node in graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                rename_input(attribute.g, old, new)
 
 
 def _first_layer(parts: Factored, user_width: int, ir_version: int) -> onnx.ModelProto:
-    """Return the graph of the first layer behind `Factored.request`.
+    """Return the graph of the first layer, after `Factored.request` and `Factored.pairs`.
 
     ``user_embedding`` [R, U], ``shared`` [R, H], ``item_embedding`` [N, I], ``request`` int64 [N]
-    -> ``first`` [N, H].
+    and, with pairs, ``pair_terms`` [N, H] -> ``first`` [N, H].
     """
     hidden = parts.product.shape[1]
     constants: dict[str, NDArray[Any]] = {
@@ -238,23 +280,33 @@ def _first_layer(parts: Factored, user_width: int, ir_version: int) -> onnx.Mode
         "then_branch": _branch(one_request, "first_of_one", hidden),
         "else_branch": _branch(many_requests, "first_of_many", hidden),
     }
+    without_pairs = "first" if parts.pairs is None else "first_without_pairs"
+    nodes = [
+        node("Shape", ["user_embedding"], ["requests"], start=0, end=1),
+        node("Squeeze", ["requests"], ["count"]),
+        node("Equal", ["count", "one"], ["is_one"]),
+        node("If", ["is_one"], [without_pairs], **branches),
+    ]
+    inputs = [
+        _float("user_embedding", "requests", user_width),
+        _float("shared", "requests", hidden),
+        _float("item_embedding", "rows", len(parts.item)),
+        _int64("request", "rows"),
+    ]
+    if parts.pairs is not None:
+        nodes.append(node("Add", [without_pairs, "pair_terms"], ["first"]))
+        inputs.append(_float("pair_terms", "rows", hidden))
     graph = helper.make_graph(
-        [
-            node("Shape", ["user_embedding"], ["requests"], start=0, end=1),
-            node("Squeeze", ["requests"], ["count"]),
-            node("Equal", ["count", "one"], ["is_one"]),
-            node("If", ["is_one"], ["first"], **branches),
-        ],
+        nodes,
         "first_layer",
-        [
-            _float("user_embedding", "requests", user_width),
-            _float("shared", "requests", hidden),
-            _float("item_embedding", "rows", len(parts.item)),
-            helper.make_tensor_value_info("request", TensorProto.INT64, ["rows"]),
-        ],
+        inputs,
         [_float("first", "rows", hidden)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
+    return _model(graph, ir_version)
+
+
+def _model(graph: onnx.GraphProto, ir_version: int) -> onnx.ModelProto:
     opsets = [helper.make_opsetid("", OPSET)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
 
@@ -265,3 +317,7 @@ def _branch(nodes: list[onnx.NodeProto], output: str, width: int) -> onnx.GraphP
 
 def _float(name: str, rows: str, width: int) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width])
+
+
+def _int64(name: str, rows: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.INT64, [rows])

@@ -1,138 +1,165 @@
-"""Raw columns to codes and to row numbers, by running the preprocessing graph."""
+"""Encoding in memory: raw columns to codes by running the preprocessing graph; keys to rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hvdrec.config.schema import MISSING, Feature
-from hvdrec.errors import UserError
-from hvdrec.features.fit import ARROW_TYPES, Fitted
-from hvdrec.features.graph import build, build_positions, output_name
-from hvdrec.features.raw import flat_to_input, one_chunk
+from hvdrec.config.schema import MISSING, Column, Feature
+from hvdrec.errors import invalid_file
+from hvdrec.features.checks import REMEDY
+from hvdrec.features.fit import Fitted
+from hvdrec.features.graph import build, output_name
+from hvdrec.features.kinds.kind import kind_of
+from hvdrec.features.raw import flat_to_input, list_lengths, one_chunk
 
 
 class Encoder:
-    """Encodes raw columns by running the graph over their distinct values."""
+    """Encodes raw columns by running the graph of each feature over their values."""
 
     def __init__(self, fitted: Fitted) -> None:
         self.fitted = fitted
         self._sessions = {
-            feature.name: _session(build(fitted, [feature.name]))
-            for feature in fitted.schema.features
+            feature.name: _session(fitted, feature) for feature in fitted.schema.features
         }
 
-    def encode(self, feature: Feature, column: pa.ChunkedArray) -> pa.Array:
-        """Return a raw column's codes: int32, float32 for a number, list<int32> for lists.
+    def encode(self, features: Iterable[Feature], table: pa.Table) -> dict[str, pa.Array]:
+        """Encode features.
 
-        Lists are cut as the graph cuts them; their missing entries are dropped.
+        Args:
+            features: The features to encode.
+            table: N rows of raw columns.
+
+        Returns:
+            Name -> int32 [N], float32 [N] for numbers, or list<int32> [N]. Lists are cut as the
+            graph cuts them, and their missing entries are dropped.
         """
-        array = one_chunk(column)
-        if not feature.is_list:
-            return pa.array(self._codes(feature, array))
-        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-        codes = self._codes(feature, array.flatten())
+        encoded: dict[str, pa.Array] = {}
+        return {feature.name: self._encode(feature, table, encoded) for feature in features}
+
+    def _encode(self, feature: Feature, table: pa.Table, encoded: dict[str, pa.Array]) -> pa.Array:
+        """Encode a feature, and first the features whose codes it combines, into `encoded`."""
+        if feature.name not in encoded:
+            codes = {
+                output_name(name): self._encode(self.fitted.schema[name], table, encoded)
+                .to_numpy(zero_copy_only=False)
+                .astype(np.int64)
+                for name in feature.sources
+            }
+            columns = kind_of(feature).columns(feature)
+            if feature.is_list:
+                [column] = columns
+                encoded[feature.name] = self._lists(feature, column, one_chunk(table[column.name]))
+            elif len(columns) == 1 and not codes:
+                values = one_chunk(table[columns[0].name])
+                encoded[feature.name] = pa.array(self._values(feature, columns[0], values))
+            else:
+                raw = {c.name: flat_to_input(one_chunk(table[c.name])) for c in columns}
+                encoded[feature.name] = pa.array(self._run(feature, {**raw, **codes}))
+        return encoded[feature.name]
+
+    def _lists(self, feature: Feature, column: Column, array: pa.ListArray) -> pa.ListArray:
+        lengths = list_lengths(array)
+        codes = self._values(feature, column, array.flatten())
         if lengths.max(initial=0) > feature.max_length:
             kept, lengths = _cut(lengths, feature)
             codes = codes[kept]
         present = codes != MISSING
-        # How many entries are present before each row's end.
+        # The number of present entries up to the end of each row.
         ends = np.concatenate([[0], np.cumsum(present)])[np.cumsum(lengths, dtype=np.int64)]
         offsets = np.concatenate([[0], ends]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes[present]))
 
-    def _codes(self, feature: Feature, values: pa.Array) -> NDArray[Any]:
-        """Return scalars' codes [N]; a list's entries go through the graph as lists of one."""
-        session = self._sessions[feature.name]
+    def _values(self, feature: Feature, column: Column, values: pa.Array) -> NDArray[Any]:
+        """Encode the scalars of one column; a list's entries enter the graph as lists of one."""
 
         def run(inputs: NDArray[Any]) -> NDArray[Any]:
-            shaped = inputs[:, None] if feature.is_list else inputs
-            codes: NDArray[Any] = session.run([output_name(feature.name)], {feature.name: shaped})[
-                0
-            ].reshape(-1)
-            return codes.astype(np.int32) if feature.is_embedded else codes
+            return self._run(feature, {column.name: inputs[:, None] if feature.is_list else inputs})
 
         return _of_distinct(run, values)
 
+    def _run(self, feature: Feature, inputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        [codes] = self._sessions[feature.name].run([output_name(feature.name)], inputs)
+        flat: NDArray[Any] = codes.reshape(-1)
+        return flat.astype(np.int32) if feature.is_embedded else flat
 
-class Rows:
-    """Finds keys in a table of users or items by one hash table, made once."""
+
+class KeyRows:
+    """Finds the rows of keys in a table of users or items, with one hash table."""
 
     def __init__(self, keys: pa.ChunkedArray, file: Path) -> None:
         if keys.type not in (pa.string(), pa.int64()):
-            raise UserError(
-                f"{file}: the key is {keys.type}, must be string or int64; make the samples again"
-            )
+            raise invalid_file(file, f"the key is {keys.type}, must be string or int64", REMEDY)
         if not len(keys):
-            raise UserError(f"{file}: holds no rows; make the samples again")
-        self.keys = keys
+            raise invalid_file(file, "has no rows", REMEDY)
+        self._type = keys.type
         self._file = file
-        self._session = _session(build_positions(keys.to_pylist(), string=_is_string(keys.type)))
+        self._rows = pd.Index(flat_to_input(keys))
 
-    def index(self, column: pa.ChunkedArray, where: str) -> pa.Array:
-        """Return int64 row numbers; UserError for a key that no row has, or of another type."""
-        if column.type != self.keys.type:
-            raise UserError(
-                f"{where} is {column.type} in the samples, {self.keys.type} in {self._file}; "
-                "make the samples again"
-            )
+    def find(self, column: pa.ChunkedArray, name: str) -> pa.Array:
+        """Return the row of each key.
 
-        def run(inputs: NDArray[Any]) -> NDArray[Any]:
-            positions: NDArray[Any] = self._session.run(None, {"key": inputs})[0]
-            return positions
+        Args:
+            column: Keys, [N].
+            name: Name of the column, for messages.
 
+        Returns:
+            int64 [N].
+
+        Raises:
+            UserError: A key has no row, or the column's type differs.
+        """
+        if column.type != self._type:
+            problem = f"'{name}' is {self._type} here, {column.type} in the samples"
+            raise invalid_file(self._file, problem, REMEDY)
         array = one_chunk(column)
-        found = _of_distinct(run, array)
-        strangers = np.flatnonzero(found < 0)
-        if len(strangers):
-            stranger = array[int(strangers[0])].as_py()
-            raise UserError(
-                f"{where} '{stranger}' of a sample is in no row of {self._file}; "
-                "make the samples again"
-            )
-        return pa.array(found)
+        rows = _of_distinct(self._rows.get_indexer, array)
+        unknown = np.flatnonzero(rows < 0)
+        if len(unknown):
+            key = array[int(unknown[0])].as_py()
+            problem = f"has no row for {name} '{key}' of the samples"
+            raise invalid_file(self._file, problem, REMEDY)
+        return pa.array(rows.astype(np.int64))
 
 
-def _session(model: onnx.ModelProto) -> Any:
+def _session(fitted: Fitted, feature: Feature) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        build(fitted, [feature.name]).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
     )
 
 
 def _of_distinct(run: Callable[[NDArray[Any]], NDArray[Any]], values: pa.Array) -> NDArray[Any]:
-    """Return what a function of raw inputs gives for each value.
+    """Apply a function to scalars; to strings only once per distinct value.
 
-    Strings cost a Python object each, so that of them only the distinct ones are run.
+    Every string passed on costs a Python object.
     """
-    if not _is_string(values.type):
+    if values.type != pa.string():
         return run(flat_to_input(values))
     encoded = values.dictionary_encode()
-    # The entry behind the distinct values stands for null.
+    # One entry after the distinct values stands for null.
     distinct = pa.concat_arrays([encoded.dictionary, pa.nulls(1, values.type)])
     indices = pc.fill_null(encoded.indices, len(distinct) - 1).to_numpy(zero_copy_only=False)
-    codes: NDArray[Any] = run(flat_to_input(distinct))[indices]
-    return codes
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(kind == ARROW_TYPES["string"])
+    results: NDArray[Any] = run(flat_to_input(distinct))[indices]
+    return results
 
 
 def _cut(lengths: NDArray[Any], feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return which flat positions of ragged rows are kept, and the rows' new lengths."""
+    """Return the flat positions of ragged rows that are kept, and the rows' new lengths."""
     kept = np.minimum(lengths, feature.max_length)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    if feature.kind == "sequence":
+    if feature.is_sequence:
         starts = starts + lengths - kept
     ends = np.cumsum(kept, dtype=np.int64)
     positions = np.arange(kept.sum()) + np.repeat(starts - (ends - kept), kept)

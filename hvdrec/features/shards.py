@@ -1,4 +1,4 @@
-"""How encoded columns lie in Parquet: laid out to be read again and again, in every epoch."""
+"""Parquet files of encoded columns, laid out for training to read them in every epoch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import pyarrow.parquet as pq
 from hvdrec.config.schema import Feature
 
 PAGE_BYTES = 16 << 20
-"""Of a column in a row group, mostly all of it: of a list in pages, decoding took twice as long."""
+"""Large enough to hold a row group's column in one page: with many pages, decoding a list column
+took twice as long."""
 
 
 def encoded_types(features: Iterable[Feature]) -> dict[str, pa.DataType]:
-    """Return name -> type of encoded features: int32 codes or float32, or lists of them."""
+    """Return name -> Arrow type of encoded features: int32 codes, float32, or lists of codes."""
 
-    def kind(feature: Feature) -> pa.DataType:
+    def encoded_type(feature: Feature) -> pa.DataType:
         scalar = pa.int32() if feature.is_embedded else pa.float32()
         return pa.list_(pa.field("element", scalar, nullable=False)) if feature.is_list else scalar
 
-    return {feature.name: kind(feature) for feature in features}
+    return {feature.name: encoded_type(feature) for feature in features}
 
 
 def shard_types(features: Iterable[Feature], labels: Sequence[str] = ()) -> dict[str, pa.DataType]:
-    """Return name -> type of a shard's columns; labels: further ones, of tasks."""
+    """Return name -> Arrow type of a shard's columns; `labels` names the columns of tasks."""
     indices = dict.fromkeys(("user_index", "item_index"), pa.int64())
     return (
         encoded_types(features)
@@ -37,15 +38,19 @@ def shard_types(features: Iterable[Feature], labels: Sequence[str] = ()) -> dict
 
 @contextmanager
 def parquet_writer(
-    file: Path, kinds: Mapping[str, pa.DataType], nullable: Sequence[str] = ()
+    file: Path, types: Mapping[str, pa.DataType], nullable: Sequence[str] = ()
 ) -> Iterator[Callable[[pa.Table], None]]:
-    """Yield a function that writes a table as one row group; its columns are put in order.
+    """Open a Parquet file and yield a function that writes a table as one row group.
 
-    nullable: columns that may hold nulls. That the others hold none saves their readers a third of
-    the decoding, and LZ4 instead of Zstandard another fifth, for files a seventh larger (measured
-    on MovieLens-1M with its histories).
+    Non-nullable columns save their readers a third of the decoding time. LZ4 saves another fifth
+    compared with Zstandard; files are a seventh larger (measured on MovieLens-1M with histories).
+
+    Args:
+        file: The file to write.
+        types: Name -> type of the columns, in their order.
+        nullable: Columns that may contain nulls.
     """
-    schema = pa.schema([pa.field(name, kind, name in nullable) for name, kind in kinds.items()])
+    schema = pa.schema([pa.field(name, kind, name in nullable) for name, kind in types.items()])
     with pq.ParquetWriter(file, schema, compression="lz4", data_page_size=PAGE_BYTES) as writer:
 
         def write(table: pa.Table) -> None:

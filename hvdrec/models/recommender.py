@@ -5,7 +5,7 @@ Shapes: N rows, D the towers' output width (``model.tower.output``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -164,9 +164,12 @@ class Recommender(nn.Module):
         vectors = self._pooled(self.tables(self.schema.side("item"), codes, rows))
         return joined(self._parts(self.item_tower, vectors, self.item_direct))
 
-    def scene_vectors(self, codes: Codes) -> dict[str, Tensor]:
-        """Return name -> [N, width] of the scene's features."""
-        return self._pooled(self.tables(self.schema.side("scene"), codes))
+    def scene_vectors(
+        self, codes: Codes, features: Iterable[Feature] | None = None
+    ) -> dict[str, Tensor]:
+        """Return name -> [N, width] of the scene's features, or of some of them."""
+        scene = self.schema.side("scene") if features is None else features
+        return self._pooled(self.tables(scene, codes))
 
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
         """Return the logits [N] (or [N, T]) of pairs of representations, in the scenes of codes."""

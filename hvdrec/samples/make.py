@@ -104,7 +104,7 @@ def make_samples(
     Raises:
         UserError: A table or an option is invalid. Existing samples are then unchanged.
     """
-    spec = SampleSpec(config.samples, config.features, config.tasks)
+    spec = SampleSpec(config.samples, config.schema.columns(), config.tasks)
     spec.require_time()
     path = config.paths.of("samples")
     notify = print_line if progress else _ignore

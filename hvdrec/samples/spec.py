@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from hvdrec.config.schema import Feature, Side
+from hvdrec.config.schema import Column, Side
 from hvdrec.config.sections import Samples, Task
 from hvdrec.errors import invalid_value
 from hvdrec.samples.columns import cast
@@ -15,14 +15,14 @@ from hvdrec.samples.split import RANDOM
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """The section `samples` with the features and tasks that samples serve."""
+    """The section `samples` with the raw columns of features and the tasks that samples serve."""
 
     samples: Samples
-    features: tuple[Feature, ...]
+    features: tuple[Column, ...]
     tasks: tuple[Task, ...]
 
     @property
-    def raw_features(self) -> list[Feature]:
+    def raw_features(self) -> list[Column]:
         """Features that are columns of the raw tables, not histories."""
         histories = {history.name for history in self.samples.history}
         return [feature for feature in self.features if feature.name not in histories]
@@ -41,11 +41,11 @@ class SampleSpec:
         text = {name for name, dtype in dtypes.items() if dtype == "string"}
         return text - set(self.samples.derive)
 
-    def side_features(self, side: Side) -> list[Feature]:
+    def side_features(self, side: Side) -> list[Column]:
         """Return the raw features of one side."""
         return [feature for feature in self.raw_features if feature.side == side]
 
-    def feature(self, name: str) -> Feature | None:
+    def feature(self, name: str) -> Column | None:
         """Return the feature of a column, if there is one."""
         return next((feature for feature in self.features if feature.name == name), None)
 

@@ -23,7 +23,8 @@ from hvdrec.embeddings.kernels import KernelName
 from hvdrec.embeddings.setup import make_tables
 from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import validation_metric
-from hvdrec.features.fit import Fitted, check_task_labels
+from hvdrec.features.checks import check_task_labels
+from hvdrec.features.fit import Fitted
 from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.gradients import broadcast_state, check_synchronization, global_sum
 from hvdrec.parallel.ranks import World
@@ -222,7 +223,7 @@ def check_features(config: Config) -> None:
             f"{features}: was encoded with other [[features]] than the configuration now has; "
             "run hvdrec prepare again"
         )
-    check_task_labels(features, manifest, config, "hvdrec samples and hvdrec prepare")
+    check_task_labels(features, manifest, config.tasks, "hvdrec samples and hvdrec prepare")
 
 
 def _check_run(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:

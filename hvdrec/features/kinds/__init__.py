@@ -1,0 +1,19 @@
+"""Feature kinds: one class per kind, found by name through `hvdrec.config.kinds`.
+
+A kind of your own subclasses `Kind` and is registered with `register_kind`.
+"""
+
+from hvdrec.config.kinds import register_kind
+from hvdrec.config.schema import Column, Feature
+from hvdrec.features.kinds.kind import FittedFeature, Kind, TrainingSplit
+from hvdrec.features.kinds.nodes import Nodes
+
+__all__ = [
+    "Column",
+    "Feature",
+    "FittedFeature",
+    "Kind",
+    "Nodes",
+    "TrainingSplit",
+    "register_kind",
+]

@@ -1,0 +1,70 @@
+"""Reading a range of rows of several Parquet files, as tables of given sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hvdrec.features.checks import damaged
+
+
+def count_rows(files: Sequence[Path]) -> int:
+    """Return the number of rows of Parquet files."""
+    return sum(pq.read_metadata(file).num_rows for file in files)
+
+
+def read_tables(
+    files: Sequence[Path], columns: list[str], start: int, sizes: Sequence[int]
+) -> Generator[pa.Table, None, None]:
+    """Yield consecutive rows of several files.
+
+    Args:
+        files: Parquet files, read in this order.
+        columns: Columns to read.
+        start: First row.
+        sizes: Number of rows of each table to yield.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    batches = _batches(files, columns, start, max(1, *sizes))
+    pending: list[pa.RecordBatch] = []
+    held = 0
+    for size in sizes:
+        while held < size:
+            pending.append(next(batches))
+            held += pending[-1].num_rows
+        if not size:
+            yield pa.table({})
+            continue
+        table = pa.Table.from_batches(pending)
+        yield table.slice(0, size)
+        pending, held = table.slice(size).to_batches(), held - size
+
+
+def _batches(
+    files: Sequence[Path], columns: list[str], start: int, rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows from `start` on, at most `rows` at a time; skip whole row groups before it."""
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as source:
+                groups: list[int] = []
+                for group in range(source.metadata.num_row_groups):
+                    length = source.metadata.row_group(group).num_rows
+                    if groups or start < length:
+                        groups.append(group)
+                    else:
+                        start -= length
+                # Workers run in parallel, so Arrow needs no threads.
+                batches = source.iter_batches(rows, groups, columns, use_threads=False)
+                for batch in batches if groups else ():
+                    skipped = min(start, batch.num_rows)
+                    start -= skipped
+                    if skipped < batch.num_rows:
+                        yield batch.slice(skipped)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise damaged(file, error) from None
