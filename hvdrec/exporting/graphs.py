@@ -56,9 +56,7 @@ def stored_width(model: Recommender, side: Side) -> int:
     return represented + len(model.schema.carried(side))
 
 
-def _tower(
-    model: Recommender, fitted: Fitted, side: Side, represent: Function
-) -> onnx.ModelProto:
+def _tower(model: Recommender, fitted: Fitted, side: Side, represent: Function) -> onnx.ModelProto:
     features, carried = model.schema.side(side), model.schema.carried(side)
 
     def embed(inputs: dict[str, Tensor]) -> Tensor:

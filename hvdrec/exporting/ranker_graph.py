@@ -16,7 +16,7 @@ columns that are multiplied: the D of the towers' embeddings, then those of matc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,9 @@ def factored(model: Recommender) -> Factored | None:
     return Factored(
         request,
         item.T.contiguous().numpy(),
-        torch.cat([product, match.repeat_interleave(match_widths, dim=1)], 1).T.contiguous().numpy(),
+        torch.cat([product, match.repeat_interleave(match_widths, dim=1)], 1)
+        .T.contiguous()
+        .numpy(),
         (
             _columns([(0, width), *((match.user, match.width) for match in matches)]),
             _columns([(0, width), *((match.item, match.width) for match in matches)]),

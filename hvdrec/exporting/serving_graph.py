@@ -38,7 +38,8 @@ def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
         carried = {output_name(feature.name) for feature in model.schema.carried("item")}
         parts = [_repeated([name for name in sources if name not in carried]), combining, *parts]
     parts = [*preprocessing(fitted, request_features(model), rows="requests"), *parts]
-    for side, prefix, rows in (("item", PAIRED, "rows"), ("user", "", "requests")):
+    sides: tuple[tuple[Side, str, str], ...] = (("item", PAIRED, "rows"), ("user", "", "requests"))
+    for side, prefix, rows in sides:
         if model.schema.carried(side):
             name = f"{side}_embedding"
             rename_input(parts[-1].graph, name, f"{name}/represented")
@@ -74,9 +75,7 @@ def _unpacked(model: Recommender, side: Side, prefix: str, rows: str) -> onnx.Mo
         initializers.append(numpy_helper.from_array(index, f"{code}/column"))
         column_name = f"{code}/stored"
         nodes.append(helper.make_node("Gather", [name, f"{code}/column"], [column_name], axis=1))
-        nodes.append(
-            helper.make_node("Cast", [column_name], [prefix + code], to=TensorProto.INT64)
-        )
+        nodes.append(helper.make_node("Cast", [column_name], [prefix + code], to=TensorProto.INT64))
         outputs.append(_codes(prefix + code, rows))
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, stored])]
     return _model(helper.make_graph(nodes, "unpacked", inputs, outputs, initializers))

@@ -14,11 +14,11 @@ from hvdrec.config.structure import to_dict
 from hvdrec.errors import UserError
 from hvdrec.exporting.catalogue import write_catalogue
 from hvdrec.exporting.embed import write_side
-from hvdrec.exporting.graphs import item_tower, user_tower
+from hvdrec.exporting.graphs import item_tower, stored_width, user_tower
 from hvdrec.exporting.index import require_index_library, write_index
 from hvdrec.exporting.parity import largest_difference
 from hvdrec.exporting.precision import make_smaller
-from hvdrec.exporting.ranker_graph import ranker
+from hvdrec.exporting.serving_graph import ranker
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
@@ -90,18 +90,18 @@ def export(
 def _meta(
     config: Config, model: Recommender, checkpoint: str, metrics: dict[str, Any]
 ) -> dict[str, Any]:
+    schema = config.schema
     features = [
         {
-            "name": feature.name,
-            "side": feature.side,
-            "kind": feature.kind,
-            "dtype": feature.dtype,
-            "max_length": feature.max_length,
-            **({} if feature.default is None else {"default": feature.default}),
+            "name": column.name,
+            "side": column.side,
+            "kind": column.kind,
+            "dtype": column.dtype,
+            "max_length": column.max_length,
+            **({} if column.default is None else {"default": column.default}),
         }
-        for feature in config.features
+        for column in schema.columns()
     ]
-    schema = config.schema
     return {
         "name": config.name,
         "checkpoint": checkpoint,
@@ -111,8 +111,8 @@ def _meta(
             "item_key": schema.item_key,
             "features": features,
         },
-        "user_width": model.user_width(),
-        "item_width": model.item_width(),
+        "user_width": stored_width(model, "user"),
+        "item_width": stored_width(model, "item"),
         # Towers that were never trained to retrieve give candidates by popularity instead.
         "retrieval_width": 0 if config.train.objective == "ranking" else model.output_width,
         **_tasks(config),

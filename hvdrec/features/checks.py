@@ -38,7 +38,9 @@ def check_file(file: Path, columns: Iterable[Column], others: Iterable[str] = ()
     try:
         schema = pq.read_schema(file)
     except (OSError, pa.ArrowInvalid) as error:
-        raise invalid_file(file, f"not readable as Parquet ({one_line(error)})", REMEDY) from None
+        raise invalid_file(
+            file, f"is not readable as Parquet ({one_line(error)})", REMEDY
+        ) from None
     expected = {column.name: arrow_type(column) for column in columns}
     for name in (*expected, *others):
         if name not in schema.names:
@@ -78,4 +80,4 @@ def one_line(error: Exception) -> str:
 
 def damaged(file: object, error: Exception, remedy: str = REMEDY) -> UserError:
     """Build the error for a file whose contents cannot be read."""
-    return invalid_file(file, f"damaged ({one_line(error)})", remedy)
+    return invalid_file(file, f"is damaged ({one_line(error)})", remedy)

@@ -36,7 +36,6 @@ from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
 from hvdrec.storage.artifacts import read_manifest, write_artifact
 from hvdrec.storage.urls import Location
-from hvdrec.storage.urls import Location
 
 SPLITS = ("train", "validation", "test")
 SIDE_FILES: dict[Side, str] = {"user": "users_train.parquet", "item": "items.parquet"}

@@ -77,7 +77,7 @@ class Fitted:
                     values = _read_vocabulary(directory / "vocabulary" / f"{owner}.parquet")
                 features[feature.name] = FittedFeature(feature, size, values, statistics)
         except FileNotFoundError:
-            raise invalid_file(file, "missing", "run hvdrec prepare") from None
+            raise invalid_file(file, "is missing", "run hvdrec prepare") from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise damaged(file, error, "run hvdrec prepare again") from None
         return Fitted(schema, features)
@@ -126,7 +126,7 @@ def _read_vocabulary(file: Location) -> list[Any]:
     try:
         values: list[Any] = read_table(file)["value"].to_pylist()
     except FileNotFoundError:
-        raise invalid_file(file, "missing", "run hvdrec prepare") from None
+        raise invalid_file(file, "is missing", "run hvdrec prepare") from None
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         raise damaged(file, error, "run hvdrec prepare again") from None
     return values

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hvdrec.config import Config
-from hvdrec.config.structure import to_dict
+from hvdrec.config.schema import Feature
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.data.loader import ShardLoader
 from hvdrec.data.sampler import Progress
 from hvdrec.embeddings.kernels import KernelName
@@ -218,7 +219,9 @@ def check_features(config: Config) -> None:
     """Raise UserError unless a configuration's features are there and were encoded by it."""
     features = config.paths.of("features")
     manifest = read_manifest(features, "features")
-    if manifest.meta["config"]["features"] != to_dict(config.features):
+    # An earlier version may have stored fewer fields of a feature.
+    stored = [from_dict(Feature, feature) for feature in manifest.meta["config"]["features"]]
+    if stored != list(config.features):
         raise UserError(
             f"{features}: was encoded with other [[features]] than the configuration now has; "
             "run hvdrec prepare again"

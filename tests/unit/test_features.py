@@ -20,8 +20,9 @@ from hvdrec.config.sections import Encode, Samples
 from hvdrec.errors import UserError
 from hvdrec.features.encode import encode
 from hvdrec.features.encoder import Encoder
-from hvdrec.features.fit import HASH_PRIME, Fitted, fit, hash_coefficients
+from hvdrec.features.fit import Fitted, fit
 from hvdrec.features.graph import build, output_name
+from hvdrec.features.kinds.nodes import HASH_PRIME, hash_coefficients
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.storage.artifacts import read_manifest, write_artifact
 
@@ -139,7 +140,7 @@ def run(fitted: Fitted, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Return what the graph makes of raw rows."""
     names = [feature.name for feature in FEATURES]
     session = onnxruntime.InferenceSession(build(fitted, names).SerializeToString())
-    inputs = rows_to_inputs(FEATURES, pa.Table.from_pylist(rows, SCHEMA))
+    inputs = rows_to_inputs(CONFIG.schema.columns(), pa.Table.from_pylist(rows, SCHEMA))
     outputs = session.run([output_name(name) for name in names], inputs)
     return dict(zip(names, outputs, strict=True))
 
@@ -155,11 +156,11 @@ def test_vocabularies_are_by_falling_count_then_value(fitted: Fitted) -> None:
 
 
 def test_statistics_are_of_finite_values(fitted: Fitted) -> None:
-    assert fitted.features["age"].mean == 15.0
-    assert fitted.features["age"].deviation == 5.0
+    assert fitted.features["age"].statistics["mean"] == 15.0
+    assert fitted.features["age"].statistics["deviation"] == 5.0
     logs = [0.0, math.log(4), -math.log(4), math.log(9)]
-    assert fitted.features["income"].mean == pytest.approx(np.mean(logs))
-    assert fitted.features["income"].deviation == pytest.approx(np.std(logs))
+    assert fitted.features["income"].statistics["mean"] == pytest.approx(np.mean(logs))
+    assert fitted.features["income"].statistics["deviation"] == pytest.approx(np.std(logs))
 
 
 def test_codes_by_hand(fitted: Fitted) -> None:
@@ -193,7 +194,7 @@ def test_unknown_values_have_code_1(fitted: Fitted) -> None:
 def test_hash_is_what_exact_integers_give(fitted: Fitted, values: list[int]) -> None:
     session = onnxruntime.InferenceSession(build(fitted, ["shop"]).SerializeToString())
     codes = session.run(None, {"shop": np.array(values, np.int64)})[0]
-    a, c, b = hash_coefficients("shop")
+    a, c, b = hash_coefficients("shop", 2)
     for value, code in zip(values, codes.tolist(), strict=True):
         high = value // HASH_PRIME % HASH_PRIME
         mixed = (a * (value % HASH_PRIME) + c * high + b) % HASH_PRIME
@@ -237,10 +238,10 @@ def test_encoding_distinct_values_is_running_the_graph_on_rows(
     fitted: Fitted, rows: list[dict[str, Any]]
 ) -> None:
     table = pa.Table.from_pylist(rows, SCHEMA)
-    encoder = Encoder(fitted)
+    encoded = Encoder(fitted).encode(FEATURES, table)
     expected = run(fitted, rows)
     for feature in FEATURES:
-        got = encoder.encode(feature, table[feature.name])
+        got = encoded[feature.name]
         if feature.is_list:
             kept = [[code for code in row if code] for row in expected[feature.name].tolist()]
             assert got.to_pylist() == kept

@@ -100,7 +100,7 @@ def check_rows(graph: Path, features: tuple[Feature, ...], raw: pa.Table, found:
     session = onnxruntime.InferenceSession(str(graph))
     for feature in features:
         names = [output_name(feature.name)]
-        inputs = rows_to_inputs([feature], raw)
+        inputs = rows_to_inputs(feature.definition.columns(feature), raw)
         others = {
             i.name: _empty(i.type, len(raw), len(i.shape))
             for i in session.get_inputs()
@@ -198,9 +198,9 @@ def test_a_column_in_chunks_and_slices_is_encoded_as_a_whole(tmp_path: Path) -> 
     encoder = Encoder(Fitted.load(tmp_path / "features"))
     chunked = pa.concat_tables([table.slice(3, 5), table.slice(0, 0), table.slice(20, 11)])
     for feature in FEATURES:
-        whole = encoder.encode(feature, table[feature.name])
+        whole = encoder.encode([feature], table)[feature.name]
         expected = pa.concat_arrays([whole.slice(3, 5), whole.slice(20, 11)])
-        assert encoder.encode(feature, chunked[feature.name]).equals(expected)
+        assert encoder.encode([feature], chunked)[feature.name].equals(expected)
 
 
 def test_entries_under_a_null_list_are_not_read(tmp_path: Path) -> None:
@@ -213,10 +213,11 @@ def test_entries_under_a_null_list_are_not_read(tmp_path: Path) -> None:
         children=[pa.array([1, 2, 3, 4])],
     )
     assert hidden.to_pylist() == [None, [3, 4]]
-    column = pa.chunked_array([hidden])
-    codes = encoder.encode(FEATURES[1], column).to_pylist()
+    table = pa.table({"seen": pa.chunked_array([hidden])})
+    codes = encoder.encode([FEATURES[1]], table)["seen"].to_pylist()
     assert [len(row) for row in codes] == [0, 2]
-    assert rows_to_inputs([FEATURES[1]], pa.table({"seen": column}))["seen"][1].tolist() == [3, 4]
+    [column] = FEATURES[1].definition.columns(FEATURES[1])
+    assert rows_to_inputs([column], table)["seen"][1].tolist() == [3, 4]
 
 
 def test_petastorm_reads_the_shards(tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_labels_of_tasks_become_columns_of_shards(tmp_path: Path) -> None:
     folder = samples(tmp_path, tables)
     task = Task("late", "t > 3")
     tasked = replace(config(4, 2), tasks=(task,))
-    text = "samples: holds the label of task 'late' not at all, the configuration has 't > 3'; run"
+    text = "samples: has no label for task 'late', the configuration has 't > 3'; run"
     with pytest.raises(UserError, match=text):
         encode(folder, tmp_path / "features", tasked)
     write_manifest(folder, "samples", {"config": to_dict(tasked)})
@@ -262,7 +263,7 @@ def test_labels_of_tasks_become_columns_of_shards(tmp_path: Path) -> None:
     encode(folder, tmp_path / "plain", config(4, 2))
     assert pq.read_table(tmp_path / "plain/train").equals(found.drop(["label_late"]))
     # Another label under the same name is another task.
-    with pytest.raises(UserError, match="holds the label of task 'late' as 't > 3', the config"):
+    with pytest.raises(UserError, match="has label 't > 3' for task 'late', the config"):
         other = replace(tasked, tasks=(replace(task, label="t > 4"),))
         encode(folder, tmp_path / "features", other, overwrite=True)
 
@@ -279,12 +280,12 @@ def spoil(folder: Path, name: str, table: pa.Table) -> None:
         (
             "users_train.parquet",
             pa.table({"user": ["u1"], "seen": [[1]], "words": [["a"]], "age": [1.0]}),
-            r"samples: user 'u\d' of a sample is in no row of .*/users_train.parquet; make the",
+            r"users_train.parquet: has no row for user 'u\d' of the samples; make the samples again",
         ),
         (
             "items.parquet",
             pa.table({"item": pa.array([], pa.int64()), "price": pa.array([], pa.int64())}),
-            "items.parquet: holds no rows; make the samples again",
+            "items.parquet: has no rows; make the samples again",
         ),
         (
             "items.parquet",
@@ -294,7 +295,7 @@ def spoil(folder: Path, name: str, table: pa.Table) -> None:
         (
             "users_train.parquet",
             pa.table({"user": [1], "seen": [[1]], "words": [["a"]], "age": [1.0]}),
-            "samples: user is string in the samples, int64 in .*/users_train.parquet; make the",
+            "users_train.parquet: 'user' is int64 here, string in the samples; make the samples again",
         ),
         (
             "users_train.parquet",
@@ -329,7 +330,7 @@ def test_damaged_rows_are_refused(tmp_path: Path) -> None:
     content[place : place + 20] = b"\xff" * 20
     file.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"test/part-00000.parquet: damaged \(.*; make the samples"
+        UserError, match=r"test/part-00000.parquet: is damaged \(.*; make the samples"
     ) as e:
         encode(folder, tmp_path / "features", config())
     assert "\n" not in str(e.value)

@@ -13,12 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec.config.schema import FIRST_CODE, MISSING, MISSING_INT, UNKNOWN, Feature, Schema
-from hvdrec.features.fit import HASH_PRIME, Fitted, FittedFeature, hash_coefficients
-from hvdrec.features.graph import LARGEST, build, build_positions, output_name
+from hvdrec.features.fit import Fitted
+from hvdrec.features.graph import build, output_name
+from hvdrec.features.kinds import FittedFeature
+from hvdrec.features.kinds.nodes import HASH_PRIME, hash_coefficients
+from hvdrec.features.kinds.numeric import LARGEST
+from hvdrec.features.raw import ARRAY_TYPES
 
 WORDS = ["b", "a", "ü", "a b", "nul\0inside", "\U0001f600"]
 NUMBERS = [7, -1, 0, 2**63 - 1, -(2**63) + 1]
-BOUNDARIES = np.array([-1.5, 0.0, 2.0])
+BOUNDARIES = [-1.5, 0.0, 2.0]
+MOMENTS = {"mean": 2.0, "deviation": 4.0}
 
 LEARNED = (
     FittedFeature(Feature("user"), 8, WORDS),
@@ -27,25 +32,26 @@ LEARNED = (
     FittedFeature(Feature("tags", kind="categorical_list", max_length=3), 8, WORDS),
     FittedFeature(Feature("codes", kind="categorical_list", dtype="int", max_length=1), 7, NUMBERS),
     FittedFeature(Feature("hour", dtype="int"), 7, NUMBERS),
-    FittedFeature(Feature("age", kind="numeric", dtype="float"), 0, None, 2.0, 4.0),
-    FittedFeature(Feature("size", kind="numeric", dtype="int"), 0, None, 2.0, 4.0),
+    FittedFeature(Feature("age", kind="numeric", dtype="float"), statistics=MOMENTS),
+    FittedFeature(Feature("size", kind="numeric", dtype="int"), statistics=MOMENTS),
     FittedFeature(
-        Feature("cost", kind="numeric", dtype="float", transform="log"), 0, None, 1.0, 0.5
+        Feature("cost", kind="numeric", dtype="float", transform="log"),
+        statistics={"mean": 1.0, "deviation": 0.5},
     ),
     FittedFeature(
         Feature("price", kind="numeric", dtype="float", transform="quantile"),
         6,
-        boundaries=BOUNDARIES,
+        statistics={"boundaries": BOUNDARIES},
     ),
     FittedFeature(
         Feature("count", kind="numeric", dtype="int", transform="quantile"),
         6,
-        boundaries=BOUNDARIES,
+        statistics={"boundaries": BOUNDARIES},
     ),
     FittedFeature(
         Feature("one", kind="numeric", dtype="float", transform="quantile", buckets=1),
         3,
-        boundaries=np.empty(0),
+        statistics={"boundaries": []},
     ),
     FittedFeature(Feature("shop", kind="hashed", dtype="int", buckets=100), 102),
 )
@@ -53,7 +59,6 @@ FITTED = Fitted(
     Schema(tuple(learned.feature for learned in LEARNED), "user", "item"),
     {learned.feature.name: learned for learned in LEARNED},
 )
-TYPES: dict[str, Any] = {"string": object, "int": np.int64, "float": np.float64}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def run_one(feature: Feature, values: Any) -> np.ndarray:
     """Return the codes that the graph of one feature gives."""
     model = build(FITTED, [feature.name])
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    array = np.array(values, TYPES[feature.dtype])
+    array = np.array(values, ARRAY_TYPES[feature.dtype])
     codes: np.ndarray = session.run([output_name(feature.name)], {feature.name: array})[0]
     return codes
 
@@ -81,17 +86,17 @@ def expected_code(learned: FittedFeature, value: Any) -> float:
         known = value in learned.values
         return FIRST_CODE + learned.values.index(value) if known else UNKNOWN
     if feature.kind == "hashed":
-        a, c, b = hash_coefficients(feature.name)
+        a, c, b = hash_coefficients(feature.name, 2)
         mixed = (a * (value % HASH_PRIME) + c * (value // HASH_PRIME) + b) % HASH_PRIME
         return FIRST_CODE + mixed % feature.buckets
     number = float(value)
     if not math.isfinite(number):
         return 0
-    if learned.boundaries is not None:
-        return FIRST_CODE + bisect_right(learned.boundaries.tolist(), number)
+    if feature.transform == "quantile":
+        return FIRST_CODE + bisect_right(learned.statistics["boundaries"], number)
     if feature.transform == "log":
         number = math.copysign(math.log(1 + abs(number)), number)
-    scaled = (number - learned.mean) / learned.deviation
+    scaled = (number - learned.statistics["mean"]) / learned.statistics["deviation"]
     return float(np.float32(min(max(scaled, -LARGEST), LARGEST)))
 
 
@@ -121,7 +126,7 @@ def inputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
         shape = (rows, draw(st.integers(0, 5))) if feature.is_list else (rows,)
         count = math.prod(shape)
         values = draw(st.lists(RAW[feature.dtype], min_size=count, max_size=count))
-        array = np.empty(count, TYPES[feature.dtype])
+        array = np.empty(count, ARRAY_TYPES[feature.dtype])
         array[:] = values
         arrays[feature.name] = array.reshape(shape)
     return arrays
@@ -135,7 +140,7 @@ def test_codes_are_those_of_plain_python(session: Any, arrays: dict[str, np.ndar
     for learned, codes in zip(LEARNED, outputs, strict=True):
         feature, raw = learned.feature, arrays[learned.feature.name]
         if feature.is_list:
-            cut = slice(-feature.max_length, None) if feature.kind == "sequence" else slice(3)
+            cut = slice(-feature.max_length, None) if feature.is_sequence else slice(3)
             raw = raw[:, cut] if feature.name != "codes" else raw[:, :1]
         expected = np.array([expected_code(learned, value) for value in raw.ravel().tolist()])
         assert codes.dtype == (np.int64 if feature.is_embedded else np.float32)
@@ -181,15 +186,3 @@ def test_a_vocabulary_may_be_empty() -> None:
         build(Fitted(FITTED.schema, learned), ["user"]).SerializeToString()
     )
     assert session.run(None, {"user": np.array(["", "a"], object)})[0].tolist() == [0, 1]
-
-
-def test_positions_of_keys() -> None:
-    words = onnxruntime.InferenceSession(
-        build_positions(["b", "", "a"], string=True).SerializeToString()
-    )
-    keys = np.array(["a", "", "c", "b"], object)
-    assert words.run(["position"], {"key": keys})[0].tolist() == [2, 1, -1, 0]
-    numbers = onnxruntime.InferenceSession(
-        build_positions([5, -3], string=False).SerializeToString()
-    )
-    assert numbers.run(["position"], {"key": np.array([-3, 0, 5])})[0].tolist() == [1, -1, 0]

@@ -21,109 +21,131 @@ def schema(*features: Feature) -> Schema:
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("options", "field", "text"),
     [
-        ({"name": "a b"}, "feature 'a b': a name is letters, digits and underscores"),
-        ({"name": ""}, "feature '': a name is letters, digits and underscores"),
+        ({"name": "a b"}, "name", "letters, digits and underscores"),
+        ({"name": ""}, "name", "letters, digits and underscores"),
+        ({"name": "label"}, "name", "[user_index, item_index, label, weight] are reserved"),
+        ({"kind": "categoricl"}, "kind", "did you mean 'categorical'?"),
+        ({"kind": "numeric"}, "dtype", "numeric needs [int, float]"),
+        ({"kind": "hashed", "dtype": "float"}, "dtype", "hashed needs [int]"),
+        ({"dtype": "float"}, "dtype", "categorical needs [string, int]"),
         (
-            {"name": "label"},
-            "feature 'label': the names [user_index, item_index, label, weight] are taken; "
-            "rename the column",
+            {"kind": "categorical_list", "dtype": "float"},
+            "dtype",
+            "categorical_list needs [string, int]",
         ),
-        (
-            {"name": "x", "kind": "numeric"},
-            "feature 'x': numeric needs dtype [int, float], not 'string'",
-        ),
-        (
-            {"name": "x", "kind": "hashed", "dtype": "float"},
-            "feature 'x': hashed needs dtype 'int', not 'float'",
-        ),
-        (
-            {"name": "x", "dtype": "float"},
-            "feature 'x': categorical needs dtype [string, int], not 'float'",
-        ),
-        (
-            {"name": "x", "kind": "categorical_list", "dtype": "float"},
-            "feature 'x': categorical_list needs dtype [string, int], not 'float'",
-        ),
-        (
-            {"name": "x", "kind": "sequence", "side": "item"},
-            "feature 'x': a sequence of items belongs to side 'user', not 'item'",
-        ),
-        ({"name": "x", "default": "a"}, "feature 'x': a default is for scene features only"),
+        ({"kind": "sequence", "side": "item"}, "side", "sequence needs [user]"),
+        ({"columns": ("a",)}, "columns", "categorical reads the column of its own name"),
+        ({"kind": "crossed"}, "columns", "two or more features"),
+        ({"kind": "crossed", "columns": ("a",)}, "columns", "two or more features"),
+        ({"kind": "crossed", "columns": ("a", "b", "a")}, "columns", "each once"),
+        ({"min_count": 0}, "min_count", "at least 1"),
+        ({"max_length": -1}, "max_length", "at least 1"),
+        ({"buckets": 0}, "buckets", "at least 1"),
+        ({"dimension": -1}, "dimension", "negative"),
+        ({"default": "a"}, "default", "scene features"),
     ],
 )
-def test_a_feature_that_cannot_be(options: dict[str, Any], text: str) -> None:
+def test_a_field_that_does_not_fit_is_refused(
+    options: dict[str, Any], field: str, text: str
+) -> None:
+    arguments = {"name": "x", **options}
     with pytest.raises(UserError) as error:
-        Feature(**options)
-    assert str(error.value) == text
+        Feature(**arguments)
+    assert error.value.field == f"features.{arguments['name']}.{field}"
+    assert error.value.value == arguments.get(field, getattr(USER, field))
+    assert text in str(error.value)
+
+
+CROSS = {"kind": "crossed", "columns": ("user_id", "hour")}
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("min_count", 0), ("max_length", -1), ("buckets", 0), ("dimension", -1)]
-)
-def test_refuses_numbers_out_of_range(field: str, value: int) -> None:
-    with pytest.raises(UserError, match="greater than") as caught:
-        Feature("x", **{field: value})  # type: ignore[arg-type]
-    assert (caught.value.field, caught.value.value) == (f"Feature.{field}", value)
-
-
-@pytest.mark.parametrize(
-    ("features", "text"),
+    ("features", "field", "text"),
     [
-        ((USER, USER), "feature 'user_id': declared 2 times"),
-        (
-            (Feature("user_id", side="item"),),
-            "feature 'user_id': is the user key, side must be 'user'",
-        ),
-        (
-            (Feature("item_id", side="scene"),),
-            "feature 'item_id': is the item key, side must be 'item'",
-        ),
-        (
-            (Feature("user_id", kind="categorical_list"),),
-            "feature 'user_id': is the user key and cannot be a list",
-        ),
-        (
-            (USER, HISTORY),
-            "feature 'history': shares 'item_id', which is no feature; known: [user_id, history]",
-        ),
+        ((USER, USER), "features.user_id.name", "declared 2 times"),
+        ((Feature("user_id", side="item"),), "features.user_id.side", "'user'"),
+        ((Feature("item_id", side="scene"),), "features.item_id.side", "'item'"),
+        ((Feature("user_id", kind="categorical_list"),), "features.user_id.kind", "one value"),
+        ((USER, HISTORY), "features.history.shares", "known: [user_id, history]"),
         (
             (Feature("item_id", side="item", dtype="int"), HISTORY),
-            "feature 'history': cannot share 'item_id' (categorical, dtype int); "
-            "both need a vocabulary of one dtype",
+            "features.history.shares",
+            "'item_id' is categorical of int",
         ),
         (
             (PRICE, Feature("other", shares="price")),
-            "feature 'other': cannot share 'price' (numeric, dtype float); "
-            "both need a vocabulary of one dtype",
+            "features.other.shares",
+            "'price' is numeric of float",
         ),
         (
             (Feature("a", shares="b"), Feature("b", shares="c"), Feature("c")),
-            "feature 'a': 'b' itself shares another; name that",
+            "features.a.shares",
+            "name 'c'",
+        ),
+        ((USER, Feature("x", **CROSS)), "features.x.columns", "known: [user_id, x]"),
+        ((USER, BUCKETS, Feature("x", **CROSS)), "features.x.columns", "side = 'scene'"),
+        (
+            (GENRES, BUCKETS, Feature("x", "scene", "crossed", columns=("genres", "hour"))),
+            "features.x.columns",
+            "'genres' does not have one code per row",
+        ),
+        (
+            (PRICE, BUCKETS, Feature("x", "scene", "crossed", columns=("price", "hour"))),
+            "features.x.columns",
+            "'price' does not have one code per row",
+        ),
+        (
+            (
+                USER,
+                BUCKETS,
+                Feature("x", "scene", **CROSS),
+                Feature("y", "scene", "crossed", columns=("x", "hour")),
+            ),
+            "features.y.columns",
+            "'x' does not have one code per row",
         ),
     ],
 )
-def test_features_that_do_not_go_together(features: tuple[Feature, ...], text: str) -> None:
+def test_features_that_contradict_each_other_are_refused(
+    features: tuple[Feature, ...], field: str, text: str
+) -> None:
     with pytest.raises(UserError) as error:
         schema(*features)
-    assert str(error.value) == text
+    assert error.value.field == field
+    assert text in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["numeric", "hashed"])
 def test_only_a_feature_with_a_vocabulary_may_share_one(kind: Any) -> None:
     with pytest.raises(UserError) as error:
         schema(Feature("a", dtype="int"), Feature("n", kind=kind, dtype="int", shares="a"))
-    assert str(error.value) == (
-        "feature 'n': cannot share 'a' (categorical, dtype int); "
-        "both need a vocabulary of one dtype"
-    )
+    assert (error.value.field, error.value.value) == ("features.n.shares", "a")
+    assert "both features need a vocabulary" in str(error.value)
 
 
 def test_keys_are_column_names() -> None:
     with pytest.raises(UserError) as error:
         Schema((USER,), "user id", "item_id")
-    assert str(error.value) == "samples.user: 'user id' is no column name"
+    assert (error.value.field, error.value.value) == ("samples.user", "user id")
+
+
+def test_codes_that_scene_features_combine_are_carried_by_users_and_items() -> None:
+    plain, scene = Feature("place", side="scene"), ("scene", "crossed")
+    whole = schema(
+        USER,
+        ITEM,
+        SHOP,
+        plain,
+        Feature("a", *scene, columns=("shop", "place")),
+        Feature("b", *scene, columns=("user_id", "item_id")),
+        Feature("c", *scene, columns=("place", "item_id")),
+    )
+    assert whole.carried("user") == (USER,)
+    assert whole.carried("item") == (ITEM,)
+    assert [column.name for column in whole.columns()] == ["user_id", "item_id", "shop", "place"]
+    assert [column.name for column in whole.columns("scene")] == ["shop", "place"]
 
 
 def test_sides_keep_the_order_of_declaration() -> None:
