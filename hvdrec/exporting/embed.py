@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
-from hvdrec.config.schema import Feature
+from hvdrec.config.schema import Column, Side
 from hvdrec.errors import UserError
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.parallel.pool import WorkerPool
@@ -33,7 +33,9 @@ class _Block:
     rows: bytes
 
 
-def write_side(draft: Path, side: Side, table: pa.Table, config: Config, workers: WorkerPool) -> int:
+def write_side(
+    draft: Path, side: Side, table: pa.Table, config: Config, workers: WorkerPool
+) -> int:
     """Embed all users (items) and write keys, sorted, with embeddings in the same order.
 
     draft: the bundle's directory with the towers, which all workers must see. Each worker that

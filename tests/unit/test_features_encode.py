@@ -280,7 +280,7 @@ def spoil(folder: Path, name: str, table: pa.Table) -> None:
         (
             "users_train.parquet",
             pa.table({"user": ["u1"], "seen": [[1]], "words": [["a"]], "age": [1.0]}),
-            r"users_train.parquet: has no row for user 'u\d' of the samples; make the samples again",
+            r"users_train.parquet: has no row for user 'u\d' of the samples; make",
         ),
         (
             "items.parquet",
@@ -295,7 +295,7 @@ def spoil(folder: Path, name: str, table: pa.Table) -> None:
         (
             "users_train.parquet",
             pa.table({"user": [1], "seen": [[1]], "words": [["a"]], "age": [1.0]}),
-            "users_train.parquet: 'user' is int64 here, string in the samples; make the samples again",
+            "users_train.parquet: 'user' is int64 here, string in the samples; make",
         ),
         (
             "users_train.parquet",

@@ -40,10 +40,6 @@ def schema(*features: Feature) -> Schema:
         ({"kind": "crossed"}, "columns", "two or more features"),
         ({"kind": "crossed", "columns": ("a",)}, "columns", "two or more features"),
         ({"kind": "crossed", "columns": ("a", "b", "a")}, "columns", "each once"),
-        ({"min_count": 0}, "min_count", "at least 1"),
-        ({"max_length": -1}, "max_length", "at least 1"),
-        ({"buckets": 0}, "buckets", "at least 1"),
-        ({"dimension": -1}, "dimension", "negative"),
         ({"default": "a"}, "default", "scene features"),
     ],
 )
@@ -58,7 +54,16 @@ def test_a_field_that_does_not_fit_is_refused(
     assert text in str(error.value)
 
 
-CROSS = {"kind": "crossed", "columns": ("user_id", "hour")}
+@pytest.mark.parametrize(
+    ("field", "value"), [("min_count", 0), ("max_length", -1), ("buckets", 0), ("dimension", -1)]
+)
+def test_refuses_numbers_out_of_range(field: str, value: int) -> None:
+    with pytest.raises(UserError, match="greater than") as caught:
+        Feature("x", **{field: value})  # type: ignore[arg-type]
+    assert (caught.value.field, caught.value.value) == (f"Feature.{field}", value)
+
+
+CROSS: dict[str, Any] = {"kind": "crossed", "columns": ("user_id", "hour")}
 
 
 @pytest.mark.parametrize(
