@@ -1,5 +1,5 @@
 """The command line: parse, call the public API, print."""
 
-from hvdrec.cli.entry import main
+from hvdrec.cli.main import main
 
 __all__ = ["main"]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from hvdrec.config import Config
 from hvdrec.config.structure import field_docs, from_text, type_of
-from hvdrec.errors import UserError, choices, unknown_key
+from hvdrec.errors import UserError, choices, invalid_value, unknown_key
 
+DEST = "field "
+"""Prefix of the attributes that hold field options in the parsed options."""
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}"}
 
 
@@ -31,25 +34,50 @@ class FieldOption:
         return ".".join(self.path)
 
 
-def add_field_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+def add_field_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], allowed: tuple[str, ...] = ("",)
+) -> None:
     """Add an option for each field of the configuration that occurs in the arguments.
 
+    Args:
+        parser: The parser to extend.
+        arguments: The command line.
+        allowed: Prefixes of the dotted names of fields that may be given.
+
     Raises:
-        UserError: There is no such field.
+        UserError: There is no such field, or it is not allowed.
     """
     for option in dict.fromkeys(text.partition("=")[0] for text in arguments):
         dotted = option.removeprefix("--").replace("-", "_")
         if not option.startswith("--") or not ("." in dotted or dotted in ("name", "seed")):
             continue
-        try:
-            kind = type_of(Config, dotted.split("."))
-        except KeyError:
-            raise unknown_key(option, [_option(each.dotted) for each in field_options()]) from None
-        if dataclasses.is_dataclass(kind):
-            names = [field.name for field in dataclasses.fields(kind)]
-            raise UserError(f"{option}: is a table; known: {choices(names)}", field=option)
+        if not re.sub(r"\.\d+", ".N", dotted).startswith(allowed):
+            names = [_option(f.dotted) for f in field_options() if f.dotted.startswith(allowed)]
+            problem = f"{option}: cannot change after training; known: {choices(names)}"
+            raise UserError(problem, field=option)
+        kind = _kind_of(dotted.split("."))
         nargs = "*" if get_origin(kind) in (tuple, dict) else None
-        parser.add_argument(option, dest=dotted, nargs=nargs, default=argparse.SUPPRESS)
+        parser.add_argument(option, dest=f"{DEST}{dotted}", nargs=nargs, default=argparse.SUPPRESS)
+
+
+def _kind_of(path: Sequence[str]) -> Any:
+    """Return the type of a field; raise UserError for an unknown one and for a table."""
+    kind: Any = Config
+    for end, name in enumerate(path, start=1):
+        option = _option(".".join(path[:end]))
+        try:
+            inner = type_of(kind, [name])
+        except KeyError:
+            raise unknown_key(option, _names(kind)) from None
+        kind = inner
+    if dataclasses.is_dataclass(kind):
+        raise UserError(f"{option}: is a table; known: {choices(_names(kind))}", field=option)
+    return kind
+
+
+def _names(kind: Any) -> list[str]:
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return [field.name.replace("_", "-") for field in fields]
 
 
 def read_fields(options: argparse.Namespace) -> dict[str, object]:
@@ -58,16 +86,16 @@ def read_fields(options: argparse.Namespace) -> dict[str, object]:
     Raises:
         UserError: A value is not of the field's type.
     """
-    texts = {key: text for key, text in vars(options).items() if "." in key or key == "seed"}
-    if isinstance(getattr(options, "name", None), str) and hasattr(options, "config"):
-        texts["name"] = options.name
+    texts = {key.removeprefix(DEST): text for key, text in vars(options).items() if DEST in key}
     return {field: _value(field, text) for field, text in texts.items()}
 
 
 def _value(field: str, text: Any) -> object:
     kind = type_of(Config, field.split("."))
     if get_origin(kind) is dict:
-        text = dict(zip(text[::2], text[1::2], strict=True))
+        if len(text) % 2:
+            raise invalid_value(_option(field), text, "must be pairs of a name and a value")
+        return from_text(kind, dict(zip(text[::2], text[1::2], strict=True)), _option(field))
     if get_origin(kind) in (Union, types.UnionType):
         try:
             return json.loads(text)
@@ -77,7 +105,7 @@ def _value(field: str, text: Any) -> object:
 
 
 def describe_fields(
-    parser: argparse.ArgumentParser, config: Config | None, prefixes: Sequence[str] = ("",)
+    parser: argparse.ArgumentParser, config: Config | None, prefixes: tuple[str, ...] = ("",)
 ) -> None:
     """Add all fields to a parser's help: type, default and documentation.
 
@@ -86,19 +114,23 @@ def describe_fields(
         config: Its values are shown as defaults. None: the defaults of the fields.
         prefixes: Only fields whose dotted name starts with one of these.
     """
-    group = parser.add_argument_group(
-        "fields of the configuration",
-        "N is the position of a table, from 0; NAME is a key of a table.",
-    )
+    usage = parser.format_usage().removeprefix("usage: ").rstrip()
+    parser.usage = f"{usage} [--FIELD VALUE ...]"
+    groups: dict[str, Any] = {}
     for field in field_options(config):
-        if not field.dotted.startswith(tuple(prefixes)):
+        if not field.dotted.startswith(prefixes):
             continue
+        table = ".".join(field.path[:-1])
+        if table not in groups:
+            groups[table] = parser.add_argument_group(f"fields of [{table}]" if table else "fields")
         shown = "" if field.default is dataclasses.MISSING else f" (default: {_shown(field)})"
-        group.add_argument(
+        groups[table].add_argument(
             _option(field.dotted),
             metavar=_metavar(field.kind),
             help=f"{field.doc}{shown}".replace("%", "%%"),
         )
+    if "N" in " ".join(groups):
+        parser.epilog = f"N is the position of a table, from 0.\n\n{parser.epilog or ''}"
 
 
 def field_options(config: Config | None = None) -> Iterator[FieldOption]:
@@ -136,8 +168,6 @@ def _metavar(kind: Any) -> str:
 
 def _shown(field: FieldOption) -> str:
     value = field.default
-    if isinstance(value, Mapping):
-        return "none"
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
     return json.dumps(value) if isinstance(value, bool) or value is None else str(value) or "empty"

@@ -1,4 +1,4 @@
-"""Before a launch on several hosts."""
+"""Commands that check machines."""
 
 from __future__ import annotations
 
@@ -6,30 +6,70 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from hvdrec.cli.answer import Answer
+from hvdrec.cli.command import Answer, Command
+from hvdrec.cli.reports import render_checks
 from hvdrec.cli.text_table import table
 
 
-def hosts(options: argparse.Namespace, rest: list[str]) -> Answer:
+def _doctor(options: argparse.Namespace) -> Answer:
+    from hvdrec.cluster.doctor import diagnose
+
+    report = diagnose()
+    return Answer(report.as_dict(), render_checks(report.checks), report.exit_status)
+
+
+def _hosts(options: argparse.Namespace) -> Answer:
     from hvdrec.cluster.hosts import check_hosts, parse_hosts
 
-    named = parse_hosts(options.hosts)
-    checks = check_hosts(named, _paths(options.paths))
+    checks = check_hosts(parse_hosts(options.hosts), _with_features(options.paths))
     lines = [f"{check.host}: {problem}" for check in checks for problem in check.problems]
     facts = {"ok": not lines, "hosts": [asdict(check) for check in checks]}
     if lines:
         return Answer(facts, "\n".join(lines), 2)
-    rows = [[check.host, check.slots, "fit"] for check in checks]
+    rows = [[check.host, check.slots, "ok"] for check in checks]
     return Answer(facts, table(["host", "slots", ""], rows))
 
 
-def _paths(given: list[Path]) -> list[Path]:
-    """Return what ranks must see: the paths, and the features that a configuration names."""
+def _with_features(paths: list[Path]) -> list[Path]:
+    """Return the paths and the features of each configuration among them."""
     from hvdrec.config import load_config
 
-    found = list(given)
-    for path in given:
-        if path.suffix == ".toml":
-            features = load_config(path).paths.of("features")
-            found += [features] if isinstance(features, Path) and features.exists() else []
-    return found
+    files = [path for path in paths if path.suffix == ".toml"]
+    features = [load_config(file).paths.of("features") for file in files]
+    return paths + [each for each in features if isinstance(each, Path) and each.exists()]
+
+
+def _add_hosts_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-H",
+        dest="hosts",
+        required=True,
+        metavar="HOST:SLOTS,...",
+        help="hosts in the format of horovodrun and mpirun",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        type=Path,
+        help="files and directories that must be the same on every host; a configuration includes "
+        "its features",
+    )
+
+
+COMMANDS = (
+    Command(
+        "doctor",
+        _doctor,
+        "Show what this machine can do, and how to fix problems.",
+        "hvdrec doctor",
+        lambda parser: None,
+    ),
+    Command(
+        "hosts",
+        _hosts,
+        "Check hosts before a launch: ssh without a password, the same versions and files, clocks, "
+        "and the network back to this host. Prints one line per problem.",
+        "hvdrec hosts -H localhost:2,worker1:2 configs/movielens-1m.toml",
+        _add_hosts_arguments,
+    ),
+)

@@ -1,28 +1,50 @@
-"""From shards to a bundle: plan, train, evaluate, export."""
+"""Commands from shards to a bundle: plan, train, tune, evaluate, export."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from pathlib import Path
 
-from hvdrec.cli.answer import Answer, load_config, parse_overrides
+from hvdrec.cli.command import (
+    ALL_FIELDS,
+    Answer,
+    Command,
+    add_config_argument,
+    add_overwrite_option,
+    add_workers_option,
+    load_config,
+    load_config_on_all,
+)
 from hvdrec.cli.reports import render_evaluation, render_plan, render_search
-from hvdrec.errors import UserError
 from hvdrec.parallel.progress import is_first_rank
 
-if TYPE_CHECKING:
-    from hvdrec.config import Config
+EXPORT_FIELDS = ("export.", "tasks.N.share", "model.ranker.combine")
+"""Fields that can change after training."""
+TUNE_NOTES = """\
+ranges and choices:
+  train.learning_rate=log:1e-4:1e-2     logarithmic, both ends included
+  model.ranker.dropout=0:0.4            uniform; 0:0.4:0.1 in steps
+  model.dimension=16,32,64              choices of any type
+  'model.ranker.hidden=[256,128],[400,400,400]'
 
-UNTRAINED = re.compile(
-    r"--(export\.|tasks\.\d+\.share(=|$)|model\.ranker\.combine(=|$)|fields-help$)"
-)
-"""Options for fields that can be other ones after training."""
+Fields of [model] and [train], loader.shuffle_rows, parallel.synchronization and
+parallel.average_every can be searched: they do not change the features, which all trials share.
+Run it alone, or under horovodrun or mpirun: then all ranks train each trial together. The first
+trial is the configuration as it is, with the overrides of the command line (--train.epochs 3). The
+objective is train.metric on the validation split; the test split is not read.
+
+Results are in WORK/tune: trials.json, a log per trial, and the checkpoints of the best trial
+(hvdrec evaluate WORK/tune/trial-NNN). Rerun the command to resume an interrupted search, in the
+middle of a trial if that has a checkpoint. Raise --trials for more trials, or start over with
+--overwrite.
+
+"""
 
 
-def train(options: argparse.Namespace, rest: list[str]) -> Answer:
-    config = _load_config_together(options, rest)
+def _train(options: argparse.Namespace) -> Answer:
+    config = load_config_on_all(options)
     from hvdrec.training.loop import train
 
     facts = train(config, resume=options.resume, overwrite=options.overwrite)
@@ -33,8 +55,8 @@ def train(options: argparse.Namespace, rest: list[str]) -> Answer:
     )
 
 
-def tune(options: argparse.Namespace, rest: list[str]) -> Answer:
-    config = _load_config_together(options, rest)
+def _tune(options: argparse.Namespace) -> Answer:
+    config = load_config_on_all(options)
     from hvdrec.tuning.run import tune
 
     result = tune(
@@ -47,18 +69,16 @@ def tune(options: argparse.Namespace, rest: list[str]) -> Answer:
     return Answer(result.to_dict(), render_search(result))
 
 
-def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
-    config = load_config(options, rest)
-    from dataclasses import asdict
-
+def _plan(options: argparse.Namespace) -> Answer:
     from hvdrec.planner.plan import plan
 
+    config = load_config(options)
     result = plan(
         config,
         ranks=options.ranks,
         ranks_per_host=options.ranks_per_host,
-        memory=options.memory or "",
-        bandwidth=options.bandwidth or "",
+        memory=options.memory,
+        bandwidth=options.bandwidth,
         cores=options.cores,
         calibrate=options.calibrate,
         constants=options.constants,
@@ -66,7 +86,7 @@ def plan(options: argparse.Namespace, rest: list[str]) -> Answer:
     return Answer(asdict(result), render_plan(result, config.train.batch_size))
 
 
-def evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
+def _evaluate(options: argparse.Namespace) -> Answer:
     from hvdrec.storage.artifacts import write_text
     from hvdrec.training.evaluate_run import evaluate
 
@@ -84,9 +104,8 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> Answer:
     return Answer(facts, render_evaluation(facts))
 
 
-def export(options: argparse.Namespace, rest: list[str]) -> Answer:
-    from dataclasses import replace
-
+def _export(options: argparse.Namespace) -> Answer:
+    from hvdrec.config import with_fields
     from hvdrec.exporting.export_run import export_with
     from hvdrec.parallel.pool import open_pool
     from hvdrec.training.checkpoint import read_config
@@ -94,7 +113,7 @@ def export(options: argparse.Namespace, rest: list[str]) -> Answer:
     with open_pool(options.workers) as pool:
         if pool is None:  # the first rank of the MPI job answers
             return Answer({}, "")
-        config = _with_export_fields(read_config(options.run), options, rest)
+        config = with_fields(read_config(options.run), options.overrides)
         if options.to is not None:
             config = replace(config, paths=replace(config.paths, bundle=str(options.to)))
         if options.parity_rows is not None:
@@ -115,37 +134,131 @@ def export(options: argparse.Namespace, rest: list[str]) -> Answer:
     return Answer(result.to_dict(), "\n".join([*lines, f"wrote {result.path}"]))
 
 
-def _load_config_together(options: argparse.Namespace, rest: list[str]) -> Config:
-    """Return the configuration; in a job of several ranks, none goes on where one has none."""
-    from hvdrec.parallel.environment import is_launched
-
-    config: Config
-    if is_launched():
-        from hvdrec.parallel import ranks
-
-        ranks.init()
-        config = ranks.run_on_all(lambda: load_config(options, rest))
-    else:
-        config = load_config(options, rest)
-    return config
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_argument(parser)
+    add_overwrite_option(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the latest checkpoint, if there is one"
+    )
 
 
-def _with_export_fields(config: Config, options: argparse.Namespace, rest: list[str]) -> Config:
-    """Return a run's configuration with fields that need no training from the command line."""
-    from hvdrec.config import with_fields
+def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_argument(parser)
+    parser.add_argument(
+        "--search",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=RANGE",
+        help="what to search; optional for a search that is resumed",
+    )
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=20,
+        metavar="N",
+        help="number of trials, including those already done (default 20)",
+    )
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="stop a trial that is worse than the median of the complete trials after the same "
+        "number of epochs (from five complete trials on)",
+    )
+    add_overwrite_option(parser)
 
-    if "--fields-help" in rest:
-        from hvdrec.cli.fields import describe_fields
 
-        parser = argparse.ArgumentParser(f"hvdrec export {options.run}")
-        describe_fields(parser, config, ("export.", "tasks.N.share", "model.ranker.combine"))
-        parser.parse_args(["--help"])
-    fields = [argument for argument in rest if argument.startswith("--")]
-    for field in fields:
-        if not UNTRAINED.match(field):
-            raise UserError(
-                f"command line: {field}: of a trained run only the fields of [export] and what the "
-                "score is made of can be given anew (--export.embeddings int8, --tasks.0.share 2, "
-                "--model.ranker.combine sum)"
-            )
-    return with_fields(config, parse_overrides(rest))
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_argument(parser)
+    add = parser.add_argument
+    add("--ranks", type=int, default=0, help="ranks of the job (default: those of this job)")
+    add("--ranks-per-host", type=int, default=0, help="ranks on each host (default: all on one)")
+    add("--memory", default="", help="memory of a rank, such as 80GB")
+    add("--bandwidth", default="", help="network bandwidth of a host, such as 200Gbit")
+    add("--cores", type=int, default=0, help="CPU cores of a host, shared by its ranks; 0: enough")
+    add(
+        "--calibrate",
+        action="store_true",
+        help="measure this machine first, under horovodrun or mpirun also its messages, and store "
+        "the result in WORK/plan.json",
+    )
+    add("--constants", type=Path, help="measurements of another machine (a plan.json)")
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, help="directory of a run (WORK/run)")
+    add("--split", choices=["validation", "test"], default="test")
+    add("--checkpoint", choices=["best", "latest"], default="best")
+    add(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also evaluate popularity, means, item-item co-occurrence and EASE, fitted on the "
+        "training rows with settings chosen on validation (default), or only the model",
+    )
+    add(
+        "--ease-items",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="largest catalogue for which EASE is fitted (default 10000, which takes 1.6 GB and "
+        "minutes; twice the items take four times the memory and eight times the time; 0: never)",
+    )
+    add("--output", type=Path, help="also write the JSON report to this file")
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, help="directory of a run (WORK/run)")
+    add("--to", help="directory or URL of the bundle (default paths.bundle)")
+    add("--checkpoint", choices=["best", "latest"], default="best")
+    add("--parity-rows", type=int, help="held-out rows to compare with torch")
+    add_workers_option(parser)
+    add_overwrite_option(parser)
+
+
+COMMANDS = (
+    Command(
+        "train",
+        _train,
+        "Train a model, alone or under horovodrun or mpirun on many ranks.",
+        "horovodrun -np 2 hvdrec train configs/movielens-1m.toml --train.epochs 3",
+        _add_train_arguments,
+        ALL_FIELDS,
+    ),
+    Command(
+        "tune",
+        _tune,
+        "Search for the settings with the best validation metric, with Optuna.",
+        "hvdrec tune configs/movielens-1m.toml --trials 30 --prune \\\n"
+        "    --search train.embedding-learning-rate=log:0.05:0.8 model.ranker.dropout=0:0.4",
+        _add_tune_arguments,
+        ALL_FIELDS,
+        TUNE_NOTES,
+    ),
+    Command(
+        "plan",
+        _plan,
+        "Predict memory, bytes and time of a training step on any number of ranks.",
+        "hvdrec plan configs/movielens-1m.toml --ranks 16 --ranks-per-host 8 --bandwidth 25Gbit",
+        _add_plan_arguments,
+        ALL_FIELDS,
+    ),
+    Command(
+        "evaluate",
+        _evaluate,
+        "Evaluate a run beside its baselines; ranks share the work.",
+        "hvdrec evaluate runs/movielens-1m/run --output report.json",
+        _add_evaluate_arguments,
+    ),
+    Command(
+        "export",
+        _export,
+        "Write the bundle of a run, if it scores as torch does. Options can change the fields of "
+        "[export] and how the score combines several labels.",
+        "hvdrec export runs/movielens-1m/run --export.embeddings int8",
+        _add_export_arguments,
+        EXPORT_FIELDS,
+    ),
+)

@@ -1,4 +1,4 @@
-"""What is done with a bundle."""
+"""Commands that use a bundle."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
-from hvdrec.cli.answer import Answer
+from hvdrec.cli.command import Answer, Command, add_overwrite_option
 from hvdrec.cli.text_table import table
 from hvdrec.errors import UserError
+from hvdrec.serving import add_arguments as add_serve_arguments
 
 
-def fetch(options: argparse.Namespace, rest: list[str]) -> Answer:
+def _fetch(options: argparse.Namespace) -> Answer:
     from hvdrec.storage.artifacts import fetch_artifact
     from hvdrec.storage.urls import as_location
 
@@ -22,13 +25,13 @@ def fetch(options: argparse.Namespace, rest: list[str]) -> Answer:
     return Answer(facts, f"wrote {to}" if is_new else f"{to}: holds this bundle already")
 
 
-def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
+def _recommend(options: argparse.Namespace) -> Answer:
     from hvdrec.cli.request_text import parse_allowed, parse_key, parse_scene, parse_user
     from hvdrec.scoring import Scorer
 
     scorer = Scorer.load(options.bundle)
     user, scene = parse_user(scorer, options.user), parse_scene(scorer, options.scene)
-    found = scorer.recommend(
+    items = scorer.recommend(
         user=user,
         scene=scene,
         k=options.k,
@@ -40,73 +43,60 @@ def recommend(options: argparse.Namespace, rest: list[str]) -> Answer:
     )
     by_task = {}
     if scorer.tasks:
-        told = scorer.score_tasks(user, [r.item for r in found], scene)
-        by_task = {task: told[task].tolist() for task in scorer.tasks}
-    rows = [
-        [i + 1, r.item, r.title or "", f"{r.score:.4f}", *(f"{p[i]:.4f}" for p in by_task.values())]
-        for i, r in enumerate(found)
-    ]
+        scores = scorer.score_tasks(user, [item.item for item in items], scene)
+        by_task = {task: scores[task].tolist() for task in scorer.tasks}
+    rows, facts = [], []
+    for i, item in enumerate(items):
+        tasks = {task: probabilities[i] for task, probabilities in by_task.items()}
+        scores_shown = [f"{score:.4f}" for score in (item.score, *tasks.values())]
+        rows.append([i + 1, item.item, item.title or "", *scores_shown])
+        facts.append(asdict(item) | ({"tasks": tasks} if tasks else {}))
     text = table(["", "item", "title", "score", *by_task], rows)
-    if found and found[0].source == "trending":
-        text += "\nnothing is known of this user: these are the trending items"
-    facts = {
-        "user": options.user,
-        "scene": scene,
-        "items": [
-            {
-                "item": r.item,
-                "title": r.title,
-                "score": r.score,
-                "retrieval_score": r.retrieval_score,
-                "source": r.source,
-                **({"tasks": {task: p[i] for task, p in by_task.items()}} if by_task else {}),
-            }
-            for i, r in enumerate(found)
-        ],
-    }
-    return Answer(facts, text)
+    if items and items[0].source == "trending":
+        text += "\nnothing is known about this user: these are the trending items"
+    return Answer({"user": options.user, "scene": scene, "items": facts}, text)
 
 
-def score(options: argparse.Namespace, rest: list[str]) -> Answer:
+def _score(options: argparse.Namespace) -> Answer:
     from hvdrec.exporting.score_file import score_table
 
     facts = score_table(options.bundle, options.input, options.output)
     return Answer(facts, f"scored {facts['rows']} rows\nwrote {options.output}")
 
 
-def publish(options: argparse.Namespace, rest: list[str]) -> Answer:
-    from dataclasses import asdict
-
-    from hvdrec.scoring.stores.redis.publish import publish as write
+def _publish(options: argparse.Namespace) -> Answer:
+    from hvdrec.scoring.stores.redis.publish import publish
 
     url = options.redis or os.environ.get("HVDREC_REDIS", "")
     if not url:
-        raise UserError("--redis: give the server's URL, or set HVDREC_REDIS (redis://HOST:6379/0)")
+        raise UserError(
+            "--redis: is missing; give the server's URL (redis://HOST:6379/0) or set HVDREC_REDIS",
+            field="--redis",
+        )
     with _progress() as progress:
-        done = write(
+        result = publish(
             options.bundle, url, prefix=options.prefix, keep=options.keep, progress=progress
         )
     text = (
-        f"{done.users} users, {done.items} items as version {done.version} of model {done.model}\n"
-        f"published to {done.server} in {done.seconds:.1f} s"
+        f"{result.users} users, {result.items} items as version {result.version} of model "
+        f"{result.model}\npublished to {result.server} in {result.seconds:.1f} s"
     )
-    return Answer(asdict(done), text)
+    return Answer(asdict(result), text)
 
 
-def serve(options: argparse.Namespace, rest: list[str]) -> Answer:
-    from hvdrec.serving import from_arguments
-    from hvdrec.serving import serve as run
+def _serve(options: argparse.Namespace) -> Answer:
+    from hvdrec.serving import from_arguments, serve
 
-    run(from_arguments(options))
+    serve(from_arguments(options))
     return Answer({}, "stopped")
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Yield what shows how many rows of how many are done; shows nothing where there is no tqdm."""
+    """Yield a function of (rows done, rows in total) that shows a bar, if tqdm is installed."""
     try:
         from tqdm import tqdm
-    except ModuleNotFoundError:  # the slim install has none
+    except ModuleNotFoundError:  # the slim install does not have it
         yield lambda rows, total: None
         return
     with tqdm(unit="row", unit_scale=True, leave=False, disable=None) as bar:
@@ -116,3 +106,93 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             bar.update(rows - bar.n)
 
         yield show
+
+
+def _add_fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="URL or directory of a bundle, such as s3://bucket/name")
+    parser.add_argument("to", type=Path, help="directory to write")
+    add_overwrite_option(parser)
+
+
+def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", type=Path, help="directory of the bundle")
+    add("--user", required=True, help="key of a user, or a JSON object of raw features")
+    add("--scene", nargs="*", default=[], metavar="FIELD=VALUE", help="values of scene fields")
+    add("-k", type=int, default=10, help="number of items (default 10)")
+    add("--candidates", type=int, default=500, help="items to rank (default 500)")
+    add("--exclude", nargs="*", default=[], metavar="ITEM", help="items to leave out")
+    add(
+        "--allowed",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="only items with one of these values, of the fields in export.filters",
+    )
+    add("--skip-seen", action="store_true", help="leave out the user's items in the log")
+    add(
+        "--diversity",
+        type=float,
+        default=0.0,
+        help="from 0 (off) to below 1: prefer items unlike those ranked before them",
+    )
+
+
+def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", type=Path, help="directory of the bundle")
+    add("input", type=Path, help="Parquet file with raw user, item and scene columns")
+    add("output", type=Path, help="Parquet file to write: the columns of the input and `score`")
+
+
+def _add_publish_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", type=Path, help="directory of the bundle")
+    add("--redis", metavar="URL", help="URL of the server (default: $HVDREC_REDIS)")
+    add("--prefix", default="hvdrec", help="prefix of the keys (default hvdrec)")
+    add(
+        "--keep",
+        type=float,
+        default=600.0,
+        help="seconds until the previous version expires (default 600)",
+    )
+
+
+COMMANDS = (
+    Command(
+        "fetch",
+        _fetch,
+        "Copy a bundle from a URL into a directory and verify it, so that it can be served. The "
+        "directory is complete or absent. A bundle that is already there is left unchanged.",
+        "hvdrec fetch s3://bucket/movielens-1m served/movielens-1m",
+        _add_fetch_arguments,
+    ),
+    Command(
+        "recommend",
+        _recommend,
+        "Retrieve and rank items for a user in a scene.",
+        "hvdrec recommend runs/movielens-1m/bundle --user 1 --scene hour=21 weekday=4 -k 10",
+        _add_recommend_arguments,
+    ),
+    Command(
+        "score",
+        _score,
+        "Score the rows of a Parquet file of raw values and write them to another file.",
+        "hvdrec score runs/movielens-1m/bundle pairs.parquet scored.parquet",
+        _add_score_arguments,
+    ),
+    Command(
+        "serve",
+        _serve,
+        "Serve a bundle over HTTP until SIGTERM or SIGINT. A new bundle at the path is loaded.",
+        "hvdrec serve runs/movielens-1m/bundle --port 8080 --workers 2",
+        add_serve_arguments,
+    ),
+    Command(
+        "publish",
+        _publish,
+        "Write a bundle's embeddings to a Redis server that many services share, as a new version.",
+        "hvdrec publish runs/movielens-1m/bundle --redis redis://localhost:6379/0",
+        _add_publish_arguments,
+    ),
+)

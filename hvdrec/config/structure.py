@@ -65,7 +65,7 @@ def from_dict(kind: type[T], raw: Any) -> T:
         raise _user_error(error, kind) from None
 
 
-def from_text(kind: Any, text: str | list[str], field: str) -> Any:
+def from_text(kind: Any, text: str | list[str] | dict[str, str], field: str) -> Any:
     """Convert text from a command line to the type of a field.
 
     Raises:

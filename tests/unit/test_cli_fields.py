@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from hvdrec.cli.answer import parse_overrides
 from hvdrec.cli.fields import describe_fields, field_options
+from hvdrec.cli.parser import parse
 from hvdrec.config import Config, with_fields
 from hvdrec.config.structure import from_dict
 from hvdrec.errors import UserError
@@ -25,18 +27,24 @@ RAW: dict[str, Any] = {
 }
 
 
+def parse_overrides(arguments: Sequence[str]) -> Mapping[str, object]:
+    overrides: Mapping[str, object] = parse(["train", "run.toml", *arguments]).overrides
+    return overrides
+
+
 def test_options_of_every_type() -> None:
-    arguments = (
+    tasks_without_hidden_layer = ["--model.ranker.hidden", "--resume"]
+    arguments = shlex.split(
         "--train.batch-size 64 --train.logq False --seed 3 --train.learning-rate 1e-2 "
         "--model.tower.hidden 8 4 --evaluate.k 5 --samples.split.method random "
         "--samples.split.fractions 0.6 0.2 0.2 --paths.work=elsewhere --train.log_every 7 "
         "--tasks.1.share 2 --features.2.dimension 32 --features.1.side item "
-        "--model.pooling.history sqrt --model.ranker.hidden"
+        "--model.pooling.history sqrt"
     )
     config = from_dict(Config, RAW)
-    with pytest.raises(UserError, match=r"model\.ranker\.hidden"):  # tasks need a hidden layer
-        with_fields(config, parse_overrides(arguments.split()))
-    changed = with_fields(config, parse_overrides(arguments.split()[:-1]))
+    with pytest.raises(UserError, match=r"model\.ranker\.hidden"):
+        with_fields(config, parse_overrides([*arguments, *tasks_without_hidden_layer]))
+    changed = with_fields(config, parse_overrides(arguments))
     assert (changed.train.batch_size, changed.train.logq, changed.seed) == (64, False, 3)
     assert (changed.train.learning_rate, changed.train.log_every) == (0.01, 7)
     assert changed.model.tower.hidden == (8, 4)
@@ -54,7 +62,9 @@ def test_options_of_every_type() -> None:
     [
         (["--train.batch-sizes", "1"], "--train.batch-sizes", None, ["unknown", "batch-size"]),
         (["--train", "1"], "", None, ["--train"]),
+        (["--model.pooling", "history"], "--model.pooling", ["history"], ["pairs"]),
         (["--train.warm-start", "x"], "--train.warm-start", None, ["table", "history"]),
+        (["--trane.epochs", "1"], "--trane", None, ["unknown", "did you mean 'train'?"]),
         (["--train.batch-size", "many"], "--train.batch-size", "many", ["integer"]),
         (["--train.objective", "both"], "--train.objective", "both", ["'retrieval'"]),
         (["--train.logq", "maybe"], "--train.logq", "maybe", ["boolean"]),
@@ -100,3 +110,21 @@ def test_help_can_be_limited_to_some_fields() -> None:
     assert "--export.embeddings" in text
     assert "--tasks.N.share" in text
     assert "--train" not in text
+
+
+def test_options_for_fields_and_other_arguments_come_in_any_order() -> None:
+    options = parse(["train", "run.toml", "--model.tower.hidden", "8", "4"])
+    assert (str(options.config), options.overrides) == ("run.toml", {"model.tower.hidden": (8, 4)})
+    options = parse(["train", "--train.epochs", "3", "run.toml", "--resume"])
+    assert (str(options.config), options.overrides) == ("run.toml", {"train.epochs": 3})
+
+
+def test_export_takes_only_fields_that_can_change_after_training() -> None:
+    arguments = ["export", "run", "--export.embeddings", "int8", "--tasks.0.share", "2"]
+    overrides = {"export.embeddings": "int8", "tasks.0.share": 2.0}
+    assert parse(arguments).overrides == overrides
+    for option in ("--train.epochs", "--tasks.0.weight", "--model.ranker.hidden"):
+        with pytest.raises(UserError, match="cannot change after training") as caught:
+            parse(["export", "run", option, "2"])
+        assert caught.value.field == option
+        assert "--export.embeddings" in str(caught.value)

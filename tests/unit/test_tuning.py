@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdrec.cli.answer import parse_overrides
+from hvdrec.cli.parser import parse
 from hvdrec.cli.reports import render_search
 from hvdrec.config import Config, load_config, with_fields
 from hvdrec.errors import UserError
@@ -126,7 +126,8 @@ def test_values_can_be_pasted(config: Config, tmp_path: Path) -> None:
         "model.ranker.direct": [],
     }
     expected = with_fields(config, values)
-    assert with_fields(config, parse_overrides(shlex.split(as_overrides(values)))) == expected
+    options = parse(["train", "run.toml", *shlex.split(as_overrides(values))])
+    assert with_fields(config, options.overrides) == expected
     assert as_toml(values) == (
         '[train]\nembedding_learning_rate = 1e-05\nschedule = "cosine"\n\n'
         "[model.tower]\nnormalize = true\n\n"

@@ -1,0 +1,50 @@
+"""Run a command: parse, call the public API, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hvdrec.cli.command import Answer
+from hvdrec.cli.parser import parse
+from hvdrec.errors import SharedError, UserError
+from hvdrec.parallel.progress import is_first_rank
+from hvdrec.scoring.errors import ScoringError
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 a check failed, 2 a mistake of the user."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        answer: Answer = options.command.run(options)
+    except (UserError, ScoringError) as error:
+        _fail(str(error), is_shared=isinstance(error, SharedError))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "hvdrec":
+            raise
+        _fail(f"{error.name}: not installed; this verb needs the extra 'train' (scripts/install)")
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if is_first_rank():
+        print(json.dumps(answer.facts, allow_nan=False) if options.json else answer.text)
+    sys.exit(answer.status)
+
+
+def _fail(text: str, *, is_shared: bool = False) -> NoReturn:
+    """Print a mistake in one line and exit.
+
+    Args:
+        text: The mistake.
+        is_shared: True if all ranks have the same mistake; then only the first rank prints it.
+    """
+    line = " ".join(text.splitlines())
+    if is_first_rank():
+        print(f"hvdrec: error: {line}", file=sys.stderr, flush=True)
+    elif not is_shared:
+        rank = sys.modules["hvdrec.parallel.ranks"].current().rank
+        print(f"hvdrec: error: rank {rank}: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
