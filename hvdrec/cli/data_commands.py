@@ -15,7 +15,6 @@ from hvdrec.cli.command import (
     load_config,
 )
 from hvdrec.cli.text_table import table
-from hvdrec.parallel.progress import print_line
 
 
 def _data(options: argparse.Namespace) -> Answer:
@@ -26,7 +25,7 @@ def _data(options: argparse.Namespace) -> Answer:
         rows = [[d["name"], d["description"], d["licence"]] for d in known]
         return Answer(known, table(["name", "what", "licence"], rows))
     out = options.to or Path("data") / options.name
-    facts = datasets.prepare(options.name, out, overwrite=options.overwrite, notify=print_line)
+    facts = datasets.download_dataset(options.name, out, overwrite=options.overwrite)
     return Answer({"path": str(out), **facts}, f"wrote {out}")
 
 

