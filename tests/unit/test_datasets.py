@@ -462,9 +462,7 @@ def journey(file: Path, tables: Mapping[str, Mapping[str, list[Any]]]) -> Path:
     return file
 
 
-def test_the_complete_journey_is_converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_complete_journey_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     file = journey(
         tmp_path / "some.whl",
