@@ -9,7 +9,8 @@ from typing import Any
 from hvdrec.scoring.bundle import Field
 from hvdrec.scoring.candidates import Key
 from hvdrec.scoring.errors import invalid_request, unknown_field
-from hvdrec.scoring.scorer import Raw, Scorer
+from hvdrec.scoring.ranking import Raw
+from hvdrec.scoring.scorer import Scorer
 
 
 def parse_key(scorer: Scorer, side: str, text: str) -> Key:

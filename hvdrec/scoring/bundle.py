@@ -1,7 +1,7 @@
-"""Reading a bundle's manifest and arrays, without trusting either.
+"""Read and check a bundle's manifest; a bundle is not trusted.
 
-Nothing is read but regular files that lie in the bundle; files that no manifest lists may lie
-beside them and are not looked at.
+Only regular files inside the bundle directory are opened. Files that the manifest does not list may
+lie beside them; they are ignored.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hvdrec.scoring.errors import BundleError, ReplacedError, choices, shown
+from hvdrec.scoring.errors import (
+    BundleError,
+    ReplacedError,
+    choices,
+    first_line,
+    invalid_bundle,
+    shown,
+)
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 16 << 20
@@ -40,191 +44,220 @@ KINDS = ("categorical", "categorical_list", "sequence", "numeric", "hashed")
 
 @dataclass(frozen=True)
 class Field:
-    """A raw feature as a request gives it."""
+    """A raw feature that a request may contain."""
 
     name: str
-    """What a request calls it."""
+    """Name of the feature in a request."""
     side: str
-    """user, item or scene."""
+    """Side that the feature describes: "user", "item" or "scene"."""
     dtype: str
-    """Type of a raw value (of a list's entries): string, int or float."""
+    """Type of a raw value, or of the entries of a list: "string", "int" or "float"."""
     is_list: bool
-    """Whether a raw value is a list."""
+    """True if a raw value is a list."""
     pads_left: bool
-    """Whether a list ends with its newest entry, is cut and padded on the left (a sequence)."""
+    """True for a sequence: the newest entry is last, and a list is cut and padded on the left."""
     max_length: int
-    """Most entries of a list that count: the first, or of a sequence the last."""
+    """Number of entries that are used: the first ones of a list, the last ones of a sequence."""
     default: str | int | float | None
-    """Value of a scene field that a request leaves out; None: missing."""
+    """Value of a scene field that a request omits; None means missing."""
 
     @property
     def path(self) -> str:
-        """Where the field stands in a request: ``user.age``, ``items.year``, ``scene.hour``."""
+        """Path of the field in a request: ``user.age``, ``items.year``, ``scene.hour``."""
         return f"{ARGUMENTS.get(self.side, self.side)}.{self.name}"
 
 
 @dataclass(frozen=True)
 class BundleInfo:
-    """What the manifest says: name, keys, fields and widths."""
+    """Contents of a bundle's manifest."""
 
     path: Path
+    """Directory of the bundle, without symbolic links."""
     name: str
+    """Name of the run that was exported."""
     user_key: str
+    """Name of the column that holds the users' keys."""
     item_key: str
+    """Name of the column that holds the items' keys."""
     fields: tuple[Field, ...]
+    """Raw features of users, items and the scene."""
     user_width: int
+    """Width of a user's embedding."""
     item_width: int
+    """Width of an item's embedding."""
     retrieval_width: int
+    """Number of leading entries whose inner product retrieves items; 0 if there is no retrieval."""
     manifest: Mapping[str, Any]
+    """The whole manifest as parsed from JSON."""
     tasks: tuple[str, ...] = ()
-    """Names of the labels that the ranker predicts beside its score; none in most bundles."""
+    """Labels that the ranker predicts besides its score; empty in most bundles."""
     version: str = ""
-    """First 12 hexadecimal digits of the SHA-256 of manifest.json: what the whole bundle is."""
+    """First 12 hexadecimal digits of the SHA-256 of manifest.json; identifies the bundle."""
     model: str = ""
-    """The same of the graphs' checksums: embeddings of one model fit each other."""
+    """Digest of the graphs' checksums, 12 digits; embeddings fit only graphs of the same model."""
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
-    """Of each file, what changes when another one takes its place."""
+    """Stamp of each file when the manifest was read; see `stamp_of`."""
 
     def side(self, side: str) -> tuple[Field, ...]:
         """Return the fields of one side."""
         return tuple(field for field in self.fields if field.side == side)
 
     def holds(self, name: str) -> bool:
-        """Return whether the manifest lists a file."""
+        """Return True if the manifest lists a file of this name."""
         return name in self.manifest["files"]
 
 
 def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
-    """Read and check a bundle's manifest.
+    """Read a bundle's manifest and check that all its files are there.
 
-    Checks kind, format, and that every listed file lies in the directory with its size; with
-    ``verify`` also the SHA-256 of each file. Links in ``path`` are followed once, so that all files
-    come from one directory. Raises BundleError.
+    Symbolic links in ``path`` are resolved once, so that all files come from one directory.
+
+    Args:
+        path: Directory of the bundle, or a link to it.
+        verify: True to compare the SHA-256 of each file as well as its size.
+
+    Returns:
+        The contents of the manifest.
+
+    Raises:
+        BundleError: The bundle is missing, damaged or of another format.
     """
     try:
         path = path.resolve()
     except (OSError, RuntimeError, ValueError):
-        raise _no_bundle(path) from None
-    raw, stamp = _manifest_bytes(path)
-    manifest = _parsed(path, raw)
+        raise _not_a_bundle(path) from None
+    raw, stamp = _read_manifest(path)
+    manifest = _parse_manifest(path, raw)
     try:
         files = {
-            str(name): (int(facts["bytes"]), str(facts["sha256"]))
-            for name, facts in manifest["files"].items()
+            str(name): (int(file["bytes"]), str(file["sha256"]))
+            for name, file in manifest["files"].items()
         }
         stamps = {MANIFEST: stamp}
-        info = _info(path, manifest, hashlib.sha256(raw).hexdigest()[:12], _model(files), stamps)
+        version = hashlib.sha256(raw).hexdigest()[:12]
+        info = _parse_info(path, manifest, version, _model_digest(files), stamps)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise BundleError(
-            f"{path / MANIFEST}: damaged manifest ({reason}); export the bundle again"
-        ) from None
+        raise invalid_bundle(path / MANIFEST, f"damaged manifest ({reason})") from None
     for name in REQUIRED:
         if name not in files:
-            raise BundleError(f"{path}: '{name}' is missing from the bundle; export it again")
+            raise missing_file(info, name)
     for name, (size, _) in files.items():
         stamps[name] = _check_size(path, name, size)
     for name, (_, sha256) in files.items() if verify else ():
-        _check_sum(path, name, sha256)
+        _check_sha256(path / name, sha256)
     return info
 
 
 def check_unchanged(info: BundleInfo) -> None:
-    """Raise ReplacedError where a file is another one than `read_bundle` saw.
+    """Raise ReplacedError if a file changed since `read_bundle` saw it.
 
-    Called after everything is open: then no part of the bundle comes from another one that took
-    its place in between. Device, inode, size and time of the last change tell a directory renamed
-    into place as well as a file written over, on every system.
+    Call it after all files are open: then no file comes from a bundle that replaced this one in the
+    meantime.
     """
     for name, stamp in info.stamps.items():
         try:
-            found = stamp_of((info.path / name).stat())
+            current = stamp_of((info.path / name).stat())
         except OSError:
-            found = None
-        if found != stamp:
-            raise ReplacedError(
-                f"{info.path / name}: was replaced while the bundle was read; load it again"
-            )
+            current = None
+        if current != stamp:
+            raise replaced(info.path / name, "while the bundle was read")
+
+
+def replaced(path: Path, when: str) -> ReplacedError:
+    """Build the error for a file that another one replaced."""
+    return ReplacedError(f"{path}: was replaced {when}; load it again", field=str(path))
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """Return what tells a file from another one in its place, and from itself before a change."""
-    # No ctime: that also changes when a hard link to the file goes.
+    """Return device, inode, size and modification time of a file.
+
+    They change when another file replaces it and when it is overwritten.
+    """
+    # Not ctime: it also changes when a hard link to the file is removed.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_array(path: Path, name: str) -> NDArray[Any]:
-    """Memory-map one of the bundle's arrays, read-only; BundleError if that cannot be."""
-    _located(path, name)
+def regular_file(path: Path, name: str) -> os.stat_result:
+    """Return the status of a regular file of the bundle that no symbolic link leads to.
+
+    Raises:
+        BundleError: The file is missing, is not a regular file or leaves the bundle.
+    """
+    file = path / name
     try:
-        with np.errstate(over="ignore"):  # a header may tell of more bytes than there are numbers
-            array = np.load(path / name, mmap_mode="r", allow_pickle=False)
-        # A plain view: indexing a numpy.memmap costs several times as much.
-        return array.view(np.ndarray)  # type: ignore[no-any-return]
-    except (AttributeError, EOFError, MemoryError, OSError, OverflowError, ValueError) as error:
-        raise BundleError(
-            f"{path / name}: cannot be read ({_first_line(error)}); export the bundle again"
-        ) from None
+        if not file.resolve().is_relative_to(path):
+            raise ValueError
+    except (OSError, RuntimeError, ValueError):  # also for NUL in a name and cyclic links
+        problem = f"file name {shown(name)} leaves the bundle"
+        raise invalid_bundle(path, problem, "do not use this bundle") from None
+    try:
+        status = file.stat()
+    except OSError:
+        raise invalid_bundle(file, "is missing") from None
+    # Opening a pipe would wait for its writer; reading a device may never end.
+    if not stat.S_ISREG(status.st_mode):
+        raise invalid_bundle(file, "is not a regular file")
+    return status
 
 
-def _no_bundle(path: Path) -> BundleError:
-    return BundleError(f"{path}: no bundle here ({MANIFEST} is missing); run hvdrec export")
+def missing_file(info: BundleInfo, name: str) -> BundleError:
+    """Build the error for a file that the manifest must list and does not."""
+    problem = f"'{name}' is missing from the bundle"
+    return invalid_bundle(info.path, problem, "export it again")
 
 
-def _manifest_bytes(path: Path) -> tuple[bytes, Stamp]:
+def _not_a_bundle(path: Path) -> BundleError:
+    problem = f"is not a bundle ({MANIFEST} is missing)"
+    return invalid_bundle(path, problem, "write one with hvdrec export")
+
+
+def _read_manifest(path: Path) -> tuple[bytes, Stamp]:
     file = path / MANIFEST
     try:
         file.lstat()
-        status = _located(path, MANIFEST)
+        status = regular_file(path, MANIFEST)
         if status.st_size > MANIFEST_BYTES:
-            raise BundleError(
-                f"{file}: has {status.st_size} bytes, a manifest has at most {MANIFEST_BYTES}; "
-                "export the bundle again"
-            )
+            problem = f"has {status.st_size} bytes, a manifest has at most {MANIFEST_BYTES}"
+            raise invalid_bundle(file, problem)
         return file.read_bytes(), stamp_of(status)
     except (FileNotFoundError, NotADirectoryError):
-        raise _no_bundle(path) from None
+        raise _not_a_bundle(path) from None
     except OSError as error:
-        raise BundleError(
-            f"{file}: cannot be read ({_first_line(error)}); check its permissions"
-        ) from None
+        problem = f"cannot be read ({first_line(error)})"
+        raise invalid_bundle(file, problem, "check its permissions") from None
 
 
-def _parsed(path: Path, raw: bytes) -> Mapping[str, Any]:
-    import json  # here, for the sake of who imports much and loads little
+def _parse_manifest(path: Path, raw: bytes) -> Mapping[str, Any]:
+    import json  # not at the top: `import hvdrec.scoring` should stay cheap
 
-    file = path / MANIFEST
     try:
         manifest = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(
-            f"{file}: damaged manifest ({_first_line(error)}); export the bundle again"
-        ) from None
-    if not isinstance(manifest, dict):
-        raise BundleError(f"{file}: damaged manifest (no JSON object); export the bundle again")
+        if not isinstance(manifest, dict):
+            raise TypeError("not a JSON object")
+    except (TypeError, ValueError, RecursionError) as error:
+        problem = f"damaged manifest ({first_line(error)})"
+        raise invalid_bundle(path / MANIFEST, problem) from None
     kind, version = manifest.get("kind"), manifest.get("format")
     if kind != "bundle":
-        raise BundleError(f"{path}: is a {shown(kind)} artifact, expected 'bundle'")
+        problem = f"is a {shown(kind)} artifact, expected 'bundle'"
+        raise invalid_bundle(path, problem, "pass the path of a bundle")
     if isinstance(version, int) and version > FORMAT:
-        raise BundleError(
-            f"{path}: format {shown(version)} is newer than this hvdrec reads ({FORMAT}); "
-            "upgrade hvdrec"
-        )
+        problem = f"format {shown(version)} is newer than this hvdrec reads ({FORMAT})"
+        raise invalid_bundle(path, problem, "upgrade hvdrec")
     if version != FORMAT or isinstance(version, bool):
-        raise BundleError(
-            f"{path}: format {shown(version)} is not what this hvdrec reads ({FORMAT}); "
-            "export the bundle again"
-        )
+        problem = f"format {shown(version)} is not the one this hvdrec reads ({FORMAT})"
+        raise invalid_bundle(path, problem)
     return manifest
 
 
-def _model(files: Mapping[str, tuple[int, str]]) -> str:
-    """Return the digest of the graphs' checksums, with their external data where they have some."""
+def _model_digest(files: Mapping[str, tuple[int, str]]) -> str:
+    """Return the digest of the checksums of the graphs and of their external data."""
     parts = [files[name][1] for name in sorted(files) if name.startswith(GRAPHS)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
-def _info(
+def _parse_info(
     path: Path,
     manifest: Mapping[str, Any],
     version: str,
@@ -238,15 +271,15 @@ def _info(
     )
     if not 0 <= retrieval_width <= min(user_width, item_width):
         raise ValueError(
-            f"retrieval_width {retrieval_width} is not within user_width {user_width} and "
-            f"item_width {item_width}"
+            f"retrieval_width {retrieval_width} exceeds user_width {user_width} or "
+            f"item_width {item_width}, or is negative"
         )
     return BundleInfo(
         path=path,
         name=str(meta["name"]),
         user_key=str(schema["user_key"]),
         item_key=str(schema["item_key"]),
-        fields=tuple(_field(raw) for raw in schema["features"]),
+        fields=tuple(_parse_field(raw) for raw in schema["features"]),
         user_width=user_width,
         item_width=item_width,
         retrieval_width=retrieval_width,
@@ -258,11 +291,13 @@ def _info(
     )
 
 
-def _field(raw: Mapping[str, Any]) -> Field:
+def _parse_field(raw: Mapping[str, Any]) -> Field:
     name, kind = str(raw["name"]), raw["kind"]
     for key, allowed in (("side", SIDES), ("dtype", DTYPES), ("kind", KINDS)):
         if raw[key] not in allowed:
-            raise ValueError(f"{key} of '{name}' is {shown(raw[key])}, not of {choices(allowed)}")
+            raise ValueError(
+                f"{key} of '{name}' is {shown(raw[key])}, expected one of {choices(allowed)}"
+            )
     return Field(
         name=name,
         side=raw["side"],
@@ -282,47 +317,19 @@ def _integer(raw: Mapping[str, Any], name: str) -> int:
 
 
 def _check_size(path: Path, name: str, size: int) -> Stamp:
-    status = _located(path, name)
+    status = regular_file(path, name)
     if status.st_size != size:
-        raise BundleError(
-            f"{path / name}: has {status.st_size} bytes, the manifest says {size}; export it again"
-        )
+        problem = f"has {status.st_size} bytes, the manifest says {size}"
+        raise invalid_bundle(path / name, problem, "export it again")
     return stamp_of(status)
 
 
-def _check_sum(path: Path, name: str, sha256: str) -> None:
+def _check_sha256(file: Path, expected: str) -> None:
     try:
-        with (path / name).open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        with file.open("rb") as opened:
+            actual = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        raise BundleError(
-            f"{path / name}: cannot be read ({_first_line(error)}); check its permissions"
-        ) from None
-    if found != sha256:
-        raise BundleError(
-            f"{path / name}: contents differ from the manifest; export the bundle again"
-        )
-
-
-def _located(path: Path, name: str) -> os.stat_result:
-    """Return the status of a regular file of the bundle at ``path``, which has no links in it."""
-    file = path / name
-    try:
-        if not file.resolve().is_relative_to(path):
-            raise ValueError
-    except (OSError, RuntimeError, ValueError):  # no text for a path, links in a circle
-        raise BundleError(
-            f"{path}: file name {shown(name)} leaves the bundle; do not use this bundle"
-        ) from None
-    try:
-        status = file.stat()
-    except OSError:
-        raise BundleError(f"{file}: is missing; export the bundle again") from None
-    # Opening a pipe would wait for its writer, reading a device need not end.
-    if not stat.S_ISREG(status.st_mode):
-        raise BundleError(f"{file}: is no regular file; export the bundle again")
-    return status
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        problem = f"cannot be read ({first_line(error)})"
+        raise invalid_bundle(file, problem, "check its permissions") from None
+    if actual != expected:
+        raise invalid_bundle(file, "contents differ from the manifest")

@@ -1,4 +1,4 @@
-"""From a user to the items that are ranked, and from their scores to an answer."""
+"""Retrieve the items to rank for a user, and build recommendations from their scores."""
 
 from __future__ import annotations
 
@@ -7,84 +7,99 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hvdrec.scoring.array_files import Array
 from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.diversity import diversified
 from hvdrec.scoring.embedder import Embedder
 from hvdrec.scoring.errors import invalid_request
 from hvdrec.scoring.exact import ExactSearch, ItemSearch
-from hvdrec.scoring.graph_inputs import listed
+from hvdrec.scoring.graph_inputs import as_list
 from hvdrec.scoring.hnsw import INDEX, HnswSearch
 from hvdrec.scoring.item_data import ItemData
 
-Array = NDArray[Any]
 Key = str | int
-Source = Literal["stored", "features", "trending"]
+CandidateSource = Literal["stored", "features", "trending"]
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """A ranked item."""
+    """A recommended item."""
 
     item: Key
-    """Its key."""
+    """Key of the item."""
     score: float
-    """The ranker's probability in the scene."""
+    """Probability that the ranker predicts for the item in the scene."""
     retrieval_score: float
-    """What it was retrieved by: the inner product of the embeddings; the item's popularity where
-    no tower was trained for that; for "trending" how often it was liked of late."""
+    """Score by which the item was retrieved: the inner product of the embeddings; the popularity
+    if the model has no retrieval; the trending count if the source is "trending"."""
     title: str | None = None
-    """What it is called, where the bundle tells."""
-    source: Source = "stored"
-    """What the answer is made of: the user's stored embedding; the user's features, through the
-    tower now; or, where nothing is known of the user, what is trending."""
+    """Title of the item; None if the bundle has none."""
+    source: CandidateSource = "stored"
+    """Source of the candidates: "stored" for the user's stored embedding, "features" for an
+    embedding of the user's raw features, "trending" if nothing is known of the user."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Items to rank for a user: rows int64 [n], each once, and what they were retrieved by [n].
+    """Items to rank for a user.
 
-    Trending ones come in their order, others in the order of keys.
+    The rows are unique. Trending items come in their order, others in the order of keys.
     """
 
     user_embedding: Array
+    """Embedding of the user, float32 [1, user_width]."""
     rows: Array
-    found_by: Array
-    source: Source
+    """Rows of the items, int64 [n]."""
+    retrieval_scores: Array
+    """Score by which each item was retrieved [n]; see `Recommendation.retrieval_score`."""
+    source: CandidateSource
+    """See `Recommendation.source`."""
 
     def ordered(self, scores: Array, vectors: Array, k: int, diversity: float) -> Array:
-        """Return the places of the k best, best first; scores [n], vectors float32 [n, width]."""
+        """Choose the k best candidates.
+
+        Args:
+            scores: Scores of the ranker [n].
+            vectors: Embeddings of the items, float32 [n, width].
+            k: Number of candidates to choose.
+            diversity: Weight of the similarity, in [0, 1); see `diversified`.
+
+        Returns:
+            Indices of the candidates, best first, int64 [min(k, n)].
+        """
         is_trending = self.source == "trending"
         if diversity:
-            relevance = self.found_by / max(1, self.found_by[0]) if is_trending else scores
+            counts = self.retrieval_scores
+            relevance = counts / max(1, counts[0]) if is_trending else scores
             return diversified(relevance, vectors, k, diversity)
         if is_trending:
             return np.arange(min(k, len(self.rows)))
-        # Places are in the order of keys: equal scores are told apart by key.
+        # Candidates come in the order of keys, so a stable sort breaks ties by key.
         return np.argsort(-scores, kind="stable")[:k]
 
 
 class CandidateRetriever:
-    """Chooses candidates from a bundle's catalogue; safe to share between threads."""
+    """Retrieves candidates from a bundle's items; safe to share between threads."""
 
     def __init__(self, info: BundleInfo, users: Embedder, items: Embedder) -> None:
+        """Open the item data and the index of a bundle."""
         self._users, self._items = users, items
         self._width = info.retrieval_width
-        self.catalogue = ItemData(info, len(users.store), len(items.store))
+        self.item_data = ItemData(info, len(users.store), len(items.store))
         exact = ExactSearch(items.store.embeddings, items.store.scales)
         self.search: ItemSearch = exact
         if self._width and info.holds(INDEX):
             self.search = HnswSearch(info.path, exact, self._width, stamps=info.stamps)
 
     def open(self) -> None:
-        """Open what the first requests would wait for."""
+        """Open the files and sort the orders that the first requests would otherwise wait for."""
         self.search.open()
-        self.catalogue.order("trending")
+        self.item_data.order("trending")
         if not self._width:
-            self.catalogue.order("popularity")
+            self.item_data.order("popularity")
 
-    def candidates(
+    def retrieve(
         self,
         user: Any,
         count: int,
@@ -93,45 +108,53 @@ class CandidateRetriever:
         allowed: Mapping[str, Collection[Any]] | None = None,
         skip_seen: bool = False,
     ) -> Candidates:
-        """Return at most ``count`` items for a user, as `Scorer.recommend` tells."""
+        """Return at most ``count`` items for a user; arguments are those of `Scorer.recommend`."""
         excluded = self._rows(exclude)
-        kept = self.catalogue.allowed(allowed)
+        kept = self.item_data.allowed(allowed)
         if not isinstance(skip_seen, bool | np.bool_):
             raise invalid_request("skip_seen", skip_seen, "must be True or False")
-        embedding, made_of = self._users.embed_one(user)
+        embedding, source = self._users.embed_one(user)
         if skip_seen:
-            seen = self.catalogue.seen(self._users.row(user))
+            seen = self.item_data.seen(self._users.row(user))
             excluded = np.concatenate([excluded, seen]) if seen.size else excluded
         if not np.isfinite(embedding).all():
-            raise invalid_request(
-                "user", user, "its embedding is not finite", "check its numeric features"
-            )
-        if made_of == "nothing":
-            rows = self.catalogue.first("trending", count, excluded, kept)
-            return Candidates(embedding, rows, self.catalogue.trending()[rows], "trending")
+            problem = "its embedding is not finite"
+            raise invalid_request("user", user, problem, "check its numeric features")
+        if source == "nothing":
+            rows = self.item_data.first("trending", count, excluded, kept)
+            counts = self.item_data.counts("trending")[rows]
+            return Candidates(embedding, rows, counts, "trending")
         if self._width:
             query = embedding[0, : self._width]
-            rows, found_by = self.search.search(query, count, excluded, kept)
+            rows, scores = self.search.search(query, count, excluded, kept)
         else:
-            rows = np.sort(self.catalogue.first("popularity", count, excluded, kept))
-            found_by = self.catalogue.popularity()[rows]
-        return Candidates(embedding, rows, found_by, made_of)
+            rows = np.sort(self.item_data.first("popularity", count, excluded, kept))
+            scores = self.item_data.counts("popularity")[rows]
+        return Candidates(embedding, rows, scores, source)
 
-    def answer(self, candidates: Candidates, scores: Array, order: Array) -> list[Recommendation]:
-        """Return the candidates at some places, with their scores [n] of all places."""
+    def recommendations(
+        self, candidates: Candidates, scores: Array, order: Array
+    ) -> list[Recommendation]:
+        """Build the recommendations for the candidates at the indices ``order``.
+
+        Args:
+            candidates: n candidates.
+            scores: Scores of the ranker for all candidates [n].
+            order: Indices of the candidates to recommend, best first.
+        """
         rows = candidates.rows[order]
         columns = (
             self._items.store.keys_of(rows),
             scores[order].tolist(),
-            candidates.found_by[order].astype(float).tolist(),
-            self.catalogue.titles.of(rows),
+            candidates.retrieval_scores[order].astype(float).tolist(),
+            self.item_data.titles[rows],
         )
         source = candidates.source
         return [Recommendation(*values, source) for values in zip(*columns, strict=True)]
 
     def _rows(self, exclude: Collection[Key]) -> Array:
-        """Return the rows of keys; those that are not stored are nowhere anyway."""
-        keys = listed(list(exclude) if isinstance(exclude, Set) else exclude, "exclude")
+        """Return the rows of the keys that are stored."""
+        keys = as_list(list(exclude) if isinstance(exclude, Set) else exclude, "exclude")
         rows = self._items.store.cached_rows(keys)
         if rows is None:
             rows = self._items.store.rows([self._items.key(key, "exclude") for key in keys])

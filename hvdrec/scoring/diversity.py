@@ -1,4 +1,4 @@
-"""Answers whose items differ: maximal marginal relevance."""
+"""Diverse recommendations by maximal marginal relevance."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ Array = NDArray[Any]
 
 
 def diversified(relevance: Array, vectors: Array, k: int, diversity: float) -> Array:
-    """Return the places of k candidates in the order in which they are chosen, int64 [min(k, n)].
+    """Choose k candidates that are relevant and differ from each other.
 
-    Each time the candidate is taken that has the largest
-    ``(1 - diversity) * relevance - diversity * similarity``, where similarity is the largest
-    cosine of its vector with those taken before (Carbonell and Goldstein: The Use of MMR,
-    Diversity-Based Reranking for Reordering Documents and Producing Summaries, 1998). The first
-    one is the most relevant. Of equals the first is taken.
+    Each step chooses the candidate with the largest ``(1 - diversity) * relevance - diversity *
+    similarity``; similarity is the largest cosine of its vector with a vector chosen before. The
+    first step chooses the most relevant candidate. Ties go to the first candidate. See Carbonell
+    and Goldstein: The Use of MMR, Diversity-Based Reranking for Reordering Documents and Producing
+    Summaries, 1998.
 
-    relevance: [n]; vectors: float32 [n, width], where one without a direction resembles nothing;
-    diversity: in [0, 1).
+    Args:
+        relevance: Relevance of the candidates [n].
+        vectors: Embeddings of the candidates, float32 [n, width]; a zero vector resembles nothing.
+        k: Number of candidates to choose.
+        diversity: Weight of the similarity, in [0, 1).
+
+    Returns:
+        Indices of the chosen candidates in the order of the steps, int64 [min(k, n)].
     """
     count = min(k, len(relevance))
     chosen = np.empty(count, dtype=np.int64)
@@ -29,11 +35,11 @@ def diversified(relevance: Array, vectors: Array, k: int, diversity: float) -> A
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     units = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
     share = np.multiply(relevance, 1 - diversity, dtype=np.float64)
-    left = np.array(relevance, dtype=np.float64)
+    marginal = np.array(relevance, dtype=np.float64)
     similarity = np.full(len(relevance), -np.inf)
-    for place in range(count):
-        best = chosen[place] = int(np.argmax(left))
+    for step in range(count):
+        best = chosen[step] = int(np.argmax(marginal))
         share[best] = -np.inf
         np.maximum(similarity, units @ units[best], out=similarity)
-        left = share - diversity * similarity
+        marginal = share - diversity * similarity
     return chosen

@@ -1,4 +1,4 @@
-"""One side of a bundle: stored embeddings by key, and the tower for everything else."""
+"""Embed users or items: look up stored keys and run the tower for everything else."""
 
 from __future__ import annotations
 
@@ -6,68 +6,83 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hvdrec.scoring.array_files import Array
 from hvdrec.scoring.bundle import ARGUMENTS, BundleInfo, Field
-from hvdrec.scoring.errors import BundleError
+from hvdrec.scoring.errors import invalid_bundle
 from hvdrec.scoring.graph_inputs import MISSING, check_names, key_value, rows_to_inputs
 from hvdrec.scoring.session import GraphSession, input_types
 from hvdrec.scoring.stores import Store
 from hvdrec.scoring.stores.arrays import ArrayStore
 
-Array = NDArray[Any]
 BLOCK_ROWS = 4096
-MadeOf = Literal["stored", "features", "nothing"]
+EmbeddingSource = Literal["stored", "features", "nothing"]
 
 
 class Embedder:
-    """Embeds users or items, given by key or by raw features."""
+    """Embeddings of users or of items, from keys or from raw features."""
 
     def __init__(
         self, info: BundleInfo, side: str, threads: int, store: Store | None = None
     ) -> None:
-        """Take one side of a bundle; ``store`` gives the embeddings instead of its own arrays."""
+        """Open one side of a bundle.
+
+        Args:
+            info: The bundle.
+            side: "user" or "item".
+            threads: Number of threads of one run of the tower.
+            store: Source of stored embeddings in place of the bundle's own arrays.
+
+        Raises:
+            BundleError: The arrays or the graph do not fit the manifest, or ``store`` holds keys of
+                another type or embeddings of another model.
+        """
         self.key_name = info.user_key if side == "user" else info.item_key
         width = info.user_width if side == "user" else info.item_width
         self.store = ArrayStore(info, side, width)
         self._shared = store
         self._source: Store = self.store if store is None else store
         if store is not None and store.dtype != self.store.dtype:
-            raise BundleError(
-                f"{info.path}: {side} keys are {self.store.dtype}, the given store holds "
-                f"{store.dtype}; publish this bundle"
-            )
+            problem = f"{side} keys are {self.store.dtype}, the given store holds {store.dtype}"
+            raise invalid_bundle(info.path, problem, "publish this bundle")
         # Embeddings fit only the graphs of the model that computed them.
         if store is not None and store.model != info.model:
-            raise BundleError(
-                f"{info.path}: is of model {info.model}, the given store's {side}s are of model "
-                f"{store.model}; open the store for this bundle"
-            )
+            problem = f"has model {info.model}, the given store's {side}s have model {store.model}"
+            raise invalid_bundle(info.path, problem, "open the store for this bundle")
         self._argument = ARGUMENTS.get(side, side)
         self._fields = info.side(side)
         self._known = tuple(dict.fromkeys([self.key_name, *(f.name for f in self._fields)]))
         self._key_is_feature = any(field.name == self.key_name for field in self._fields)
         for field in self._fields:
             if field.name == self.key_name and field.dtype != self.store.dtype:
-                raise BundleError(
-                    f"{info.path}/{side}s/keys.npy: holds keys of type {self.store.dtype}, "
-                    f"feature '{field.name}' is of type {field.dtype}; export the bundle again"
+                raise invalid_bundle(
+                    info.path / f"{side}s/keys.npy",
+                    f"holds keys of type {self.store.dtype}, feature '{field.name}' is of type "
+                    f"{field.dtype}",
                 )
         file = info.path / f"{side}_tower.onnx"
         self.graph = GraphSession(file, input_types(self._fields), "embedding", threads)
 
     def embed(self, entries: Sequence[Any]) -> Array:
-        """Return embeddings, float32 [n, width], of keys or mappings of raw features.
+        """Embed keys or mappings of raw features.
 
-        A key that is not stored goes through the tower with everything else missing. Raises
-        RequestError for an unknown field or a value of the wrong type.
+        A key that is not stored goes through the tower, with all other features missing.
+
+        Args:
+            entries: n keys, mappings or None.
+
+        Returns:
+            Embeddings, float32 [n, width].
+
+        Raises:
+            RequestError: A field is unknown, or a value has the wrong type.
         """
         rows = None if self._shared is not None else self.store.cached_rows(entries)
         if rows is not None:
             return self.store.take(rows)
         keys = [None if _is_mapping(entry) else self.key(entry) for entry in entries]
-        embeddings, found = self._source.lookup(keys)
-        computed = np.flatnonzero(~found)
+        embeddings, is_stored = self._source.lookup(keys)
+        computed = np.flatnonzero(~is_stored)
         if not computed.size:
             return embeddings
         raw = [self._raw(entries[i], keys[i]) for i in computed.tolist()]
@@ -77,36 +92,45 @@ class Embedder:
         embeddings[computed] = embedded
         return embeddings
 
-    def embed_one(self, entry: Any) -> tuple[Array, MadeOf]:
-        """Return `embed` of one entry, float32 [1, width], and what it is made of.
+    def embed_one(self, entry: Any) -> tuple[Array, EmbeddingSource]:
+        """Embed one entry and return the source of its embedding.
 
-        "stored": the embedding of a stored key; "features": raw values that tell something;
-        "nothing": no key, a key that is not stored, or raw values that are all missing.
+        Args:
+            entry: As in `embed`.
+
+        Returns:
+            The embedding, float32 [1, width], and its source: "stored" for a stored key, "features"
+            for raw features of which at least one is not missing, otherwise "nothing".
         """
         if not _is_mapping(entry):
             key = self.key(entry)
-            embeddings, found = self._source.lookup([key])
-            if found[0]:
+            embeddings, is_stored = self._source.lookup([key])
+            if is_stored[0]:
                 return embeddings, "stored"
             return self.compute([self._raw(entry, key)]), "nothing"
         inputs = rows_to_inputs(self._fields, [self._raw(entry, None)])
-        told = {field.name for field in self._fields if _tells(field, inputs[field.name])}
-        if told == {self.key_name} and self.row(entry) < 0:
-            told = set()
-        return self.graph.run(inputs), "features" if told else "nothing"
+        present = {field.name for field in self._fields if _has_value(field, inputs[field.name])}
+        if present == {self.key_name} and self.row(entry) < 0:
+            present = set()
+        return self.graph.run(inputs), "features" if present else "nothing"
 
     def row(self, entry: Any) -> int:
-        """Return the bundle's row of a key, or of the key among raw values; -1 if it has none."""
+        """Return the bundle's row of a key, or of the key in a mapping; -1 if it is not stored."""
         key = self.key(entry.get(self.key_name) if _is_mapping(entry) else entry)
         return int(self.store.rows([key])[0])
 
     def compute(self, rows: Sequence[Mapping[str, Any]]) -> Array:
-        """Return what the tower makes of rows of raw values, float32 [n, width]."""
+        """Run the tower on rows of raw features and return embeddings, float32 [n, width]."""
         inputs = rows_to_inputs(self._fields, rows)
         return self.graph.run_blocks(inputs, rows=len(rows), block=BLOCK_ROWS)
 
     def key(self, key: Any, argument: str = "") -> str | int | None:
-        """Convert a key to its type, None for a missing one; RequestError for another type."""
+        """Convert a key to its type; see `key_value`.
+
+        Args:
+            key: The key.
+            argument: Argument that holds the key, for the error; by default that of the side.
+        """
         return key_value(key, self.store.dtype, argument or self._argument, self.key_name)
 
     def _raw(self, entry: Any, key: str | int | None) -> Mapping[str, Any]:
@@ -119,8 +143,8 @@ class Embedder:
         return raw
 
 
-def _tells(field: Field, values: Array) -> bool:
-    """Return whether a graph's input holds anything but missing values."""
+def _has_value(field: Field, values: Array) -> bool:
+    """Return True if a graph's input holds anything but missing values."""
     if field.dtype == "float":
         return not np.isnan(values).all()
     return bool((values != MISSING[field.dtype]).any())

@@ -1,4 +1,4 @@
-"""Exact retrieval: the items whose embeddings have the largest inner product with the user's."""
+"""Exact retrieval: the items whose embeddings have the largest inner products with the user's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 BLOCK_ROWS = 4096
-"""Rows that are converted at a time: as float32 they stay within a core's cache."""
+"""Rows that are converted to float32 at a time; they fit a core's cache."""
 GROUP_ROWS = 64
-"""Scores of which the largest is kept when the border of the best is looked for."""
+"""Rows of a group; `largest` first compares the maximum score of each group."""
 SPARSE = 2
-"""Up to a share of 1 in so many, allowed rows are gathered; above, all rows are gone through."""
+"""Allowed rows are gathered if they are at most one in this many; otherwise all rows are scored."""
 
 
 class ItemSearch(Protocol):
@@ -21,28 +21,40 @@ class ItemSearch(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """Return whether what it finds is certain to be the best."""
+        """True if a search always returns the rows with the largest inner products."""
 
     def search(
         self, query: Array, count: int, excluded: Array, allowed: Array | None = None
     ) -> tuple[Array, Array]:
-        """Return rows int64 [m], ascending, and their inner products with the query, float32 [m].
+        """Return the rows with the largest inner products with a query.
 
-        query: float32 [width]; excluded: rows to leave out, any number of times; allowed: None or
-        bool [n], whether a row may be found. m is ``count``, or the number of rows left.
+        Args:
+            query: float32 [width].
+            count: Number of rows.
+            excluded: Rows to leave out; they may repeat.
+            allowed: bool [n], or None to allow all rows.
+
+        Returns:
+            Rows, int64 [m], ascending, and their inner products, float32 [m]; m is ``count`` or the
+            number of rows left.
         """
 
     def open(self) -> None:
-        """Open what the first search would wait for."""
+        """Open the files that the first search would otherwise open."""
 
 
 class ExactSearch:
-    """Goes through all vectors, as they are stored: float32, float16, or int8 with row scales."""
+    """Computes all inner products; vectors are float32, float16, or int8 with row scales."""
 
     is_exact = True
 
     def __init__(self, vectors: Array, scales: Array | None = None) -> None:
-        """Take vectors [n, >= width]: the first entries count, as many as a query has."""
+        """Search vectors [n, >= width], of which the first entries count, as many as a query has.
+
+        Args:
+            vectors: float32, float16 or int8 [n, >= width].
+            scales: Scale of each row of int8 vectors, float32 [n].
+        """
         self.vectors, self.scales = vectors, scales
 
     def __len__(self) -> int:
@@ -51,7 +63,7 @@ class ExactSearch:
     def search(
         self, query: Array, count: int, excluded: Array, allowed: Array | None = None
     ) -> tuple[Array, Array]:
-        """Return the rows of the ``count`` largest inner products; see `ItemSearch.search`."""
+        """Return the rows with the largest inner products; see `ItemSearch.search`."""
         if allowed is None:
             scores = self.products(query)
             rows = largest(scores, count, excluded)
@@ -77,11 +89,11 @@ class ExactSearch:
         return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
     def open(self) -> None:
-        """Do nothing: the vectors are mapped already."""
+        """Do nothing: the vectors are already mapped."""
 
 
 def remaining(allowed: Array, excluded: Array) -> Array:
-    """Return which rows are allowed and not excluded, bool [n]."""
+    """Return True for each row that is allowed and not excluded, bool [n]."""
     if not excluded.size:
         return allowed
     kept = allowed.copy()
@@ -92,29 +104,32 @@ def remaining(allowed: Array, excluded: Array) -> Array:
 def inner_products(vectors: Array, query: Array, scales: Array | None = None) -> Array:
     """Return the inner product of each vector's first entries with a query, float32 [n].
 
-    vectors: [n, >= width], finite, of float32, float16, or int8 with float32 ``scales`` [n];
-    query: float32 [width], finite.
+    Args:
+        vectors: float32, float16 or int8 [n, >= width], finite.
+        query: float32 [width], finite.
+        scales: Scale of each row of int8 vectors, float32 [n].
     """
     if len(query) < vectors.shape[1]:
-        # Of a part of the columns, numpy would make a copy first.
+        # Padding the query is cheap; numpy would copy a slice of the columns.
         query = np.pad(query, (0, vectors.shape[1] - len(query)))
     scores = np.empty(len(vectors), dtype=np.float32)
     if vectors.dtype == np.float32:
         np.dot(vectors, query, out=scores)
         return scores
-    as_number = np.empty((min(BLOCK_ROWS, len(vectors)), len(query)), dtype=np.float32)
+    buffer = np.empty((min(BLOCK_ROWS, len(vectors)), len(query)), dtype=np.float32)
     is_half = vectors.dtype == np.float16
     if is_half:
-        # See _as_shrunk: what it takes from the vectors is given to the query, as far as it fits.
+        # _write_scaled multiplies the vectors by 2**-112; multiply the query by as much of 2**112
+        # as fits float32, and the scores by the rest.
         exponent = int(np.frexp(np.abs(query).max(initial=0.0))[1])
         query = np.ldexp(query, min(112, 120 - exponent))
     for start in range(0, len(vectors), BLOCK_ROWS):
-        part = vectors[start : start + BLOCK_ROWS]
-        numbers = as_number[: len(part)]
+        block = vectors[start : start + BLOCK_ROWS]
+        numbers = buffer[: len(block)]
         if is_half:
-            _as_shrunk(part, numbers)
+            _write_scaled(block, numbers)
         else:
-            np.copyto(numbers, part)
+            np.copyto(numbers, block)
         np.dot(numbers, query, out=scores[start : start + BLOCK_ROWS])
     if is_half and exponent > 8:
         np.ldexp(scores, exponent - 8, out=scores)
@@ -123,10 +138,11 @@ def inner_products(vectors: Array, query: Array, scales: Array | None = None) ->
     return scores
 
 
-def _as_shrunk(halves: Array, out: Array) -> None:
-    """Write float16 numbers times 2^-112 as float32, a fifth of the time that a cast takes.
+def _write_scaled(halves: Array, out: Array) -> None:
+    """Write float16 numbers times 2**-112 as float32, in a fifth of the time of a cast.
 
-    Sign, exponent and fraction move to where float32 has them; float32's exponent means 112 less.
+    Sign, exponent and fraction are shifted to their positions in float32. The exponent's bias is
+    larger by 112 there, which gives the factor.
     """
     bits = out.view(np.int32)
     np.copyto(bits, halves.view(np.int16))
@@ -138,10 +154,14 @@ _HALF_BITS = np.array(0x8FFFE000, dtype=np.uint32).view(np.int32)[()]
 
 
 def largest(scores: Array, count: int, excluded: Array | None = None) -> Array:
-    """Return the rows, ascending, of the ``count`` largest scores [n] that are not excluded.
+    """Return the rows of the ``count`` largest scores that are not excluded, int64, ascending.
 
-    Of equal scores at the border the first rows are taken. scores: float32 without NaN, in which
-    those of excluded rows are overwritten; excluded: rows, any number of times.
+    Among equal scores at the threshold, the first rows are taken.
+
+    Args:
+        scores: float32 [n] without NaN; the scores of excluded rows are overwritten.
+        count: Number of rows; fewer are returned if fewer are left.
+        excluded: Rows to leave out; they may repeat.
     """
     left = len(scores)
     if excluded is not None and excluded.size:
@@ -152,20 +172,21 @@ def largest(scores: Array, count: int, excluded: Array | None = None) -> Array:
         return np.empty(0, dtype=np.int64)
     rows = _contenders(scores, count)
     contending = scores[rows]
-    border = np.partition(contending, len(rows) - count)[len(rows) - count]
-    taken = contending > border
-    taken[np.flatnonzero(contending == border)[: count - int(taken.sum())]] = True
+    threshold = np.partition(contending, len(rows) - count)[len(rows) - count]
+    taken = contending > threshold
+    taken[np.flatnonzero(contending == threshold)[: count - int(taken.sum())]] = True
     kept: Array = rows[taken]
     return kept
 
 
 def _contenders(scores: Array, count: int) -> Array:
-    """Return rows, ascending, among which the ``count`` largest scores are."""
+    """Return rows, ascending, that include those of the ``count`` largest scores."""
     groups = len(scores) // GROUP_ROWS
     if groups <= count:
         return np.arange(len(scores))
-    # At least ``count`` scores reach the count-th largest of the groups' maxima. A group's rows
-    # lie far apart: so maxima are taken of whole vectors, and neighbours do not hide each other.
+    # At least ``count`` scores reach the count-th largest of the groups' maxima. The rows of a
+    # group are ``groups`` apart: so the maxima are computed on whole vectors, and large scores of
+    # neighbouring rows fall into different groups.
     maxima = scores[: groups * GROUP_ROWS].reshape(GROUP_ROWS, groups).max(axis=0)
     bound = np.partition(maxima, groups - count)[groups - count]
     return np.flatnonzero(scores >= bound)

@@ -1,7 +1,7 @@
-"""Raw values of requests as the arrays that the graphs take.
+"""Convert the raw values of requests to the arrays that the ONNX graphs take.
 
-A missing value is None or NaN and enters a graph as "" among strings, -2**63 among integers, NaN
-among floats. RowLists are padded with it, on the right; sequences on the left.
+A missing value is None or NaN in a request. In an array it is "" for strings, -2**63 for integers
+and NaN for floats. Lists are padded with it on the right, sequences on the left.
 """
 
 from __future__ import annotations
@@ -24,53 +24,75 @@ PLAIN: Mapping[str, frozenset[type]] = {
     "int": frozenset({int}),
     "float": frozenset({float, int}),
 }
-"""Python types whose values enter an array as they are."""
-WANTED: Mapping[str, str] = {"string": "a string", "int": "an integer", "float": "a number"}
+"""Python types whose values need no conversion."""
+DESCRIPTIONS: Mapping[str, str] = {"string": "a string", "int": "an integer", "float": "a number"}
+"""Description of each type in error messages."""
 
 
 def rows_to_inputs(fields: Sequence[Field], rows: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
-    """Return the inputs for N rows of raw values: [N], or [N, L] for lists.
+    """Convert rows of raw values to graph inputs.
 
-    A field that a row leaves out is missing, as None is. Raises RequestError for a wrong type.
+    Args:
+        fields: The fields that the graph takes.
+        rows: N mappings of field names to values; an omitted field is missing.
+
+    Returns:
+        For each field an array [N], or [N, L] for lists; see `column`.
+
+    Raises:
+        RequestError: A value has the wrong type.
     """
     return {field.name: column(field, [row.get(field.name) for row in rows]) for field in fields}
 
 
 def column(field: Field, values: Sequence[Any]) -> Array:
-    """Return one field's values as an array [N], or [N, L] for lists.
+    """Convert the values of one field to an array.
 
-    Strings come as an object array, integers as int64, floats as float64. RowLists are cut to what
-    counts. Raises RequestError for a value of the wrong type.
+    Args:
+        field: The field.
+        values: N raw values; lists are cut to the field's ``max_length``.
+
+    Returns:
+        An array [N], or [N, L] for lists: objects for strings, int64 for integers, float64 for
+        floats.
+
+    Raises:
+        RequestError: A value has the wrong type.
     """
     if not field.is_list:
         return np.array(_converted(field, values), dtype=NUMPY[field.dtype])
     lists = [_entries(field, value) for value in values]
     width = max(1, max(map(len, lists), default=1))
-    out = np.full((len(lists), width), MISSING[field.dtype], dtype=NUMPY[field.dtype])
+    padded = np.full((len(lists), width), MISSING[field.dtype], dtype=NUMPY[field.dtype])
     for row, entries in enumerate(lists):
         if entries:
             part = slice(-len(entries), None) if field.pads_left else slice(len(entries))
-            out[row, part] = entries
-    return out
+            padded[row, part] = entries
+    return padded
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise RequestError unless a value is a whole number from 1."""
+    """Raise RequestError if a value is not an integer of at least 1."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise invalid_request(name, value, "must be an integer of at least 1")
 
 
 def check_share(name: str, value: Any) -> None:
-    """Raise RequestError unless a value is a number in [0, 1)."""
+    """Raise RequestError if a value is not a number in [0, 1)."""
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not is_number or not 0 <= value < 1:
         raise invalid_request(name, value, "must be a number in [0, 1)")
 
 
-def listed(values: Any, what: str) -> Sequence[Any]:
-    """Return what a caller gave as a list; a numpy array's values become Python's own.
+def as_list(values: Any, name: str) -> Sequence[Any]:
+    """Return a caller's sequence as a list; values of a numpy array become Python values.
 
-    Raises RequestError for text, a mapping, a set or anything else that is no list.
+    Args:
+        values: What a caller passed as a list.
+        name: Where it stands in the request, for the error.
+
+    Raises:
+        RequestError: It is text, a mapping, a set or anything else that is not a list.
     """
     if isinstance(values, list | tuple):
         return values
@@ -80,17 +102,17 @@ def listed(values: Any, what: str) -> Sequence[Any]:
         return plain
     if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray):
         return list(values)
-    raise invalid_request(what, values, f"must be a list, not {_kind(values)}")
+    raise invalid_request(name, values, f"must be a list, not {_type_name(values)}")
 
 
-def check_names(given: Any, known: Collection[str], what: str) -> None:
-    """Raise RequestError for something that is no mapping, or for a name that is no field."""
-    if not isinstance(given, Mapping):
-        problem = f"must be a mapping of fields to values, not {_kind(given)}"
-        raise invalid_request(what, given, problem)
-    for name in given:
-        if name not in known:
-            raise unknown_field(f"{what}.{name}", known)
+def check_names(values: Any, known: Collection[str], name: str) -> None:
+    """Raise RequestError if ``values`` is not a mapping or has a field that is not known."""
+    if not isinstance(values, Mapping):
+        problem = f"must be a mapping of fields to values, not {_type_name(values)}"
+        raise invalid_request(name, values, problem)
+    for field in values:
+        if field not in known:
+            raise unknown_field(f"{name}.{field}", known)
 
 
 def key_value(key: Any, dtype: str, name: str, key_name: str = "the key") -> str | int | None:
@@ -112,45 +134,45 @@ def key_value(key: Any, dtype: str, name: str, key_name: str = "the key") -> str
         return None
     if dtype == "string":
         if isinstance(key, str):
-            return _text(str(key), name)
-        problem = f"{key_name} is a string, not {_kind(key)}"
+            return _valid_text(str(key), name)
+        problem = f"{key_name} is a string, not {_type_name(key)}"
         raise invalid_request(name, _plain(key), problem, _quoted(key))
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         return _int64(int(key), name)
-    remedy = f"pass {key}" if isinstance(key, str) and _is_integer(key) else ""
-    raise invalid_request(name, key, f"{key_name} is an integer, not {_kind(key)}", remedy)
+    is_digits = isinstance(key, str) and key.isascii() and key.removeprefix("-").isdigit()
+    problem = f"{key_name} is an integer, not {_type_name(key)}"
+    raise invalid_request(name, key, problem, f"pass {key}" if is_digits else "")
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a value is None or NaN."""
+    """Return True for None and NaN."""
     return value is None or (isinstance(value, float | np.floating) and math.isnan(value))
 
 
 def _converted(field: Field, values: Sequence[Any]) -> Sequence[Any]:
-    """Return values in their field's type, missing values in place of None and NaN."""
+    """Return values in the type of their field; None and NaN become the missing value."""
     dtype = field.dtype
-    if set(map(type, values)) <= PLAIN[dtype] and _fits(dtype, values):
+    if set(map(type, values)) <= PLAIN[dtype] and _is_in_range(dtype, values):
         return values
     return [_scalar(field, value) for value in values]
 
 
-def _fits(dtype: str, values: Sequence[Any]) -> bool:
-    """Return whether plain values are also within what a graph takes."""
+def _is_in_range(dtype: str, values: Sequence[Any]) -> bool:
+    """Return True if a graph can take all values, which have a plain type."""
     if dtype == "string":
-        # Half a surrogate pair is no text that a graph could take.
-        return all(map(str.isascii, values)) or not any(map(_is_broken, values))
+        return all(map(str.isascii, values)) or all(map(_is_unicode, values))
     return not values or (min(values) >= -(2**63) and max(values) < 2**63)
 
 
 def _scalar(field: Field, value: Any) -> Any:
-    """Return one value in its field's type, or the missing value of that type."""
+    """Return one value in the type of its field; None and NaN become the missing value."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if is_missing(value):
         return MISSING[field.dtype]
     if field.dtype == "string":
         if isinstance(value, str):
-            return _text(str(value), field.path)
+            return _valid_text(str(value), field.path)
     elif isinstance(value, bool | np.bool_):
         pass
     elif isinstance(value, int | np.integer):
@@ -159,7 +181,7 @@ def _scalar(field: Field, value: Any) -> Any:
     elif field.dtype == "float" and isinstance(value, float | np.floating):
         return float(value)
     remedy = _quoted(value) if field.dtype == "string" else ""
-    problem = f"must be {WANTED[field.dtype]}, not {_kind(value)}"
+    problem = f"must be {DESCRIPTIONS[field.dtype]}, not {_type_name(value)}"
     raise invalid_request(field.path, _plain(value), problem, remedy)
 
 
@@ -177,42 +199,38 @@ def _float64(value: int, name: str) -> float:
 
 
 def _entries(field: Field, value: Any) -> Sequence[Any]:
-    """Return a list's entries, cut to those that count."""
+    """Return the entries of a list, cut to the field's ``max_length``."""
     if is_missing(value):
         return []
-    entries = listed(value, field.path)
+    entries = as_list(value, field.path)
     kept = entries[-field.max_length :] if field.pads_left else entries[: field.max_length]
     return _converted(field, kept)
 
 
-def _text(text: str, name: str) -> str:
-    if _is_broken(text):
+def _valid_text(text: str, name: str) -> str:
+    if not _is_unicode(text):
         raise invalid_request(name, text, "is not valid Unicode text")
     return text
 
 
-def _is_broken(text: str) -> bool:
+def _is_unicode(text: str) -> bool:
     try:
-        text.encode()
+        text.encode()  # fails for half of a surrogate pair
     except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _is_integer(text: str) -> bool:
-    return text.isascii() and text.removeprefix("-").isdigit()
+        return False
+    return True
 
 
 def _quoted(value: Any) -> str:
-    """Return the hint for a number that stands where a string belongs."""
+    """Return the remedy for a number where a string is expected; empty for other values."""
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     return f'pass "{shown(_plain(value))}"' if is_number else ""
 
 
 def _plain(value: Any) -> Any:
-    """Return a numpy scalar as Python's own, which reads better."""
+    """Return a numpy scalar as a Python value, which reads better in a message."""
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return type(value).__name__

@@ -1,13 +1,16 @@
-"""Approximate retrieval: a graph of near neighbours (HNSW) that is walked towards the user.
+"""Approximate retrieval through an HNSW graph of near neighbours.
 
-Malkov and Yashunin: Efficient and Robust Approximate Nearest Neighbor ItemSearch Using Hierarchical
-Navigable Small World Graphs, 2016; built and read by faiss, which the extra ``index`` installs.
-Its vectors are int8, to find their neighbourhood: what it finds is scored with the bundle's own
-embeddings. Where lengths differ, the walk does not lead to the largest inner products, but to the
-nearest vectors: then the index holds one entry more, which makes all lengths equal (Bachrach et
-al.: Speeding Up the Xbox Recommender System Using a Euclidean Transformation for Inner-Product
-Spaces, 2014). Neighbours lie near each other in the file, which halves the time of a walk: rows of
-the index are not those of the items, and a second file tells which they are.
+Malkov and Yashunin: Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical
+Navigable Small World Graphs, 2016. faiss, which the extra ``index`` installs, builds and searches
+the graph.
+
+The graph's vectors are int8. They only select candidates, which are then scored with the bundle's
+own embeddings. A search leads to the nearest vectors. These have the largest inner products only if
+all vectors have the same length, so vectors of different lengths get one more entry that makes the
+lengths equal (Bachrach et al.: Speeding Up the Xbox Recommender System Using a Euclidean
+Transformation for Inner-Product Spaces, 2014). Neighbours are stored near each other, which halves
+the time of a search: so the graph has its own order of rows, and a second file maps it to the rows
+of the items.
 """
 
 from __future__ import annotations
@@ -18,25 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import Stamp, read_array, stamp_of
-from hvdrec.scoring.errors import BundleError, ReplacedError
+from hvdrec.scoring.array_files import Array, read_array
+from hvdrec.scoring.bundle import Stamp, replaced, stamp_of
+from hvdrec.scoring.errors import first_line, invalid_bundle
 from hvdrec.scoring.exact import ExactSearch, largest, remaining
 
-Array = NDArray[Any]
 INDEX = "items/index.faiss"
 INDEX_ROWS = "items/index_rows.npy"
 COST = 100
-"""To find one item in the index takes as long as going through so many vectors."""
+"""Cost of one item of an index search, in vectors of an exact search."""
 SPARE = 1.5
-"""What is asked of the index beyond the expected number where only some items are allowed."""
+"""Factor on the number of items to fetch from the index if only some items are allowed."""
 
 
 class HnswSearch:
-    """Search over a bundle's index, and over all its vectors where that is quicker or better.
+    """Search through a bundle's index, or exactly where that is faster or finds more items.
 
-    Safe from many threads. Without faiss all is searched exactly, after a warning.
+    Safe to share between threads. Without faiss, every search is exact, after a warning.
     """
 
     def __init__(
@@ -47,10 +49,13 @@ class HnswSearch:
         *,
         stamps: Mapping[str, Stamp] | None = None,
     ) -> None:
-        """Take the index of the bundle at ``path`` over ``exact``'s vectors.
+        """Prepare to search; the first search or `open` opens the files.
 
-        Queries have ``width`` entries. The first search opens the files, which must not be others
-        than their ``stamps`` tell.
+        Args:
+            path: Directory of the bundle.
+            exact: Exact search over the same items.
+            width: Number of entries of a query.
+            stamps: Stamps that the index's files must still have when they are opened.
         """
         self._path = path
         self._stamps = {} if stamps is None else stamps
@@ -63,11 +68,15 @@ class HnswSearch:
 
     @property
     def is_exact(self) -> bool:
-        """Return whether what it finds is certain to be the best."""
+        """True if every search is exact, because faiss is not installed."""
         return not self._has_library
 
     def open(self) -> None:
-        """Open the index, memory-mapped; BundleError if it is damaged or another one."""
+        """Memory-map the index.
+
+        Raises:
+            BundleError: The index is damaged, belongs to other items or was replaced.
+        """
         with self._lock:
             if self._index is None and self._has_library:
                 opened = self._opened()
@@ -75,59 +84,59 @@ class HnswSearch:
                     self.use(*opened)
 
     def use(self, index: Any, rows: Array) -> None:
-        """Take an index that is open already, and the item's row of each of its vectors."""
+        """Use an open faiss index; ``rows`` holds the item row of each of its vectors."""
         self._rows = rows
-        self._index = index  # the last: other threads look at it
+        self._index = index  # last, since other threads check it
 
     def search(
         self, query: Array, count: int, excluded: Array, allowed: Array | None = None
     ) -> tuple[Array, Array]:
         """Return rows near a query and their inner products; see `ItemSearch.search`.
 
-        What the index gives beyond what is excluded or not allowed is enough, or else the rows that
-        are left are all gone through: a filter loses no item.
+        If the index returns fewer than ``count`` rows that are allowed and not excluded, the search
+        is repeated exactly: a filter loses no items.
         """
         if self._index is None:
             self.open()
         kept = None if allowed is None else remaining(allowed, excluded)
         total = len(self.exact)
         left = total if kept is None else int(np.count_nonzero(kept))
-        asked = count + len(excluded)
+        wanted = count + len(excluded)
         if kept is not None:
-            asked = int(SPARE * count * total / max(1, left)) + 1
-        found = self._found(query, min(asked, total), left)
+            wanted = int(SPARE * count * total / max(1, left)) + 1
+        rows = self._near(query, min(wanted, total), left)
         if kept is not None:
-            found = found[kept[found]]
+            rows = rows[kept[rows]]
         elif excluded.size:
-            found = found[~np.isin(found, excluded)]
-        if len(found) < count:
+            rows = rows[~np.isin(rows, excluded)]
+        if len(rows) < count:
             return self.exact.search(query, count, excluded, allowed)
-        found.sort()
-        scores = self.exact.products_of(found, query)
+        rows.sort()
+        scores = self.exact.products_of(rows, query)
         best = largest(scores, count)
-        return found[best], scores[best]
+        return rows[best], scores[best]
 
-    def _found(self, query: Array, asked: int, left: int) -> Array:
-        """Return at least ``asked`` rows int64 of the index; none where it would take too long."""
+    def _near(self, query: Array, wanted: int, left: int) -> Array:
+        """Return at least ``wanted`` rows int64 from the index; none if exact search is faster."""
         index = self._index
         if index is None:
             return np.empty(0, dtype=np.int64)
-        # The walk goes on until it has met so many near ones, which are all scored then.
-        asked = max(asked, min(index.hnsw.efSearch, len(self.exact)))
-        if asked * COST > left:
+        # The search visits this many near items anyway, so all of them are scored.
+        wanted = max(wanted, min(index.hnsw.efSearch, len(self.exact)))
+        if wanted * COST > left:
             return np.empty(0, dtype=np.int64)
         import faiss
 
         library: Any = faiss
-        effort = library.SearchParametersHNSW(efSearch=asked)
-        long = np.zeros((1, index.d), dtype=np.float32)
-        long[0, : self._width] = query
-        places = index.search(long, asked, params=effort)[1][0]
-        rows: Array = self._rows[places[places >= 0]].astype(np.int64)
+        parameters = library.SearchParametersHNSW(efSearch=wanted)
+        padded = np.zeros((1, index.d), dtype=np.float32)
+        padded[0, : self._width] = query
+        indices = index.search(padded, wanted, params=parameters)[1][0]
+        rows: Array = self._rows[indices[indices >= 0]].astype(np.int64)
         return rows
 
     def _opened(self) -> tuple[Any, Array] | None:
-        """Return the index, memory-mapped, and the rows of its vectors; None without faiss."""
+        """Return the memory-mapped index and the item rows of its vectors; None without faiss."""
         file = self._path / INDEX
         try:
             import faiss
@@ -136,7 +145,7 @@ class HnswSearch:
             import logging
 
             logging.getLogger("hvdrec.scoring").warning(
-                "%s: faiss is not installed, all items are gone through instead; "
+                "%s: faiss is not installed, retrieval searches all items instead; "
                 "pip install 'hvdrec[index]'",
                 file,
             )
@@ -144,10 +153,7 @@ class HnswSearch:
         try:
             index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
         except (OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise BundleError(
-                f"{file}: no readable index ({reason}); export the bundle again"
-            ) from None
+            raise invalid_bundle(file, f"is not a readable index ({first_line(error)})") from None
         total = len(self.exact)
         if (
             not isinstance(index, faiss.IndexHNSW)
@@ -155,32 +161,23 @@ class HnswSearch:
             or index.ntotal != total
             or index.d not in (self._width, self._width + 1)
         ):
-            raise BundleError(
-                f"{file}: is no HNSW index of {total} items and width {self._width}; "
-                "export the bundle again"
-            )
+            problem = f"is not an HNSW index of {total} items and width {self._width}"
+            raise invalid_bundle(file, problem)
         rows = read_array(self._path, INDEX_ROWS)
-        if rows.dtype != np.dtype("<i4") or not _is_each_once(rows, total):
-            raise BundleError(
-                f"{self._path / INDEX_ROWS}: does not hold each row of {total} items once; "
-                "export the bundle again"
-            )
-        self._check_unchanged()
-        return index, rows
-
-    def _check_unchanged(self) -> None:
+        if rows.dtype != np.dtype("<i4") or not _is_permutation(rows, total):
+            problem = f"does not hold each row of {total} items once"
+            raise invalid_bundle(self._path / INDEX_ROWS, problem)
         for name in (INDEX, INDEX_ROWS):
             stamp = self._stamps.get(name)
             if stamp is not None and stamp_of((self._path / name).stat()) != stamp:
-                raise ReplacedError(
-                    f"{self._path / name}: was replaced after the bundle was loaded; load it again"
-                )
+                raise replaced(self._path / name, "after the bundle was loaded")
+        return index, rows
 
 
-def _is_each_once(rows: Array, count: int) -> bool:
-    """Return whether rows are a permutation of 0 ... count - 1."""
+def _is_permutation(rows: Array, count: int) -> bool:
+    """Return True if rows are a permutation of 0 ... count - 1."""
     if rows.shape != (count,) or (count and (rows.min() < 0 or rows.max() >= count)):
         return False
-    met = np.zeros(count, dtype=bool)
-    met[rows] = True
-    return bool(met.all())
+    seen = np.zeros(count, dtype=bool)
+    seen[rows] = True
+    return bool(seen.all())

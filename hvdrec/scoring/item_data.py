@@ -1,7 +1,8 @@
-"""What a bundle tells of items beside embeddings: titles, counts, filters, and who met them.
+"""Read what a bundle stores about items besides embeddings: titles, counts, filters, seen items.
 
-All of it is memory-mapped. Shapes and both ends of offsets are checked when a bundle is loaded;
-what lies between is checked where it is read, so that no damage leads out of an array.
+All arrays are memory-mapped. Types, shapes and the first and last offset are checked when a bundle
+is loaded. The other offsets and the rows are checked at each read, so that a damaged bundle cannot
+cause a read outside of an array.
 """
 
 from __future__ import annotations
@@ -10,38 +11,43 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, Field, read_array
+from hvdrec.scoring.array_files import (
+    Array,
+    read_array,
+    read_offsets,
+    read_vector,
+    unexpected_array,
+)
+from hvdrec.scoring.bundle import BundleInfo, Field
 from hvdrec.scoring.errors import (
     BundleError,
-    RequestError,
     choices,
+    invalid_bundle,
     invalid_request,
     unknown_field,
 )
-from hvdrec.scoring.graph_inputs import WANTED, check_names, listed
+from hvdrec.scoring.graph_inputs import DESCRIPTIONS, as_list, check_names
 
-Array = NDArray[Any]
 FILTERS = "items/filters"
 SHOWN_VALUES = 20
-"""So many of a filter's values stand in an error's line."""
+"""Number of a filter's values that an error message lists."""
 
 
 class ItemData:
-    """Items' titles, popularity, trending counts and filters, and what users have seen."""
+    """Titles, popularity, trending counts and filters of items, and the items users have seen."""
 
     def __init__(self, info: BundleInfo, users: int, items: int) -> None:
+        """Open the arrays of a bundle that stores ``users`` users and ``items`` items."""
         self._info = info
-        self._items = items
         self.titles = Titles(info, items)
         self._counts = {
-            name: _counts(info, name, items)
+            name: read_vector(info, f"items/{name}.npy", "<i8", items)
             for name in ("popularity", "trending")
             if info.holds(f"items/{name}.npy")
         }
         self.filters = {
-            field.name: Postings(info, field, items)
+            field.name: ItemFilter(info, field, items)
             for field in info.side("item")
             if info.holds(f"{FILTERS}/{field.name}/values.npy")
         }
@@ -52,53 +58,65 @@ class ItemData:
             )
         self._orders: dict[str, Array] = {}
 
-    def popularity(self) -> Array:
-        """Return how often items were liked in the training split, int64 [items]."""
-        if "popularity" not in self._counts:
-            raise BundleError(
-                f"{self._info.path}: 'items/popularity.npy' is missing from the bundle; "
-                "export it again"
-            )
-        return self._counts["popularity"]
+    def counts(self, name: str) -> Array:
+        """Return the number of positive samples of each item, int64 [items].
 
-    def trending(self) -> Array:
-        """Return how often items were liked of late, int64 [items]; if not told, popularity."""
-        return self._counts["trending"] if "trending" in self._counts else self.popularity()
+        Args:
+            name: "popularity" counts the training split, "trending" the recent part of it. A bundle
+                without "trending" uses "popularity" in its place.
+        """
+        counts = self._counts.get(name, self._counts.get("popularity"))
+        if counts is None:
+            return read_vector(self._info, "items/popularity.npy", "<i8")
+        return counts
 
     def order(self, name: str) -> Array:
-        """Return all rows int32 [items] by "popularity" or "trending", most first, sorted once.
+        """Return all rows, int32 [items], by descending `counts`; sorted at the first call.
 
-        Of what trends alike the more popular comes first, then the first in the order of keys.
+        Items of equal trending count are ordered by popularity, then by row.
         """
         order = self._orders.get(name)
         if order is None:
-            keys = [self.popularity()] + ([self.trending()] if name == "trending" else [])
+            keys = [self.counts("popularity")]
+            if name == "trending":
+                keys.append(self.counts("trending"))
             order = np.lexsort([-count for count in keys]).astype(np.int32)
-            # Two threads may both sort: they find the same.
+            # Two threads may both sort; they get the same order.
             self._orders[name] = order
         return order
 
     def first(self, name: str, count: int, excluded: Array, allowed: Array | None) -> Array:
-        """Return the first ``count`` rows int64 of an order that are allowed and not excluded.
+        """Return the first rows of an order that are allowed and not excluded.
 
-        excluded: rows, any number of times; allowed: None or bool [items].
+        Args:
+            name: The order, "popularity" or "trending".
+            count: Number of rows.
+            excluded: Rows to leave out; they may repeat.
+            allowed: bool [items], or None to allow all.
+
+        Returns:
+            Rows, int64 [min(count, rows left)].
         """
         order = self.order(name)
-        looked = count + len(excluded)
+        searched = count + len(excluded)
         while True:
-            rows = order[:looked]
+            rows = order[:searched]
             if allowed is not None:
                 rows = rows[allowed[rows]]
             if excluded.size:
                 rows = rows[~np.isin(rows, excluded)]
-            if len(rows) >= count or looked >= len(order):
+            if len(rows) >= count or searched >= len(order):
                 return rows[:count].astype(np.int64)
-            looked *= 8
+            searched *= 8
 
     def seen(self, user_row: int) -> Array:
-        """Return the rows int32 of the items a stored user met in the log, none for row -1.
+        """Return the rows, int32 [n], of the items that a user has seen in the log.
 
-        Raises RequestError where the bundle does not hold that.
+        Args:
+            user_row: Row of a stored user; -1 for others, who have seen nothing.
+
+        Raises:
+            RequestError: The bundle does not hold the items that users have seen.
         """
         if self._seen is None:
             problem = "the bundle does not hold the items that users have seen"
@@ -106,62 +124,57 @@ class ItemData:
         return self._seen[user_row] if user_row >= 0 else np.empty(0, dtype=np.int32)
 
     def allowed(self, wanted: Mapping[str, Any] | None) -> Array | None:
-        """Return which items have one of the wanted values in each named field, bool [items].
+        """Return True for each item that has one of the wanted values in every field.
 
-        None where nothing is wanted. A value that no item has matches nothing. Raises RequestError
-        for an unknown field and for a value of another type.
+        A value that no item has matches nothing.
+
+        Args:
+            wanted: For each field of `filters`, a list of values; None to allow all items.
+
+        Returns:
+            bool [items], or None if nothing is wanted.
+
+        Raises:
+            RequestError: A field is unknown, or a value has another type.
         """
         if wanted is None:
             return None
         if not isinstance(wanted, Mapping):
             check_names(wanted, (), "allowed")
-        found: Array | None = None
+        allowed: Array | None = None
         for name, values in wanted.items():
             if name not in self.filters:
-                raise self._no_filter(name)
+                is_feature = any(field.name == name for field in self._info.side("item"))
+                remedy = f"name '{name}' in export.filters and export again" if is_feature else ""
+                raise unknown_field(f"allowed.{name}", self.filters, remedy)
             matching = self.filters[name].matching(values)
-            found = matching if found is None else found & matching
-        return found
-
-    def _no_filter(self, name: Any) -> RequestError:
-        is_feature = any(field.name == name for field in self._info.side("item"))
-        remedy = f"name '{name}' in export.filters and export again" if is_feature else ""
-        return unknown_field(f"allowed.{name}", self.filters, remedy)
+            allowed = matching if allowed is None else allowed & matching
+        return allowed
 
 
 class Titles:
-    """What items are called, where the bundle tells: a UTF-8 blob and its offsets int64 [n + 1]."""
+    """Titles of items: UTF-8 text without separators, and offsets int64 [items + 1] into it."""
 
     def __init__(self, info: BundleInfo, items: int) -> None:
-        self._info, self._items = info, items
+        """Open the titles, if the bundle has any."""
+        self._path = info.path
         self._offsets: Array | None = None
-        if not info.holds("items/titles.npy"):
-            return
-        self._blob = read_array(info.path, "items/titles.npy")
-        self._offsets = read_array(info.path, "items/titles_offsets.npy")
-        if (
-            self._blob.dtype != np.uint8
-            or self._blob.ndim != 1
-            or self._offsets.dtype != np.dtype("<i8")
-            or self._offsets.shape != (items + 1,)
-            or self._offsets[0] != 0
-            or self._offsets[-1] != self._blob.size
-        ):
-            raise self._damaged()
+        if info.holds("items/titles.npy"):
+            self._text = read_vector(info, "items/titles.npy", "|u1")
+            self._offsets = read_offsets(info, "items/titles_offsets.npy", items, len(self._text))
 
-    def __getitem__(self, row: int) -> str | None:
-        """Return the title of an item's row; None where it has none."""
-        return self.of(np.array([row]))[0]
+    def __getitem__(self, rows: Array) -> list[str | None]:
+        """Return the titles of rows, None for an item without one.
 
-    def of(self, rows: Array) -> list[str | None]:
-        """Return the titles of rows, None where one has none; BundleError where it is damaged."""
+        Raises:
+            BundleError: The offsets do not ascend, or a title is not UTF-8.
+        """
         if self._offsets is None:
             return [None] * len(rows)
         starts, stops = self._offsets[rows], self._offsets[rows + 1]
-        ends = np.concatenate([[0], starts, stops, [len(self._blob)]])
-        if (starts > stops).any() or ends.min() < 0 or ends.max() > len(self._blob):
+        if (starts < 0).any() or (starts > stops).any() or (stops > len(self._text)).any():
             raise self._damaged()
-        text = self._blob.data
+        text = self._text.data
         try:
             return [
                 str(text[start:stop], "utf-8") or None
@@ -171,85 +184,72 @@ class Titles:
             raise self._damaged() from None
 
     def _damaged(self) -> BundleError:
-        return BundleError(
-            f"{self._info.path}/items/titles_offsets.npy: does not fit {self._items} items and "
-            "their titles; export the bundle again"
-        )
+        problem = "does not divide items/titles.npy into titles"
+        return invalid_bundle(self._path / "items/titles_offsets.npy", problem)
 
 
 class RowLists:
-    """Rows of items in lists, one behind the other: offsets int64 [lists + 1] and rows int32."""
+    """Lists of item rows: concatenated rows int32, and offsets int64 [lists + 1] into them."""
 
     def __init__(self, info: BundleInfo, offsets: str, rows: str, lists: int, items: int) -> None:
-        self._info, self._names, self._items = info, (offsets, rows), items
-        if not info.holds(rows):
-            raise BundleError(f"{info.path}: '{rows}' is missing from the bundle; export it again")
-        self._offsets, self._rows = read_array(info.path, offsets), read_array(info.path, rows)
-        if self._rows.dtype != np.dtype("<i4") or self._rows.ndim != 1:
-            raise self._damaged(1, f"is {self._rows.dtype} of shape {self._rows.shape}, not int32")
-        if (
-            self._offsets.dtype != np.dtype("<i8")
-            or self._offsets.shape != (lists + 1,)
-            or self._offsets[0] != 0
-            or self._offsets[-1] != len(self._rows)
-        ):
-            raise self._damaged(0, f"does not cut {len(self._rows)} rows into {lists} lists")
+        """Open two arrays, ``offsets`` and ``rows``, that hold ``lists`` lists."""
+        self._offsets_file, self._rows_file, self._items = (
+            info.path / offsets,
+            info.path / rows,
+            items,
+        )
+        self._rows = read_vector(info, rows, "<i4")
+        self._offsets = read_offsets(info, offsets, lists, len(self._rows))
 
-    def __getitem__(self, place: int) -> Array:
-        """Return the rows of one list, int32; BundleError where it holds what is no row."""
-        start, stop = self._offsets[place : place + 2].tolist()
+    def __getitem__(self, index: int) -> Array:
+        """Return the rows of one list, int32 [n].
+
+        Raises:
+            BundleError: The offsets do not ascend, or a row is not a row of an item.
+        """
+        start, stop = self._offsets[index : index + 2].tolist()
         if not 0 <= start <= stop <= len(self._rows):
-            raise self._damaged(0, "does not ascend")
+            raise invalid_bundle(self._offsets_file, "does not ascend")
         rows = self._rows[start:stop]
         if rows.size and not (rows.min() >= 0 and rows.max() < self._items):
-            raise self._damaged(1, f"holds rows that are not among {self._items} items")
+            raise invalid_bundle(self._rows_file, f"holds rows outside of {self._items} items")
         return rows
 
-    def _damaged(self, which: int, what: str) -> BundleError:
-        return BundleError(
-            f"{self._info.path / self._names[which]}: {what}; export the bundle again"
-        )
 
-
-class Postings:
-    """An item feature's values, and which items have each: what `recommend` filters by.
-
-    values: int64 or UTF-8 in fixed-width bytes, sorted, each once; a list of rows for each.
-    """
+class ItemFilter:
+    """Values of an item feature, sorted and unique, and the rows of the items that have each."""
 
     def __init__(self, info: BundleInfo, field: Field, items: int) -> None:
+        """Open the filter of one field; its values are int64 or fixed-width UTF-8 bytes."""
         self._field, self._items = field, items
-        folder = f"{FILTERS}/{field.name}"
-        self._values = read_array(info.path, f"{folder}/values.npy")
+        name = f"{FILTERS}/{field.name}"
+        self._values = read_array(info.path, f"{name}/values.npy")
         kind = "S" if field.dtype == "string" else "i"
         if self._values.ndim != 1 or self._values.dtype.kind != kind:
-            raise BundleError(
-                f"{info.path}/{folder}/values.npy: is {self._values.dtype} of shape "
-                f"{self._values.shape}, feature '{field.name}' is of type {field.dtype}; "
-                "export the bundle again"
-            )
-        names = f"{folder}/offsets.npy", f"{folder}/rows.npy"
-        for name in names:
-            if not info.holds(name):
-                raise BundleError(
-                    f"{info.path}: '{name}' is missing from the bundle; export it again"
-                )
-        self._lists = RowLists(info, *names, len(self._values), items)
+            expected = f"one dimension of values of feature '{field.name}' of type {field.dtype}"
+            raise unexpected_array(info, f"{name}/values.npy", self._values, expected)
+        self._lists = RowLists(
+            info, f"{name}/offsets.npy", f"{name}/rows.npy", len(self._values), items
+        )
 
     def values(self, count: int | None = None) -> list[str | int]:
-        """Return the values that items have, the first ``count`` of them in ascending order."""
+        """Return the first ``count`` values in ascending order; all if it is None."""
         values: list[Any] = self._values[:count].tolist()
         return [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values]
 
     def matching(self, values: Any) -> Array:
-        """Return which items have a wanted value, bool [items]; RequestError for a wrong type."""
+        """Return True for each item that has one of the values, bool [items].
+
+        Raises:
+            RequestError: ``values`` is not a list, or a value has another type.
+        """
         name = f"allowed.{self._field.name}"
-        found = np.zeros(self._items, dtype=bool)
-        for value in listed(list(values) if isinstance(values, Set) else values, name):
-            place = self._place(self._checked(value, name))
-            if place >= 0:
-                found[self._lists[place]] = True
-        return found
+        matching = np.zeros(self._items, dtype=bool)
+        for value in as_list(list(values) if isinstance(values, Set) else values, name):
+            index = self._index(self._checked(value, name))
+            if index >= 0:
+                matching[self._lists[index]] = True
+        return matching
 
     def _checked(self, value: Any, name: str) -> str | int:
         if self._field.dtype == "string":
@@ -257,32 +257,21 @@ class Postings:
                 return str(value)
         elif isinstance(value, int | np.integer) and not isinstance(value, bool):
             return int(value)
-        more = ", ..." if len(self._values) > SHOWN_VALUES else ""
-        known = choices(self.values(SHOWN_VALUES))[:-1] + more
-        problem = f"must be {WANTED[self._field.dtype]}, not {type(value).__name__}"
-        raise invalid_request(name, value, problem, f"known: {known}]")
+        known: list[Any] = self.values(SHOWN_VALUES)
+        if len(self._values) > SHOWN_VALUES:
+            known.append("...")
+        problem = f"must be {DESCRIPTIONS[self._field.dtype]}, not {type(value).__name__}"
+        raise invalid_request(name, value, problem, f"known: {choices(known)}")
 
-    def _place(self, value: str | int) -> int:
-        """Return a value's place; -1 where no item has it."""
-        wanted: Any
+    def _index(self, value: str | int) -> int:
+        """Return the index of a value by binary search; -1 if no item has it."""
+        stored: Any = value
         if isinstance(value, str):
-            # Fixed-width bytes lose trailing NULs and cut what is longer: neither is stored.
-            wanted = value.encode(errors="surrogatepass")
-            if len(wanted) > self._values.dtype.itemsize or wanted.endswith(b"\0"):
+            # Fixed-width bytes drop trailing NULs and cut longer text: neither can be stored.
+            stored = value.encode(errors="surrogatepass")
+            if len(stored) > self._values.dtype.itemsize or stored.endswith(b"\0"):
                 return -1
-        elif -(2**63) <= value < 2**63:
-            wanted = value
-        else:
+        elif not -(2**63) <= value < 2**63:
             return -1
-        place = int(np.searchsorted(self._values, np.array(wanted, dtype=self._values.dtype)))
-        return place if place < len(self._values) and self._values[place] == wanted else -1
-
-
-def _counts(info: BundleInfo, name: str, items: int) -> Array:
-    counts = read_array(info.path, f"items/{name}.npy")
-    if counts.shape != (items,) or counts.dtype != np.dtype("<i8"):
-        raise BundleError(
-            f"{info.path}/items/{name}.npy: is {counts.dtype} of shape {counts.shape}, "
-            f"expected int64 of ({items},); export the bundle again"
-        )
-    return counts
+        index = int(np.searchsorted(self._values, np.array(stored, dtype=self._values.dtype)))
+        return index if index < len(self._values) and self._values[index] == stored else -1

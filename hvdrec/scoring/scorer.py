@@ -1,62 +1,64 @@
-"""The scorer: a bundle, opened once and shared by all threads of a service."""
+"""The scorer: a bundle that is opened once and shared by all threads of a service."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial, update_wrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hvdrec.scoring.array_files import Array
+from hvdrec.scoring.batching import Entries, Request, checked_request, shared_runs
 from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_bundle
 from hvdrec.scoring.candidates import CandidateRetriever, Key, Recommendation
 from hvdrec.scoring.embedder import BLOCK_ROWS, Embedder
 from hvdrec.scoring.errors import (
     BundleError,
-    ReplacedError,
     RequestError,
     ScoringError,
+    invalid_bundle,
     invalid_request,
+    shown,
 )
-from hvdrec.scoring.graph_inputs import check_count, check_names, check_share, column, listed
-from hvdrec.scoring.session import ROWS, VECTORS, GraphSession, input_types
+from hvdrec.scoring.graph_inputs import as_list, check_count, check_share
+from hvdrec.scoring.ranking import RankerInputs, Raw, SceneRanker
 from hvdrec.scoring.stores import Store
+from hvdrec.scoring.verify import verify_arrays
+from hvdrec.scoring.watch import BundleWatcher
 
-if TYPE_CHECKING:
-    from hvdrec.scoring.watch import WatchedScorer
-
-Array = NDArray[Any]
-Raw = Mapping[str, Any]
-Entries = Sequence[Key | Raw | None] | Array
+Scenes = Mapping[str, Sequence[Any] | Array]
 Stores = Callable[[BundleInfo], tuple[Store | None, Store | None]]
-Request = tuple[Key | Raw | None, Entries, Raw | None]
-ALONE_ITEMS = 64
-"""A request of so many items is scored alone: the ranker folds one user into its weights."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Scorer:
-    """Scores and recommends items from a bundle; made by `load`, safe to share between threads."""
+    """Scores and recommends the items of a bundle; safe to share between threads.
+
+    A user or an item is given by its key, or by a mapping of its raw features, with or without the
+    key. A key that is not stored is embedded as an unknown one. None, NaN and omitted features are
+    missing values; an omitted scene field takes its default. Methods raise `RequestError` for an
+    unknown field or a value of the wrong type.
+
+    >>> scorer = Scorer.load("bundle/")  # doctest: +SKIP
+    >>> scorer.score("1", ["1193", "661"], {"hour": 21})  # doctest: +SKIP
+    array([0.81, 0.42], dtype=float32)
+
+    Attributes:
+        info: Contents of the bundle's manifest.
+    """
 
     def __init__(
         self, info: BundleInfo, threads: int, users: Store | None = None, items: Store | None = None
     ) -> None:
+        """Open the graphs and arrays of a bundle; use `load` instead."""
         self.info = info
         self._users = Embedder(info, "user", threads, users)
         self._items = Embedder(info, "item", threads, items)
-        self._retrieval = CandidateRetriever(info, self._users, self._items)
-        scene = info.side("scene")
-        self._scene = {field.name: field for field in scene}
-        self._defaults = {field.name: _default(info, field) for field in scene}
-        pairs = {"user_embedding": VECTORS, "item_embedding": VECTORS, "request": ROWS}
-        self._ranker = GraphSession(
-            info.path / "ranker.onnx",
-            {**pairs, **input_types(scene)},
-            "score",
-            threads,
-            [f"score_{task}" for task in info.tasks],
-        )
-        self._one_request = np.zeros(BLOCK_ROWS, dtype=np.int64)
+        self._retriever = CandidateRetriever(info, self._users, self._items)
+        self._ranker = SceneRanker(info, threads)
 
     @classmethod
     def load(
@@ -70,18 +72,22 @@ class Scorer:
     ) -> Scorer:
         """Open a bundle.
 
-        threads: of one graph run (a service with many request threads wants 1); verify: compare
-        every file's checksum and read what the arrays hold; users, items: where their embeddings
-        come from instead of the bundle's own arrays (retrieval is always over the bundle's). A
-        tower with large vocabularies is opened by the first request that needs it, or by `warm`.
-        Raises BundleError if the bundle is missing, damaged or too new.
+        A tower with a large vocabulary is opened by the first request that needs it, or by `warm`.
+
+        Args:
+            path: Directory of the bundle.
+            threads: Number of threads of one graph run; 1 suits a service with many threads.
+            verify: True to compare the checksum of each file and to check the arrays' contents.
+            users: Source of the users' embeddings in place of the bundle's own arrays.
+            items: The same for items. Retrieval always uses the bundle's arrays.
+
+        Raises:
+            BundleError: The bundle is missing, damaged or of another format.
         """
         check_count("threads", threads)
         info = read_bundle(Path(path), verify=verify)
         scorer = cls(info, int(threads), users, items)
         if verify:
-            from hvdrec.scoring.verify import verify_arrays
-
             verify_arrays(info)
         check_unchanged(info)
         return scorer
@@ -99,199 +105,167 @@ class Scorer:
     ) -> WatchedScorer:
         """Open a bundle and follow its path: a new bundle there replaces the old one.
 
-        Every ``interval`` seconds a thread looks at the path, a directory that is replaced or a
-        link that is pointed elsewhere. A new bundle is verified, loaded and tried beside the old
-        one and swapped in; calls under way end on the old one. A broken one is refused, logged
-        once and handed to ``on_refused``; the old one stays. ``on_reload`` gets the new scorer.
-        threads: as in `load`; stores: gives the stores of users and items for a bundle, which is
-        asked anew for each, as another model has other embeddings. Raises what `load` raises, for
-        the first bundle.
+        The path is a directory that is replaced, or a link that is changed. A new bundle is
+        verified, loaded and tried beside the old one, then swapped in. A bundle that fails is
+        refused and logged once; the old one stays in use.
+
+        Args:
+            path: Directory of the bundle, or a link to it.
+            interval: Seconds between two checks of the path.
+            threads: As in `load`.
+            stores: Opens the stores of users and items for a bundle; called for each bundle, since
+                every model has its own embeddings.
+            on_reload: Called with the new scorer after a swap.
+            on_refused: Called with the error if a new bundle is refused.
+
+        Raises:
+            BundleError: The first bundle is missing, damaged or of another format.
+            StoreError: The first bundle's stores cannot answer.
         """
-        from hvdrec.scoring.watch import WatchedScorer
-
         check_count("threads", threads)
-
-        def load(path: Path) -> Scorer:
-            info = read_bundle(path, verify=False)
-            users, items = stores(info) if stores else (None, None)
-            try:
-                return cls.load(path, threads=threads, verify=True, users=users, items=items)
-            except BundleError:
-                # The stores serve the model of `info`; another bundle refuses them.
-                if read_bundle(path, verify=False).model == info.model:
-                    raise
-                raise ReplacedError(
-                    f"{path}: was replaced while it was read; load it again"
-                ) from None
-
+        load = partial(cls._load_and_try, threads=int(threads), stores=stores)
         return WatchedScorer(
             Path(path), load, interval=interval, on_reload=on_reload, on_refused=on_refused
         )
 
+    @classmethod
+    def _load_and_try(cls, path: Path, *, threads: int, stores: Stores | None) -> Scorer:
+        """Open, verify and try a bundle; ReplacedError if another one replaces it meanwhile."""
+        info = read_bundle(path, verify=True)
+        users, items = stores(info) if stores else (None, None)
+        try:
+            scorer = cls(info, threads, users, items)
+            verify_arrays(info)
+            scorer._try()
+        except BundleError:
+            check_unchanged(info)  # files of two bundles do not fit each other
+            raise
+        check_unchanged(info)
+        return scorer
+
     def warm(self) -> None:
-        """Open what the first requests would wait for, and run each graph once."""
-        for tower in (self._users, self._items):
-            tower.compute([{}])
+        """Open the files that the first requests would wait for, and run each graph once."""
+        for embedder in (self._users, self._items):
+            embedder.compute([{}])
         self.score(None, [None])
-        self._retrieval.open()
+        self._retriever.open()
 
     @property
     def users(self) -> int:
-        """Return the number of stored users."""
+        """Number of stored users."""
         return len(self._users.store)
 
     @property
     def items(self) -> int:
-        """Return the number of stored items."""
+        """Number of stored items."""
         return len(self._items.store)
 
     @property
     def schema(self) -> tuple[Field, ...]:
-        """Return the raw features that a request may give, of users, items and the scene."""
+        """Raw features of users, items and the scene that a request may contain."""
         return self.info.fields
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Return the labels whose probabilities `score_tasks` tells; none in most bundles."""
+        """Labels whose probabilities `score_tasks` returns; empty in most bundles."""
         return self.info.tasks
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """Return the bundle's manifest as it was read."""
+        """The bundle's manifest as parsed from JSON."""
         return self.info.manifest
 
     @property
     def version(self) -> str:
-        """Return 12 hexadecimal digits that name the bundle's contents."""
+        """Version of the bundle: 12 hexadecimal digits that depend on all its contents."""
         return self.info.version
 
     @property
     def model(self) -> str:
-        """Return 12 hexadecimal digits that name its graphs: embeddings of one model fit it."""
+        """Version of the graphs, 12 hexadecimal digits; embeddings fit only their own model."""
         return self.info.model
 
     def score(self, user: Key | Raw | None, items: Entries, scene: Raw | None = None) -> Array:
-        """Return a probability for each item, float32 [n], in the order given.
+        """Score items for a user in a scene.
 
-        user: a key, or the raw features of a user (with or without the key), who goes through the
-        tower; items: keys, or raw features of items; scene: what is known of the request. A key
-        that is not stored goes through its tower as unknown. None and NaN are missing values, and
-        so is what is left out, except that a scene field takes its default. Raises RequestError
-        for an unknown field or a value of the wrong type.
+        Args:
+            user: Key or raw features of the user.
+            items: n keys or mappings of raw features.
+            scene: Fields of the scene.
+
+        Returns:
+            Probabilities in the order of the items, float32 [n].
         """
-        inputs = self._scene_inputs(scene)
+        inputs = self._ranker.scene_inputs(scene)
         inputs["user_embedding"] = self._users.embed([user])
-        entries = listed(items, "items")
+        entries = as_list(items, "items")
         if not entries:
             return np.empty(0, dtype=np.float32)
-        return self._rank(inputs, self._items.embed(entries))
+        return self._ranker.run(self._ranker.blocks(inputs, self._items.embed(entries)))
 
     def score_tasks(
         self, user: Key | Raw | None, items: Entries, scene: Raw | None = None
     ) -> dict[str, Array]:
-        """Return what the score is made of: each task's probabilities by its name, float32 [n].
+        """Score items as `score` does and return each task's probabilities as well.
 
-        ``"score"`` holds what `score` returns for the same arguments. Raises RequestError as
-        `score` does, and where the bundle has no tasks.
+        Returns:
+            "score" and the name of each task with its probabilities, float32 [n] each.
+
+        Raises:
+            RequestError: Also if the bundle has no tasks.
         """
         self._require_tasks()
-        inputs = self._scene_inputs(scene)
+        inputs = self._ranker.scene_inputs(scene)
         inputs["user_embedding"] = self._users.embed([user])
-        entries = listed(items, "items")
+        entries = as_list(items, "items")
         embedded = self._items.embed(entries) if entries else np.empty((0, 0))
-        parts = (embedded[i : i + BLOCK_ROWS] for i in range(0, len(embedded), BLOCK_ROWS))
-        return self._by_task(
-            {**inputs, "item_embedding": part, "request": self._one_request[: len(part)]}
-            for part in parts
-        )
+        return self._ranker.run_tasks(self._ranker.blocks(inputs, embedded))
 
     def score_many(self, requests: Sequence[Request]) -> list[Array]:
-        """Return what `score` returns, for each of many requests (user, items, scene).
+        """Score many requests; those with few items share runs of the graphs.
 
-        Requests of few items share a run of the graphs; their scores may differ from those of
-        `score` in the last bits. Raises RequestError as `score` does, naming the request's place.
+        Args:
+            requests: Tuples (user, items, scene) of the arguments of `score`.
+
+        Returns:
+            Probabilities for each request, float32 [n]. They may differ from those of `score` in
+            the last bits.
         """
-        checked = [_checked(number, request) for number, request in enumerate(requests)]
-        out: dict[int, Array] = {}
-        for numbers in shared_runs([len(items) for _, items, _ in checked]):
-            together = [checked[number] for number in numbers]
+        checked = [checked_request(index, request) for index, request in enumerate(requests)]
+        scores: dict[int, Array] = {}
+        for run in shared_runs([len(items) for _, items, _ in checked]):
+            together = [checked[index] for index in run]
             try:
-                scores = self._score_together(together)
+                parts = self._score_together(together)
             except RequestError:
-                for number, request in zip(numbers, together, strict=True):
-                    try:
-                        self._score_together([request])
-                    except RequestError as error:
-                        place = f"requests[{number}]."
-                        raise RequestError(
-                            f"{place}{error}", field=place + error.field, value=error.value
-                        ) from None
+                for index in run:
+                    self._name_invalid(index, checked[index])
                 raise
-            out.update(zip(numbers, scores, strict=True))
-        return [out[number] for number in range(len(checked))]
+            scores.update(zip(run, parts, strict=True))
+        return [scores[index] for index in range(len(checked))]
 
-    def score_rows(
-        self,
-        users: Entries,
-        items: Entries,
-        scenes: Mapping[str, Sequence[Any] | Array] | None = None,
-    ) -> Array:
-        """Return a probability for each row, float32 [n]: users[i], items[i], scenes[name][i].
+    def score_rows(self, users: Entries, items: Entries, scenes: Scenes | None = None) -> Array:
+        """Score n rows: user ``users[i]``, item ``items[i]``, scene field ``scenes[name][i]``.
 
-        Entries are those of `score`. A scene field without a column takes its default. Raises
-        RequestError as `score` does, and where the columns differ in length.
+        Args:
+            users: n keys or mappings of raw features.
+            items: n keys or mappings of raw features.
+            scenes: A column of n values for each scene field; others take their default.
+
+        Returns:
+            Probabilities, float32 [n].
+
+        Raises:
+            RequestError: Also if the columns have different lengths.
         """
-        runs = (self._ranker.run(inputs) for inputs in self._row_blocks(users, items, scenes))
-        return np.concatenate([np.empty(0, dtype=np.float32), *runs])
+        return self._ranker.run(self._row_blocks(users, items, scenes))
 
     def score_tasks_rows(
-        self,
-        users: Entries,
-        items: Entries,
-        scenes: Mapping[str, Sequence[Any] | Array] | None = None,
+        self, users: Entries, items: Entries, scenes: Scenes | None = None
     ) -> dict[str, Array]:
-        """Return what `score_tasks` returns, float32 [n] each, for the rows of `score_rows`."""
+        """Return the results of `score_tasks`, float32 [n] each, for the rows of `score_rows`."""
         self._require_tasks()
-        return self._by_task(self._row_blocks(users, items, scenes))
-
-    def _row_blocks(
-        self,
-        users: Entries,
-        items: Entries,
-        scenes: Mapping[str, Sequence[Any] | Array] | None,
-    ) -> Iterator[dict[str, Array]]:
-        """Yield the ranker's inputs for rows, at most BLOCK_ROWS at a time."""
-        check_names({} if scenes is None else scenes, self._scene, "scene")
-        columns = {name: listed(values, f"scene.{name}") for name, values in (scenes or {}).items()}
-        users, items = listed(users, "users"), listed(items, "items")
-        lengths = {"users": len(users), "items": len(items)}
-        lengths |= {name: len(values) for name, values in columns.items()}
-        if len(set(lengths.values())) > 1:
-            problem = "users, items and scene fields must have the same length"
-            raise invalid_request("rows", lengths, problem)
-        for start in range(0, len(users), BLOCK_ROWS):
-            part = slice(start, start + BLOCK_ROWS)
-            yield {
-                "user_embedding": self._users.embed(users[part]),
-                "item_embedding": self._items.embed(items[part]),
-                "request": np.arange(len(users[part])),
-                **self._scene_columns(columns, part, len(users[part])),
-            }
-
-    def _by_task(self, blocks: Iterable[dict[str, Array]]) -> dict[str, Array]:
-        """Return the ranker's outputs of all blocks, the score and each task's."""
-        names = ("score", *self.info.tasks)
-        parts = [[np.empty(0, dtype=np.float32)] * len(names), *map(self._ranker.run_all, blocks)]
-        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return dict(zip(names, columns, strict=True))
-
-    def _require_tasks(self) -> None:
-        if not self.info.tasks:
-            raise RequestError(
-                "tasks: this bundle's ranker has a single label; score without tasks, or export a "
-                "model with [[tasks]]",
-                field="tasks",
-            )
+        return self._ranker.run_tasks(self._row_blocks(users, items, scenes))
 
     def recommend(
         self,
@@ -305,133 +279,152 @@ class Scorer:
         skip_seen: bool = False,
         diversity: float = 0.0,
     ) -> list[Recommendation]:
-        """Return the k best items, best first, equal scores in the order of their keys.
+        """Recommend items to a user in a scene: retrieve candidates, then rank them.
 
-        The ``candidates`` (at least k) items whose embeddings have the largest inner product with
-        the user's are retrieved, exactly or through the bundle's index, and ranked in the scene.
-        Where nothing is known of the user (None, a key that is not stored, raw values that are all
-        missing) the answer is what is trending, in that order. There are fewer than k where the
-        catalogue ends. user and scene as in `score`.
+        The candidates are the items whose embeddings have the largest inner products with the
+        user's, by exact search or the bundle's index. If nothing is known of the user (None, a key
+        that is not stored, only missing features), trending items are returned in their order.
 
-        exclude: keys to leave out. allowed: an item needs one of the values in each named field,
-        {"genres": ["Drama", "War"]}; the fields are those of ``export.filters``. skip_seen: leave
-        out what the user, given by the key or with it, met in the log. diversity: in [0, 1); above
-        0, each next item is chosen by score and by how little it resembles those before it (maximal
-        marginal relevance). Raises RequestError for what does not fit.
+        Args:
+            user: As in `score`.
+            scene: As in `score`.
+            k: Number of items to return.
+            candidates: Number of items to retrieve and rank, at least ``k``.
+            exclude: Keys of items to leave out.
+            allowed: For fields of ``export.filters``, the values of which an item must have at
+                least one: ``{"genres": ["Drama", "War"]}``.
+            skip_seen: True to leave out the items that a stored user has seen in the log.
+            diversity: In [0, 1); above 0, each next item is chosen by its score and by how little
+                it resembles those before it (maximal marginal relevance).
+
+        Returns:
+            Up to k recommendations, best first, ties in the order of keys.
         """
         check_count("k", k)
         check_count("candidates", candidates)
         check_share("diversity", diversity)
-        inputs = self._scene_inputs(scene)
+        inputs = self._ranker.scene_inputs(scene)
         count = max(int(k), int(candidates))
-        found = self._retrieval.candidates(
+        retrieved = self._retriever.retrieve(
             user, count, exclude=exclude, allowed=allowed, skip_seen=skip_seen
         )
-        if not found.rows.size:
+        if not retrieved.rows.size:
             return []
-        inputs["user_embedding"] = found.user_embedding
-        items = self._items.store.take(found.rows)
-        scores = self._rank(inputs, items)
+        inputs["user_embedding"] = retrieved.user_embedding
+        items = self._items.store.take(retrieved.rows)
+        scores = self._ranker.run(self._ranker.blocks(inputs, items))
         vectors = items[:, : self.info.retrieval_width or None]
-        order = found.ordered(scores, vectors, int(k), float(diversity))
-        return self._retrieval.answer(found, scores, order)
+        order = retrieved.ordered(scores, vectors, int(k), float(diversity))
+        return self._retriever.recommendations(retrieved, scores, order)
 
     def embed_user(self, user: Key | Raw | None) -> Array:
-        """Return a user's embedding, float32 [user_width]; user as in `score`."""
+        """Return a user's embedding, float32 [user_width]; the user is given as in `score`."""
         embedding: Array = self._users.embed([user])[0]
         return embedding
 
     def embed_items(self, items: Entries) -> Array:
-        """Return items' embeddings, float32 [n, item_width]; items as in `score`."""
-        return self._items.embed(listed(items, "items"))
+        """Return embeddings, float32 [n, item_width]; the items are given as in `score`."""
+        return self._items.embed(as_list(items, "items"))
 
     def title(self, item: Key) -> str | None:
-        """Return a stored item's title, or None."""
-        row = int(self._items.store.rows([self._items.key(item)])[0])
-        return self._retrieval.catalogue.titles[row] if row >= 0 else None
+        """Return the title of a stored item; None if it is not stored or has no title."""
+        row = self._items.row(item)
+        return self._retriever.item_data.titles[np.array([row])][0] if row >= 0 else None
 
     def key_dtype(self, side: str) -> str:
-        """Return the type of user or item keys: "string" or "int"."""
+        """Return the type of the keys of side "user" or "item": "string" or "int"."""
         return (self._users if side == "user" else self._items).store.dtype
+
+    def _require_tasks(self) -> None:
+        if not self.info.tasks:
+            problem = "tasks: this bundle's ranker has a single label"
+            remedy = "score without tasks, or export a model with [[tasks]]"
+            raise RequestError(f"{problem}; {remedy}", field="tasks")
+
+    def _row_blocks(
+        self, users: Entries, items: Entries, scenes: Scenes | None
+    ) -> Iterator[RankerInputs]:
+        """Yield the ranker's inputs for rows, at most BLOCK_ROWS at a time."""
+        columns = self._ranker.scene_columns(scenes)
+        users, items = as_list(users, "users"), as_list(items, "items")
+        lengths = {"users": len(users), "items": len(items)}
+        lengths |= {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            problem = "users, items and scene fields must have the same length"
+            raise invalid_request("rows", lengths, problem)
+        for start in range(0, len(users), BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
+            rows = len(users[part])
+            yield {
+                "user_embedding": self._users.embed(users[part]),
+                "item_embedding": self._items.embed(items[part]),
+                "request": np.arange(rows),
+                **self._ranker.columns_inputs(columns, part, rows),
+            }
 
     def _score_together(self, requests: Sequence[Request]) -> list[Array]:
         """Return the scores of requests that share a run of each graph."""
         if len(requests) == 1:
             return [self.score(*requests[0])]
-        scenes = [{} if scene is None else scene for _, _, scene in requests]
-        for scene in scenes:
-            check_names(scene, self._scene, "scene")
-        inputs = {
-            name: column(field, [scene.get(name, field.default) for scene in scenes])
-            for name, field in self._scene.items()
-        }
+        inputs = self._ranker.scenes_inputs([scene for _, _, scene in requests])
         inputs["user_embedding"] = self._users.embed([user for user, _, _ in requests])
         counts = [len(items) for _, items, _ in requests]
         inputs["item_embedding"] = self._items.embed([i for _, items, _ in requests for i in items])
         if not any(counts):
             return [np.empty(0, dtype=np.float32) for _ in requests]
         inputs["request"] = np.arange(len(requests)).repeat(counts)
-        return np.split(self._ranker.run(inputs), np.cumsum(counts)[:-1])
+        return np.split(self._ranker.run([inputs]), np.cumsum(counts)[:-1])
 
-    def _rank(self, inputs: dict[str, Array], items: Array) -> Array:
-        """Return the scores of items' embeddings [n, item_width] for one user in one scene."""
-        rows = len(items)
-        if rows <= BLOCK_ROWS:
-            return self._ranker.run(
-                {**inputs, "item_embedding": items, "request": self._one_request[:rows]}
-            )
-        blocks = [items[start : start + BLOCK_ROWS] for start in range(0, rows, BLOCK_ROWS)]
-        return np.concatenate([self._rank(inputs, block) for block in blocks])
+    def _name_invalid(self, index: int, request: Request) -> None:
+        """Score one request; if it is invalid, raise the error with the request's index."""
+        try:
+            self.score(*request)
+        except RequestError as error:
+            name = f"requests[{index}]."
+            field = name + error.field
+            raise RequestError(f"{name}{error}", field=field, value=error.value) from None
 
-    def _scene_inputs(self, scene: Raw | None) -> dict[str, Array]:
-        inputs = dict(self._defaults)
-        if scene is not None:
-            check_names(scene, self._scene, "scene")
-            for name, value in scene.items():
-                inputs[name] = column(self._scene[name], [value])
-        return inputs
+    def _try(self) -> None:
+        """Run every graph and the retrieval once; BundleError if an output is not as expected."""
+        self.warm()
+        info = self.info
+        keys: list[Key | None] = [None]
+        for user in (None, *self._users.store.keys_of(np.arange(min(1, self.users)))):
+            keys += [each.item for each in self.recommend(user, k=1)]
+        task_scores = self.score_tasks(None, keys) if info.tasks else {}
+        outputs = (
+            ("user_tower.onnx", self.embed_user(None), (info.user_width,)),
+            ("item_tower.onnx", self.embed_items(keys), (len(keys), info.item_width)),
+            ("ranker.onnx", self.score(None, keys), (len(keys),)),
+            *(("ranker.onnx", scores, (len(keys),)) for scores in task_scores.values()),
+        )
+        for name, output, shape in outputs:
+            if output.shape != shape or not np.isfinite(output).all():
+                problem = f"returns {shown(output.tolist())} for missing values, expected finite "
+                raise invalid_bundle(info.path / name, f"{problem}numbers of shape {shape}")
 
-    def _scene_columns(
-        self, columns: Mapping[str, Sequence[Any]], part: slice, rows: int
-    ) -> dict[str, Array]:
-        return {
-            name: column(field, columns[name][part])
-            if name in columns
-            else self._defaults[name].repeat(rows, axis=0)
-            for name, field in self._scene.items()
-        }
+
+def _delegated(
+    method: Callable[Concatenate[Scorer, P], R],
+) -> Callable[Concatenate[WatchedScorer, P], R]:
+    """Return a method of `WatchedScorer` that calls a method of its current scorer."""
+
+    def call(self: WatchedScorer, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = getattr(self.current, method.__name__)(*args, **kwargs)
+        return result
+
+    update_wrapper(call, method)
+    return call
 
 
-def shared_runs(counts: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the places of requests that are scored together, given how many items each has.
+class WatchedScorer(BundleWatcher[Scorer]):
+    """A scorer that follows the path of its bundle; returned by `Scorer.watch`.
 
-    At most BLOCK_ROWS items are together, and a request of ALONE_ITEMS or more is alone.
+    Each call uses one scorer from beginning to end: the current one when it begins. Safe to share
+    between threads.
     """
-    together: list[int] = []
-    items = 0
-    for place, count in enumerate(counts):
-        if count >= ALONE_ITEMS:
-            yield [place]
-            continue
-        if items + count > BLOCK_ROWS:
-            yield together
-            together, items = [], 0
-        together.append(place)
-        items += count
-    if together:
-        yield together
 
-
-def _checked(number: int, request: Any) -> Request:
-    if not isinstance(request, tuple | list) or len(request) != 3:
-        problem = "must be three values, user, items and scene"
-        raise invalid_request(f"requests[{number}]", request, problem)
-    user, items, scene = request
-    return user, listed(items, f"requests[{number}].items"), scene
-
-
-def _default(info: BundleInfo, field: Field) -> Array:
-    try:
-        return column(field, [field.default])
-    except RequestError as error:
-        raise BundleError(f"{info.path}: default of a scene field: {error}") from None
+    score = _delegated(Scorer.score)
+    score_tasks = _delegated(Scorer.score_tasks)
+    score_many = _delegated(Scorer.score_many)
+    recommend = _delegated(Scorer.recommend)

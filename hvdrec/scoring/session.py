@@ -1,4 +1,4 @@
-"""One of the bundle's ONNX graphs, opened for many threads."""
+"""Open one of a bundle's ONNX graphs and run it from many threads."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import Field, stamp_of
-from hvdrec.scoring.errors import BundleError, ReplacedError, choices
+from hvdrec.scoring.bundle import Field, replaced, stamp_of
+from hvdrec.scoring.errors import choices, first_line, invalid_bundle
 
 Array = NDArray[Any]
-TENSOR = {"string": "tensor(string)", "int": "tensor(int64)", "float": "tensor(double)"}
-VECTORS = "tensor(float)"
-ROWS = "tensor(int64)"
+TENSOR_TYPES = {"string": "tensor(string)", "int": "tensor(int64)", "float": "tensor(double)"}
+FLOAT32_TENSOR = "tensor(float)"
+INT64_TENSOR = "tensor(int64)"
 LARGE_BYTES = 8 << 20
 
 
 class GraphSession:
-    """A graph with outputs of rows; `run` is safe from many threads at once.
+    """An ONNX graph whose outputs have one row for each input row; safe to share between threads.
 
-    A large file is opened by the first run, or by `open`: its vocabularies take long to load.
+    A file of `LARGE_BYTES` or more is opened by the first run or by `open`, since its vocabularies
+    take long to load.
     """
 
     def __init__(
@@ -35,9 +36,17 @@ class GraphSession:
         threads: int,
         more: Sequence[str] = (),
     ) -> None:
-        """Take a graph with ``inputs`` (name: tensor type); BundleError if it is another one.
+        """Open a graph, unless it is large.
 
-        output: what `run` returns; more: what `run_all` returns behind it.
+        Args:
+            file: The ONNX file.
+            inputs: Tensor type of each input that the graph must have.
+            output: Name of the output that `run` returns.
+            threads: Number of threads of one run.
+            more: Names of further outputs, which `run_all` returns after ``output``.
+
+        Raises:
+            BundleError: The file is not a graph, or has other inputs or outputs.
         """
         self._file = file
         self._inputs = dict(inputs)
@@ -49,22 +58,24 @@ class GraphSession:
         try:
             status = file.stat()
         except OSError as error:
-            raise BundleError(
-                f"{file}: cannot be read ({error}); export the bundle again"
-            ) from None
+            raise invalid_bundle(file, f"cannot be read ({error})") from None
         self._stamp = stamp_of(status)
         if status.st_size < LARGE_BYTES:
             self.open()
 
     def open(self) -> Any:
-        """Return the session; BundleError if the file holds no graph or another one."""
+        """Return the onnxruntime session and open it if necessary.
+
+        Raises:
+            BundleError: The file is not a graph, has other inputs or outputs, or was replaced.
+        """
         with self._lock:
             if self._session is None:
                 self._session = self._opened()
             return self._session
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
-        """Return the output, float32 [N] or [N, width]."""
+        """Return the first output, float32 [N] or [N, width]."""
         session = self._session or self.open()
         output: Array = session.run(self._outputs, inputs)[0]
         return output
@@ -76,7 +87,7 @@ class GraphSession:
         return outputs
 
     def run_blocks(self, inputs: Mapping[str, Array], rows: int, block: int) -> Array:
-        """Return the output of ``rows`` rows, at most ``block`` at a time to bound the memory."""
+        """Return the first output for ``rows`` rows; runs ``block`` rows at a time."""
         if rows <= block:
             return self.run(inputs)
         parts = [
@@ -86,48 +97,40 @@ class GraphSession:
         return np.concatenate(parts)
 
     def _opened(self) -> Any:
-        session = _session(self._file, self._threads)
+        session = _create_session(self._file, self._threads)
         if stamp_of(self._file.stat()) != self._stamp:
-            raise ReplacedError(
-                f"{self._file}: was replaced after the bundle was loaded; load it again"
-            )
-        found = {value.name: value.type for value in session.get_inputs()}
-        if found != self._inputs:
-            raise BundleError(
-                f"{self._file}: takes {_listed(found)}, the manifest says {_listed(self._inputs)}; "
-                "export the bundle again"
-            )
+            raise replaced(self._file, "after the bundle was loaded")
+        inputs = {value.name: value.type for value in session.get_inputs()}
+        if inputs != self._inputs:
+            expected = _described(self._inputs)
+            problem = f"takes {_described(inputs)}, the manifest says {expected}"
+            raise invalid_bundle(self._file, problem)
         outputs = [value.name for value in session.get_outputs()]
         for output in self._all_outputs:
             if output not in outputs:
-                raise BundleError(
-                    f"{self._file}: gives {choices(outputs)}, expected '{output}'; "
-                    "export the bundle again"
-                )
+                problem = f"returns {choices(outputs)}, expected '{output}'"
+                raise invalid_bundle(self._file, problem)
         return session
 
 
 def input_types(fields: Iterable[Field]) -> dict[str, str]:
-    """Return the tensor types that a graph takes for raw fields."""
-    return {field.name: TENSOR[field.dtype] for field in fields}
+    """Return the tensor type of each field's graph input."""
+    return {field.name: TENSOR_TYPES[field.dtype] for field in fields}
 
 
-def _session(file: Path, threads: int) -> Any:
+def _create_session(file: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Waiting threads of an idle service should sleep.
+    # Without this, waiting threads of an idle service keep a core busy.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises many kinds, without a common base
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BundleError(
-            f"{file}: no readable graph ({reason}); export the bundle again"
-        ) from None
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise invalid_bundle(file, f"is not a readable graph ({first_line(error)})") from None
 
 
-def _listed(inputs: Mapping[str, str]) -> str:
-    return choices(f"{name}: {kind}" for name, kind in sorted(inputs.items()))
+def _described(inputs: Mapping[str, str]) -> str:
+    return choices(f"{name}: {tensor}" for name, tensor in sorted(inputs.items()))

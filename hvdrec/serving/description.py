@@ -11,8 +11,8 @@ from pydantic.json_schema import models_json_schema
 from typing_extensions import TypeAliasType
 
 from hvdrec.scoring import BundleError, Scorer
+from hvdrec.scoring.array_files import read_array
 from hvdrec.scoring.bundle import Field as RawField
-from hvdrec.scoring.bundle import read_array
 from hvdrec.serving.answers import (
     BundleAnswer,
     ExamplesAnswer,

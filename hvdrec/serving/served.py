@@ -7,9 +7,8 @@ from functools import partial
 from hvdrec.scoring import Scorer
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.scoring.errors import ScoringError
-from hvdrec.scoring.scorer import Stores
+from hvdrec.scoring.scorer import Stores, WatchedScorer
 from hvdrec.scoring.stores import open_stores
-from hvdrec.scoring.watch import WatchedScorer
 from hvdrec.serving.metrics import Metrics
 from hvdrec.serving.options import Options
 from hvdrec.serving.problems import unavailable

@@ -166,7 +166,7 @@ def test_user_features_of_the_wrong_type(small_run: SmallRun) -> None:
 
 def test_no_bundle(tmp_path: Path) -> None:
     done = hvdrec("recommend", tmp_path, "--user", "u1")
-    refused(done, "no bundle here (manifest.json is missing); run hvdrec export")
+    refused(done, "is not a bundle (manifest.json is missing); write one with hvdrec export")
 
 
 def test_unknown_data_set(tmp_path: Path) -> None:

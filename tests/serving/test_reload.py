@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hvdrec.scoring import Scorer
-from hvdrec.scoring.watch import WatchedScorer
+from hvdrec.scoring.scorer import WatchedScorer
 from tests.bundles import write_bundle
 from tests.other_bundle import point, put, write_other_bundle
 

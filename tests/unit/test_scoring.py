@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hvdrec.scoring import Recommendation, RequestError, Scorer, embedder
-from hvdrec.scoring.scorer import ALONE_ITEMS, shared_runs
+from hvdrec.scoring.batching import ALONE_ITEMS, shared_runs
 from tests.bundles import write_bundle
 
 
@@ -191,7 +191,7 @@ def test_tasks_of_a_bundle_that_has_none(scorer: Scorer) -> None:
 def test_tasks_of_many_items_go_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = Scorer.load(write_bundle(tmp_path / "tasks", tasks=True))
     whole = scorer.score_tasks("1", ["10", "20", "30", "40", "x"])
-    monkeypatch.setattr("hvdrec.scoring.scorer.BLOCK_ROWS", 2)
+    monkeypatch.setattr("hvdrec.scoring.ranking.BLOCK_ROWS", 2)
     for name, scores in scorer.score_tasks("1", ["10", "20", "30", "40", "x"]).items():
         np.testing.assert_allclose(scores, whole[name], rtol=1e-6)
 
@@ -229,6 +229,7 @@ def test_many_rows_go_in_blocks(scorer: Scorer, monkeypatch: pytest.MonkeyPatch)
     one_scene = scorer.score("1", items, {"hour": 21})
     for block in (1, 5, 12):
         monkeypatch.setattr(embedder, "BLOCK_ROWS", block)
+        monkeypatch.setattr("hvdrec.scoring.ranking.BLOCK_ROWS", block)
         monkeypatch.setattr("hvdrec.scoring.scorer.BLOCK_ROWS", block)
         np.testing.assert_allclose(
             scorer.score_rows(users, items, {"hour": hours}), rows, rtol=1e-6

@@ -235,7 +235,9 @@ BROKEN = [
         "B/items/embeddings.npy: cannot be read (mmap length is greater than file size)",
     ),
     Broken(
-        "truncated graph", consistent(truncated("ranker.onnx")), "B/ranker.onnx: no readable graph"
+        "truncated graph",
+        consistent(truncated("ranker.onnx")),
+        "B/ranker.onnx: is not a readable graph",
     ),
     Broken("flipped bit", flipped, "B/users/embeddings.npy: contents differ", only_verified=True),
     Broken(
@@ -246,7 +248,7 @@ BROKEN = [
         manifest(lambda m: m["files"].pop("items/keys.npy")),
         "B: 'items/keys.npy' is missing from the bundle; export it again",
     ),
-    Broken("no manifest", lambda b: (b / "manifest.json").unlink(), "B: no bundle here"),
+    Broken("no manifest", lambda b: (b / "manifest.json").unlink(), "B: is not a bundle"),
     Broken(
         "another kind",
         manifest(lambda m: m.update(kind="run")),
@@ -260,11 +262,11 @@ BROKEN = [
     Broken(
         "older format",
         manifest(lambda m: m.update(format=0)),
-        "B: format 0 is not what this hvdrec reads (",
+        "B: format 0 is not the one this hvdrec reads (",
     ),
     Broken("manifest of text", text("bundle"), f"{DAMAGED}Expecting value: line 1 column 1"),
     Broken("manifest of bytes", contents("manifest.json", b"\xff\xfe\0"), DAMAGED),
-    Broken("manifest of a list", text("[]"), f"{DAMAGED}no JSON object)"),
+    Broken("manifest of a list", text("[]"), f"{DAMAGED}not a JSON object)"),
     Broken("manifest nested too deep", text('{"a":' + "[" * 100_000), DAMAGED),
     Broken("manifest of a vast number", text('{"kind": ' + "9" * 5000 + "}"), DAMAGED),
     Broken(
@@ -313,7 +315,7 @@ BROKEN = [
             manifest(lambda m: m["files"].pop("items/titles_offsets.npy"))(b),
             linked("items/titles_offsets.npy", "offsets.npy")(b),
         ),
-        "B: file name 'items/titles_offsets.npy' leaves the bundle; do not use this bundle",
+        "B: 'items/titles_offsets.npy' is missing from the bundle; export it again",
     ),
     Broken(
         "links in a circle",
@@ -321,18 +323,22 @@ BROKEN = [
         "B: file name 'users/keys.npy' leaves the bundle; do not use this bundle",
     ),
     Broken(
-        "pipe", in_place("users/keys.npy", os.mkfifo), "B/users/keys.npy: is no regular file; expo"
+        "pipe",
+        in_place("users/keys.npy", os.mkfifo),
+        "B/users/keys.npy: is not a regular file; expo",
     ),
     Broken(
         "pipe as manifest",
         in_place("manifest.json", os.mkfifo),
-        "B/manifest.json: is no regular file; export the bundle again",
+        "B/manifest.json: is not a regular file; export the bundle again",
     ),
-    Broken("socket", in_place("ranker.onnx", listening), "B/ranker.onnx: is no regular file; expo"),
+    Broken(
+        "socket", in_place("ranker.onnx", listening), "B/ranker.onnx: is not a regular file; expo"
+    ),
     Broken(
         "folder in place of a file",
         in_place("ranker.onnx", Path.mkdir),
-        "B/ranker.onnx: is no regular file; export the bundle again",
+        "B/ranker.onnx: is not a regular file; export the bundle again",
     ),
     Broken(
         "device",
@@ -342,33 +348,33 @@ BROKEN = [
     Broken(
         "weights outside, by two dots",
         escaping(lambda _: "../weights"),
-        "B/ranker.onnx: no readable graph (",
+        "B/ranker.onnx: is not a readable graph (",
     ),
     Broken(
         "weights outside, by an absolute path",
         escaping(lambda bundle: str(bundle.parent / "weights")),
-        "B/ranker.onnx: no readable graph (",
+        "B/ranker.onnx: is not a readable graph (",
     ),
     Broken(
         "weights outside, by a linked folder",
         escaping(lambda _: "up/weights", link="up"),
-        "B/ranker.onnx: no readable graph (",
+        "B/ranker.onnx: is not a readable graph (",
     ),
     Broken(
         "weights at an address of the process",
         escaping(lambda _: "*/_ORT_MEM_ADDR_/*"),
-        "B/ranker.onnx: no readable graph (",
+        "B/ranker.onnx: is not a readable graph (",
     ),
     Broken(
         "weights outside, by a linked file that no manifest lists",
         linked_weights,
-        "B/ranker.onnx: no readable graph (",
+        "B/ranker.onnx: is not a readable graph (",
     ),
     Broken("weights that are missing", lost_weights, "B/ranker.onnx.data: is missing; export the"),
     Broken(
         "weights that are too short",
         consistent(short_weights),
-        "B/ranker.onnx: no readable graph (",
+        "B/ranker.onnx: is not a readable graph (",
     ),
     Broken(
         "pickled objects",
@@ -405,19 +411,19 @@ BROKEN = [
     Broken(
         "keys out of order",
         array("items/keys.npy", lambda a: a[::-1].copy()),
-        "B/items/keys.npy: does not hold keys in ascending order, each once; export",
+        "B/items/keys.npy: does not hold unique keys in ascending order; export",
         only_verified=True,
     ),
     Broken(
         "a key twice",
         array("items/keys.npy", lambda a: a[[0, 0, 1, 2]]),
-        "B/items/keys.npy: does not hold keys in ascending order, each once; export",
+        "B/items/keys.npy: does not hold unique keys in ascending order; export",
         only_verified=True,
     ),
     Broken(
         "keys that are no text",
         array("items/keys.npy", lambda a: np.array([b"10", b"20", b"30", b"\xc3"])),
-        "B/items/keys.npy: holds keys that are no UTF-8 text; export the bundle again",
+        "B/items/keys.npy: holds keys that are not UTF-8 text; export the bundle again",
         only_verified=True,
     ),
     Broken(
@@ -429,29 +435,31 @@ BROKEN = [
     Broken(
         "offsets beyond the titles",
         array("items/titles_offsets.npy", lambda a: a * 1000),
-        "B/items/titles_offsets.npy: does not fit ",
+        "B/items/titles_offsets.npy: does not divide 14 values into 4 parts",
     ),
     Broken(
         "offsets that run backwards",
         array("items/titles_offsets.npy", lambda a: a[[0, 3, 1, 2, 4]]),
-        "B/items/titles_offsets.npy: does not cut 14 values into 4 parts, one behind the other",
+        "B/items/titles_offsets.npy: does not ascend",
         only_verified=True,
     ),
     Broken(
         "offsets within a letter",
         array("items/titles_offsets.npy", lambda a: np.array([0, 3, 6, 6, 14])),
-        "B/items/titles.npy: is no UTF-8 text; export the bundle again",
+        "B/items/titles.npy: is not UTF-8 text; export the bundle again",
         only_verified=True,
     ),
     Broken(
         "negative counts",
         array("items/popularity.npy", lambda a: -a),
-        "B/items/popularity.npy: is not a count for each of 4 items; export the bundle again",
+        "B/items/popularity.npy: holds negative counts; export the bundle again",
         only_verified=True,
     ),
-    Broken("no graph", consistent(contents("ranker.onnx", b"no graph")), "B/ranker.onnx: no read"),
+    Broken("no graph", consistent(contents("ranker.onnx", b"no graph")), "B/ranker.onnx: is not a"),
     Broken(
-        "empty graph", consistent(contents("ranker.onnx", b"")), "B/ranker.onnx: no readable graph"
+        "empty graph",
+        consistent(contents("ranker.onnx", b"")),
+        "B/ranker.onnx: is not a readable graph",
     ),
     Broken(
         "graph with other inputs",
@@ -461,7 +469,7 @@ BROKEN = [
     Broken(
         "unknown operator",
         graph("ranker.onnx", unknown_operator),
-        "B/ranker.onnx: no readable graph (",
+        "B/ranker.onnx: is not a readable graph (",
     ),
 ]
 
@@ -568,7 +576,7 @@ def test_a_large_graph_is_found_out_by_its_first_use(
     put(whole, bundle)
     graph("ranker.onnx", change)(bundle)
     scorer = Scorer.load(bundle, verify=True)
-    with pytest.raises(BundleError, match=r"ranker.onnx: (takes|no readable graph)"):
+    with pytest.raises(BundleError, match=r"ranker.onnx: (takes|is not a readable graph)"):
         scorer.warm()
 
 

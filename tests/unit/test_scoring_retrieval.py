@@ -242,7 +242,7 @@ def test_without_the_library_all_is_gone_through_after_a_warning(
         assert share_found(search) == 1.0
     assert search.is_exact
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}/items/index.faiss: faiss is not installed, all items are gone through instead; "
+        f"{path}/items/index.faiss: faiss is not installed, retrieval searches all items instead; "
         "pip install 'hvdrec[index]'"
     ]
 
@@ -262,7 +262,9 @@ def test_a_damaged_index(path: Path, tmp_path: Path, damage: Callable[[bytes], b
     copy = Path(shutil.copytree(path, tmp_path / "b"))
     file = copy / "items" / "index.faiss"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(BundleError, match=r"index\.faiss: no readable index .*export the bundle"):
+    with pytest.raises(
+        BundleError, match=r"index\.faiss: is not a readable index .*export the bundle"
+    ):
         search_of(copy).open()
 
 
@@ -278,7 +280,9 @@ def test_a_damaged_index(path: Path, tmp_path: Path, damage: Callable[[bytes], b
 )
 def test_another_index(tmp_path: Path, make: Callable[[], Any]) -> None:
     write(tmp_path, make())
-    with pytest.raises(BundleError, match=r"is no HNSW index of 3000 items and width 8; export"):
+    with pytest.raises(
+        BundleError, match=r"is not an HNSW index of 3000 items and width 8; export"
+    ):
         search_of(tmp_path).open()
 
 

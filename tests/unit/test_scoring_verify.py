@@ -1,4 +1,4 @@
-"""What verifying finds in arrays whose types and shapes are right."""
+"""Verification detects inconsistent contents in arrays of the right type and shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
 GENRES = "items/filters/genres"
-WHOLE: Mapping[str, Any] = {
+ARRAYS: Mapping[str, Any] = {
     "items/trending.npy": np.array([0, 3, 0, 1]),
     f"{GENRES}/values.npy": np.array([b"Drama", b"War"]),
     f"{GENRES}/offsets.npy": np.array([0, 2, 4]),
@@ -48,49 +48,51 @@ def check(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 1 << 18])
-def test_a_whole_bundle_passes_in_blocks_of_any_size(
+def test_a_complete_bundle_passes_with_blocks_of_any_size(
     bundle: Path, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "BLOCK_ROWS", rows)
-    write(bundle, WHOLE)
+    write(bundle, ARRAYS)
     check(bundle)
 
 
-def test_empty_sides_pass(tmp_path: Path) -> None:
+def test_a_bundle_without_users_or_items_passes(tmp_path: Path) -> None:
     check(write_bundle(tmp_path / "b", users={}, items={}))
     check(write_bundle(tmp_path / "int", users={}, items={}, key_dtype="int"))
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "text"),
+    ("name", "change", "words"),
     [
-        ("items/trending.npy", lambda a: a[:3], "is not a count for each of 4 items"),
-        ("items/trending.npy", lambda a: a - 1, "is not a count for each of 4 items"),
-        ("items/trending.npy", lambda a: a / 1, "is float64 of shape (4,), expected int64 of one"),
-        (f"{GENRES}/values.npy", lambda a: a[::-1], "does not hold keys in ascending order, each"),
-        (f"{GENRES}/values.npy", lambda a: a[[0, 0]], "does not hold keys in ascending order"),
-        (f"{GENRES}/values.npy", lambda a: np.array([b"A", b"\xff"]), "holds keys that are no UTF"),
-        (f"{GENRES}/values.npy", lambda a: np.array([1.0, 2.0]), "is float64, expected bytes or"),
-        (f"{GENRES}/offsets.npy", lambda a: a + 1, "does not cut 4 values into 2 parts, one"),
-        (f"{GENRES}/offsets.npy", lambda a: a[[0, 2, 1]], "does not cut 4 values into 2 parts"),
-        (f"{GENRES}/offsets.npy", lambda a: a[[0, 2]], "does not cut 4 values into 2 parts"),
-        (f"{GENRES}/rows.npy", lambda a: a + 1, "holds rows that are not among 4 items"),
-        (f"{GENRES}/rows.npy", lambda a: a - 1, "holds rows that are not among 4 items"),
+        ("items/trending.npy", lambda a: a[:3], "(3,)"),
+        ("items/trending.npy", lambda a: a - 1, "negative"),
+        ("items/trending.npy", lambda a: a / 1, "float64"),
+        (f"{GENRES}/values.npy", lambda a: a[::-1], "unique keys in ascending order"),
+        (f"{GENRES}/values.npy", lambda a: a[[0, 0]], "unique keys in ascending order"),
+        (f"{GENRES}/values.npy", lambda a: np.array([b"A", b"\xff"]), "not UTF-8"),
+        (f"{GENRES}/values.npy", lambda a: np.array([1.0, 2.0]), "float64"),
+        (f"{GENRES}/offsets.npy", lambda a: a + 1, "4 values into 2 parts"),
+        (f"{GENRES}/offsets.npy", lambda a: a[[0, 2, 1]], "4 values into 2 parts"),
+        (f"{GENRES}/offsets.npy", lambda a: a[[0, 2]], "4 values into 2 parts"),
+        (f"{GENRES}/rows.npy", lambda a: a + 1, "outside of 4 items"),
+        (f"{GENRES}/rows.npy", lambda a: a - 1, "outside of 4 items"),
         (f"{GENRES}/rows.npy", lambda a: a[[1, 0, 2, 3]], "does not ascend within a value"),
         (f"{GENRES}/rows.npy", lambda a: a[[0, 0, 2, 3]], "does not ascend within a value"),
-        (f"{GENRES}/rows.npy", lambda a: a.astype(np.int64), "is int64 of shape (4,), expected in"),
-        ("users/seen_offsets.npy", lambda a: a[[0, 0, 0]], "does not cut 3 values into 2 parts"),
-        ("users/seen_offsets.npy", lambda a: a[:2], "does not cut 3 values into 2 parts"),
-        ("users/seen_rows.npy", lambda a: a + 1, "holds rows that are not among 4 items"),
+        (f"{GENRES}/rows.npy", lambda a: a.astype(np.int64), "int64"),
+        ("users/seen_offsets.npy", lambda a: a[[0, 0, 0]], "3 values into 2 parts"),
+        ("users/seen_offsets.npy", lambda a: a[:2], "3 values into 2 parts"),
+        ("users/seen_offsets.npy", lambda a: np.array([0, 9, 3]), "does not ascend"),
+        ("users/seen_rows.npy", lambda a: a + 1, "outside of 4 items"),
     ],
 )
-def test_what_leads_nowhere(
-    bundle: Path, name: str, change: Callable[[Any], Any], text: str
+def test_inconsistent_contents_are_refused(
+    bundle: Path, name: str, change: Callable[[Any], Any], words: str
 ) -> None:
-    write(bundle, {**WHOLE, name: change(WHOLE[name])})
+    write(bundle, {**ARRAYS, name: change(ARRAYS[name])})
     with pytest.raises(BundleError) as caught:
         check(bundle)
-    assert str(caught.value).startswith(f"{bundle}/{name}: {text}")
+    assert caught.value.field == f"{bundle}/{name}"
+    assert words in str(caught.value)
     assert str(caught.value).endswith("; export the bundle again")
 
 
@@ -105,13 +107,14 @@ def test_what_leads_nowhere(
         f"{GENRES}/offsets.npy",
     ],
 )
-def test_one_of_two_that_belong_together_is_missing(bundle: Path, name: str) -> None:
-    write(bundle, WHOLE)
+def test_one_of_two_files_that_belong_together_is_missing(bundle: Path, name: str) -> None:
+    write(bundle, ARRAYS)
     (bundle / name).unlink()
     write(bundle, {})
     with pytest.raises(BundleError) as caught:
         check(bundle)
-    assert str(caught.value) == f"{bundle}: '{name}' is missing from the bundle; export it again"
+    assert caught.value.field == str(bundle)
+    assert f"'{name}' is missing from the bundle" in str(caught.value)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -121,12 +124,14 @@ def test_keys_are_compared_across_blocks(
     monkeypatch.setattr(verify, "BLOCK_ROWS", rows)
     for keys in ([b"10", b"10", b"30", b"40"], [b"10", b"30", b"20", b"40"]):
         write(bundle, {"items/keys.npy": np.array(keys)})
-        with pytest.raises(BundleError, match=r"items/keys.npy: does not hold keys in ascending"):
+        with pytest.raises(
+            BundleError, match=r"items/keys.npy: does not hold unique keys in ascending"
+        ):
             check(bundle)
 
 
-def test_letters_do_not_join_across_keys(bundle: Path) -> None:
-    """Two halves of a letter, side by side in the file, are no text in either key."""
+def test_a_character_must_not_span_two_keys(bundle: Path) -> None:
+    """The two halves are adjacent in the file, but neither key is valid UTF-8."""
     write(bundle, {"items/keys.npy": np.array([b"a\xc3", b"\xa4b", b"c", b"d"])})
     with pytest.raises(BundleError, match=r"items/keys.npy: "):
         check(bundle)
@@ -134,15 +139,15 @@ def test_letters_do_not_join_across_keys(bundle: Path) -> None:
     check(bundle)
 
 
-@pytest.mark.parametrize("wrong", [np.nan, np.inf])
-def test_int8_embeddings_are_judged_by_their_scales(bundle: Path, wrong: float) -> None:
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_scales_of_int8_embeddings_must_be_finite(bundle: Path, scale: float) -> None:
     arrays = {
         "items/embeddings.npy": np.full((4, 3), -128, dtype=np.int8),
         "items/scales.npy": np.ones(4, dtype=np.float32),
     }
     write(bundle, arrays)
     check(bundle)
-    arrays["items/scales.npy"][2] = wrong
+    arrays["items/scales.npy"][2] = scale
     write(bundle, arrays)
     with pytest.raises(BundleError, match=r"items/scales.npy: holds numbers that are not finite"):
         check(bundle)

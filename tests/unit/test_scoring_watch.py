@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 import pytest
 
-from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError, verify, watch
+from hvdrec.scoring import BundleError, RequestError, Scorer, StoreError, scorer, watch
 from hvdrec.scoring.bundle import BundleInfo, read_bundle
 from hvdrec.scoring.errors import ReplacedError
-from hvdrec.scoring.watch import WatchedScorer
+from hvdrec.scoring.scorer import WatchedScorer
 from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 from tests.other_bundle import point, put, write_other_bundle
@@ -163,7 +163,7 @@ def test_a_bundle_that_is_gone_for_a_moment(
         for _ in range(3):
             assert not watched.look()
         assert len(refusals(caplog)) == 1
-        assert str(watched.last_error).startswith(f"{path}: no bundle here")
+        assert str(watched.last_error).startswith(f"{path}: is not a bundle")
         assert answers(watched) == expected
         put(other, path)
         assert watched.look()
@@ -318,8 +318,8 @@ def gives_no_number(graph: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (fails_when_it_runs, "does not work ("),
-        (gives_no_number, "ranker.onnx: gives [nan, nan, nan] for missing values, expected"),
+        (fails_when_it_runs, "fails ("),
+        (gives_no_number, "ranker.onnx: returns [nan, nan, nan] for missing values, expected"),
     ],
 )
 def test_a_graph_that_does_not_work_is_found_before_anyone_asks(
@@ -340,7 +340,7 @@ def test_a_bundle_replaced_while_it_is_read_is_no_mixture(
     path: Path, ours: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the files are read before another bundle takes the place, half behind it."""
-    from hvdrec.scoring import scorer as module
+    from hvdrec.scoring import ranking as module
 
     plain = module.GraphSession
 
@@ -370,7 +370,7 @@ def test_a_link_pointed_elsewhere_while_it_is_followed(
     tmp_path: Path, ours: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All files come from the directory that the link led to when reading began."""
-    from hvdrec.scoring import scorer as module
+    from hvdrec.scoring import ranking as module
 
     link, plain = tmp_path / "current", module.GraphSession
     point(link, ours)
@@ -386,13 +386,13 @@ def test_a_link_pointed_elsewhere_while_it_is_followed(
 def test_one_look_at_a_time(path: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     with Scorer.watch(path, interval=NEVER) as watched:
-        plain = verify.verify_arrays
+        plain = scorer.verify_arrays
 
         def looking(info: Any) -> None:
             seen.append(watched.look())
             plain(info)
 
-        monkeypatch.setattr(verify, "verify_arrays", looking)
+        monkeypatch.setattr(scorer, "verify_arrays", looking)
         put(other, path)
         assert watched.look()
     assert seen == [False]

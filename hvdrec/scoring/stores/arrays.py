@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, read_array
-from hvdrec.scoring.errors import BundleError, choices
+from hvdrec.scoring.array_files import read_array, unexpected_array
+from hvdrec.scoring.bundle import BundleInfo
+from hvdrec.scoring.errors import choices
 
 Array = NDArray[Any]
 CACHED_KEYS = 100_000
@@ -41,7 +42,7 @@ class ArrayStore:
         self.model = info.model
         self.keys = read_array(info.path, f"{side}s/keys.npy")
         if self.keys.ndim != 1 or not (self.keys.dtype.kind == "S" or self.keys.dtype.str == "<i8"):
-            raise _unexpected(info, f"{side}s/keys.npy", self.keys, "bytes or int64 [n]")
+            raise unexpected_array(info, f"{side}s/keys.npy", self.keys, "bytes or int64 [n]")
         rows = len(self.keys)
         self.embeddings = _read(info, f"{side}s/embeddings.npy", EMBEDDING_DTYPES, (rows, width))
         self.scales: Array | None = None
@@ -164,14 +165,7 @@ class ArrayStore:
 def _read(info: BundleInfo, name: str, dtypes: Mapping[str, str], shape: tuple[int, ...]) -> Array:
     array = read_array(info.path, name)
     if array.dtype.str not in dtypes or array.shape != shape or not array.flags.c_contiguous:
-        raise _unexpected(
+        raise unexpected_array(
             info, name, array, f"one of {choices(dtypes.values())} of {shape}, row-major"
         )
     return array
-
-
-def _unexpected(info: BundleInfo, name: str, array: Array, expected: str) -> BundleError:
-    return BundleError(
-        f"{info.path / name}: is {array.dtype} of shape {array.shape}, expected {expected}; "
-        "export the bundle again",
-    )

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.scoring.bundle import BundleInfo, read_array
+from hvdrec.scoring.array_files import read_array
+from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.errors import StoreError, shown
 from hvdrec.scoring.stores.redis.layout import (
     MARK,
