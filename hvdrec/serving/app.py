@@ -138,12 +138,7 @@ class Service:
         """Return a web page to try out the bundle."""
         return Response(self._page, 200, self._page_headers, "text/html")
 
-    async def _scored(
-        self,
-        request: Request,
-        route: str,
-        answer: Callable[[Scorer, bytes, int], work.Answer],
-    ) -> Response:
+    async def _scored(self, request: Request, path: str, route: work.Route) -> Response:
         """Answer a request with one scorer, once a thread is free."""
         options, metrics = self._options, self._metrics
         scorer = self._served.current
@@ -153,14 +148,15 @@ class Service:
         metrics.in_flight.inc()
         try:
             body = await read_body(request, options.max_body, options.max_wait)
-            result = await self._threads.run(lambda: answer(scorer, body, options.max_candidates))
+            most = options.max_candidates
+            result = await self._threads.run(lambda: work.answer(route, scorer, body, most))
         except WaitedTooLong:
             text = f"overloaded: no thread was free within {options.max_wait:g} s; try again"
             raise unavailable(text) from None
         finally:
             self._in_progress -= 1
             metrics.in_flight.dec()
-        metrics.candidates.labels(route).inc(result.items)
+        metrics.candidates.labels(path).inc(result.items)
         return Response(result.content, 200, {VERSION_HEADER: scorer.version}, JSON)
 
     def _describe(self, scorer: Scorer) -> tuple[bytes, bytes]:

@@ -13,13 +13,7 @@ from typing_extensions import TypeAliasType
 from hvdrec.scoring import BundleError, Scorer
 from hvdrec.scoring.array_files import read_array
 from hvdrec.scoring.bundle import Field as RawField
-from hvdrec.serving.answers import (
-    BundleAnswer,
-    ExamplesAnswer,
-    FieldAnswer,
-    KeyAnswer,
-    LimitsAnswer,
-)
+from hvdrec.serving.answers import BundleAnswer
 from hvdrec.serving.bodies import RecommendBody, ScoreBody
 from hvdrec.serving.options import Options
 
@@ -43,27 +37,25 @@ def describe(scorer: Scorer, options: Options) -> BundleAnswer:
     """Describe the bundle of a scorer and the limits of the service."""
     info = scorer.info
     filters = (FILTER_FILE.fullmatch(name) for name in info.manifest["files"])
-    return BundleAnswer(
-        name=info.name,
-        version=scorer.version,
-        model=scorer.model,
-        users=scorer.users,
-        items=scorer.items,
-        user_key=_key_answer(info.user_key, scorer.key_dtype("user")),
-        item_key=_key_answer(info.item_key, scorer.key_dtype("item")),
-        fields=[
-            FieldAnswer.model_validate({**vars(field), "list": field.is_list})
-            for field in info.fields
-        ],
-        filters=sorted(match[1] for match in filters if match),
-        tasks=list(info.tasks),
-        metrics=info.manifest["meta"].get("metrics", {}),
-        limits=LimitsAnswer.model_validate(vars(options)),
-        examples=ExamplesAnswer(
-            users=_first_users(scorer),
-            items=[item.item for item in scorer.recommend(None, k=EXAMPLES)],
-        ),
-    )
+    values: Json = {
+        "name": info.name,
+        "version": scorer.version,
+        "model": scorer.model,
+        "users": scorer.users,
+        "items": scorer.items,
+        "user_key": {"name": info.user_key, "dtype": scorer.key_dtype("user")},
+        "item_key": {"name": info.item_key, "dtype": scorer.key_dtype("item")},
+        "fields": [{**vars(field), "list": field.is_list} for field in info.fields],
+        "filters": sorted(match[1] for match in filters if match),
+        "tasks": info.tasks,
+        "metrics": info.manifest["meta"].get("metrics", {}),
+        "limits": vars(options),
+        "examples": {
+            "users": _first_users(scorer),
+            "items": [item.item for item in scorer.recommend(None, k=EXAMPLES)],
+        },
+    }
+    return BundleAnswer.model_validate(values)
 
 
 def add_requests(document: Json, scorer: Scorer, bundle: BundleAnswer) -> Json:
@@ -170,10 +162,6 @@ def _model(name: str, types: Json) -> Any:
     # Aliases, because a feature's name need not be a legal name of a pydantic field.
     aliased = {f"field_{number}": each for number, each in enumerate(types.values())}
     return create_model(name, __config__=ConfigDict(extra="forbid"), **aliased)
-
-
-def _key_answer(name: str, dtype: str) -> KeyAnswer:
-    return KeyAnswer.model_validate({"name": name, "dtype": dtype})
 
 
 def _features(scorer: Scorer, side: str) -> list[RawField]:

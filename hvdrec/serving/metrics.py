@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -64,7 +65,9 @@ class Metrics:
         """Create the metrics at zero."""
         self._registry = registry = CollectorRegistry()
         labels = ["route", "status"]
-        self._requests = Counter("hvdrec_requests", "Answered requests.", labels, registry=registry)
+        counter = partial(Counter, registry=registry)
+        gauge = partial(Gauge, registry=registry)
+        self._requests = counter("hvdrec_requests", "Answered requests.", labels)
         self._seconds = Histogram(
             "hvdrec_request_seconds",
             "Seconds from the head of a request to the end of its response.",
@@ -72,29 +75,21 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self.candidates = Counter(
-            "hvdrec_candidates", "Items scored or returned.", ["route"], registry=registry
-        )
-        self.in_flight = Gauge(
+        self.candidates = counter("hvdrec_candidates", "Items scored or returned.", ["route"])
+        self.in_flight = gauge(
             "hvdrec_requests_in_flight",
             "Requests being read, waiting or being scored.",
             multiprocess_mode="livesum",
-            registry=registry,
         )
-        self._bundle = Gauge(
+        self._bundle = gauge(
             "hvdrec_bundle_info",
             "1 for the bundle being served, 0 for earlier ones.",
             ["name", "version"],
             multiprocess_mode="livemax",
-            registry=registry,
         )
         self._served: Gauge | None = None
-        self.reloads = Counter(
-            "hvdrec_bundle_reloads", "New bundles loaded, per worker.", registry=registry
-        )
-        self.refused = Counter(
-            "hvdrec_bundle_refused", "New bundles refused, per worker.", registry=registry
-        )
+        self.reloads = counter("hvdrec_bundle_reloads", "New bundles loaded, per worker.")
+        self.refused = counter("hvdrec_bundle_refused", "New bundles refused, per worker.")
         self._labelled: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     def answered(self, route: str, status: int, seconds: float) -> None:

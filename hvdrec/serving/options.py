@@ -20,11 +20,7 @@ def _option(default: Any, text: str, low: float = 0, high: float = 0) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the service; `hvdrec serve --help` describes each.
-
-    Raises:
-        UserError: A value is out of range.
-    """
+    """Settings of the service; `hvdrec serve --help` describes each."""
 
     bundle: Path
     host: str = _option("127.0.0.1", "address to listen on; the default accepts local clients only")
@@ -50,6 +46,7 @@ class Options:
     store: str | None = None
 
     def __post_init__(self) -> None:
+        """Raise UserError for a value out of range."""
         for setting in fields(self):
             low, high = (setting.metadata.get(name, 0) for name in ("low", "high"))
             value = getattr(self, setting.name)

@@ -28,6 +28,7 @@ class Problem(Exception):
         field: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        """Describe the error; line breaks in ``text`` become blanks."""
         super().__init__(text)
         self.status = status
         self.text = " ".join(text.split())

@@ -34,33 +34,36 @@ class Answer:
     items: int
 
 
-def score(scorer: Scorer, body: bytes, max_candidates: int) -> Answer:
-    """Answer ``/v1/score``; raises Problem."""
-    return _answer(_score, scorer, body, max_candidates)
+Route = Callable[[Scorer, Any, int], Answer]
 
 
-def recommend(scorer: Scorer, body: bytes, max_candidates: int) -> Answer:
-    """Answer ``/v1/recommend``; raises Problem."""
-    return _answer(_recommend, scorer, body, max_candidates)
+def answer(route: Route, scorer: Scorer, body: bytes, max_candidates: int) -> Answer:
+    """Answer a request.
 
+    Args:
+        route: `score` or `recommend`.
+        scorer: The scorer to ask.
+        body: JSON.
+        max_candidates: Largest number of items to score or rank.
 
-def _answer(
-    answer: Callable[[Scorer, Any, int], Answer], scorer: Scorer, body: bytes, max_candidates: int
-) -> Answer:
+    Raises:
+        Problem: The request is not valid, or the scorer cannot answer now.
+    """
     values = from_json(body)
     try:
         try:
-            return answer(scorer, values, max_candidates)
+            return route(scorer, values, max_candidates)
         except Problem as problem:
             if problem.status != 422:
                 raise
         # Converting whole floats costs time, so only a refused body is converted and tried again.
-        return answer(scorer, with_integers(values), max_candidates)
+        return route(scorer, with_integers(values), max_candidates)
     except RecursionError:
         raise Problem(422, "body: is nested too deeply", "body") from None
 
 
-def _score(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
+def score(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
+    """Answer ``/v1/score`` for the values of a JSON body; raises Problem."""
     body = parse_body(ScoreBody, values, max_candidates)
     check_numbers(scorer.info, "user", [body.user])
     check_numbers(scorer.info, "scene", [body.scene])
@@ -69,15 +72,16 @@ def _score(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
     if body.tasks:
         by_task = _scored(lambda: scorer.score_tasks(*request))
         scores = by_task.pop("score")
-        answer: dict[str, Any] = {"scores": scores, "tasks": by_task}
+        content: dict[str, Any] = {"scores": scores, "tasks": by_task}
     else:
         scores = _scored(lambda: scorer.score(*request))
-        answer = {"scores": scores}
+        content = {"scores": scores}
     _check_finite(scores)
-    return Answer(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), len(scores))
+    return Answer(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), len(scores))
 
 
-def _recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
+def recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
+    """Answer ``/v1/recommend`` for the values of a JSON body; raises Problem."""
     body = parse_body(RecommendBody, values, max_candidates)
     for name, accepted in (body.allowed or {}).items():
         for value in accepted:
@@ -100,8 +104,8 @@ def _recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
         ),
     )
     _check_finite([(item.score, item.retrieval_score) for item in items])
-    answer = _with_tasks(scorer, body, items) if body.tasks else items
-    return Answer(orjson.dumps({"items": answer}), len(items))
+    ranked = _with_tasks(scorer, body, items) if body.tasks else items
+    return Answer(orjson.dumps({"items": ranked}), len(items))
 
 
 def _with_tasks(

@@ -1,4 +1,4 @@
-"""A service that the tests of its answers share."""
+"""Services and bundles that the tests share."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tests.bundles import write_bundle
 from tests.serving.launch import Running, serving
 
 PATIENT = ("--max-wait", "30")
-"""For a machine that is busy: waiting is tested elsewhere."""
+"""Options for a busy machine; other tests cover waiting."""
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle whose keys are strings."""
+    """Write a bundle with string keys."""
     return write_bundle(tmp_path_factory.mktemp("bundles") / "strings")
 
 
 @pytest.fixture(scope="session")
 def int_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle whose keys are integers."""
+    """Write a bundle with integer keys."""
     return write_bundle(tmp_path_factory.mktemp("bundles") / "integers", key_dtype="int")
 
 
 @pytest.fixture(scope="session")
 def task_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle whose ranker has two tasks."""
+    """Write a bundle whose ranker has two tasks."""
     return write_bundle(tmp_path_factory.mktemp("bundles") / "tasks", tasks=True)
 
 
@@ -43,33 +43,33 @@ def task_service(task_bundle: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def scorer(bundle: Path) -> Scorer:
-    """Return the scorer of the bundle with strings."""
+    """Load the bundle with string keys."""
     return Scorer.load(bundle)
 
 
 @pytest.fixture(scope="session")
 def service(bundle: Path) -> Iterator[Running]:
-    """Serve the bundle with strings."""
+    """Serve the bundle with string keys."""
     with serving(bundle, *PATIENT, "--max-body", "20000", "--max-candidates", "100") as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def int_service(int_bundle: Path) -> Iterator[Running]:
-    """Serve the bundle with integers."""
+    """Serve the bundle with integer keys."""
     with serving(int_bundle, *PATIENT) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def client(service: Running) -> Iterator[httpx.Client]:
-    """Return a client of the service with strings."""
+    """Return a client of the service with string keys."""
     with httpx.Client(base_url=service.url, timeout=60) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def int_client(int_service: Running) -> Iterator[httpx.Client]:
-    """Return a client of the service with integers."""
+    """Return a client of the service with integer keys."""
     with httpx.Client(base_url=int_service.url, timeout=60) as client:
         yield client

@@ -1,4 +1,4 @@
-"""Starting `hvdrec serve` as its users do, and stopping it."""
+"""Starts and stops `hvdrec serve` as a program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Running:
-    """A service that answers."""
+    """A running service."""
 
     port: int
     process: subprocess.Popen[bytes]
@@ -31,18 +31,18 @@ class Running:
 
     @property
     def url(self) -> str:
-        """Return where it answers."""
+        """Address of the service."""
         return f"http://127.0.0.1:{self.port}"
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send the signal to this process and return its exit code."""
+        """Send a signal to the process and return its exit code."""
         self.process.send_signal(number)
         return self.process.wait(LIMIT)
 
 
 @contextlib.contextmanager
 def serving(bundle: Path, *options: str, is_awaited: bool = True) -> Iterator[Running]:
-    """Serve a bundle on a free port; ready when this yields, if that is awaited."""
+    """Serve a bundle on a free port; if ``is_awaited``, wait until it is ready."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:
@@ -51,10 +51,10 @@ def serving(bundle: Path, *options: str, is_awaited: bool = True) -> Iterator[Ru
             )
         try:
             port = int(
-                wait_for(lambda: re.search(r"http://127.0.0.1:(\d+)", told(log, process)))[1]
+                wait_for(lambda: re.search(r"http://127.0.0.1:(\d+)", log_text(log, process)))[1]
             )
             running = Running(port, process, log)
-            wait_for(lambda: told(log, process) and (not is_awaited or is_ready(running.url)))
+            wait_for(lambda: log_text(log, process) and (not is_awaited or is_ready(running.url)))
             yield running
         finally:
             if process.poll() is None:
@@ -63,33 +63,33 @@ def serving(bundle: Path, *options: str, is_awaited: bool = True) -> Iterator[Ru
 
 
 def wait_for(condition: Callable[[], T | None]) -> T:
-    """Return what a condition gives as soon as that is true; fail if that takes too long."""
+    """Return the first true value of a condition; fail after a minute."""
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.02)
     raise AssertionError(f"not within {LIMIT:g} s")
 
 
-def told(log: Path, process: subprocess.Popen[bytes]) -> str:
-    """Return what a service has written so far; fail if it has ended."""
+def log_text(log: Path, process: subprocess.Popen[bytes]) -> str:
+    """Return the output of a service so far; fail if it has exited."""
     text = log.read_text()
     assert process.poll() is None, text
     return text
 
 
 def is_ready(url: str) -> bool:
-    """Return whether a service says that it is ready."""
+    """Return True if a service reports that it is ready."""
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(f"{url}/readyz").is_success
     return False
 
 
 def refused(*arguments: str) -> str:
-    """Return the one line with which `hvdrec serve` ends by a mistake in its arguments."""
-    done = subprocess.run(
+    """Run `hvdrec serve` with invalid arguments and return its one-line error."""
+    result = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=LIMIT, check=False
     )
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    return done.stderr.rstrip("\n")
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    return result.stderr.rstrip("\n")

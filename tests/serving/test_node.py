@@ -1,4 +1,4 @@
-"""The example in Node answers as Python does, on the same bundles."""
+"""The Node example returns the same results as Python for the same bundles."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.bundles import write_bundle
 
 EXAMPLE = Path(__file__).parents[2] / "scripts" / "examples" / "node"
 ULPS = 4
-"""Last bits of a float32 by which two builds of onnxruntime may differ; here they do in none."""
+"""Units in the last place by which two builds of onnxruntime may differ; these two agree."""
 
 
 @pytest.fixture(scope="session")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the example with its packages, as its package-lock.json has them."""
+    """Copy the example and install its packages from its package-lock.json."""
     folder = tmp_path_factory.mktemp("node") / "example"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("node_modules"))
-    # The package's own script would fetch libraries for GPUs.
+    # Without --ignore-scripts the package downloads GPU libraries.
     command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=280, check=False
@@ -37,7 +37,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def node(example: Path, bundle: Path, requests: Any, *options: str) -> Any:
-    """Return exit code, answers and the error of a run; requests: objects, or lines of text."""
+    """Run the example on requests, objects or lines; return exit code, answers and stderr."""
     lines = [r if isinstance(r, str) else json.dumps(r) for r in requests]
     done = subprocess.run(
         ["node", "score.mjs", str(bundle), *options],
@@ -53,7 +53,7 @@ def node(example: Path, bundle: Path, requests: Any, *options: str) -> Any:
 
 
 def requests(key: Callable[[str], Any]) -> list[dict[str, Any]]:
-    """Return requests of every kind; ``key`` gives a key in the bundle's type."""
+    """Return requests of all forms; ``key`` converts a key to the bundle's type."""
     history = [key("10"), key("20"), key("30"), key("77"), key("20")]
     users = [
         key("1"),
@@ -114,10 +114,10 @@ def expected(scorer: Scorer, request: dict[str, Any]) -> Any:
 
 def agree(example: Path, bundle: Path, key: Callable[[str], Any]) -> None:
     scorer = Scorer.load(bundle, verify=True)
-    asked = requests(key)
-    code, answers, error = node(example, bundle, asked, "--verify")
+    lines = requests(key)
+    code, answers, error = node(example, bundle, lines, "--verify")
     assert (code, error) == (0, "")
-    for request, answer in zip(asked, answers, strict=True):
+    for request, answer in zip(lines, answers, strict=True):
         ours = expected(scorer, request)
         if "items" in request:
             theirs = np.array(answer["scores"], dtype=np.float32)
@@ -133,16 +133,16 @@ def agree(example: Path, bundle: Path, key: Callable[[str], Any]) -> None:
             )
 
 
-def test_keys_that_are_text(example: Path, tmp_path: Path) -> None:
+def test_string_keys(example: Path, tmp_path: Path) -> None:
     agree(example, write_bundle(tmp_path / "b"), str)
 
 
-def test_keys_that_are_integers(example: Path, tmp_path: Path) -> None:
+def test_integer_keys(example: Path, tmp_path: Path) -> None:
     agree(example, write_bundle(tmp_path / "b", key_dtype="int"), int)
 
 
-def test_what_is_trending(example: Path, tmp_path: Path) -> None:
-    """Of equal ones the more popular comes first, then the first key: 40, 30, 10, 20."""
+def test_trending_items(example: Path, tmp_path: Path) -> None:
+    """Ties are broken by popularity, then by key: 40, 30, 10, 20."""
     bundle = write_bundle(tmp_path / "b")
     np.save(bundle / "items" / "trending.npy", np.array([1, 1, 1, 9]))
     np.save(bundle / "items" / "popularity.npy", np.array([5, 5, 7, 0]))
@@ -157,15 +157,15 @@ def test_candidates_by_popularity(example: Path, tmp_path: Path) -> None:
     agree(example, write_bundle(tmp_path / "b", retrieval_width=0, titles=None), str)
 
 
-@pytest.mark.parametrize("kind", ["float16", "int8"])
-def test_smaller_embeddings(example: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_compressed_embeddings(example: Path, tmp_path: Path, dtype: str) -> None:
     bundle = write_bundle(tmp_path / "b")
     for side in ("users", "items"):
         file = bundle / side / "embeddings.npy"
         vectors = np.load(file)
-        if kind == "float16":
+        if dtype == "float16":
             small = (vectors * 1.1).astype(np.float16)
-            small[0, 0] = 3e-6  # below the smallest normal one
+            small[0, 0] = 3e-6  # a subnormal number
         else:
             scales = (np.abs(vectors).max(axis=1) / 127).astype(np.float32)
             np.save(bundle / side / "scales.npy", scales)
@@ -175,14 +175,14 @@ def test_smaller_embeddings(example: Path, tmp_path: Path, kind: str) -> None:
     agree(example, bundle, str)
 
 
-def test_integers_beyond_what_a_json_number_holds(example: Path, tmp_path: Path) -> None:
+def test_integers_that_javascript_numbers_cannot_hold(example: Path, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b", key_dtype="int")
     keys = np.array([-(2**63), 10, 2**62, 2**63 - 1])
     np.save(bundle / "items" / "keys.npy", keys)
     write_manifest(bundle, "bundle", json.loads((bundle / "manifest.json").read_text())["meta"])
     items = [str(key) for key in keys[1:]]
-    asked = [{"user": 1, "items": items}, {"user": 1, "k": 4}]
-    code, answers, error = node(example, bundle, asked)
+    lines = [{"user": 1, "items": items}, {"user": 1, "k": 4}]
+    code, answers, error = node(example, bundle, lines)
     assert (code, error) == (0, "")
     ours = Scorer.load(bundle)
     theirs = np.array(answers[0]["scores"], dtype=np.float32)
@@ -218,12 +218,12 @@ def test_integers_beyond_what_a_json_number_holds(example: Path, tmp_path: Path)
         ("{", "no JSON request ("),
     ],
 )
-def test_a_mistake_ends_in_one_line(
+def test_an_invalid_request_ends_in_one_line(
     example: Path, tmp_path: Path, request_line: str, reason: str
 ) -> None:
     bundle = write_bundle(tmp_path / "b")
-    whole = '{"user": "1", "items": ["10"]}'
-    code, answers, error = node(example, bundle, [whole, request_line, whole])
+    valid = '{"user": "1", "items": ["10"]}'
+    code, answers, error = node(example, bundle, [valid, request_line, valid])
     assert (code, len(answers)) == (2, 1)
     assert error.startswith(f"score.mjs: error: line 2: {reason}")
     assert error.count("\n") == 1
@@ -239,14 +239,14 @@ def test_bundles_that_are_refused(example: Path, tmp_path: Path) -> None:
     assert refusal(bundle) == "score.mjs: error: B: no bundle here (manifest.json is missing)"
     write_bundle(bundle)
     embeddings = bundle / "items" / "embeddings.npy"
-    held = embeddings.read_bytes()
-    embeddings.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+    content = embeddings.read_bytes()
+    embeddings.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert refusal(bundle, "--verify").endswith("B/items/embeddings.npy: contents differ")
-    embeddings.write_bytes(held[:-1])
+    embeddings.write_bytes(content[:-1])
     assert refusal(bundle).endswith("B/items/embeddings.npy: has another size")
     embeddings.rename(tmp_path / "embeddings.npy")
     embeddings.symlink_to(tmp_path / "embeddings.npy")
-    (tmp_path / "embeddings.npy").write_bytes(held)
+    (tmp_path / "embeddings.npy").write_bytes(content)
     assert "leaves the bundle; do not use this bundle" in refusal(bundle)
     embeddings.unlink()
     assert refusal(bundle).endswith("B/items/embeddings.npy: is missing")

@@ -1,4 +1,4 @@
-"""The page, driven in headless Chromium as a person would drive it, mostly by the keyboard."""
+"""The page in headless Chromium, used as a person would, mostly by keyboard."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCRIPT = '<img src="x" onerror="document.title = 1"><script>document.title = 2</
 def browser() -> Iterator[Browser]:
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     assert program is not None, "no chromium; apt-get install chromium"
-    # Its sandbox cannot be had by root, as which tests run in a container.
+    # Chromium's sandbox does not run as root, and tests in a container do.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=program, args=arguments)
@@ -33,17 +33,17 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """Return an empty page; anything that its console says is an error of the test."""
+    """Open an empty page; any message on its console fails the test."""
     context = browser.new_context(viewport={"width": 1180, "height": 900})
     context.set_default_timeout(60_000)
     page = context.new_page()
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     yield page
     context.close()
-    # Chromium itself reports every answer that is none: those are what the tests ask for.
-    assert [line for line in said if not line.startswith("Failed to load resource")] == []
+    # Chromium reports every error response; the tests provoke them.
+    assert [line for line in messages if not line.startswith("Failed to load resource")] == []
 
 
 def titles(page: Page) -> list[str]:
@@ -51,19 +51,19 @@ def titles(page: Page) -> list[str]:
 
 
 def expected(scorer: Scorer, user: str | None, **scene: object) -> list[str]:
-    """Return the titles that the page should list: an item without one shows its key."""
+    """Return the titles that the page should list; an item without a title shows its key."""
     return [r.title or str(r.item) for r in scorer.recommend(user, scene)]
 
 
-def expect_list(page: Page, wanted: list[str]) -> None:
-    expect(page.locator("#items .title")).to_have_text(wanted)
+def expect_list(page: Page, titles: list[str]) -> None:
+    expect(page.locator("#items .title")).to_have_text(titles)
 
 
 def test_a_user_and_a_scene(page: Page, service: Running, scorer: Scorer) -> None:
     page.goto(service.url)
     expect(page.locator("h1")).to_have_text("tiny")
     expect(page.locator("#counts")).to_contain_text(f"2 users · 4 items · bundle {scorer.version}")
-    # The first stored user, the scene's defaults, and what has none is missing.
+    # The inputs hold the first stored user and the scene's defaults.
     assert page.input_value("#user") == "1"
     assert page.input_value("#scene-hour") == "12"
     assert page.get_attribute("#scene-hour", "type") == "range"
@@ -106,9 +106,7 @@ def test_a_user_and_a_scene(page: Page, service: Running, scorer: Scorer) -> Non
     expect(page.locator("label[for=scene-hour] output")).to_have_text("no value")
 
 
-def test_a_user_of_whom_nothing_or_something_is_known(
-    page: Page, service: Running, scorer: Scorer
-) -> None:
+def test_an_unknown_user_and_raw_features(page: Page, service: Running, scorer: Scorer) -> None:
     scene = {"hour": 12, "place": None, "temperature": None}
     page.goto(service.url)
     page.fill("#user", "")
@@ -116,8 +114,8 @@ def test_a_user_of_whom_nothing_or_something_is_known(
     expect_list(page, expected(scorer, None, **scene))
     page.fill("#user", '{"age": 30, "history": ["20"]}')
     expect(page.locator("#items .source").first).to_have_text("features")
-    found = scorer.recommend({"age": 30, "history": ["20"]}, scene)
-    expect_list(page, [r.title or str(r.item) for r in found])
+    ranked = scorer.recommend({"age": 30, "history": ["20"]}, scene)
+    expect_list(page, [r.title or str(r.item) for r in ranked])
 
 
 def test_options(page: Page, service: Running, scorer: Scorer) -> None:
@@ -130,15 +128,15 @@ def test_options(page: Page, service: Running, scorer: Scorer) -> None:
     expect(page.locator("#took")).to_contain_text("2 in ")
     page.focus("#diversity")
     page.keyboard.press("End")
-    found = scorer.recommend("1", scene, 2, diversity=0.95)
-    expect_list(page, [r.title or str(r.item) for r in found])
+    ranked = scorer.recommend("1", scene, 2, diversity=0.95)
+    expect_list(page, [r.title or str(r.item) for r in ranked])
     page.focus("#skip_seen")
     page.keyboard.press("Space")
-    found = scorer.recommend("1", scene, 2, diversity=0.95, skip_seen=True)
-    expect_list(page, [r.title or str(r.item) for r in found])
+    ranked = scorer.recommend("1", scene, 2, diversity=0.95, skip_seen=True)
+    expect_list(page, [r.title or str(r.item) for r in ranked])
 
 
-def test_errors_are_shown_where_they_belong(page: Page, service: Running, scorer: Scorer) -> None:
+def test_errors_are_shown_next_to_their_input(page: Page, service: Running, scorer: Scorer) -> None:
     page.goto(service.url)
     expect(page.locator("#items li")).to_have_count(4)
     page.fill("#user", '{"agee": 30}')
@@ -147,7 +145,7 @@ def test_errors_are_shown_where_they_belong(page: Page, service: Running, scorer
     expect(page.locator("#user")).to_have_attribute("aria-invalid", "true")
     expect(page.locator("#results")).to_have_class("stale")
     page.fill("#user", '{"age": ')
-    expect(error).to_contain_text("no valid JSON object")
+    expect(error).to_contain_text("not a valid JSON object")
     page.fill("#user", "2")
     expect(page.locator(".field [role=alert]")).to_have_count(0)
     expect(page.locator("#user")).not_to_have_attribute("aria-invalid", "true")
@@ -157,7 +155,7 @@ def test_errors_are_shown_where_they_belong(page: Page, service: Running, scorer
     expect(error).to_have_text("scene.temperature = 1e+31: must be within 1e+30 of 0")
 
 
-def test_a_user_of_another_type(page: Page, int_service: Running) -> None:
+def test_a_user_key_of_the_wrong_type(page: Page, int_service: Running) -> None:
     page.goto(int_service.url)
     expect(page.locator("#items li")).to_have_count(4)
     page.fill("#user", "alice")
@@ -165,20 +163,20 @@ def test_a_user_of_another_type(page: Page, int_service: Running) -> None:
     expect(error).to_have_text("user = 'alice': user_id is an integer, not str")
     page.fill("#user", "99999999999999999999")
     expect(error).to_contain_text("user = 1e+20: user_id is an integer")
-    # An integer that a browser's number would round is sent and shown as it is.
+    # The page sends an integer that a JavaScript number would round unchanged.
     page.fill("#user", str(2**53 + 1))
     expect(page.locator(".field [role=alert]")).to_have_count(0)
 
 
-def test_tasks_stand_beside_the_score(page: Page, task_service: Running, task_bundle: Path) -> None:
+def test_task_probabilities_are_shown(page: Page, task_service: Running, task_bundle: Path) -> None:
     page.goto(task_service.url)
     expect(page.locator("#items li")).to_have_count(4)
     scene = {"hour": 12, "place": None, "temperature": None}
     scorer = Scorer.load(task_bundle)
     first = [r.item for r in scorer.recommend("1", scene)][:1]
-    told = scorer.score_tasks("1", first, scene)
+    by_task = scorer.score_tasks("1", first, scene)
     facts = page.locator("#items li").first.locator(".task")
-    expect(facts).to_have_text([f"{name} {told[name][0]:.4f}" for name in ("click", "love")])
+    expect(facts).to_have_text([f"{name} {by_task[name][0]:.4f}" for name in ("click", "love")])
 
 
 def test_text_is_never_markup(page: Page, tmp_path: Path) -> None:
@@ -193,7 +191,7 @@ def test_text_is_never_markup(page: Page, tmp_path: Path) -> None:
         assert page.title() == "tiny · hvdrec"
 
 
-def test_a_service_that_reloads_and_ends(page: Page, bundle: Path, tmp_path: Path) -> None:
+def test_a_service_that_reloads_and_stops(page: Page, bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "served"
     put(bundle, path)
     other = write_other_bundle(tmp_path / "other")
@@ -208,4 +206,4 @@ def test_a_service_that_reloads_and_ends(page: Page, bundle: Path, tmp_path: Pat
         expect(page.locator("#counts")).to_contain_text(version)
         expect(page.locator("#items .title").first).to_contain_text("Other")
     page.fill("#user", "1")
-    expect(page.locator("#problem")).to_contain_text("the service does not answer")
+    expect(page.locator("#problem")).to_contain_text("the service does not respond")

@@ -1,4 +1,4 @@
-"""Two hundred reloads while threads ask without a pause: no failed and no mixed answer."""
+"""Two hundred reloads under load: no call fails and no result mixes two bundles."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_reloads_under_load(
     pair: tuple[Path, Path], tmp_path: Path, way: str, reloads: int
 ) -> None:
-    """Each answer is that of one bundle, and the bundle in use is the one last put there."""
+    """Each result comes from one bundle, and the current bundle is the latest one."""
     scorers = [Scorer.load(bundle) for bundle in pair]
     allowed = [[verb(scorer) for verb in VERBS] for scorer in scorers]
     assert all(ours != other for ours, other in zip(*allowed, strict=True))
@@ -65,15 +65,15 @@ def test_reloads_under_load(
         while not stop.is_set():
             for number, verb in enumerate(VERBS):
                 try:
-                    found = verb(watched)
+                    result = verb(watched)
                 except Exception as error:
                     wrong.append(error)
                     return
-                whose = [found == answers[number] for answers in allowed]
-                if not any(whose):
-                    wrong.append((number, found))
+                matches = [result == results[number] for results in allowed]
+                if not any(matches):
+                    wrong.append((number, result))
                     return
-                answered[whose.index(True)] += 1
+                answered[matches.index(True)] += 1
 
     watched = Scorer.watch(path, interval=0.001, on_reload=lambda _: reloaded.release())
     with watched:
@@ -93,4 +93,4 @@ def test_reloads_under_load(
         assert watched.last_error is None
         assert watched.reloads == reloads
         assert [verb(watched) for verb in VERBS] == allowed[0]
-        assert min(answered) > reloads, "both bundles answered, often"
+        assert min(answered) > reloads, "both bundles answered many calls"

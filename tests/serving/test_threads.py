@@ -1,4 +1,4 @@
-"""One scorer under many threads: the same answers bit for bit, and no memory that grows."""
+"""One scorer shared by many threads: identical results, and memory does not grow."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
 
 
 def answer(scorer: Scorer, number: int) -> Any:
-    """Return what one of the numbered requests gives, as bytes where it gives an array."""
+    """Return the result of a numbered request; arrays as bytes."""
     scene = SCENES[number % len(SCENES)]
     raw = {"age": float(number % 90), "history": ["10", str(number), "20"][: number % 4]}
     users: list[Any] = ["1", "2", f"never seen {number}", raw, None]
     user = users[number % 5]
     items: list[Any] = ["10", f"new {number}", {"genres": ["War"], "year": number}, "20", "30"]
-    kind = number % 7
-    if kind == 0:
+    variant = number % 7
+    if variant == 0:
         return scorer.score(user, ["20"], scene).tobytes()
-    if kind == 1:
+    if variant == 1:
         requests = [(user, items[:2], scene), (users[(number + 1) % 5], ["10"], None)]
         return [part.tobytes() for part in scorer.score_many(requests)]
-    if kind == 2:
+    if variant == 2:
         return scorer.recommend(user, scene, k=1 + number % 4, exclude=["10", f"x {number}"])
-    if kind == 3:
+    if variant == 3:
         return scorer.embed_items(items).tobytes()
-    if kind == 4:
+    if variant == 4:
         return scorer.score(user, ["10", "20", "30", "40"] * (1 + number % 60), scene).tobytes()
     return scorer.score(user, items, scene).tobytes()
 
 
-def test_many_threads_answer_as_one_does(scorer: Scorer) -> None:
+def test_concurrent_results_equal_sequential_ones(scorer: Scorer) -> None:
     expected = [answer(scorer, number) for number in range(REQUESTS)]
-    assert len({str(found) for found in expected}) > 300, "the requests differ"
+    assert len({str(result) for result in expected}) > 300, "the requests differ"
     start = threading.Barrier(THREADS)
 
     def work(thread: int) -> list[int]:
-        """Return which answers differ; each thread begins somewhere else."""
+        """Return the requests with other results; each thread starts at another request."""
         start.wait()
         order = [(number + thread * 31) % REQUESTS for number in range(REQUESTS)]
         return [number for number in order if answer(scorer, number) != expected[number]]
@@ -84,13 +84,13 @@ def growth(scorer: Scorer, warm_up: Iterator[int], measured: Iterator[int]) -> i
 
 
 def test_memory_does_not_grow_with_requests(scorer: Scorer) -> None:
-    """A leak of 100 bytes a request would be 10 MB; every key and scene here is a new one."""
-    grown = growth(scorer, iter(range(10_000)), iter(range(10_000, 110_000)))
-    assert grown < 5_000_000
+    """A leak of 100 bytes per request would be 10 MB; every key and scene is new."""
+    bytes_more = growth(scorer, iter(range(10_000)), iter(range(10_000, 110_000)))
+    assert bytes_more < 5_000_000
 
 
-def test_memory_does_not_grow_with_threads_that_come_and_go(scorer: Scorer) -> None:
-    """A leak of 5 kB a thread, as of inputs kept for it, would be 10 MB."""
+def test_memory_does_not_grow_with_short_lived_threads(scorer: Scorer) -> None:
+    """A leak of 5 kB per thread, such as thread-local inputs, would be 10 MB."""
 
     def ask(first: int, last: int) -> None:
         for number in range(first, last):

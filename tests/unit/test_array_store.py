@@ -110,13 +110,13 @@ def test_largest_scores_with_exclusions(
     best = sorted(allowed, key=lambda row: (-scores[row], row))[:count]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hvdrec.scoring.exact.GROUP_ROWS", group)
-        found = largest(np.array(scores, np.float32), count, np.array(excluded, np.int64))
-    assert found.tolist() == sorted(best)
+        rows = largest(np.array(scores, np.float32), count, np.array(excluded, np.int64))
+    assert rows.tolist() == sorted(best)
 
 
 def test_inner_products_use_the_first_entries_of_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvdrec.scoring.exact.BLOCK_ROWS", 2)
     vectors = np.array([[1, 2, 9], [3, 4, 9], [5, 6, 9]], dtype=np.float32)
-    found = inner_products(vectors, np.array([1, 10], dtype=np.float32))
-    assert found.tolist() == [21.0, 43.0, 65.0]
-    assert found.dtype == np.float32
+    products = inner_products(vectors, np.array([1, 10], dtype=np.float32))
+    assert products.tolist() == [21.0, 43.0, 65.0]
+    assert products.dtype == np.float32

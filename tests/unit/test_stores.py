@@ -24,7 +24,7 @@ from hvdrec.scoring.stores.redis.layout import (
     parse_meta,
     unpack,
 )
-from hvdrec.scoring.stores.redis.store import Expected, RedisStore, VersionReader
+from hvdrec.scoring.stores.redis.store import RedisStore, VersionReader
 from tests.stores import WIDTH, StoreSuite, make_bundle
 
 
@@ -84,7 +84,7 @@ def array_stores(bundle: Path) -> dict[str, ArrayStore]:
 
 
 def redis_stores(replies: Any, keys: str = "string") -> tuple[RedisStore, RedisStore]:
-    expected = {side: Expected(WIDTH, keys) for side in ("user", "item")}
+    expected = {side: (WIDTH, keys) for side in ("user", "item")}
     reader = VersionReader(replies, NAMES, expected)
     return RedisStore(reader, "user"), RedisStore(reader, "item")
 

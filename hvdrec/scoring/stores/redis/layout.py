@@ -43,6 +43,7 @@ class Names:
     model: str
 
     def __post_init__(self) -> None:
+        """Raise StoreError for a prefix that would break the names."""
         if not self.prefix or set(self.prefix) & set("{} \t\r\n"):
             raise StoreError(
                 f"prefix = {shown(self.prefix)}: must be text without braces and blanks",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -56,31 +55,26 @@ def open_redis(
         BundleError: The bundle cannot be read.
     """
     expected = {
-        side: Expected(width, _key_type(bundle, side))
+        side: (width, _key_type(bundle, side))
         for side, width in zip(SIDES, (bundle.user_width, bundle.item_width), strict=True)
     }
     reader = VersionReader(RedisServer(url, timeout), Names(prefix, bundle.model), expected)
     return RedisStore(reader, "user"), RedisStore(reader, "item")
 
 
-@dataclass(frozen=True)
-class Expected:
-    """Facts about one side of the bundle that a version must match.
-
-    Attributes:
-        width: Length of an embedding.
-        keys: Type of the keys: ``"string"`` or ``"int"``.
-    """
-
-    width: int
-    keys: str
-
-
 class VersionReader:
     """The current version of one model; the stores of users and of items share one reader."""
 
-    def __init__(self, server: RedisServer, names: Names, expected: Mapping[str, Expected]) -> None:
-        """Read versions of ``names.model`` that match what the bundle expects of each side."""
+    def __init__(
+        self, server: RedisServer, names: Names, expected: Mapping[str, tuple[int, str]]
+    ) -> None:
+        """Read versions of ``names.model``.
+
+        Args:
+            server: The server.
+            names: Names of the model's keys.
+            expected: The bundle's width and type of keys for each side.
+        """
         self.server = server
         self.names = names
         self.expected = expected
@@ -145,12 +139,12 @@ class VersionReader:
         raise incomplete_version(label, self.names, name)
 
     def _checked(self, version: VersionInfo) -> VersionInfo:
-        for side, expected in self.expected.items():
+        for side, (width, keys) in self.expected.items():
             info = version.sides[side]
-            if Expected(info.width, info.keys) != expected:
+            if (info.width, info.keys) != (width, keys):
                 raise ValueError(
                     f"{side}s have {info.keys} keys and width {info.width}, the bundle has "
-                    f"{expected.keys} keys and width {expected.width}"
+                    f"{keys} keys and width {width}"
                 )
         return version
 
@@ -168,12 +162,12 @@ class RedisStore:
         """Read one side, ``"user"`` or ``"item"``, of the reader's model."""
         self._reader = reader
         self._side = side
-        self._expected = reader.expected[side]
+        self._width, self._key_type = reader.expected[side]
 
     @property
     def dtype(self) -> str:
         """Type of the keys: ``"string"`` or ``"int"``."""
-        return self._expected.keys
+        return self._key_type
 
     @property
     def model(self) -> str:
@@ -184,7 +178,7 @@ class RedisStore:
         """Look up embeddings by key; see `Store.lookup`."""
         queried = [i for i, key in enumerate(keys) if key is not None]
         fields = [field_of(key) for key in keys if key is not None]
-        embeddings = np.zeros((len(keys), self._expected.width), dtype=np.float32)
+        embeddings = np.zeros((len(keys), self._width), dtype=np.float32)
         is_stored = np.zeros(len(keys), dtype=bool)
         if not queried:
             return embeddings, is_stored
