@@ -64,11 +64,8 @@ def read_tables(
 ) -> None:
     """Fill this rank's tables and their optimizer state from a checkpoint.
 
-    Args:
-        directory: The checkpoint.
-        meta: The entry of `table_meta` in its manifest.
-        tables: The tables to fill.
-        served: Read the moving averages of the rows instead of the rows, if they are stored.
+    `meta` is the result of `table_meta`. With `served`, the moving averages of the rows are read
+    instead of the rows, if they are stored.
 
     Raises:
         UserError: A file is damaged, or a table does not have the shape of the features.

@@ -32,21 +32,13 @@ def fill_initial_rows(
 
 
 def initial_rows(table: str, ids: Array, width: int, seed: int, deviation: float) -> Array:
-    """Return the initial values of rows, uniform around zero.
+    """Return the initial values of rows, float64 [n, width], uniform around zero.
 
     A value is a function of (seed, table, row, column) alone, so each rank can compute its own
     rows. The rows of MISSING and UNKNOWN are zero. Source of the mixing function: Steele et al.,
     "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64).
 
-    Args:
-        table: The name of the table.
-        ids: Row ids, int64 [n].
-        width: The width of the table.
-        seed: The seed of the run.
-        deviation: The standard deviation of the values.
-
-    Returns:
-        float64 [n, width].
+    `ids` are int64 [n]; `deviation` is the standard deviation of the values.
     """
     key = np.uint64((zlib.crc32(table.encode()) << 32) ^ (seed & 0xFFFFFFFF))
     columns = np.arange(width, dtype=np.uint64)

@@ -129,6 +129,7 @@ class TorchKernel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Create rows of zeros and the initial optimizer state."""
         self.optimizer = optimizer
         self.learning_rate = 0.0
         self._fetched: tuple[Tensor, Tensor] | None = None
@@ -212,10 +213,7 @@ FBGEMM_OPTIMIZERS = {
 
 
 class FbgemmKernel:
-    """FBGEMM's table-batched embeddings, with the optimizer fused into the backward pass.
-
-    Raises UserError for rows that FBGEMM cannot hold, see `fbgemm_problem`.
-    """
+    """FBGEMM's table-batched embeddings, with the optimizer fused into the backward pass."""
 
     name: KernelName = "fbgemm"
     needs_rate_to_fetch = True
@@ -228,6 +226,11 @@ class FbgemmKernel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Create rows of zeros and the initial optimizer state.
+
+        Raises:
+            UserError: FBGEMM cannot hold these rows, see `fbgemm_problem`.
+        """
         problem = fbgemm_problem(width, optimizer, dtype)
         if problem:
             raise invalid_value("parallel.kernel", "fbgemm", problem, "use 'torch' or 'auto'")

@@ -40,13 +40,9 @@ class GroupLookup:
 def drop_to_unknown(
     schema: Schema, codes: Mapping[str, Tensor], rate: float, random: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Replace a random share of the known single values of categorical features by UNKNOWN.
+    """Replace a random share `rate` of the single values of categorical features by UNKNOWN.
 
-    Args:
-        schema: The features.
-        codes: int64 [N] or [N, L] by feature name.
-        rate: The share of values to replace.
-        random: The source of random numbers.
+    `codes` holds int64 [N] or [N, L] by feature name; MISSING stays.
     """
     dropped = dict(codes)
     for feature in schema.features:
@@ -70,7 +66,7 @@ def look_up(
 
     Args:
         schema: The features.
-        groups: The groups of tables.
+        groups: The placed tables.
         codes: int64 [N] or [N, L] by feature name, for all or some embedded features.
         pooling: The pooling of list features, as in `config.model.pooling`.
         parts: The number of equal parts in which the model processes the batch.

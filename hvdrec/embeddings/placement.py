@@ -22,17 +22,13 @@ Placement = Literal["auto", "replicated", "sharded"]
 
 @dataclass(frozen=True)
 class TableGroup:
-    """Tables of one width and placement.
-
-    Attributes:
-        width: The width of the rows.
-        ranks: The number of ranks that share the rows; 1 for replicated tables.
-        sizes: The number of rows of each table.
-    """
+    """Tables of one width and placement."""
 
     width: int
     ranks: int
+    """The number of ranks that share the rows; 1 for replicated tables."""
     sizes: Mapping[str, int]
+    """The number of rows of each table."""
 
     @property
     def is_sharded(self) -> bool:
@@ -70,14 +66,8 @@ class TableGroup:
     def keys(self, table: str, codes: Array) -> Array:
         """Return ``owner rank * local_rows + index in its array`` for each code.
 
-        The rows of MISSING of all tables, which are zero, share key 0.
-
-        Args:
-            table: The table.
-            codes: Integer ids of its rows, of any shape.
-
-        Returns:
-            Keys of dtype `key_type` and the shape of `codes`.
+        Keys have dtype `key_type` and the shape of `codes`. The rows of MISSING of all tables,
+        which are zero, share key 0.
         """
         offset = self.offsets[table]
         codes = codes.astype(self.key_type)  # the dtype of the codes may be too small for keys
@@ -98,14 +88,9 @@ def group_tables(
     placement: Placement = "auto",
     shard_from_bytes: int = 0,
 ) -> tuple[TableGroup, ...]:
-    """Choose the placement of each table and put the tables into groups.
+    """Choose the placement of tables, given the rows and the width of each, and group them.
 
-    Args:
-        sizes: The number of rows of each table.
-        widths: The width of each table.
-        ranks: The number of ranks; with one, nothing is sharded.
-        placement: ``auto`` shards tables of at least `shard_from_bytes`.
-        shard_from_bytes: A size in float32 bytes.
+    ``auto`` shards tables of at least `shard_from_bytes` (float32). One rank shards nothing.
     """
     groups: dict[tuple[int, bool], dict[str, int]] = {}
     for table, size in sizes.items():
@@ -121,8 +106,6 @@ def group_tables(
 def bytes_per_rank(groups: Sequence[TableGroup], state_widths: Mapping[int, int]) -> int:
     """Return the bytes of a rank's rows with their optimizer state, all float32.
 
-    Args:
-        groups: The groups of tables.
-        state_widths: By width of a table, the numbers of optimizer state per row.
+    `state_widths` gives the numbers of optimizer state per row, by width of the table.
     """
     return sum(4 * g.local_rows * (g.width + state_widths[g.width]) for g in groups)

@@ -35,14 +35,9 @@ def row_optimizer(train: Train) -> RowOptimizer:
 def table_groups(
     schema: Schema, dimension: int, sizes: Mapping[str, int], ranks: int, parallel: Parallel
 ) -> tuple[TableGroup, ...]:
-    """Return the placement of the tables on a number of ranks.
+    """Return the placement of the tables, with `sizes` rows each, on a number of ranks.
 
-    Args:
-        schema: The features.
-        dimension: The default width of tables, `config.model.dimension`.
-        sizes: The number of rows of each table.
-        ranks: The number of ranks.
-        parallel: The options of the placement.
+    `dimension` is the default width of a table, `config.model.dimension`.
     """
     widths = dimensions(schema, dimension)
     shard_from = int(1e6 * parallel.shard_from_mb)
@@ -66,7 +61,7 @@ def make_tables(
         sizes: The number of rows of each table.
         world: This rank's position in the job.
         device: Where the rows are stored.
-        kernels: The kernel by width of an earlier run, which a resumed run keeps.
+        kernels: The kernels of an interrupted run by width; a resumed run keeps them.
         is_new: Whether to create initial values; otherwise the rows are zero.
 
     Raises:

@@ -100,7 +100,7 @@ class DistributedTables:
 
         Args:
             schema: The features.
-            groups: The groups of tables, as placed on `world.size` ranks.
+            groups: The tables, as placed on `world.size` ranks.
             optimizer: The optimizer of the rows.
             world: This rank's position in the job.
             kernels: The kernel for each width.
@@ -341,13 +341,8 @@ class DistributedTables:
 def replicated_bytes(unique: int, union: int, width: int, ranks: int) -> int:
     """Return the bytes that a rank sends in a step for replicated tables of one width.
 
-    Row indices travel around a ring once; gradients are reduced over a ring.
-
-    Args:
-        unique: The number of rows that the rank looks up.
-        union: The number of rows that any rank looks up.
-        width: The width of the tables.
-        ranks: The number of ranks.
+    The rank looks up `unique` rows, all ranks together `union` rows. Row indices travel around a
+    ring once; gradients are reduced over a ring.
     """
     return 4 * unique * (ranks - 1) + 2 * 4 * union * width * (ranks - 1) // ranks
 

@@ -11,10 +11,11 @@ from functools import cache
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import hvdrec
 from hvdrec.storage.artifacts import MANIFEST
+from hvdrec.storage.urls import Location
 
 MISSING_FILE = "missing"
 """The digest of a path that does not exist."""
@@ -41,15 +42,7 @@ def versions() -> dict[str, str]:
     }
 
 
-class Readable(Protocol):
-    """A local path or a URL of a store."""
-
-    def __truediv__(self, name: str, /) -> Readable: ...
-
-    def read_bytes(self) -> bytes: ...
-
-
-def digest(path: Readable) -> str:
+def digest(path: Location) -> str:
     """Return a short string that differs if two hosts see different content at a path.
 
     It is the start of the SHA-256 of a file, or of the manifest of an artifact, which holds the
@@ -68,11 +61,9 @@ def digest(path: Readable) -> str:
 
 
 def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Return ranks with their hosts, such as ``ranks 1, 2 on hv2 and 4 on hv3``.
+    """Return ascending ranks with their hosts, such as ``ranks 1, 2 on hv2 and 4 on hv3``.
 
-    Args:
-        ranks: The ranks to name, in ascending order.
-        hosts: The host of every rank of the job.
+    `hosts` holds the host of every rank of the job, here and below.
     """
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
@@ -85,14 +76,9 @@ def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def describe_difference(values: Sequence[str], hosts: Sequence[str]) -> str | None:
-    """Return the ranks that have each value, or None if all ranks have the same value.
+    """Return the ranks that have each value, or None if the values of all ranks are equal.
 
-    Args:
-        values: The value of every rank of the job.
-        hosts: The host of every rank of the job.
-
-    Returns:
-        A text such as ``2.13.0 (rank 0 on hv1), 2.12.1 (ranks 1, 2 on hv2)``.
+    The text is like ``2.13.0 (rank 0 on hv1), 2.12.1 (ranks 1, 2 on hv2)``.
     """
     by_value: dict[str, list[int]] = {}
     for rank, value in enumerate(values):

@@ -12,6 +12,7 @@ from typing import Any
 
 from hvdrec.errors import invalid_file
 from hvdrec.parallel import agreement, ranks
+from hvdrec.storage.urls import Location
 
 VISIBILITY_SECONDS = 5.0
 """How long a network file system may take to show a file that another host has written."""
@@ -27,13 +28,8 @@ def require_same_config(config: Mapping[str, Any]) -> None:
             ranks.raise_shared(message)
 
 
-def require_same_files(path: agreement.Readable, remedy: str) -> None:
-    """Raise SharedError, which names the hosts, unless all ranks see the same file or artifact.
-
-    Args:
-        path: A file or an artifact.
-        remedy: The last part of the message.
-    """
+def require_same_files(path: Location, remedy: str) -> None:
+    """Raise SharedError, which names the hosts, unless all ranks see the same file or artifact."""
     digests = ranks.gather_objects(ranks.run_on_all(lambda: agreement.digest(path)))
     difference = agreement.describe_difference(digests, ranks.current().hosts)
     if difference is not None:
@@ -45,10 +41,7 @@ def require_shared_directory(path: Path, reason: str) -> None:
 
     Every rank calls this. Rank 0 creates a file in the directory, or in the nearest parent that
     exists, and all ranks look for it: a host with its own directory at this path does not see it.
-
-    Args:
-        path: The directory, which may not exist yet.
-        reason: Why the directory must be shared.
+    `reason` says in the message why the directory must be shared.
     """
     world = ranks.current()
     if world.size == 1:

@@ -121,12 +121,8 @@ def predict_step(
 ) -> StepCost:
     """Predict the cost of a step.
 
-    Args:
-        groups: The tables, as placed on the ranks of the cluster.
-        work: What a step does.
-        cluster: Where it runs.
-        constants: The speed of its machines.
-        state_widths: By width of a table, the numbers of optimizer state per row.
+    The `groups` are placed on the ranks of the cluster; `state_widths` gives the numbers of
+    optimizer state per row, by width of the table.
     """
     tables = _table_costs(groups, work, cluster.ranks, state_widths)
     # Adam stores two numbers for each dense weight; the gradient is another one.

@@ -107,12 +107,9 @@ def parse_quantity(option: str, text: str, units: Mapping[str, float]) -> float:
 def smallest_ranks(
     groups_by_ranks: Mapping[int, Sequence[TableGroup]], widths: Mapping[int, int], memory: float
 ) -> int | None:
-    """Return the smallest number of ranks whose tables fit into their memory, or None.
+    """Return the smallest number of ranks whose tables fit into `memory` bytes each, or None.
 
-    Args:
-        groups_by_ranks: The tables as placed on each number of ranks.
-        widths: By width of a table, the numbers of optimizer state per row.
-        memory: The bytes of each rank.
+    `widths` gives the numbers of optimizer state per row, by width of the table.
     """
     fitting = (
         ranks

@@ -45,14 +45,7 @@ def state_widths(config: Config, groups: Sequence[TableGroup]) -> dict[int, int]
 def measure_workload(
     config: Config, sizes: Mapping[str, int], groups: Sequence[TableGroup], ranks: int
 ) -> Workload:
-    """Count what some batches of the training split look up.
-
-    Args:
-        config: The run, whose features are encoded.
-        sizes: The number of rows of each table.
-        groups: The tables, as placed on the ranks.
-        ranks: The number of ranks.
-    """
+    """Count what some batches of the training split look up in `groups`, placed on the ranks."""
     schema = config.schema
     widths = dimensions(schema, config.model.dimension)
     single_tables = [TableGroup(widths[name], 1, {name: sizes[name]}) for name in widths]
