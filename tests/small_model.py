@@ -1,4 +1,4 @@
-"""A small model and batch that hold every kind of feature, for tests."""
+"""A small model and batch with every kind of feature, for tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TABLE_RATE = 0.3
 
 @dataclass(frozen=True)
 class Setting:
-    """How the small model is trained for a few steps.
+    """The options with which the small model is trained for a few steps.
 
     placement "mixed" shards the tables of at least 8 rows.
     """
@@ -121,13 +121,13 @@ def small_config(objective: str = "joint", **train: object) -> Config:
 
 
 def with_tasks(config: Config, **ranker: object) -> Config:
-    """Return a configuration with two tasks, and a ranker with other fields."""
+    """Return a configuration with two tasks and changed fields of the ranker."""
     shape = replace(config.model.ranker, **ranker)  # type: ignore[arg-type]
     return replace(config, tasks=TASKS, model=replace(config.model, ranker=shape))
 
 
 def small_model(config: Config, seed: int = 0, *, with_tables: bool = True) -> Recommender:
-    """Return the same dense weights with tables and without."""
+    """Return a model whose dense weights are the same with and without tables."""
     model = build_model(config, SIZES, with_tables=with_tables).double()
     for name, parameter in model.named_parameters():
         random = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -141,7 +141,7 @@ def small_model(config: Config, seed: int = 0, *, with_tables: bool = True) -> R
 def small_tables(
     config: Config, model: Recommender, world: World, setting: Setting
 ) -> DistributedTables:
-    """Return a model's tables over the ranks."""
+    """Return the tables of a model, placed on the ranks."""
     groups = table_groups(config.schema, config.model.dimension, SIZES, world.size, config.parallel)
     tables = DistributedTables(
         config.schema,
@@ -164,9 +164,9 @@ def small_tables(
 
 
 def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
-    """Return random rows with unequal weights, and padding of weight zero behind them.
+    """Return random rows with different weights, followed by padding of weight zero.
 
-    Of the two tasks' labels each is unknown in some rows, the second one in most.
+    The label of each of the two tasks is unknown in some rows, that of the second in most.
     """
     random = np.random.default_rng(seed)
 
@@ -203,7 +203,7 @@ def small_batch(rows: int, padding: int = 0, seed: int = 0) -> Batch:
 
 
 def of_type(batch: Batch, dtype: torch.dtype) -> Batch:
-    """Return a batch with floats of a type."""
+    """Return a batch with its floats cast to a dtype."""
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor

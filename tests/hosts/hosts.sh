@@ -5,20 +5,20 @@ AUTOGROUP=/proc/sys/kernel/sched_autogroup_enabled
 
 usage() {
     cat <<'TEXT'
-Hosts on this machine that know each other by network and ssh alone: hv1, hv2, ... with the addresses
+Hosts on this machine that are connected by network and ssh only: hv1, hv2, ... with the addresses
 10.78.0.1, 10.78.0.2, ... Each has its own network (eth0), host name, processes and mounts. Files are
-shared, but for what a host mounts over them.
+shared, except where a host mounts something over them.
 
-  hosts.sh check           say what keeps hosts from being made here, if anything does
-  hosts.sh up N DIR        make N hosts, with their keys in DIR; they last until standard input closes
+  hosts.sh check           print the reason why hosts cannot be created here, if any
+  hosts.sh up N DIR        create N hosts with keys in DIR; they exist until standard input closes
   hosts.sh run DIR I CMD   run a command on host I
 
   hosts.sh run DIR 2 mount -t tmpfs none /data       host 2 does not see /data
-  hosts.sh run DIR 2 ip link set eth0 down           host 2 has vanished
-  hosts.sh run DIR 2 bash -c 'kill -9 -1'            host 2 runs nothing any more, and starts anew
+  hosts.sh run DIR 2 ip link set eth0 down           host 2 loses its network
+  hosts.sh run DIR 2 bash -c 'kill -9 -1'            kills all programs of host 2 and restarts it
 
-Needs root, iproute2, openssh-server, openssh-client and util-linux. While hosts are up the kernel's
-scheduling by session (kernel.sched_autogroup_enabled) is off.
+Needs root, iproute2, openssh-server, openssh-client and util-linux. While hosts exist, the
+kernel's scheduling by session (kernel.sched_autogroup_enabled) is off.
 TEXT
 }
 
@@ -34,10 +34,10 @@ require() {
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
     done
     [ ${#missing[@]} -eq 0 ] || fail "missing: apt-get install ${missing[*]}"
-    [ "$(id -u)" = 0 ] || fail "only root can make networks"
+    [ "$(id -u)" = 0 ] || fail "only root can create networks"
     unshare --net --uts --mount --pid --fork \
         bash -c 'ip link add switch type bridge && ip link add one type veth peer name two' \
-        2>/dev/null || fail "no networks can be made here; in a container, run it privileged"
+        2>/dev/null || fail "networks cannot be created here; run a container privileged"
 }
 
 # The first process of the namespaces that an unshare has made.

@@ -1,4 +1,4 @@
-"""Hosts for tests, and jobs on them as a user would start them."""
+"""Hosts for tests, and jobs on them, started as a user starts them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TERMINAL = str(Path(__file__).parent / "terminal.py")
 TROUBLE = str(Path(__file__).parent / "trouble.py")
 HVDREC = "hvdrec"
 LIMIT = 60.0
-"""Seconds within which a job must end once something is wrong."""
+"""The seconds within which a job must end after a failure."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a job ended."""
+    """The result of a job."""
 
     status: int
     output: str
@@ -31,14 +31,14 @@ class Done:
 
     @property
     def complaints(self) -> list[str]:
-        """The lines with which hvdrec complained."""
+        """The error messages of hvdrec."""
         lines = [line for line in self.output.splitlines() if "hvdrec: error: " in line]
         return [line[line.index("hvdrec: error: ") + 15 :] for line in lines]
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Hosts hv1, hv2, ... that hosts.sh has made."""
+    """The hosts hv1, hv2, ... that hosts.sh made."""
 
     folder: Path
     count: int
@@ -48,7 +48,7 @@ class Hosts:
         environment = {
             **os.environ,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "HOME": str(self.folder),  # horovodrun remembers there which hosts have answered
+            "HOME": str(self.folder),  # horovodrun caches there which hosts answered
             "OMP_NUM_THREADS": "1",
             "OMPI_MCA_mpi_yield_when_idle": "1",  # all hosts share this machine's cores
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -78,7 +78,7 @@ class Hosts:
     ) -> Done:
         """Run a command on one rank of each of the first (or named) hosts, started on hv1.
 
-        At a terminal, programs may ask who sits there, and wait for an answer.
+        With `at_terminal`, programs may prompt and wait for an answer.
         """
         names = names or ",".join(f"hv{i}:1" for i in range(1, hosts + 1))
         prefix = sys.prefix
@@ -87,14 +87,14 @@ class Hosts:
             "horovodrun --mpi": ["horovodrun", "--mpi", f"--mpi-args=--prefix {prefix}"],
             "mpirun": ["mpirun", "--prefix", prefix],
         }[launcher]
-        whole = [*start, "-np", str(hosts), "-H", names, *command]
+        full = [*start, "-np", str(hosts), "-H", names, *command]
         if at_terminal:
-            whole = [str(BIN / "python"), TERMINAL, *whole]
-        return self.run(1, whole, timeout)
+            full = [str(BIN / "python"), TERMINAL, *full]
+        return self.run(1, full, timeout)
 
     @contextmanager
     def mounted(self, host: int, source: Path | None, target: Path) -> Iterator[None]:
-        """Let a host alone see something else at a path; nothing but an empty folder for None."""
+        """Mount a source, or an empty folder for None, over a path on one host only."""
         what = ["-t", "tmpfs", "none"] if source is None else ["--bind", str(source)]
         self._do(host, "mount", *what, str(target))
         try:
@@ -103,7 +103,7 @@ class Hosts:
             self._do(host, "umount", "--lazy", str(target))
 
     def clear(self) -> None:
-        """End what still runs on the hosts, and let their networks be up."""
+        """Kill the programs on the hosts and bring their networks up."""
         for host in range(1, self.count + 1):
             self.run(host, ["bash", "-c", "kill -9 -1"])
             self._do(host, "ip", "link", "set", "eth0", "up")
@@ -123,7 +123,7 @@ class Hosts:
 
 @contextmanager
 def hosts_up(count: int, folder: Path) -> Iterator[Hosts]:
-    """Make hosts that are gone again at the end."""
+    """Create hosts and remove them at the end."""
     script = subprocess.Popen(
         [SCRIPT, "up", str(count), str(folder)],
         stdin=subprocess.PIPE,

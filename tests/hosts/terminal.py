@@ -1,4 +1,4 @@
-"""Run a command at a terminal where nobody sits: terminal.py COMMAND...; none answers there."""
+"""Run a command at a terminal that never answers: terminal.py COMMAND..."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def main() -> None:
     child, terminal = pty.fork()
     if child == 0:
         os.execvp(sys.argv[1], sys.argv[1:])
-    with suppress(OSError):  # nobody has it open any more
-        while said := os.read(terminal, 65536):
-            os.write(1, said)
+    with suppress(OSError):  # the command has closed the terminal
+        while output := os.read(terminal, 65536):
+            os.write(1, output)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 

@@ -1,4 +1,4 @@
-"""Results do not depend on the hosts: the long form."""
+"""Tests that results do not depend on the hosts: the long form."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TRAIN = (
 
 
 @pytest.mark.timeout(900)
-def test_one_process_and_two_and_three_hosts_come_to_the_same_auc(
+def test_the_auc_does_not_depend_on_the_number_of_hosts(
     hosts: Hosts, large: Path, tmp_path: Path
 ) -> None:
-    found = {}
+    auc = {}
     jobs = [("alone", 1), *((launcher, 2) for launcher in LAUNCHERS), ("horovodrun --gloo", 3)]
     for launcher, count in [*jobs, ("mpirun", 3)]:
         run = str(tmp_path / f"{launcher} on {count}")
@@ -34,10 +34,10 @@ def test_one_process_and_two_and_three_hosts_come_to_the_same_auc(
             status = hosts.launch(launcher, count, command).status
         assert status == 0, run
         done = launch([str(BIN / HVDREC), "evaluate", run, "--json", "--no-baselines"], 1)
-        found[run] = report(done.stdout)["ranking.auc"]
-    print(json.dumps(found, indent=1))
-    assert min(found.values()) > 0.83
-    assert max(found.values()) - min(found.values()) < 0.002
+        auc[run] = report(done.stdout)["ranking.auc"]
+    print(json.dumps(auc, indent=1))
+    assert min(auc.values()) > 0.83
+    assert max(auc.values()) - min(auc.values()) < 0.002
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -58,7 +58,7 @@ def test_sharded_tables_are_written_by_all_hosts_and_resumed_on_fewer(
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_hosts_evaluate_and_export_what_one_process_does(
+def test_hosts_evaluate_and_export_like_one_process(
     hosts: Hosts, small: Path, tmp_path: Path, count: int
 ) -> None:
     run = str(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Two hosts: the short form, for every change."""
+"""Tests on two hosts: the short form, for every change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.parallel.test_training import flat
 
 
 def report(text: str) -> dict[str, float]:
-    """Return the numbers of the JSON object that evaluate has printed."""
+    """Return the numbers of the JSON object that evaluate printed."""
     line = next(line for line in text.splitlines() if '{"run"' in line)
     return flat(json.loads(line[line.index("{") :]))
 
@@ -21,24 +21,24 @@ def report(text: str) -> dict[str, float]:
 def test_hosts_are_checked_before_a_launch(hosts: Hosts, small: Path) -> None:
     features, keys = small.parent / "work/features", hosts.folder / "ssh/authorized_keys"
     hosts_of = ["-H", "hv1:1,hv2:1"]
-    fit = hosts.run(1, [HVDREC, "hosts", *hosts_of, str(small), "--json"])
-    assert (fit.status, json.loads(fit.output)["ok"]) == (0, True)
+    usable = hosts.run(1, [HVDREC, "hosts", *hosts_of, str(small), "--json"])
+    assert (usable.status, json.loads(usable.output)["ok"]) == (0, True)
 
     with hosts.mounted(2, Path("/dev/null"), keys), hosts.mounted(3, None, features):
-        found = hosts.run(
+        checked = hosts.run(
             1, [HVDREC, "hosts", "-H", "hv1,hv2,hv3,10.78.0.99", str(small), "--json"]
         )
-    assert found.status == 2
-    checks = {check["host"]: check["problems"] for check in json.loads(found.output)["hosts"]}
+    assert checked.status == 2
+    checks = {check["host"]: check["problems"] for check in json.loads(checked.output)["hosts"]}
     assert checks["hv1"] == []
     assert [p[:27] for p in checks["hv2"]] == ["ssh asks for a password (ro"]
     assert len(checks["hv3"]) == 1
-    assert checks["hv3"][0].startswith(f"{features}: is not the same as on hv1 (a directory, here")
+    assert checks["hv3"][0].startswith(f"{features}: differs from hv1 (a directory, here")
     assert len(checks["10.78.0.99"]) == 1
     assert checks["10.78.0.99"][0].startswith("cannot be reached by ssh (ssh: connect to host")
 
 
-def test_two_hosts_train_and_evaluate_as_one_process_evaluates(
+def test_two_hosts_train_and_evaluate_like_one_process(
     hosts: Hosts, small: Path, tmp_path: Path
 ) -> None:
     run = str(tmp_path / "run")
@@ -55,22 +55,22 @@ def test_two_hosts_train_and_evaluate_as_one_process_evaluates(
 
 
 @pytest.mark.parametrize(
-    ("launcher", "kind", "said"),
+    ("launcher", "kind", "message"),
     [
         ("horovodrun --gloo", "fail", "rank 1 on hv2: RuntimeError: the sky has fallen"),
         ("mpirun", "stopped", "rank 1 on hv2: no sign of life for 6 s; it is stopped, or its host"),
     ],
 )
 def test_one_rank_in_trouble_ends_the_job(
-    hosts: Hosts, small: Path, tmp_path: Path, launcher: str, kind: str, said: str
+    hosts: Hosts, small: Path, tmp_path: Path, launcher: str, kind: str, message: str
 ) -> None:
     note = tmp_path / "note"
     run = ["train", str(small), "--paths.run", str(tmp_path / "run")]
-    patience = ["env", "HVDREC_SILENCE_SECONDS=6"]
+    silence = ["env", "HVDREC_SILENCE_SECONDS=6"]
     done = hosts.launch(
-        launcher, 2, [*patience, str(BIN / "python"), TROUBLE, kind, "1", str(note), *run]
+        launcher, 2, [*silence, str(BIN / "python"), TROUBLE, kind, "1", str(note), *run]
     )
     assert done.status != 0
     assert done.ended - float(note.read_text()) < LIMIT
     assert len(done.complaints) == 1
-    assert done.complaints[0].startswith(said)
+    assert done.complaints[0].startswith(message)

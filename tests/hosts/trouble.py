@@ -1,6 +1,6 @@
-"""hvdrec, but one rank gets into trouble at its third training step.
+"""Run hvdrec, but let one rank get into trouble at its third training step.
 
-trouble.py KIND RANK NOTE ARGUMENT...: the arguments are those of hvdrec; the time goes into NOTE.
+trouble.py KIND RANK NOTE ARGUMENT...: hvdrec gets the arguments; the time is written to NOTE.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hvdrec.cli import main as cli
+from hvdrec import cli
 from hvdrec.errors import UserError
 from hvdrec.parallel import ranks
 from hvdrec.training import loop

@@ -1,4 +1,4 @@
-"""Encoded shards of the small data set, for the tests of this folder."""
+"""Fixtures with the encoded shards of a small data set."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ label = "CASE WHEN clicked = 1 THEN hour >= 12 END"
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the TOML file of a small run that is prepared for training.
+    """Return the TOML file of a small run whose features are encoded.
 
-    Beside it lies tasks.toml: the same with two tasks, whose labels are in the shards as well.
+    tasks.toml beside it is the same run with two tasks; the shards hold their labels as well.
     """
     config = write_small_data(tmp_path_factory.mktemp("small"))
     tasks = config.with_name("tasks.toml")
     shape = '\ncross_layers = 1\nsharing = "mmoe"\nexperts = 2\n'
     tasks.write_text(config.read_text().replace("\ncross_layers = 1\n", shape) + TASKS)
-    for verb in ("samples", "prepare"):
-        done = launch([HVDREC, verb, str(tasks)], 1)
+    for command in ("samples", "prepare"):
+        done = launch([HVDREC, command, str(tasks)], 1)
         assert done.returncode == 0, done.stderr
     return config
 
 
 @pytest.fixture(scope="session")
 def train(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that trains, once with the same options, and returns the directory.
+    """Return a function that trains a run and returns its directory.
 
-    Nobody may change it; a directory that is given is one's own.
+    Runs with equal options are trained once and must not be changed, unless `into` is given.
     """
-    made: dict[tuple[int, str, tuple[str, ...]], Path] = {}
+    runs: dict[tuple[int, str, tuple[str, ...]], Path] = {}
 
     def run(ranks: int, launcher: str, *options: str, into: Path | None = None) -> Path:
-        if into is None and (ranks, launcher, options) in made:
-            return made[ranks, launcher, options]
+        if into is None and (ranks, launcher, options) in runs:
+            return runs[ranks, launcher, options]
         out = into or tmp_path_factory.mktemp("run") / "run"
         command = [HVDREC, "train", str(small), "--paths.run", str(out), *options]
         done = launch(command, ranks, launcher)
         assert done.returncode == 0, done.stdout + done.stderr
         if into is None:
-            made[ranks, launcher, options] = out
+            runs[ranks, launcher, options] = out
         return out
 
     return run

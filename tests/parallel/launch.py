@@ -1,4 +1,4 @@
-"""Run a program on several ranks, as a user would."""
+"""Run a program on several ranks, as a user does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAUNCHERS = {
 def launch(
     command: Sequence[str], ranks: int, launcher: str = "horovodrun", timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of the virtual environment on some ranks; a process alone for one rank."""
+    """Run a command of the virtual environment on some ranks; one rank needs no launcher."""
     prefix = [] if ranks == 1 else [*LAUNCHERS[launcher], "-np", str(ranks)]
     environment = {
         **os.environ,
@@ -44,7 +44,7 @@ def launch(
 def run_program(
     name: str, arguments: Sequence[str], ranks: int, launcher: str = "horovodrun"
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of this folder and fail with its output if it fails."""
+    """Run a test program and fail with its output if it fails."""
     done = launch([sys.executable, str(PROGRAMS / name), *arguments], ranks, launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -1,7 +1,7 @@
-"""The gradient contract: N ranks give one rank's gradients on the same global batch, and its rows.
+"""Tests of the gradient contract: N ranks equal one rank on the same global batch.
 
-The tables of the expected results are plain arrays that are updated row by row from the optimizers'
-definitions; the losses are computed row by row from theirs.
+Expected tables are plain arrays that are updated row by row from the definitions of the optimizers;
+expected losses are computed row by row from their definitions.
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ def plain_loss(setting: Setting, model: Recommender, batch: Batch) -> Tensor:
 
 def looked_up(model: Recommender, batch: Batch) -> dict[str, set[int]]:
     """Return the rows that a batch looks up, by table."""
-    found: dict[str, set[int]] = {}
+    rows: dict[str, set[int]] = {}
     for feature in model.schema.features:
         if feature.is_embedded:
             codes = set(batch.features[feature.name].reshape(-1).tolist()) - {0}
-            found.setdefault(model.schema.vocabulary_of(feature), set()).update(codes)
-    return found
+            rows.setdefault(model.schema.vocabulary_of(feature), set()).update(codes)
+    return rows
 
 
 def update_row(
     setting: Setting, row: np.ndarray, gradient: np.ndarray, state: dict[str, np.ndarray], step: int
 ) -> None:
-    """Take an optimizer's step on one row, as its source defines it."""
+    """Take an optimizer step on one row, as its source defines it."""
     gradient = gradient + setting.weight_decay * row
     if setting.optimizer == "sgd":
         row -= TABLE_RATE * gradient
@@ -106,7 +106,7 @@ def update_row(
 
 @cache
 def expected(name: str) -> dict[str, Tensor]:
-    """Return what a setting must come to, from plain loops over plain arrays."""
+    """Compute the expected results of a setting with plain loops over plain arrays."""
     setting = SETTINGS[name]
     model = small_model(setting.config())
     states: dict[tuple[str, int], dict[str, np.ndarray]] = {}
@@ -147,33 +147,33 @@ def expected(name: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module", params=[(1, ""), (2, "horovodrun"), (3, "mpirun"), (4, "mpirun")])
-def found(
+def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Tensor]:
     ranks, launcher = request.param
-    file = tmp_path_factory.mktemp("gradients") / "found.safetensors"
+    file = tmp_path_factory.mktemp("gradients") / "results.safetensors"
     run_program("gradients.py", [str(file)], ranks, launcher)
     return load_file(file)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_ranks_come_to_what_the_global_batch_gives(name: str, found: dict[str, Tensor]) -> None:
+def test_ranks_give_the_results_of_the_global_batch(name: str, results: dict[str, Tensor]) -> None:
     # FBGEMM computes in float32.
     tolerance = 2e-6 if SETTINGS[name].kernel == "fbgemm" else 1e-12
-    wanted = expected(name)
-    got = {key.split("/", 1)[1]: v for key, v in found.items() if key.split("/", 1)[0] == name}
-    assert got.keys() == wanted.keys()
-    for key, value in wanted.items():
+    reference = expected(name)
+    got = {key.split("/", 1)[1]: v for key, v in results.items() if key.split("/", 1)[0] == name}
+    assert got.keys() == reference.keys()
+    for key, value in reference.items():
         assert torch.allclose(got[key].double(), value, rtol=0, atol=tolerance), key
 
 
-def test_every_setting_moves_what_it_is_about() -> None:
+def test_every_setting_updates_its_tables() -> None:
     start = small_model(SETTINGS["ranking-sharded"].config())
     schema = start.schema
     for name, setting in SETTINGS.items():
         for table in start.tables.sizes:
             if setting.objective == "retrieval" and schema[table].side == "scene":
-                continue  # towers know no scene
-            moved = expected(name)[f"table/{table}"] != start.tables.weight(table)
-            assert moved.any(), (name, table)
-            assert not moved[0].any()
+                continue  # towers have no scene features
+            changed = expected(name)[f"table/{table}"] != start.tables.weight(table)
+            assert changed.any(), (name, table)
+            assert not changed[0].any()

@@ -1,4 +1,4 @@
-"""Training on several ranks: as on one, and as if it had never been interrupted."""
+"""Tests that training on several ranks equals training on one, also after an interruption."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def log(run: Path, event: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("ranks", "launcher"), [(2, "horovodrun"), (2, "mpirun"), (4, "horovodrun")]
 )
-def test_ranks_train_as_one_does(train: Train, ranks: int, launcher: str) -> None:
+def test_ranks_train_like_one_rank(train: Train, ranks: int, launcher: str) -> None:
     alone = log(train(1, ""), "validation")[-1]
     run = train(ranks, launcher)
     assert log(run, "start")[0]["world_size"] == ranks
     together = log(run, "validation")[-1]
     assert together["step"] == alone["step"] == 20
     assert together["rows"] == alone["rows"] == 600
-    # Another order of the rows and other dropout: alike, but not the same.
+    # The order of rows and dropout differ, so results are similar but not equal.
     assert abs(together["log_loss"] - alone["log_loss"]) < 0.03
 
 
-def test_where_the_tables_are_changes_nothing(train: Train) -> None:
-    """Shards and whole tables hold the same rows: only the last digits differ."""
+def test_placement_does_not_change_results(train: Train) -> None:
+    """Sharded and replicated tables hold the same rows: only the last digits differ."""
     seen = [
         log(train(2, "horovodrun", "--parallel.placement", placement, *more), "validation")[-1]
         for placement, more in (
@@ -62,7 +62,7 @@ def test_where_the_tables_are_changes_nothing(train: Train) -> None:
         ("horovodrun", ("--train.clip-norm", "0.1", *SHARDED)),
     ],
 )
-def test_other_ways_to_step_learn_too(
+def test_other_synchronizations_learn_as_well(
     train: Train, launcher: str, options: tuple[str, ...]
 ) -> None:
     usual = log(train(1, ""), "validation")[-1]
@@ -89,14 +89,14 @@ def test_bf16_trains_like_fp32(train: Train) -> None:
         (2, "mpirun", ("--parallel.synchronization", "average", "--parallel.average-every", "4")),
     ],
 )
-def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
     train: Train, ranks: int, launcher: str, more: tuple[str, ...], tmp_path: Path
 ) -> None:
     options = ("--train.checkpoint-every", "3", "--train.keep", "99", *more)
-    whole = train(ranks, launcher, *options)
+    complete = train(ranks, launcher, *options)
     stopped = tmp_path / "stopped"
-    shutil.copytree(whole, stopped)
-    # As after a crash behind step 13, in the middle of the second epoch: 12 is the last whole one.
+    shutil.copytree(complete, stopped)
+    # As after a crash in step 13, in the second epoch: step 12 has the last complete checkpoint.
     for later in (stopped / "checkpoints").iterdir():
         if later.name > "step-00000012":
             shutil.rmtree(later)
@@ -105,12 +105,12 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
     resumed = train(ranks, launcher, *options, "--resume", into=stopped)
     assert log(resumed, "start")[-1]["step"] == 12
     last = "checkpoints/step-00000020"
-    files = [path.name for path in (whole / last).glob("*.safetensors")]
+    files = [path.name for path in (complete / last).glob("*.safetensors")]
     tables = ranks if more[: len(SHARDED)] == SHARDED else 1
     assert len(files) == 2 + tables + (more == AVERAGED)
     for file in files:
-        assert (resumed / last / file).read_bytes() == (whole / last / file).read_bytes()
-    expected = read_manifest(whole / last, "checkpoint").meta
+        assert (resumed / last / file).read_bytes() == (complete / last / file).read_bytes()
+    expected = read_manifest(complete / last, "checkpoint").meta
     assert read_manifest(resumed / last, "checkpoint").meta == {
         **expected,
         "config": {
@@ -120,22 +120,22 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_stopped(
     }
 
 
-def test_what_is_validated_and_evaluated_are_the_averages(train: Train) -> None:
+def test_averages_are_validated_and_evaluated(train: Train) -> None:
     options = ("--train.average-decay", "0.9", "--train.average-steps", "1")
     run, plain = train(1, "", *options), train(1, "")
-    told = log(run, "validation")
+    validations = log(run, "validation")
     done = launch([HVDREC, "evaluate", str(run), "--json", "--split", "validation"], 1)
     report = json.loads(done.stdout)
-    best = max(line["auc"] for line in told)
+    best = max(line["auc"] for line in validations)
     assert report["ranking"]["auc"] == pytest.approx(best, abs=1e-6)
-    assert told[-1]["auc"] != log(plain, "validation")[-1]["auc"]
-    # Training itself goes its way: only what is looked at is averaged.
+    assert validations[-1]["auc"] != log(plain, "validation")[-1]["auc"]
+    # Training does not use the averages.
     assert [line["loss"] for line in log(run, "step")] == [
         line["loss"] for line in log(plain, "step")
     ]
 
 
-def test_a_warm_start_does_not_depend_on_the_ranks(train: Train) -> None:
+def test_a_warm_start_does_not_depend_on_the_number_of_ranks(train: Train) -> None:
     options = ["--train.warm-start.history", "clicks", "--train.epochs", "0"]
     options += ["--model.tower.hidden", "--model.tower.output", "4", *SHARDED]
     alone, together = (
@@ -146,10 +146,10 @@ def test_a_warm_start_does_not_depend_on_the_ranks(train: Train) -> None:
     assert together[0]["auc"] == pytest.approx(alone[0]["auc"], abs=1e-6)
 
 
-def test_a_run_learns_from_another(train: Train, small: Path) -> None:
+def test_a_run_learns_from_a_teacher(train: Train, small: Path) -> None:
     teacher = train(1, "")
-    taught = train(2, "horovodrun", "--train.teacher", str(teacher), *SHARDED)
-    losses = [log(run, "step")[-1]["ranking_loss"] for run in (teacher, taught)]
+    student = train(2, "horovodrun", "--train.teacher", str(teacher), *SHARDED)
+    losses = [log(run, "step")[-1]["ranking_loss"] for run in (teacher, student)]
     assert losses[1] != pytest.approx(losses[0], rel=1e-3)
     into, nothing = teacher.with_name("into"), str(teacher.with_name("nothing"))
     command = [HVDREC, "train", str(small), "--paths.run", str(into), "--train.teacher", nothing]
@@ -167,7 +167,7 @@ def test_resuming_with_another_order_of_rows_is_refused(train: Train, small: Pat
     assert "was trained with seed = 0, the configuration says 7; resume with" in done.stderr
 
 
-def test_a_run_is_resumed_on_another_number_of_ranks(train: Train, tmp_path: Path) -> None:
+def test_a_run_resumes_on_another_number_of_ranks(train: Train, tmp_path: Path) -> None:
     options = ("--train.checkpoint-every", "3", "--train.keep", "99", *SHARDED)
     run = train(2, "horovodrun", *options)
     stopped = tmp_path / "stopped"
@@ -177,18 +177,18 @@ def test_a_run_is_resumed_on_another_number_of_ranks(train: Train, tmp_path: Pat
     assert len(list((resumed / "checkpoints/step-00000020").glob("tables-*-of-00003.*"))) == 3
     start = log(resumed, "start")[-1]
     assert (start["step"], start["world_size"]) == (12, 3)
-    # 2 of the second epoch's 10 steps were done: 4800 - 2 * 512 rows are left, 3 * 171 a step.
+    # 2 of the 10 steps of the second epoch were taken: 4800 - 2 * 512 rows remain, 3 * 171 a step.
     position = read_manifest(resumed / "checkpoints/step-00000020", "checkpoint").meta["position"]
     assert position["finished"]
     assert position["step"] == 12 + -(-(4800 - 1024) // 3 // 171)
 
 
-def test_evaluation_does_not_depend_on_the_ranks(train: Train, small: Path) -> None:
+def test_evaluation_does_not_depend_on_the_number_of_ranks(train: Train, small: Path) -> None:
     reports = evaluated(train(2, "horovodrun", *SHARDED), (2, "horovodrun"), (3, "mpirun"))
     assert len(reports[0]) > 80
 
 
-def test_tasks_over_ranks(small: Path, tmp_path: Path) -> None:
+def test_tasks_on_several_ranks(small: Path, tmp_path: Path) -> None:
     validations = []
     for ranks, launcher in ((1, ""), (2, "horovodrun")):
         options = ["--paths.run", str(tmp_path / str(ranks)), "--train.precision", "bf16"]
@@ -205,7 +205,7 @@ def test_tasks_over_ranks(small: Path, tmp_path: Path) -> None:
 
 
 def evaluated(run: Path, *jobs: tuple[int, str]) -> list[dict[str, float]]:
-    """Return a run's report by one rank, and check that each job of more comes to the same."""
+    """Return a run's reports by one rank and by each job, and check that they are equal."""
     reports = []
     for ranks, launcher in ((1, ""), *jobs):
         done = launch([HVDREC, "evaluate", str(run), "--json"], ranks, launcher)
@@ -220,36 +220,36 @@ def evaluated(run: Path, *jobs: tuple[int, str]) -> list[dict[str, float]]:
 
 
 def flat(report: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in report.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
+            numbers |= flat(value, f"{prefix}{name}.")
         elif isinstance(value, int | float):
-            found[prefix + name] = value
-    return found
+            numbers[prefix + name] = value
+    return numbers
 
 
-def test_a_mistake_on_all_ranks_is_told_once(small: Path, tmp_path: Path) -> None:
+def test_an_error_on_all_ranks_is_printed_once(small: Path, tmp_path: Path) -> None:
     command = [HVDREC, "train", str(small), "--paths.features", str(tmp_path / "none")]
     done = launch([*command, "--paths.run", str(tmp_path / "run")], 2)
     assert done.returncode != 0
-    said = done.stdout + done.stderr
-    assert said.count("no features artifact here") == 1
+    output = done.stdout + done.stderr
+    assert output.count("no features artifact here") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_on_one_rank_ends_all(tmp_path: Path) -> None:
+def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     from tests.parallel.launch import run_program
 
-    said = run_program("run_on_all.py", [], 3).stdout
-    assert said.count(f"rank 1 on {socket.gethostname()}: a file is missing") == 3
+    output = run_program("run_on_all.py", [], 3).stdout
+    assert output.count(f"rank 1 on {socket.gethostname()}: a file is missing") == 3
 
 
 @pytest.mark.parametrize(
     ("ranks", "launcher", "text"),
-    [(2, "horovodrun", "on CPUs Horovod needs MPI for it"), (3, "mpirun", "a power of two of")],
+    [(2, "horovodrun", "needs MPI on CPUs"), (3, "mpirun", "needs a power of two of ranks")],
 )
-def test_adasum_where_it_cannot_run_is_refused(
+def test_adasum_is_refused_if_it_cannot_run(
     small: Path, tmp_path: Path, ranks: int, launcher: str, text: str
 ) -> None:
     command = [HVDREC, "train", str(small), "--paths.run", str(tmp_path / "run")]

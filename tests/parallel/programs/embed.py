@@ -1,4 +1,4 @@
-"""Embed the users of a trained run in blocks of a few rows, on any number of ranks."""
+"""Embed the users of a trained run in small blocks, on any number of ranks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Take optimizer steps on all ranks in many settings; the first rank writes what came of them.
+"""Take optimizer steps on all ranks in many settings; rank 0 writes the results.
 
-Argument: the file to write. Each global batch's 12 rows are dealt out unevenly: the last rank gets
-what is left, possibly nothing but padding. Tensors are named SETTING/NAME, where NAME is a
+Argument: the file to write. The 12 rows of each global batch are split unevenly: the last rank gets
+the rest, possibly only padding. Tensors are named SETTING/NAME, where NAME is a
 parameter's gradient in the first step (``gradient/…``), a whole table (``table/…``) or ``loss``.
 """
 
@@ -38,10 +38,10 @@ ROWS = 12
 def take_steps(setting: Setting) -> dict[str, Tensor]:
     world = ranks.init()
     config = setting.config()
-    whole = small_model(config)
+    full = small_model(config)
     model = small_model(config, with_tables=False)
     dtype = torch.float32 if setting.kernel == "fbgemm" else torch.float64
-    tables = small_tables(config, whole, world, setting)
+    tables = small_tables(config, full, world, setting)
     model.to(dtype)
     broadcast_state(dict(model.state_dict()))
     share = {1: 12, 2: 8, 3: 6, 4: 5}[world.size]
@@ -78,14 +78,14 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
                 parameter.sub_(parameter.grad, alpha=DENSE_RATE)
     for group in tables.groups:
         for table, rows in group.rows.items():
-            mine_of_it = tables.table(table)[0].numpy()
+            local = tables.table(table)[0].numpy()
             if group.is_sharded:
                 ids = ranks.gather_arrays(group.ids(table, world.rank))
-                joined = np.empty((rows, group.width), mine_of_it.dtype)
-                joined[ids] = ranks.gather_arrays(mine_of_it)
+                joined = np.empty((rows, group.width), local.dtype)
+                joined[ids] = ranks.gather_arrays(local)
                 out[f"table/{table}"] = torch.from_numpy(joined)
             else:
-                out[f"table/{table}"] = torch.from_numpy(mine_of_it.copy())
+                out[f"table/{table}"] = torch.from_numpy(local.copy())
     return out
 
 
