@@ -1,1 +1,1 @@
-"""Check hosts and this machine."""
+"""Check hosts before a launch, and this machine."""

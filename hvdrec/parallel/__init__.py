@@ -1,1 +1,1 @@
-"""Everything that talks to Horovod."""
+"""Horovod: ranks, collectives, gradient sums, watchdog, environment, and worker pools."""
