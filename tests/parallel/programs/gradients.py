@@ -60,7 +60,7 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
         tables.set_learning_rate(TABLE_RATE)
         model.zero_grad()
         loss, sent = compute_gradients(model, step, tables, config, log_probability, dense)
-        gradients = tables.gradients(sent)
+        gradients = tables.wait_gradients(sent)
         dense.wait()
         if config.train.clip_norm:
             gradients = clip(model, tables, step, gradients, config.train.clip_norm)
@@ -77,11 +77,11 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
             for parameter in model.parameters():
                 parameter.sub_(parameter.grad, alpha=DENSE_RATE)
     for group in tables.groups:
-        for table, rows in group.rows.items():
+        for table, size in group.sizes.items():
             local = tables.table(table)[0].numpy()
             if group.is_sharded:
-                ids = ranks.gather_arrays(group.ids(table, world.rank))
-                joined = np.empty((rows, group.width), local.dtype)
+                ids = ranks.gather_arrays(group.local_ids(table, world.rank))
+                joined = np.empty((size, group.width), local.dtype)
                 joined[ids] = ranks.gather_arrays(local)
                 out[f"table/{table}"] = torch.from_numpy(joined)
             else:
