@@ -19,7 +19,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.filesystem as legacy
-import pyarrow.parquet as pq
 from petastorm.arrow_reader_worker import ArrowReaderWorker
 from petastorm.fs_utils import get_filesystem_and_path_or_paths
 from petastorm.local_disk_cache import LocalDiskCache
@@ -29,7 +28,7 @@ from petastorm.workers_pool.thread_pool import ThreadPool
 from petastorm.workers_pool.ventilator import ConcurrentVentilator
 
 from hvdrec.errors import UserError, choices, invalid_file, invalid_value
-from hvdrec.storage.urls import Location, open_unbuffered, parquet_files, read_metadata, retried
+from hvdrec.storage.urls import Location, open_parquet, parquet_files, read_metadata, retried
 
 # Petastorm calls functions that its pinned pyarrow deprecates; neither side can be changed here.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
@@ -218,7 +217,7 @@ class _LegacyFileSystem(legacy.FileSystem):  # type: ignore[misc] # pyarrow is u
         return not self.isfile(path)
 
     def open(self, path: str, mode: str = "rb") -> Any:
-        return open_unbuffered(self._filesystem, path)
+        return self._filesystem.open(path, mode, cache_type="none")
 
 
 class _ResultReader:
@@ -268,13 +267,7 @@ class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
         self.publish_func((piece_index, result))
 
     def _read(self, piece: Any, columns: list[str]) -> pa.Table:
-        if self.store.filesystem is None:
-            with pq.ParquetFile(piece.path) as file:
-                return file.read_row_group(piece.row_group, columns=columns, use_threads=False)
-        with (
-            open_unbuffered(self.store.filesystem, piece.path) as opened,
-            pq.ParquetFile(opened, pre_buffer=True) as file,
-        ):
+        with open_parquet(self.store.filesystem, piece.path) as file:
             return file.read_row_group(piece.row_group, columns=columns, use_threads=False)
 
 

@@ -30,31 +30,12 @@ UNUSED_NUMBERS = frozenset([
 ])
 # fmt: on
 
-RATINGS = pa.schema(
-    [
-        ("user_id", pa.string()),
-        ("item_id", pa.string()),
-        ("rating", pa.int64()),
-        ("timestamp", pa.int64()),
-    ]
-)
+STRING, INT = pa.string(), pa.int64()
+RATINGS = pa.schema({"user_id": STRING, "item_id": STRING, "rating": INT, "timestamp": INT})
 USERS = pa.schema(
-    [
-        ("user_id", pa.string()),
-        ("gender", pa.string()),
-        ("age", pa.int64()),
-        ("occupation", pa.string()),
-        ("zip_code", pa.string()),
-    ]
+    {"user_id": STRING, "gender": STRING, "age": INT, "occupation": STRING, "zip_code": STRING}
 )
-ITEMS = pa.schema(
-    [
-        ("item_id", pa.string()),
-        ("title", pa.string()),
-        ("year", pa.int64()),
-        ("genres", pa.list_(pa.string())),
-    ]
-)
+ITEMS = pa.schema({"item_id": STRING, "title": STRING, "year": INT, "genres": pa.list_(STRING)})
 
 
 def read_owner(file: Path, out: Path) -> dict[str, int]:

@@ -25,38 +25,12 @@ EXAMPLE = "rating > 3"
 
 @dataclass(frozen=True)
 class SideTable:
-    """A table that is joined to the interactions.
-
-    Attributes:
-        name: Its configuration key, such as "samples.users".
-        file: Path or glob of its files.
-        table: Its rows.
-        on: Its key columns.
-    """
+    """A table to join: its configuration key, such as "samples.users", and its key columns."""
 
     name: str
     file: Path
     table: Table
     on: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RawTables:
-    """The raw tables of a run.
-
-    Attributes:
-        file: Path or glob of the interactions.
-        interactions: Interactions with a row number that depends only on their contents.
-        sides: Tables to join, in this order.
-    """
-
-    file: Path
-    interactions: Table
-    sides: tuple[SideTable, ...]
-
-    def side(self, name: str) -> SideTable | None:
-        """Return the table of a configuration key, if there is one."""
-        return next((side for side in self.sides if side.name == name), None)
 
 
 @dataclass(frozen=True)
@@ -72,124 +46,158 @@ class JoinedTable:
     origin: Mapping[str, str]
 
 
-def read_tables(engine: Engine, spec: SampleSpec, raw: Path) -> RawTables:
-    """Open all tables in the directory `raw` and check their key columns.
+@dataclass(frozen=True)
+class LabelJoin:
+    """The raw tables of a run and how they become labelled rows.
 
-    Raises:
-        UserError: A file or a key column is missing, or keys are null or not unique.
-    """
-    samples = spec.samples
-    if not samples.interactions:
-        problem = "name the table of impressions or actions"
-        raise invalid_value("samples.interactions", samples.interactions, "is empty", problem)
-    text = spec.text_columns
-    file = raw / samples.interactions
-    interactions = engine.read(file, text)
-    for key, column in (("samples.user", samples.user), ("samples.item", samples.item)):
-        _require(file, interactions, column, key)
-    if not samples.interactions.endswith(".parquet"):
-        # Otherwise the CSV file is parsed again for every expression that is tried on it.
-        interactions = engine.materialize(interactions)
-    # Equal rows are interchangeable, so sorting by all columns gives one order of the data.
-    first = [samples.user, samples.item]
-    order = [*first, *(column for column in interactions.columns if column not in first)]
-    numbered = interactions.mutate(**{ROW: ibis.row_number().over(order_by=order)})
-    sides = []
-    for name, table, on, is_unique in (
-        ("samples.users", samples.users, (samples.user,), True),
-        ("samples.items", samples.items, (samples.item,), True),
-        *((f"samples.joins[{i}]", j.table, j.on, False) for i, j in enumerate(samples.joins)),
-    ):
-        if is_unique and not table:
-            continue
-        side = SideTable(name, raw / table, engine.read(raw / table, text), on)
-        for column in on:
-            _require(side.file, side.table, column, f"key of {name}")
-        if is_unique:
-            _require_unique(engine, side)
-        sides.append(side)
-    return RawTables(file, engine.materialize(numbered), tuple(sides))
-
-
-def join_tables(
-    engine: Engine,
-    spec: SampleSpec,
-    tables: RawTables,
-    interactions: Table,
-    known: Collection[str] = (),
-) -> JoinedTable:
-    """Join every table and derive every column as soon as the columns it reads are available.
-
-    So a derived column may be a join key or read joined columns. If two tables have a column of the
-    same name, the first one wins: interactions, users, items, then joins in order.
-
-    Args:
-        engine: The engine.
+    Attributes:
+        engine: Runs the expressions.
         spec: Definition of the samples.
-        tables: Tables to join.
-        interactions: Rows to join them to.
-        known: Derived columns that `interactions` already has.
+        file: Path or glob of the interactions.
+        interactions: Interactions with a row number that depends only on their contents.
+        sides: Tables to join, in this order.
     """
-    origin = {column: str(tables.file) for column in visible(interactions)}
-    pending = {c: sql for c, sql in spec.samples.derive.items() if c not in known}
-    table, pending = derive_ready(engine, interactions, pending, origin)
-    for side in tables.sides:
-        table = _left_join(table, side, tables.file)
-        origin |= {c: str(side.file) for c in side.table.columns if c not in origin}
-        table, pending = derive_ready(engine, table, pending, origin)
-    for column, expression in pending.items():
-        # This raises: the expression names a missing column or is not valid SQL.
-        table = engine.derive(table, column, expression, f"samples.derive.{column}")
-    return JoinedTable(table, origin)
 
+    engine: Engine
+    spec: SampleSpec
+    file: Path
+    interactions: Table
+    sides: tuple[SideTable, ...]
 
-def derive_ready(
-    engine: Engine, table: Table, pending: Mapping[str, str], origin: dict[str, str]
-) -> tuple[Table, dict[str, str]]:
-    """Derive the pending columns whose inputs are available; return the rest as well."""
-    left = dict(pending)
-    while ready := [c for c, expression in left.items() if engine.binds(table, expression)]:
-        for column in ready:
-            origin[column] = f"samples.derive.{column}"
-            table = engine.derive(table, column, left.pop(column), origin[column])
-    return table, left
+    @staticmethod
+    def open(engine: Engine, spec: SampleSpec, raw: Path) -> LabelJoin:
+        """Open all tables in the directory `raw` and check their key columns.
 
+        Raises:
+            UserError: A file or a key column is missing, or keys are null or not unique.
+        """
+        samples = spec.samples
+        if not samples.interactions:
+            remedy = "name the table of impressions or actions"
+            raise invalid_value("samples.interactions", "", "is empty", remedy)
+        file = raw / samples.interactions
+        interactions = engine.read(file, spec.text_columns)
+        for key, column in (("samples.user", samples.user), ("samples.item", samples.item)):
+            _require(file, interactions, column, key)
+        if not samples.interactions.endswith(".parquet"):
+            # Otherwise the CSV file is parsed again for every expression that is tried on it.
+            interactions = engine.materialize(interactions)
+        # Equal rows are interchangeable, so sorting by all columns gives one order of the data.
+        first = [samples.user, samples.item]
+        order = [*first, *(column for column in interactions.columns if column not in first)]
+        numbered = interactions.mutate(**{ROW: ibis.row_number().over(order_by=order)})
+        sides = []
+        for name, table, on, is_unique in (
+            ("samples.users", samples.users, (samples.user,), True),
+            ("samples.items", samples.items, (samples.item,), True),
+            *((f"samples.joins[{i}]", j.table, j.on, False) for i, j in enumerate(samples.joins)),
+        ):
+            if is_unique and not table:
+                continue
+            side = SideTable(name, raw / table, engine.read(raw / table, spec.text_columns), on)
+            for column in on:
+                _require(side.file, side.table, column, f"key of {name}")
+            if is_unique:
+                _require_unique(engine, side)
+            sides.append(side)
+        return LabelJoin(engine, spec, file, engine.materialize(numbered), tuple(sides))
 
-def label_rows(
-    engine: Engine, spec: SampleSpec, joined: JoinedTable, *, negatives: bool = False
-) -> Table:
-    """Drop unwanted rows and add labels, weight and the events of histories.
+    def side(self, name: str) -> SideTable | None:
+        """Return the table of a configuration key, if there is one."""
+        return next((side for side in self.sides if side.name == name), None)
 
-    Args:
-        engine: The engine.
-        spec: Definition of the samples.
-        joined: Joined rows.
-        negatives: Whether the rows are sampled negatives: label 0, weight 1, not an event.
-    """
-    samples, table = spec.samples, joined.table
-    if samples.drop:
-        table = _condition(engine, table, DROP, samples.drop, "samples.drop")
-        table = table.filter(~table[DROP]).drop(DROP)
-    labels = [(LABEL, samples.label, "samples.label")]
-    labels += [(task_label(i), t.label, f"tasks[{i}].label") for i, t in enumerate(spec.tasks)]
-    events = [event(i) for i in range(len(samples.history))]
-    if negatives:
-        constants = {column: ibis.literal(0.0) for column, _, _ in labels}
-        constants |= {WEIGHT: ibis.literal(1.0)} | {e: ibis.literal(False) for e in events}
-        return table.mutate(**constants)
-    for column, expression, key in labels:
-        table = _number(engine, table, column, expression, key, f"0 or 1, such as '{EXAMPLE}'")
-    if samples.weight:
-        table = _number(engine, table, WEIGHT, samples.weight, "samples.weight", "a number")
-    else:
-        table = table.mutate(**{WEIGHT: ibis.literal(1.0)})
-    for i, (column, history) in enumerate(zip(events, samples.history, strict=True)):
-        if history.where:
-            key = f"samples.history[{i}].where"
-            table = _condition(engine, table, column, history.where, key)
+    def join(self, interactions: Table, known: Collection[str] = ()) -> JoinedTable:
+        """Join every table and derive every column as soon as its inputs are available.
+
+        So a derived column may be a join key or read joined columns. If two tables have a column of
+        the same name, the first one wins: interactions, users, items, then joins in order. `known`
+        names derived columns that the interactions already have.
+        """
+        origin = {column: str(self.file) for column in visible(interactions)}
+        pending = {c: sql for c, sql in self.spec.samples.derive.items() if c not in known}
+        table, pending = self.derive_ready(interactions, pending, origin)
+        for side in self.sides:
+            table = _left_join(table, side, self.file)
+            origin |= {c: str(side.file) for c in side.table.columns if c not in origin}
+            table, pending = self.derive_ready(table, pending, origin)
+        for column, expression in pending.items():
+            # This raises: the expression names a missing column or is not valid SQL.
+            table = self.engine.derive(table, column, expression, f"samples.derive.{column}")
+        return JoinedTable(table, origin)
+
+    def derive_ready(
+        self, table: Table, pending: Mapping[str, str], origin: dict[str, str]
+    ) -> tuple[Table, dict[str, str]]:
+        """Derive the pending columns whose inputs are available; return the rest as well."""
+        left = dict(pending)
+        while ready := [c for c, sql in left.items() if self.engine.binds(table, sql)]:
+            for column in ready:
+                origin[column] = f"samples.derive.{column}"
+                table = self.engine.derive(table, column, left.pop(column), origin[column])
+        return table, left
+
+    def label(self, joined: JoinedTable, *, negatives: bool = False) -> Table:
+        """Drop unwanted rows and add labels, weight and the events of histories.
+
+        Sampled negatives have label 0 and weight 1, and are not events.
+        """
+        samples, table = self.spec.samples, joined.table
+        if samples.drop:
+            table = self._condition(table, DROP, samples.drop, "samples.drop")
+            table = table.filter(~table[DROP]).drop(DROP)
+        labels = [(LABEL, samples.label, "samples.label")]
+        tasks = enumerate(self.spec.tasks)
+        labels += [(task_label(i), task.label, f"tasks[{i}].label") for i, task in tasks]
+        events = [event(i) for i in range(len(samples.history))]
+        if negatives:
+            constants = {column: ibis.literal(0.0) for column, _, _ in labels}
+            constants |= {WEIGHT: ibis.literal(1.0)} | {e: ibis.literal(False) for e in events}
+            return table.mutate(**constants)
+        for column, expression, key in labels:
+            table = self._number(table, column, expression, key, f"0 or 1, such as '{EXAMPLE}'")
+        if samples.weight:
+            table = self._number(table, WEIGHT, samples.weight, "samples.weight", "a number")
         else:
-            table = table.mutate(**{column: (table[LABEL] == 1).fill_null(False)})
-    return table
+            table = table.mutate(**{WEIGHT: ibis.literal(1.0)})
+        for i, (column, history) in enumerate(zip(events, samples.history, strict=True)):
+            if history.where:
+                key = f"samples.history[{i}].where"
+                table = self._condition(table, column, history.where, key)
+            else:
+                table = table.mutate(**{column: (table[LABEL] == 1).fill_null(False)})
+        return table
+
+    def require_columns(self, joined: JoinedTable, wanted: Mapping[str, str]) -> None:
+        """Raise UserError for a missing column. `wanted` maps columns to what needs them."""
+        for column, purpose in wanted.items():
+            if column not in joined.table.columns:
+                tables = "the table and those joined to it have" if self.sides else "the table has"
+                problem = f"column '{column}' ({purpose}) is missing; {tables} "
+                problem += choices(visible(joined.table))
+                remedy = "correct the name or add it to samples.derive"
+                raise invalid_file(self.file, problem, remedy)
+
+    def require_one_match(self) -> None:
+        """Raise UserError for the first table with several rows per key: they duplicate samples."""
+        for side in self.sides:
+            _require_unique(self.engine, side, nulls=True)
+
+    def _condition(self, table: Table, column: str, expression: str, key: str) -> Table:
+        table = self.engine.derive(table, column, expression, key)
+        dtype = table[column].type()
+        if not (dtype.is_boolean() or dtype.is_integer() or dtype.is_null()):
+            remedy = f"write a condition, such as '{EXAMPLE}'"
+            raise invalid_value(key, expression, f"has type {dtype}", remedy)
+        return table.mutate(**{column: table[column].cast("boolean").fill_null(False)})
+
+    def _number(self, table: Table, column: str, expression: str, key: str, allowed: str) -> Table:
+        table = self.engine.derive(table, column, expression, key)
+        dtype = table[column].type()
+        if not (dtype.is_numeric() or dtype.is_boolean() or dtype.is_null()):
+            raise invalid_value(key, expression, f"has type {dtype}", f"it must give {allowed}")
+        # Some engines cannot cast a boolean to a floating-point number directly.
+        value = table[column].cast("int8") if dtype.is_boolean() else table[column]
+        return table.mutate(**{column: value.cast("float64")})
 
 
 def event(number: int) -> str:
@@ -200,25 +208,6 @@ def event(number: int) -> str:
 def task_label(number: int) -> str:
     """Return the column of a task's label."""
     return f"__task{number}"
-
-
-def require_columns(tables: RawTables, joined: JoinedTable, wanted: Mapping[str, str]) -> None:
-    """Raise UserError for a missing column. `wanted` maps columns to what needs them."""
-    for column, purpose in wanted.items():
-        if column not in joined.table.columns:
-            names = "the table and those joined to it have" if tables.sides else "the table has"
-            raise invalid_file(
-                tables.file,
-                f"column '{column}' ({purpose}) is missing; {names} "
-                f"{choices(visible(joined.table))}",
-                "correct the name or add it to samples.derive",
-            )
-
-
-def require_one_match(engine: Engine, tables: RawTables) -> None:
-    """Raise UserError for the first table with several rows per key, which duplicate samples."""
-    for side in tables.sides:
-        _require_unique(engine, side, nulls=True)
 
 
 def _left_join(table: Table, side: SideTable, file: Path) -> Table:
@@ -277,24 +266,3 @@ def _require_unique(engine: Engine, side: SideTable, *, nulls: bool = False) -> 
         key = ", ".join(f"{column} = {twin[column]}" for column in side.on)
         problem = f"{twin['__rows']} rows have {key} ({side.name})"
         raise invalid_file(side.file, problem, "keep one row per key")
-
-
-def _condition(engine: Engine, table: Table, column: str, expression: str, key: str) -> Table:
-    table = engine.derive(table, column, expression, key)
-    dtype = table[column].type()
-    if not (dtype.is_boolean() or dtype.is_integer() or dtype.is_null()):
-        remedy = f"write a condition, such as '{EXAMPLE}'"
-        raise invalid_value(key, expression, f"has type {dtype}", remedy)
-    return table.mutate(**{column: table[column].cast("boolean").fill_null(False)})
-
-
-def _number(
-    engine: Engine, table: Table, column: str, expression: str, key: str, allowed: str
-) -> Table:
-    table = engine.derive(table, column, expression, key)
-    dtype = table[column].type()
-    if not (dtype.is_numeric() or dtype.is_boolean() or dtype.is_null()):
-        raise invalid_value(key, expression, f"has type {dtype}", f"it must give {allowed}")
-    # Some engines cannot cast a boolean to a floating-point number directly.
-    value = table[column].cast("int8") if dtype.is_boolean() else table[column]
-    return table.mutate(**{column: value.cast("float64")})

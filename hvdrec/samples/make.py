@@ -13,20 +13,14 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.config.schema import Side
+from hvdrec.config.sections import Samples
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.parallel.progress import print_line
 from hvdrec.samples.columns import group_ids
-from hvdrec.samples.engine import Engine, connect, visible
+from hvdrec.samples.engine import connect, visible
 from hvdrec.samples.history import EventLog, UserTimes
-from hvdrec.samples.join import (
-    ROW,
-    JoinedTable,
-    RawTables,
-    join_tables,
-    label_rows,
-    read_tables,
-)
+from hvdrec.samples.join import ROW, JoinedTable, LabelJoin
 from hvdrec.samples.negatives import draw_negatives
 from hvdrec.samples.rows import (
     KeyCodes,
@@ -107,16 +101,16 @@ def make_samples(
     spec = SampleSpec(config.samples, config.schema.columns(), config.tasks)
     spec.require_time()
     path = config.paths.of("samples")
-    notify = print_line if progress else _ignore
+    notify = print_line if progress else lambda line: None
     meta: dict[str, Any] = {"config": to_dict(config)}
     with write_artifact(path, "samples", meta, overwrite=overwrite) as draft, connect() as engine:
         notify("reading and joining tables")
-        tables = read_tables(engine, spec, Path(config.paths.raw))
-        joined = join_tables(engine, spec, tables, tables.interactions)
-        logged = _label_and_split(engine, spec, tables, joined, notify)
+        join = LabelJoin.open(engine, spec, Path(config.paths.raw))
+        joined = join.join(join.interactions)
+        logged = _label_and_split(join, joined, notify)
         samples = logged
         if spec.samples.negatives.per_positive:
-            samples = _add_negatives(engine, spec, tables, logged, notify)
+            samples = _add_negatives(join, logged, notify)
         histories = _build_histories(spec, samples)
         _require_known_labels(spec, samples)
         meta |= _write_splits(draft, spec, samples, histories, notify)
@@ -127,8 +121,7 @@ def make_samples(
         )
         for side, key, codes in sides:
             entities = Entities.of(side, key, codes, latest_last)
-            own = tables.side(f"samples.{side}s")
-            table = entity_table(engine, spec, joined, own, samples.rows, entities)
+            table = entity_table(join, joined, samples.rows, entities)
             meta[f"{side}s"] = len(table)
             notify(f"{len(table)} {side}s")
             _write_entities(draft, spec, side, table, histories)
@@ -136,25 +129,17 @@ def make_samples(
     return SamplesResult(str(path), *(meta[field] for field in fields))
 
 
-def _ignore(line: str) -> None:
-    pass
-
-
 def _label_and_split(
-    engine: Engine,
-    spec: SampleSpec,
-    tables: RawTables,
-    joined: JoinedTable,
-    notify: Callable[[str], None],
+    join: LabelJoin, joined: JoinedTable, notify: Callable[[str], None]
 ) -> _SplitRows:
     """Collect the labelled interactions and assign them to splits."""
-    samples = spec.samples
-    rows = collect_rows(engine, spec, tables, joined, label_rows(engine, spec, joined))
+    samples = join.spec.samples
+    rows = collect_rows(join, joined)
     if not len(rows.label):
         if samples.drop:
-            problem = f"removes every row of {tables.file}"
+            problem = f"removes every row of {join.file}"
             raise invalid_value("samples.drop", samples.drop, problem, "keep some rows")
-        raise invalid_file(tables.file, "the table is empty", "provide rows")
+        raise invalid_file(join.file, "the table is empty", "provide rows")
     notify(f"{len(rows.label)} labelled rows, {int(rows.label.sum())} positive")
     time = None
     if name := samples.time:
@@ -162,19 +147,19 @@ def _label_and_split(
     users = KeyCodes.of(rows.columns[samples.user])
     items = KeyCodes.of(rows.columns[samples.item])
     column = samples.split.column or samples.time
-    order = _split_order(spec, joined, rows, time)
+    order = _split_order(samples, joined, rows, time)
     split = split_rows(samples.split, users.code, order, column)
     return _SplitRows(rows, users, items, split, time)
 
 
 def _split_order(
-    spec: SampleSpec, joined: JoinedTable, rows: LabelledRows, time: Array | None
+    samples: Samples, joined: JoinedTable, rows: LabelledRows, time: Array | None
 ) -> Array | None:
     """Return the numbers [n] that order rows for the split."""
-    split = spec.samples.split
+    split = samples.split
     if split.method != "temporal":
         return time
-    name = split.column or spec.samples.time
+    name = split.column or samples.time
     array = rows.raw[name]
     if split.boundaries and pa.types.is_temporal(array.type):
         problem = f"column '{name}' is {array.type}, boundaries are numbers"
@@ -187,15 +172,12 @@ def _split_order(
 
 
 def _add_negatives(
-    engine: Engine,
-    spec: SampleSpec,
-    tables: RawTables,
-    logged: _SplitRows,
-    notify: Callable[[str], None],
+    join: LabelJoin, logged: _SplitRows, notify: Callable[[str], None]
 ) -> _SplitRows:
     """Append sampled negatives, each in the split and at the time of its positive."""
-    _require_item_tables(spec, tables)
-    negatives, rows = spec.samples.negatives, logged.rows
+    _require_item_tables(join)
+    samples, rows = join.spec.samples, logged.rows
+    negatives = samples.negatives
     within = group_ids([rows.raw[c] for c in negatives.within], len(rows.label))
     positive = np.flatnonzero(rows.label == 1)
     users, items = logged.users.code, logged.items.code
@@ -203,24 +185,24 @@ def _add_negatives(
         within, users, items, positive, negatives.per_positive, negatives.seed
     )
     keys = logged.items.values.take(pa.array(item))
-    drawn, of = _join_negatives(engine, spec, tables, rows.number, positive[index], keys)
+    drawn, of = _join_negatives(join, rows.number, positive[index], keys)
     notify(f"{len(of)} negatives drawn")
     both = concatenate_rows([rows, *drawn])
     return _SplitRows(
         both,
-        KeyCodes.of(both.columns[spec.samples.user]),
-        KeyCodes.of(both.columns[spec.samples.item]),
+        KeyCodes.of(both.columns[samples.user]),
+        KeyCodes.of(both.columns[samples.item]),
         np.concatenate([logged.split, logged.split[of]]),
         None if logged.time is None else np.concatenate([logged.time, logged.time[of]]),
     )
 
 
-def _require_item_tables(spec: SampleSpec, tables: RawTables) -> None:
+def _require_item_tables(join: LabelJoin) -> None:
     """Refuse item features of the interactions: a negative would get the values of its positive."""
-    for feature in spec.features:
-        is_key = feature.name == spec.samples.item
-        if feature.side == "item" and not is_key and feature.name in visible(tables.interactions):
-            problem = f"has side 'item' but is a column of {tables.file}"
+    columns = set(visible(join.interactions)) - {join.spec.samples.item}
+    for feature in join.spec.features:
+        if feature.side == "item" and feature.name in columns:
+            problem = f"has side 'item' but is a column of {join.file}"
             remedy = (
                 "with samples.negatives, columns of items must come from samples.items or "
                 "samples.joins"
@@ -229,32 +211,26 @@ def _require_item_tables(spec: SampleSpec, tables: RawTables) -> None:
 
 
 def _join_negatives(
-    engine: Engine,
-    spec: SampleSpec,
-    tables: RawTables,
-    number: Array,
-    of: Array,
-    keys: pa.Array,
+    join: LabelJoin, number: Array, of: Array, keys: pa.Array
 ) -> tuple[list[LabelledRows], Array]:
     """Join drawn items to the context of their positives, a bounded number at a time.
 
     number: row numbers of the interactions [n]; of: index of each negative's positive [m]; keys:
     its item [m]. Returns the negatives that samples.drop keeps, and their entries of `of`.
     """
-    item = spec.samples.item
+    item = join.spec.samples.item
     first = int(number.max()) + 1
     numbers = first + np.arange(len(of))
-    context = tables.interactions.drop(item)
+    context = join.interactions.drop(item)
     parts = []
     for start in range(0, len(of), DRAWN_ROWS):
         part = slice(start, start + DRAWN_ROWS)
         columns = {"__drawn": numbers[part], "__of": number[of[part]], item: keys[part]}
-        pairs = engine.register(pa.table(columns))
+        pairs = join.engine.register(pa.table(columns))
         interactions = pairs.inner_join(context, pairs["__of"] == context[ROW])
         interactions = interactions.drop("__of", ROW).rename({ROW: "__drawn"})
-        joined = join_tables(engine, spec, tables, interactions, known=(item,))
-        labelled = label_rows(engine, spec, joined, negatives=True)
-        parts.append(collect_rows(engine, spec, tables, joined, labelled))
+        joined = join.join(interactions, known=(item,))
+        parts.append(collect_rows(join, joined, negatives=True))
     kept = [np.zeros(0, dtype=np.int64), *(part.number - first for part in parts)]
     return parts, of[np.concatenate(kept)]
 

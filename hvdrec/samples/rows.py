@@ -10,23 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ibis.expr.types import Table
 from numpy.typing import NDArray
 
 from hvdrec.errors import choices, invalid_file, invalid_value
 from hvdrec.samples.columns import canonical, concatenate, encode_keys, family, type_name
-from hvdrec.samples.engine import Engine
-from hvdrec.samples.join import (
-    LABEL,
-    ROW,
-    WEIGHT,
-    JoinedTable,
-    RawTables,
-    event,
-    require_columns,
-    require_one_match,
-    task_label,
-)
+from hvdrec.samples.join import LABEL, ROW, WEIGHT, JoinedTable, LabelJoin, event, task_label
 from hvdrec.samples.spec import SampleSpec
 
 Array = NDArray[Any]
@@ -73,45 +61,37 @@ class KeyCodes:
         return KeyCodes(*encode_keys(array))
 
 
-def collect_rows(
-    engine: Engine, spec: SampleSpec, tables: RawTables, joined: JoinedTable, labelled: Table
-) -> LabelledRows:
-    """Run the label join, check the result and cast features to their declared types.
-
-    Args:
-        engine: The engine.
-        spec: Definition of the samples.
-        tables: The raw tables.
-        joined: The joined tables.
-        labelled: `joined` with label, weight and events.
+def collect_rows(join: LabelJoin, joined: JoinedTable, *, negatives: bool = False) -> LabelledRows:
+    """Label joined rows, run the join, check the result and cast features to their types.
 
     Raises:
         UserError: A column is missing, a key is null, a type is wrong, a label is not 0 or 1, or a
             weight is negative.
     """
-    samples = spec.samples
-    require_columns(tables, joined, {f.name: f"feature '{f.name}'" for f in spec.raw_features})
+    spec, samples = join.spec, join.spec.samples
+    labelled = join.label(joined, negatives=negatives)
+    join.require_columns(joined, {f.name: f"feature '{f.name}'" for f in spec.raw_features})
     others = _other_columns(spec)
     has_title = samples.title in labelled.columns
     # Without an items table, the title must be a column of the joined tables.
     title = {samples.title: "samples.title"} if samples.title and not samples.items else {}
-    require_columns(tables, joined, others | title)
+    join.require_columns(joined, others | title)
     raw = [*others, *([samples.title] if has_title else [])]
     events = [event(i) for i in range(len(samples.history))]
     tasks = [task_label(i) for i in range(len(spec.tasks))]
     names = dict.fromkeys([ROW, LABEL, WEIGHT, *tasks, *events, *spec.columns, *raw])
-    columns = engine.collect(labelled.select(*names))
+    columns = join.engine.collect(labelled.select(*names))
     number = columns[ROW].to_numpy()
     order = np.argsort(number)
     number = number[order]
     if len(number) > 1 and (np.diff(number) == 0).any():
-        require_one_match(engine, tables)
+        join.require_one_match()
     columns = {name: canonical(array.take(pa.array(order))) for name, array in columns.items()}
     label, weight, *task_labels = _numbers(columns, [LABEL, WEIGHT, *tasks])
-    _check_label("samples.label", samples.label, tables.file, label)
-    _check_weight(samples.weight, tables.file, weight)
+    _check_label("samples.label", samples.label, join.file, label)
+    _check_weight(samples.weight, join.file, weight)
     for i, (task, values) in enumerate(zip(spec.tasks, task_labels, strict=True)):
-        _check_label(f"tasks[{i}].label", task.label, tables.file, values[~np.isnan(values)])
+        _check_label(f"tasks[{i}].label", task.label, join.file, values[~np.isnan(values)])
     for name in (samples.user, samples.item):
         _check_key(joined.origin[name], name, columns[name])
     return LabelledRows(

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from hvdrec.config.schema import Side
 from hvdrec.errors import choices, invalid_file
 from hvdrec.samples.columns import cast, concatenate, first_line, list_array, plain
-from hvdrec.samples.engine import Engine, visible
+from hvdrec.samples.engine import visible
 from hvdrec.samples.history import EventLog, UserTimes
-from hvdrec.samples.join import JoinedTable, SideTable, derive_ready
+from hvdrec.samples.join import JoinedTable, LabelJoin, SideTable
 from hvdrec.samples.rows import KeyCodes, LabelledRows
 from hvdrec.samples.spec import SampleSpec
 from hvdrec.samples.split import RANDOM
@@ -91,15 +91,7 @@ def write_table(file: Path, table: pa.Table) -> None:
 def write_users(
     file: Path, spec: SampleSpec, users: pa.Table, times: int, events: dict[str, EventLog]
 ) -> None:
-    """Write one row per user with the latest events of every history.
-
-    Args:
-        file: File to write.
-        spec: Definition of the samples.
-        users: Keys and features of the users.
-        times: Number of distinct times.
-        events: Events per history.
-    """
+    """Write the users with the latest events of every history; `times` counts distinct times."""
     for history in spec.samples.history:
         latest = events[history.name].latest(len(users), times, history.length)
         users = users.append_column(history.name, latest)
@@ -107,29 +99,16 @@ def write_users(
 
 
 def entity_table(
-    engine: Engine,
-    spec: SampleSpec,
-    joined: JoinedTable,
-    table: SideTable | None,
-    rows: LabelledRows,
-    entities: Entities,
+    join: LabelJoin, joined: JoinedTable, rows: LabelledRows, entities: Entities
 ) -> pa.Table:
-    """Build the table with one row per user or item, sorted by key.
+    """Build the table of keys, features and titles with one row per user or item, sorted by key.
 
-    Args:
-        engine: The engine.
-        spec: Definition of the samples.
-        joined: The joined tables.
-        table: The table of the users or items, if there is one. Its items without samples are
-            added.
-        rows: The samples. Features that `table` lacks come from the latest training row.
-        entities: The users or items that occur in samples.
-
-    Returns:
-        The key, its features and, for items, the title.
+    Items that occur only in the items table are added. Features that the users or items table lacks
+    come from the latest training row in `rows`.
     """
+    spec, table = join.spec, join.side(f"samples.{entities.side}s")
     key, values, latest = entities.key, entities.values, entities.latest
-    columns, origin = _own_columns(engine, spec, joined, table) if table else ({}, {})
+    columns, origin = _own_columns(join, joined, table) if table else ({}, {})
     index = None
     if table:
         known = _cast_keys(spec, origin[key], key, columns[key])
@@ -163,16 +142,13 @@ def entity_table(
 
 
 def _own_columns(
-    engine: Engine, spec: SampleSpec, joined: JoinedTable, side: SideTable
+    join: LabelJoin, joined: JoinedTable, side: SideTable
 ) -> tuple[dict[str, pa.Array], dict[str, str]]:
-    """Collect the columns that a users' or items' table provides without the interactions.
+    """Collect the columns that samples take from a table and those derived from them alone.
 
-    These are the columns that the samples take from it and those derived from them alone.
-
-    Returns:
-        The columns, and the file or configuration key of each.
+    Returns the columns, and the file or configuration key of each.
     """
-    derive, file = spec.samples.derive, str(side.file)
+    spec, derive, file = join.spec, join.spec.samples.derive, str(side.file)
     taken = [
         column
         for column in side.table.columns
@@ -180,10 +156,10 @@ def _own_columns(
     ]
     origin = dict.fromkeys(taken, file)
     pending = {c: sql for c, sql in derive.items() if c not in side.on}
-    table, left = derive_ready(engine, side.table.select(*taken), pending, origin)
+    table, left = join.derive_ready(side.table.select(*taken), pending, origin)
     names = {f.name for f in spec.features} | {spec.samples.title}
     wanted = [c for c in table.columns if c in side.on or (c in names and c not in left)]
-    return engine.collect(table.select(*wanted)), origin
+    return join.engine.collect(table.select(*wanted)), origin
 
 
 def _cast_keys(spec: SampleSpec, where: str, name: str, array: pa.Array) -> pa.Array:

@@ -222,17 +222,13 @@ def _local_size(file: Location) -> int | None:
 
 def _require_types(manifest: Manifest) -> None:
     """Raise TypeError or KeyError if a value of the manifest has the wrong type."""
-    expected = [
-        ("kind", manifest.kind, str),
-        ("format", manifest.format, int),
-        ("meta", manifest.meta, dict),
-        ("files", manifest.files, dict),
-    ]
-    for name, facts in manifest.files.items() if isinstance(manifest.files, dict) else ():
-        expected += [(name, facts["sha256"], str), (name, facts["bytes"], int)]
-    for name, value, type_ in expected:
+    for field, type_ in (("kind", str), ("format", int), ("meta", dict), ("files", dict)):
+        value = getattr(manifest, field)
         if not isinstance(value, type_):
-            raise TypeError(f"'{name}' holds {value!r}")
+            raise TypeError(f"'{field}' is {value!r}")
+    for name, facts in manifest.files.items():
+        if not (isinstance(facts["sha256"], str) and isinstance(facts["bytes"], int)):
+            raise TypeError(f"'{name}' is {facts!r}")
 
 
 def _require_inside(name: str, manifest: Location) -> None:
@@ -307,20 +303,14 @@ def _drafted(path: Path) -> Iterator[Path]:
         yield draft
         for entry in (*draft.rglob("*"), draft):
             _sync(entry)
-        _replace(path, draft)
+        old = draft.with_suffix(".old")
+        if path.exists():
+            path.rename(old)
+        draft.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _replace(path: Path, draft: Path) -> None:
-    old: Path | None = None
-    if path.exists():
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-        path.rename(old)
-    draft.rename(path)
-    _sync(path.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -11,8 +11,8 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Url:
     """A remote location with the part of `pathlib.Path`'s interface that artifacts need.
 
@@ -52,13 +52,12 @@ class Url:
     text: str
 
     def __str__(self) -> str:
+        """Return the URL."""
         return self.text
 
     def __truediv__(self, name: str) -> Url:
+        """Append a relative path."""
         return Url(f"{self.text}/{name}")
-
-    def __lt__(self, other: Url) -> bool:
-        return self.text < other.text
 
     @property
     def name(self) -> str:
@@ -239,27 +238,27 @@ def _reason(error: BaseException | None) -> str:
 # ---------------------------------------------------------------------------------------- Parquet
 
 
-def open_unbuffered(filesystem: Any, path: str) -> Any:
-    """Open a remote file without read-ahead; Arrow requests exactly the ranges that it needs."""
-    return filesystem.open(path, "rb", cache_type="none")
+@contextmanager
+def open_parquet(filesystem: Any, path: str | Path) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file of an fsspec file system, or a local one if `filesystem` is None."""
+    import pyarrow.parquet as pq
+
+    if filesystem is None:
+        with pq.ParquetFile(path) as parquet:
+            yield parquet
+        return
+    # No read-ahead: Arrow requests exactly the ranges that it needs.
+    with (
+        filesystem.open(path, "rb", cache_type="none") as file,
+        pq.ParquetFile(file, pre_buffer=True) as parquet,
+    ):
+        yield parquet
 
 
 def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file, or some of its columns."""
-    import pyarrow.parquet as pq
-
     names = None if columns is None else list(columns)
-    if isinstance(file, Path):
-        return pq.read_table(file, columns=names)
-
-    def read() -> pa.Table:
-        with (
-            open_unbuffered(file.filesystem, file.path) as opened,
-            pq.ParquetFile(opened, pre_buffer=True) as parquet,
-        ):
-            return parquet.read(names)
-
-    return retried(read, file)
+    return _read_parquet(file, lambda parquet: parquet.read(names))
 
 
 def read_tables(folder: Location, columns: Sequence[str] | None = None) -> pa.Table:
@@ -269,20 +268,25 @@ def read_tables(folder: Location, columns: Sequence[str] | None = None) -> pa.Ta
     return pa.concat_tables([read_table(file, columns) for file in parquet_files(folder)])
 
 
+def read_metadata(file: Location) -> pq.FileMetaData:
+    """Read the footer of a Parquet file."""
+    return _read_parquet(file, lambda parquet: parquet.metadata)
+
+
 def parquet_files(folder: Location) -> list[Any]:
     """List the Parquet files of a folder, ordered by name."""
     return sorted(folder.glob("*.parquet"))
 
 
-def read_metadata(file: Location) -> pq.FileMetaData:
-    """Read the footer of a Parquet file."""
-    import pyarrow.parquet as pq
+def _read_parquet(file: Location, action: Callable[[pq.ParquetFile], T]) -> T:
+    """Apply an action to a Parquet file, with retries if it is remote."""
 
     if isinstance(file, Path):
-        return pq.read_metadata(file)
+        with open_parquet(None, file) as parquet:
+            return action(parquet)
 
-    def read() -> pq.FileMetaData:
-        with open_unbuffered(file.filesystem, file.path) as opened:
-            return pq.read_metadata(opened)
+    def read() -> T:
+        with open_parquet(file.filesystem, file.path) as parquet:
+            return action(parquet)
 
     return retried(read, file)
