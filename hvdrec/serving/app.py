@@ -60,12 +60,7 @@ class DirectRoute(APIRoute):
 
 
 class Service:
-    """One worker: the FastAPI application around a bundle.
-
-    Attributes:
-        app: The application.
-        paths: Paths of all routes.
-    """
+    """One worker: the FastAPI application `app` around a bundle, with routes at `paths`."""
 
     def __init__(self, options: Options, served: ServedBundle, metrics: Metrics) -> None:
         """Create the routes; the application loads the bundle when it starts."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic_core import PydanticCustomError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from hvdrec.scoring.errors import choices, shown
 from hvdrec.serving.problems import JSON, Problem
@@ -78,12 +78,7 @@ B = TypeVar("B", bound=Body)
 
 
 async def read_body(request: Request, limit: int, max_wait: float) -> bytes:
-    """Read the body of a JSON request.
-
-    Args:
-        request: The request.
-        limit: Largest number of bytes.
-        max_wait: Seconds to wait for the body.
+    """Read the body of a JSON request, at most ``limit`` bytes within ``max_wait`` seconds.
 
     Raises:
         Problem: The body is not JSON by its headers, too long or too slow.
@@ -119,21 +114,18 @@ async def _received(request: Request, limit: int) -> bytes:
         raise too_long
     parts: list[bytes] = []
     size = 0
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise Problem(499, "the client disconnected")
-        part = message.get("body", b"")
-        size += len(part)
-        if size <= limit:
-            parts.append(part)
-        elif size > drained:
-            raise too_long
-        if not message.get("more_body", False):
-            break
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= limit:
+                parts.append(part)
+            elif size > drained:
+                raise too_long
+    except ClientDisconnect:
+        raise Problem(499, "the client disconnected") from None
     if size > limit:
         raise too_long
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return b"".join(parts)
 
 
 def from_json(body: bytes) -> Any:

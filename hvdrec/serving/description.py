@@ -58,17 +58,8 @@ def describe(scorer: Scorer, options: Options) -> BundleAnswer:
     return BundleAnswer.model_validate(values)
 
 
-def add_requests(document: Json, scorer: Scorer, bundle: BundleAnswer) -> Json:
-    """Add the schemas and examples of the bundle's requests to an OpenAPI document.
-
-    Args:
-        document: A document without request bodies; it is changed.
-        scorer: The scorer of the bundle.
-        bundle: The description of the bundle.
-
-    Returns:
-        The document.
-    """
+def add_requests(document: Json, scorer: Scorer, bundle: BundleAnswer) -> None:
+    """Add the schemas and examples of the bundle's requests to an OpenAPI document, in place."""
     models = _request_models(scorer, bundle)
     _, schemas = models_json_schema(
         [(model, "validation") for model in models.values()],
@@ -90,7 +81,6 @@ def add_requests(document: Json, scorer: Scorer, bundle: BundleAnswer) -> Json:
         schema = {"$ref": f"#/components/schemas/{model.__name__}"}
         content = {"application/json": {"schema": schema, "examples": examples}}
         document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-    return document
 
 
 def _request_models(scorer: Scorer, bundle: BundleAnswer) -> dict[str, type[BaseModel]]:

@@ -23,11 +23,7 @@ GAUGE_FILE = re.compile(r"gauge_live\w+_(\d+)\.db$")
 
 @contextlib.contextmanager
 def shared_folder() -> Iterator[None]:
-    """Let processes started in the body share metrics through a temporary directory.
-
-    Raises:
-        UserError: No temporary directory can be created.
-    """
+    """Let processes started in the body share metrics in a temporary directory."""
     try:
         temporary = tempfile.TemporaryDirectory(prefix="hvdrec-metrics-")
     except OSError as error:
@@ -52,14 +48,7 @@ def remove_shared_folder() -> None:
 
 
 class Metrics:
-    """Metrics of one worker.
-
-    Attributes:
-        candidates: Counts scored items by route.
-        in_flight: Number of requests in progress.
-        reloads: Counts bundles that replaced another.
-        refused: Counts bundles that were refused.
-    """
+    """Metrics of one worker; each describes itself in Prometheus' help text."""
 
     def __init__(self) -> None:
         """Create the metrics at zero."""

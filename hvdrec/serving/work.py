@@ -23,12 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The body of a response.
-
-    Attributes:
-        content: JSON.
-        items: Number of items scored or returned.
-    """
+    """The JSON body of a response, and the number of items scored or returned."""
 
     content: bytes
     items: int
@@ -38,17 +33,7 @@ Route = Callable[[Scorer, Any, int], Answer]
 
 
 def answer(route: Route, scorer: Scorer, body: bytes, max_candidates: int) -> Answer:
-    """Answer a request.
-
-    Args:
-        route: `score` or `recommend`.
-        scorer: The scorer to ask.
-        body: JSON.
-        max_candidates: Largest number of items to score or rank.
-
-    Raises:
-        Problem: The request is not valid, or the scorer cannot answer now.
-    """
+    """Answer a request for at most ``max_candidates`` items; Problem if that is not possible."""
     values = from_json(body)
     try:
         try:

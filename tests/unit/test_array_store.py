@@ -44,7 +44,7 @@ def test_rows_of_string_keys(drawn: tuple[list[str], list[str | None]]) -> None:
     expected = [keys.index(query) if query in keys else -1 for query in queries]
     for _ in range(2):  # the second time from the cache
         assert store.rows(queries).tolist() == expected
-    assert [store.key(row) for row in range(len(keys))] == keys
+    assert store.keys_of(np.arange(len(keys))) == keys
     cached = store.cached_rows(keys)
     assert cached is not None
     assert cached.tolist() == list(range(len(keys)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ def test_stores_of_another_model_are_refused(tmp_path: Path) -> None:
     users = ConstantStore("another model", 3)
     with pytest.raises(BundleError, match="another model"):
         Scorer.load(bundle, users=users)
+
+
+def test_a_store_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [EntryPoint("constant", f"{__name__}:open_constant", "hvdrec.stores")]
+
+    def entry_points(*, group: str, name: str) -> list[EntryPoint]:
+        return [point for point in points if (point.group, point.name) == (group, name)]
+
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
+    users, _ = open_stores("constant://half", write_bundle(tmp_path / "bundle"))
+    assert users.lookup(["anyone", None])[1].tolist() == [True, False]
+    with pytest.raises(StoreError):
+        open_stores("other://half", tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "unix"])

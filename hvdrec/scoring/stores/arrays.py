@@ -29,16 +29,7 @@ class ArrayStore:
     """
 
     def __init__(self, info: BundleInfo, side: str, width: int) -> None:
-        """Map the arrays of one side.
-
-        Args:
-            info: The bundle.
-            side: ``"user"`` or ``"item"``.
-            width: Length of an embedding.
-
-        Raises:
-            BundleError: An array is missing or damaged, or has the wrong dtype or shape.
-        """
+        """Map the arrays of ``"user"`` or ``"item"``; BundleError for a wrong dtype or shape."""
         self.model = info.model
         self.keys = read_array(info.path, f"{side}s/keys.npy")
         if self.keys.ndim != 1 or not (self.keys.dtype.kind == "S" or self.keys.dtype.str == "<i8"):
@@ -64,13 +55,9 @@ class ArrayStore:
         return len(self.keys)
 
     def cached_rows(self, keys: Sequence[Any]) -> Array | None:
-        """Look up rows in the cache alone, the fast path of a request.
+        """Return the rows of k keys, int64 [k], if all are cached; None if not.
 
-        Args:
-            keys: k keys of any type.
-
-        Returns:
-            Rows, int64 [k], if every key has the store's type and was looked up before; else None.
+        This is the fast path of a request. Entries may also be mappings of raw features.
         """
         # True == 1 == 1.0 in Python, so integers need this check; a string equals only strings.
         if self._key_type is int and not set(map(type, keys)) <= {int}:
@@ -81,14 +68,7 @@ class ArrayStore:
             return None
 
     def rows(self, keys: Sequence[str | int | None]) -> Array:
-        """Look up rows by key.
-
-        Args:
-            keys: k keys of type `dtype`, or None.
-
-        Returns:
-            Rows, int64 [k]; -1 for keys that are not stored.
-        """
+        """Look up the rows of k keys, int64 [k]; -1 for None and keys that are not stored."""
         cache = self._cache
         cached = [cache.get(key, -1) for key in keys]
         missed = [i for i, row in enumerate(cached) if row < 0 and keys[i] is not None]
@@ -105,14 +85,7 @@ class ArrayStore:
         return rows
 
     def take(self, rows: Array) -> Array:
-        """Read embeddings by row.
-
-        Args:
-            rows: int64 [k].
-
-        Returns:
-            Embeddings, float32 [k, width].
-        """
+        """Read the embeddings of rows int64 [k], float32 [k, width]."""
         taken = self.embeddings.take(rows, axis=0)
         if self._is_float32:
             return taken
@@ -130,11 +103,6 @@ class ArrayStore:
         embeddings = np.zeros((len(rows), self.embeddings.shape[1]), dtype=np.float32)
         embeddings[is_stored] = self.take(rows[is_stored])
         return embeddings, is_stored
-
-    def key(self, row: int) -> str | int:
-        """Return the key of a row."""
-        key = self.keys[row]
-        return bytes(key).decode() if self._key_type is str else int(key)
 
     def keys_of(self, rows: Array) -> list[str | int]:
         """Return the keys of rows, int64 [k]."""
@@ -157,7 +125,7 @@ class ArrayStore:
         if self._key_type is str and "\0" in "".join(keys):
             # Fixed-width bytes lose trailing NULs, so equal bytes may stand for different keys.
             for i, key in enumerate(keys):
-                if "\0" in key and rows[i] >= 0 and self.key(rows[i]) != key:
+                if "\0" in key and rows[i] >= 0 and self.keys_of(rows[i : i + 1]) != [key]:
                     rows[i] = -1
         return rows
 

@@ -9,13 +9,17 @@ from hvdrec.scoring.bundle import BundleInfo, read_bundle
 from hvdrec.scoring.errors import StoreError, choices
 from hvdrec.scoring.stores.protocol import Store, StoreFactory
 
+GROUP = "hvdrec.stores"
 _REDIS = "hvdrec.scoring.stores.redis.store:open_redis"
 # A built-in store is named, not imported: its database client may not be installed.
 _factories: dict[str, StoreFactory | str] = {"redis": _REDIS, "rediss": _REDIS, "unix": _REDIS}
 
 
 def register_store(scheme: str, factory: StoreFactory) -> None:
-    """Make `open_stores` and ``hvdrec serve --store`` accept URLs of another scheme.
+    """Make `open_stores` accept URLs of another scheme.
+
+    A package that declares its factory as an entry point of the group ``hvdrec.stores``, named by
+    the scheme, needs no call; ``hvdrec serve --store`` finds it too.
 
     Args:
         scheme: What stands before ``://`` in the URL.
@@ -41,6 +45,10 @@ def open_stores(url: str, bundle: str | Path | BundleInfo) -> tuple[Store, Store
     """
     scheme, separator, _ = url.partition("://")
     factory = _factories.get(scheme) if separator else None
+    if factory is None:
+        from importlib.metadata import entry_points  # here: it is slow to import
+
+        factory = next((point.load() for point in entry_points(group=GROUP, name=scheme)), None)
     if factory is None:  # the URL may hold a password: the message does not show it
         known = choices(f"{name}://" for name in sorted(_factories))
         raise StoreError(f"store: the URL has an unknown scheme; known: {known}", field="store")

@@ -168,16 +168,7 @@ def field_of(key: str | int) -> bytes:
 
 
 def pack(info: SideInfo, stored: Array, scales: Array | None) -> list[bytes]:
-    """Convert embeddings to the bytes of each row.
-
-    Args:
-        info: The side they belong to.
-        stored: Embeddings of dtype ``info.dtype``, [n, width].
-        scales: Factors of int8 rows, float32 [n]; None for other dtypes.
-
-    Returns:
-        n rows of ``info.row_dtype``.
-    """
+    """Convert embeddings [n, width], and scales float32 [n] of int8 ones, to n rows of bytes."""
     rows = np.empty(len(stored), dtype=info.row_dtype)
     rows["values"] = stored
     if scales is not None:
@@ -187,7 +178,7 @@ def pack(info: SideInfo, stored: Array, scales: Array | None) -> list[bytes]:
 
 
 def unpack(info: SideInfo, rows: Sequence[bytes]) -> Array:
-    """Convert n rows of ``info.row_dtype`` to embeddings, float32 [n, width]."""
+    """Convert n rows of bytes to embeddings, float32 [n, width]."""
     packed = np.frombuffer(b"".join(rows), dtype=info.row_dtype)
     values: Array = packed["values"].astype(np.float32)
     if info.dtype == "int8":

@@ -39,14 +39,9 @@ class RedisServer:
     """
 
     def __init__(self, url: str, timeout: float) -> None:
-        """Check the URL without connecting.
+        """Check the URL without connecting; StoreError, which never shows a password.
 
-        Args:
-            url: ``redis://``, ``rediss://`` or ``unix://``; may hold a password.
-            timeout: Seconds to wait for a connection and for each part of a reply.
-
-        Raises:
-            StoreError: The URL or the timeout is not valid. The message shows no password.
+        ``timeout`` is in seconds, for a connection and for each part of a reply.
         """
         if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
             raise StoreError(

@@ -68,13 +68,7 @@ class VersionReader:
     def __init__(
         self, server: RedisServer, names: Names, expected: Mapping[str, tuple[int, str]]
     ) -> None:
-        """Read versions of ``names.model``.
-
-        Args:
-            server: The server.
-            names: Names of the model's keys.
-            expected: The bundle's width and type of keys for each side.
-        """
+        """Read versions whose width and type of keys are the expected ones for each side."""
         self.server = server
         self.names = names
         self.expected = expected
