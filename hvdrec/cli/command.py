@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hvdrec.config import Config
+
+AddArgument = Callable[[argparse.ArgumentParser], object]
 
 
 @dataclass(frozen=True)
@@ -28,20 +31,54 @@ class Answer:
 class Command:
     """One command of the command line."""
 
-    name: str
     run: Callable[[argparse.Namespace], Answer]
-    text: str
-    """What it does, for --help."""
+    arguments: tuple[AddArgument, ...]
     example: str
     """Command lines that --help ends in."""
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    fields: tuple[str, ...] = ()
-    """Fields of the configuration that it takes as options: prefixes of their dotted names."""
-    notes: str = ""
+    notes: str
     """Further text of --help, before the example."""
+    fields: tuple[str, ...]
+    """Fields of the configuration that it takes as options: prefixes of their dotted names."""
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line."""
+        return self.run.__name__
+
+    @property
+    def text(self) -> str:
+        """Its description in --help: the docstring of its function, whose first line is short."""
+        return inspect.getdoc(self.run) or ""
+
+
+def command(
+    *arguments: AddArgument, example: str, notes: str = "", fields: tuple[str, ...] = ()
+) -> Callable[[Callable[[argparse.Namespace], Answer]], Command]:
+    """Declare a function to be a command of the same name; its docstring is the help text."""
+    return lambda run: Command(run, arguments, example, notes, fields)
+
+
+def argument(*names: str, **settings: Any) -> AddArgument:
+    """Declare an argument as `argparse.ArgumentParser.add_argument` takes it."""
+    return lambda parser: parser.add_argument(*names, **settings)
 
 
 ALL_FIELDS = ("",)
+BUNDLE = argument("bundle", type=Path, help="directory of the bundle")
+CONFIG = argument("config", type=Path, help="TOML file of the run")
+RUN = argument("run", type=Path, help="directory of a run (WORK/run)")
+OVERWRITE = argument("--overwrite", action="store_true", help="replace existing output")
+CHECKPOINT = argument(
+    "--checkpoint", choices=["best", "latest"], default="best", help="default: best"
+)
+WORKERS = argument(
+    "--workers",
+    type=int,
+    default=0,
+    metavar="N",
+    help="processes that share the work, except under mpirun (default: one per core, at most 8); "
+    "the output does not depend on their number",
+)
 
 
 def load_config(options: argparse.Namespace) -> Config:
@@ -61,25 +98,3 @@ def load_config_on_all(options: argparse.Namespace) -> Config:
 
     ranks.init()
     return ranks.run_on_all(lambda: load_config(options))
-
-
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the TOML file of a run."""
-    parser.add_argument("config", type=Path, help="TOML file of the run")
-
-
-def add_overwrite_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--overwrite``."""
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-
-
-def add_workers_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--workers``."""
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that share the work, except under mpirun (default: one per core, at most "
-        "8); the output does not depend on their number",
-    )

@@ -7,17 +7,25 @@ from pathlib import Path
 
 from hvdrec.cli.command import (
     ALL_FIELDS,
+    CONFIG,
+    OVERWRITE,
+    WORKERS,
     Answer,
-    Command,
-    add_config_argument,
-    add_overwrite_option,
-    add_workers_option,
+    argument,
+    command,
     load_config,
 )
 from hvdrec.cli.text_table import table
 
 
-def _data(options: argparse.Namespace) -> Answer:
+@command(
+    argument("name", nargs="?", help="name of the data set; omit it to list them"),
+    argument("--to", type=Path, help="directory to write (default data/NAME)"),
+    OVERWRITE,
+    example="hvdrec data movielens-1m --to data/movielens-1m",
+)
+def data(options: argparse.Namespace) -> Answer:
+    """Download a public data set and write it as plain Parquet tables."""
     from hvdrec import datasets
 
     if options.name is None:
@@ -29,7 +37,9 @@ def _data(options: argparse.Namespace) -> Answer:
     return Answer({"path": str(out), **facts}, f"wrote {out}")
 
 
-def _samples(options: argparse.Namespace) -> Answer:
+@command(CONFIG, OVERWRITE, example="hvdrec samples configs/movielens-1m.toml", fields=ALL_FIELDS)
+def samples(options: argparse.Namespace) -> Answer:
+    """Make labelled samples, split into train, validation and test."""
     from hvdrec.samples import make_samples
 
     result = make_samples(load_config(options), overwrite=options.overwrite)
@@ -38,7 +48,15 @@ def _samples(options: argparse.Namespace) -> Answer:
     return Answer(result.to_dict(), text)
 
 
-def _prepare(options: argparse.Namespace) -> Answer:
+@command(
+    CONFIG,
+    OVERWRITE,
+    WORKERS,
+    example="hvdrec prepare configs/movielens-1m.toml --workers 2",
+    fields=ALL_FIELDS,
+)
+def prepare(options: argparse.Namespace) -> Answer:
+    """Fit the features on the training split and encode all shards."""
     from hvdrec.features.prepare import prepare_with
     from hvdrec.parallel.pool import open_pool
 
@@ -50,47 +68,3 @@ def _prepare(options: argparse.Namespace) -> Answer:
     shards = [[split, rows, len(result.shards[split])] for split, rows in result.rows.items()]
     text = table(["split", "rows", "shards"], shards) + "\n\n" + table(["table", "codes"], sizes)
     return Answer(result.to_dict(), f"{text}\nwrote {result.path}")
-
-
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="name of the data set; omit it to list them")
-    parser.add_argument("--to", type=Path, help="directory to write (default data/NAME)")
-    add_overwrite_option(parser)
-
-
-def _add_samples_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser)
-    add_overwrite_option(parser)
-
-
-def _add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser)
-    add_overwrite_option(parser)
-    add_workers_option(parser)
-
-
-COMMANDS = (
-    Command(
-        "data",
-        _data,
-        "Download a public data set and write it as plain Parquet tables.",
-        "hvdrec data movielens-1m --to data/movielens-1m",
-        _add_data_arguments,
-    ),
-    Command(
-        "samples",
-        _samples,
-        "Make labelled samples, split into train, validation and test.",
-        "hvdrec samples configs/movielens-1m.toml",
-        _add_samples_arguments,
-        ALL_FIELDS,
-    ),
-    Command(
-        "prepare",
-        _prepare,
-        "Fit the features on the training split and encode all shards.",
-        "hvdrec prepare configs/movielens-1m.toml --workers 2",
-        _add_prepare_arguments,
-        ALL_FIELDS,
-    ),
-)

@@ -6,19 +6,43 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from hvdrec.cli.command import Answer, Command
+from hvdrec.cli.command import Answer, argument, command
 from hvdrec.cli.reports import render_checks
 from hvdrec.cli.text_table import table
 
 
-def _doctor(options: argparse.Namespace) -> Answer:
+@command(example="hvdrec doctor")
+def doctor(options: argparse.Namespace) -> Answer:
+    """Show what this machine can do, and how to fix problems."""
     from hvdrec.cluster.doctor import diagnose
 
     report = diagnose()
     return Answer(report.as_dict(), render_checks(report.checks), report.exit_status)
 
 
-def _hosts(options: argparse.Namespace) -> Answer:
+@command(
+    argument(
+        "-H",
+        dest="hosts",
+        required=True,
+        metavar="HOST:SLOTS,...",
+        help="hosts in the format of horovodrun and mpirun",
+    ),
+    argument(
+        "paths",
+        nargs="*",
+        type=Path,
+        help="files and directories that must be the same on every host; a configuration includes "
+        "its features",
+    ),
+    example="hvdrec hosts -H localhost:2,worker1:2 configs/movielens-1m.toml",
+)
+def hosts(options: argparse.Namespace) -> Answer:
+    """Check hosts before a launch and print one line per problem.
+
+    Checks ssh without a password, equal versions and files, clocks, and the network back to this
+    host.
+    """
     from hvdrec.cluster.hosts import check_hosts, parse_hosts
 
     checks = check_hosts(parse_hosts(options.hosts), _with_features(options.paths))
@@ -37,39 +61,3 @@ def _with_features(paths: list[Path]) -> list[Path]:
     files = [path for path in paths if path.suffix == ".toml"]
     features = [load_config(file).paths.of("features") for file in files]
     return paths + [each for each in features if isinstance(each, Path) and each.exists()]
-
-
-def _add_hosts_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-H",
-        dest="hosts",
-        required=True,
-        metavar="HOST:SLOTS,...",
-        help="hosts in the format of horovodrun and mpirun",
-    )
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        type=Path,
-        help="files and directories that must be the same on every host; a configuration includes "
-        "its features",
-    )
-
-
-COMMANDS = (
-    Command(
-        "doctor",
-        _doctor,
-        "Show what this machine can do, and how to fix problems.",
-        "hvdrec doctor",
-        lambda parser: None,
-    ),
-    Command(
-        "hosts",
-        _hosts,
-        "Check hosts before a launch: ssh without a password, the same versions and files, clocks, "
-        "and the network back to this host. Prints one line per problem.",
-        "hvdrec hosts -H localhost:2,worker1:2 configs/movielens-1m.toml",
-        _add_hosts_arguments,
-    ),
-)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from hvdrec.cli.command import (
     ALL_FIELDS,
+    CHECKPOINT,
+    CONFIG,
+    OVERWRITE,
+    RUN,
+    WORKERS,
     Answer,
-    Command,
-    add_config_argument,
-    add_overwrite_option,
-    add_workers_option,
+    argument,
+    command,
     load_config,
     load_config_on_all,
 )
@@ -43,7 +46,17 @@ middle of a trial if that has a checkpoint. Raise --trials for more trials, or s
 """
 
 
-def _train(options: argparse.Namespace) -> Answer:
+@command(
+    CONFIG,
+    OVERWRITE,
+    argument(
+        "--resume", action="store_true", help="continue from the latest checkpoint, if there is one"
+    ),
+    example="horovodrun -np 2 hvdrec train configs/movielens-1m.toml --train.epochs 3",
+    fields=ALL_FIELDS,
+)
+def train(options: argparse.Namespace) -> Answer:
+    """Train a model, alone or under horovodrun or mpirun on many ranks."""
     config = load_config_on_all(options)
     from hvdrec.training.loop import train
 
@@ -55,7 +68,37 @@ def _train(options: argparse.Namespace) -> Answer:
     )
 
 
-def _tune(options: argparse.Namespace) -> Answer:
+@command(
+    CONFIG,
+    OVERWRITE,
+    argument(
+        "--search",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=RANGE",
+        help="what to search; optional for a search that is resumed",
+    ),
+    argument(
+        "--trials",
+        type=int,
+        default=20,
+        metavar="N",
+        help="number of trials, including those already done (default 20)",
+    ),
+    argument(
+        "--prune",
+        action="store_true",
+        help="stop a trial that is worse than the median of the complete trials after the same "
+        "number of epochs (from five complete trials on)",
+    ),
+    notes=TUNE_NOTES,
+    example="hvdrec tune configs/movielens-1m.toml --trials 30 --prune \\\n"
+    "    --search train.embedding-learning-rate=log:0.05:0.8 model.ranker.dropout=0:0.4",
+    fields=ALL_FIELDS,
+)
+def tune(options: argparse.Namespace) -> Answer:
+    """Search for the settings with the best validation metric, with Optuna."""
     config = load_config_on_all(options)
     from hvdrec.tuning.run import tune
 
@@ -69,7 +112,28 @@ def _tune(options: argparse.Namespace) -> Answer:
     return Answer(result.to_dict(), render_search(result))
 
 
-def _plan(options: argparse.Namespace) -> Answer:
+@command(
+    CONFIG,
+    argument("--ranks", type=int, default=0, help="ranks of the job (default: of this job)"),
+    argument("--ranks-per-host", type=int, default=0, help="default: all ranks on one host"),
+    argument("--memory", default="", help="memory of a rank, such as 80GB"),
+    argument("--bandwidth", default="", help="network bandwidth of a host, such as 200Gbit"),
+    argument(
+        "--cores", type=int, default=0, help="CPU cores of a host, shared by its ranks; 0: enough"
+    ),
+    argument(
+        "--calibrate",
+        action="store_true",
+        help="measure this machine first, under horovodrun or mpirun also its messages, and store "
+        "the result in WORK/plan.json",
+    ),
+    argument("--constants", type=Path, help="measurements of another machine (a plan.json)"),
+    example="hvdrec plan configs/movielens-1m.toml --ranks 16 --ranks-per-host 8 "
+    "--bandwidth 25Gbit",
+    fields=ALL_FIELDS,
+)
+def plan(options: argparse.Namespace) -> Answer:
+    """Predict memory, bytes and time of a training step on any number of ranks."""
     from hvdrec.planner.plan import plan
 
     config = load_config(options)
@@ -86,7 +150,30 @@ def _plan(options: argparse.Namespace) -> Answer:
     return Answer(asdict(result), render_plan(result, config.train.batch_size))
 
 
-def _evaluate(options: argparse.Namespace) -> Answer:
+@command(
+    RUN,
+    argument("--split", choices=["validation", "test"], default="test", help="default: test"),
+    CHECKPOINT,
+    argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also evaluate popularity, means, item-item co-occurrence and EASE, fitted on the "
+        "training rows with settings chosen on validation (default), or only the model",
+    ),
+    argument(
+        "--ease-items",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="largest catalogue for which EASE is fitted (default 10000, which takes 1.6 GB and "
+        "minutes; twice the items take four times the memory and eight times the time; 0: never)",
+    ),
+    argument("--output", type=Path, help="also write the JSON report to this file"),
+    example="hvdrec evaluate runs/movielens-1m/run --output report.json",
+)
+def evaluate(options: argparse.Namespace) -> Answer:
+    """Evaluate a run beside its baselines; ranks share the work."""
     from hvdrec.storage.artifacts import write_text
     from hvdrec.training.evaluate_run import evaluate
 
@@ -104,7 +191,21 @@ def _evaluate(options: argparse.Namespace) -> Answer:
     return Answer(facts, render_evaluation(facts))
 
 
-def _export(options: argparse.Namespace) -> Answer:
+@command(
+    RUN,
+    argument("--to", help="directory or URL of the bundle (default paths.bundle)"),
+    CHECKPOINT,
+    argument("--parity-rows", type=int, help="held-out rows to compare with torch"),
+    WORKERS,
+    OVERWRITE,
+    example="hvdrec export runs/movielens-1m/run --export.embeddings int8",
+    fields=EXPORT_FIELDS,
+)
+def export(options: argparse.Namespace) -> Answer:
+    """Write the bundle of a run, if it scores as torch does.
+
+    Options can change the fields of [export] and how the score combines several labels.
+    """
     from hvdrec.config import with_fields
     from hvdrec.exporting.export_run import export_with
     from hvdrec.parallel.pool import open_pool
@@ -132,133 +233,3 @@ def _export(options: argparse.Namespace) -> Answer:
             f"{cost['auc']:.5f}, {cost['auc_loss']:.2g} less than in float32"
         )
     return Answer(result.to_dict(), "\n".join([*lines, f"wrote {result.path}"]))
-
-
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser)
-    add_overwrite_option(parser)
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the latest checkpoint, if there is one"
-    )
-
-
-def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser)
-    parser.add_argument(
-        "--search",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD=RANGE",
-        help="what to search; optional for a search that is resumed",
-    )
-    parser.add_argument(
-        "--trials",
-        type=int,
-        default=20,
-        metavar="N",
-        help="number of trials, including those already done (default 20)",
-    )
-    parser.add_argument(
-        "--prune",
-        action="store_true",
-        help="stop a trial that is worse than the median of the complete trials after the same "
-        "number of epochs (from five complete trials on)",
-    )
-    add_overwrite_option(parser)
-
-
-def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_argument(parser)
-    add = parser.add_argument
-    add("--ranks", type=int, default=0, help="ranks of the job (default: those of this job)")
-    add("--ranks-per-host", type=int, default=0, help="ranks on each host (default: all on one)")
-    add("--memory", default="", help="memory of a rank, such as 80GB")
-    add("--bandwidth", default="", help="network bandwidth of a host, such as 200Gbit")
-    add("--cores", type=int, default=0, help="CPU cores of a host, shared by its ranks; 0: enough")
-    add(
-        "--calibrate",
-        action="store_true",
-        help="measure this machine first, under horovodrun or mpirun also its messages, and store "
-        "the result in WORK/plan.json",
-    )
-    add("--constants", type=Path, help="measurements of another machine (a plan.json)")
-
-
-def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, help="directory of a run (WORK/run)")
-    add("--split", choices=["validation", "test"], default="test")
-    add("--checkpoint", choices=["best", "latest"], default="best")
-    add(
-        "--baselines",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also evaluate popularity, means, item-item co-occurrence and EASE, fitted on the "
-        "training rows with settings chosen on validation (default), or only the model",
-    )
-    add(
-        "--ease-items",
-        type=int,
-        default=10_000,
-        metavar="N",
-        help="largest catalogue for which EASE is fitted (default 10000, which takes 1.6 GB and "
-        "minutes; twice the items take four times the memory and eight times the time; 0: never)",
-    )
-    add("--output", type=Path, help="also write the JSON report to this file")
-
-
-def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, help="directory of a run (WORK/run)")
-    add("--to", help="directory or URL of the bundle (default paths.bundle)")
-    add("--checkpoint", choices=["best", "latest"], default="best")
-    add("--parity-rows", type=int, help="held-out rows to compare with torch")
-    add_workers_option(parser)
-    add_overwrite_option(parser)
-
-
-COMMANDS = (
-    Command(
-        "train",
-        _train,
-        "Train a model, alone or under horovodrun or mpirun on many ranks.",
-        "horovodrun -np 2 hvdrec train configs/movielens-1m.toml --train.epochs 3",
-        _add_train_arguments,
-        ALL_FIELDS,
-    ),
-    Command(
-        "tune",
-        _tune,
-        "Search for the settings with the best validation metric, with Optuna.",
-        "hvdrec tune configs/movielens-1m.toml --trials 30 --prune \\\n"
-        "    --search train.embedding-learning-rate=log:0.05:0.8 model.ranker.dropout=0:0.4",
-        _add_tune_arguments,
-        ALL_FIELDS,
-        TUNE_NOTES,
-    ),
-    Command(
-        "plan",
-        _plan,
-        "Predict memory, bytes and time of a training step on any number of ranks.",
-        "hvdrec plan configs/movielens-1m.toml --ranks 16 --ranks-per-host 8 --bandwidth 25Gbit",
-        _add_plan_arguments,
-        ALL_FIELDS,
-    ),
-    Command(
-        "evaluate",
-        _evaluate,
-        "Evaluate a run beside its baselines; ranks share the work.",
-        "hvdrec evaluate runs/movielens-1m/run --output report.json",
-        _add_evaluate_arguments,
-    ),
-    Command(
-        "export",
-        _export,
-        "Write the bundle of a run, if it scores as torch does. Options can change the fields of "
-        "[export] and how the score combines several labels.",
-        "hvdrec export runs/movielens-1m/run --export.embeddings int8",
-        _add_export_arguments,
-        EXPORT_FIELDS,
-    ),
-)

@@ -13,11 +13,9 @@ from hvdrec.cli import data_commands, host_commands, model_commands, serve_comma
 from hvdrec.cli.command import ALL_FIELDS, Command
 from hvdrec.errors import UserError
 
-COMMANDS = (
-    *host_commands.COMMANDS,
-    *data_commands.COMMANDS,
-    *model_commands.COMMANDS,
-    *serve_commands.COMMANDS,
+MODULES = (data_commands, model_commands, serve_commands, host_commands)
+COMMANDS = tuple(
+    each for module in MODULES for each in vars(module).values() if isinstance(each, Command)
 )
 EPILOG = """\
 Every command takes --json and then prints one JSON object on standard output.
@@ -85,14 +83,15 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     for command in COMMANDS:
         sub = subparsers.add_parser(
             command.name,
-            help=command.text,
-            description=textwrap.fill(command.text, 80),
+            help=command.text.partition("\n")[0],
+            description=command.text,
             epilog=f"{command.notes}example:\n{textwrap.indent(command.example, '  ')}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         sub.set_defaults(command=command)
-        command.add_arguments(sub)
+        for add_argument in command.arguments:
+            add_argument(sub)
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         if command.fields and command.name in arguments[:1]:
             _add_fields(sub, command, arguments[1:])

@@ -9,13 +9,23 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from hvdrec.cli.command import Answer, Command, add_overwrite_option
+from hvdrec.cli.command import BUNDLE, OVERWRITE, Answer, argument, command
 from hvdrec.cli.text_table import table
 from hvdrec.errors import UserError
 from hvdrec.serving import add_arguments as add_serve_arguments
 
 
-def _fetch(options: argparse.Namespace) -> Answer:
+@command(
+    argument("source", help="URL or directory of a bundle, such as s3://bucket/name"),
+    argument("to", type=Path, help="directory to write"),
+    OVERWRITE,
+    example="hvdrec fetch s3://bucket/movielens-1m served/movielens-1m",
+)
+def fetch(options: argparse.Namespace) -> Answer:
+    """Copy a bundle from a URL into a directory and verify it, so that it can be served.
+
+    The directory is complete or absent. A bundle that is already there is left unchanged.
+    """
     from hvdrec.storage.artifacts import fetch_artifact
     from hvdrec.storage.urls import as_location
 
@@ -25,7 +35,33 @@ def _fetch(options: argparse.Namespace) -> Answer:
     return Answer(facts, f"wrote {to}" if is_new else f"{to}: holds this bundle already")
 
 
-def _recommend(options: argparse.Namespace) -> Answer:
+@command(
+    BUNDLE,
+    argument("--user", required=True, help="key of a user, or a JSON object of raw features"),
+    argument(
+        "--scene", nargs="*", default=[], metavar="FIELD=VALUE", help="values of scene fields"
+    ),
+    argument("-k", type=int, default=10, help="number of items (default 10)"),
+    argument("--candidates", type=int, default=500, help="items to rank (default 500)"),
+    argument("--exclude", nargs="*", default=[], metavar="ITEM", help="items to leave out"),
+    argument(
+        "--allowed",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="only items with one of these values, of the fields in export.filters",
+    ),
+    argument("--skip-seen", action="store_true", help="leave out the user's items in the log"),
+    argument(
+        "--diversity",
+        type=float,
+        default=0.0,
+        help="from 0 (off) to below 1: prefer items unlike those ranked before them",
+    ),
+    example="hvdrec recommend runs/movielens-1m/bundle --user 1 --scene hour=21 weekday=4 -k 10",
+)
+def recommend(options: argparse.Namespace) -> Answer:
+    """Retrieve and rank items for a user in a scene."""
     from hvdrec.cli.request_text import parse_allowed, parse_key, parse_scene, parse_user
     from hvdrec.scoring import Scorer
 
@@ -57,14 +93,34 @@ def _recommend(options: argparse.Namespace) -> Answer:
     return Answer({"user": options.user, "scene": scene, "items": facts}, text)
 
 
-def _score(options: argparse.Namespace) -> Answer:
+@command(
+    BUNDLE,
+    argument("input", type=Path, help="Parquet file with raw user, item and scene columns"),
+    argument("output", type=Path, help="Parquet file to write: columns of the input and `score`"),
+    example="hvdrec score runs/movielens-1m/bundle pairs.parquet scored.parquet",
+)
+def score(options: argparse.Namespace) -> Answer:
+    """Score the rows of a Parquet file of raw values and write them to another file."""
     from hvdrec.exporting.score_file import score_table
 
     facts = score_table(options.bundle, options.input, options.output)
     return Answer(facts, f"scored {facts['rows']} rows\nwrote {options.output}")
 
 
-def _publish(options: argparse.Namespace) -> Answer:
+@command(
+    BUNDLE,
+    argument("--redis", metavar="URL", help="URL of the server (default: $HVDREC_REDIS)"),
+    argument("--prefix", default="hvdrec", help="prefix of the keys (default hvdrec)"),
+    argument(
+        "--keep",
+        type=float,
+        default=600.0,
+        help="seconds until the previous version expires (default 600)",
+    ),
+    example="hvdrec publish runs/movielens-1m/bundle --redis redis://localhost:6379/0",
+)
+def publish(options: argparse.Namespace) -> Answer:
+    """Write a bundle's embeddings to a Redis server that many services share, as a new version."""
     from hvdrec.scoring.stores.redis.publish import publish
 
     url = options.redis or os.environ.get("HVDREC_REDIS", "")
@@ -84,7 +140,11 @@ def _publish(options: argparse.Namespace) -> Answer:
     return Answer(asdict(result), text)
 
 
-def _serve(options: argparse.Namespace) -> Answer:
+@command(
+    add_serve_arguments, example="hvdrec serve runs/movielens-1m/bundle --port 8080 --workers 2"
+)
+def serve(options: argparse.Namespace) -> Answer:
+    """Serve a bundle over HTTP until SIGTERM or SIGINT; a new bundle at the path is loaded."""
     from hvdrec.serving import from_arguments, serve
 
     serve(from_arguments(options))
@@ -106,93 +166,3 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             bar.update(rows - bar.n)
 
         yield show
-
-
-def _add_fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="URL or directory of a bundle, such as s3://bucket/name")
-    parser.add_argument("to", type=Path, help="directory to write")
-    add_overwrite_option(parser)
-
-
-def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("bundle", type=Path, help="directory of the bundle")
-    add("--user", required=True, help="key of a user, or a JSON object of raw features")
-    add("--scene", nargs="*", default=[], metavar="FIELD=VALUE", help="values of scene fields")
-    add("-k", type=int, default=10, help="number of items (default 10)")
-    add("--candidates", type=int, default=500, help="items to rank (default 500)")
-    add("--exclude", nargs="*", default=[], metavar="ITEM", help="items to leave out")
-    add(
-        "--allowed",
-        nargs="*",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="only items with one of these values, of the fields in export.filters",
-    )
-    add("--skip-seen", action="store_true", help="leave out the user's items in the log")
-    add(
-        "--diversity",
-        type=float,
-        default=0.0,
-        help="from 0 (off) to below 1: prefer items unlike those ranked before them",
-    )
-
-
-def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("bundle", type=Path, help="directory of the bundle")
-    add("input", type=Path, help="Parquet file with raw user, item and scene columns")
-    add("output", type=Path, help="Parquet file to write: the columns of the input and `score`")
-
-
-def _add_publish_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("bundle", type=Path, help="directory of the bundle")
-    add("--redis", metavar="URL", help="URL of the server (default: $HVDREC_REDIS)")
-    add("--prefix", default="hvdrec", help="prefix of the keys (default hvdrec)")
-    add(
-        "--keep",
-        type=float,
-        default=600.0,
-        help="seconds until the previous version expires (default 600)",
-    )
-
-
-COMMANDS = (
-    Command(
-        "fetch",
-        _fetch,
-        "Copy a bundle from a URL into a directory and verify it, so that it can be served. The "
-        "directory is complete or absent. A bundle that is already there is left unchanged.",
-        "hvdrec fetch s3://bucket/movielens-1m served/movielens-1m",
-        _add_fetch_arguments,
-    ),
-    Command(
-        "recommend",
-        _recommend,
-        "Retrieve and rank items for a user in a scene.",
-        "hvdrec recommend runs/movielens-1m/bundle --user 1 --scene hour=21 weekday=4 -k 10",
-        _add_recommend_arguments,
-    ),
-    Command(
-        "score",
-        _score,
-        "Score the rows of a Parquet file of raw values and write them to another file.",
-        "hvdrec score runs/movielens-1m/bundle pairs.parquet scored.parquet",
-        _add_score_arguments,
-    ),
-    Command(
-        "serve",
-        _serve,
-        "Serve a bundle over HTTP until SIGTERM or SIGINT. A new bundle at the path is loaded.",
-        "hvdrec serve runs/movielens-1m/bundle --port 8080 --workers 2",
-        add_serve_arguments,
-    ),
-    Command(
-        "publish",
-        _publish,
-        "Write a bundle's embeddings to a Redis server that many services share, as a new version.",
-        "hvdrec publish runs/movielens-1m/bundle --redis redis://localhost:6379/0",
-        _add_publish_arguments,
-    ),
-)
