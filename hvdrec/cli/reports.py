@@ -1,4 +1,4 @@
-"""Results as text for people."""
+"""Results as text."""
 
 from __future__ import annotations
 
@@ -14,54 +14,49 @@ if TYPE_CHECKING:
     from hvdrec.tuning.search import TuneResult
 
 TRIALS_SHOWN = 10
-OF_TASKS = ("auc", "gauc", "log_loss", "calibration", "base_rate", "rows")
+TASK_METRICS = ("auc", "gauc", "log_loss", "calibration", "base_rate", "rows")
 TITLES = {"ranking": "Ranking", "retrieval": "Retrieval over the whole catalogue"}
 
 
 def render_evaluation(report: Mapping[str, Any]) -> str:
-    """Return the tables of a report.
+    """Format an evaluation: the model beside its baselines, one metric per row.
 
-    report: ``ranking`` and ``retrieval`` hold metrics by name, ``tasks`` holds those of each task;
-    ``baselines`` holds the same by the baseline's name; ``notes`` are lines that follow.
+    Args:
+        report: ``ranking`` and ``retrieval`` hold metrics by name, ``tasks`` the metrics of each
+            task, ``baselines`` the same by the name of the baseline, ``notes`` lines of text.
     """
     baselines: Mapping[str, Any] = report.get("baselines") or {}
+    suffix = f", {report['split']} split" if "split" in report else ""
     parts = []
-    for kind, title in TITLES.items():
-        model = report.get(kind)
-        if not model:
+    for stage, title in TITLES.items():
+        if not report.get(stage):
             continue
-        named = {name: found[kind] for name, found in baselines.items() if kind in found}
+        columns = {"model": report[stage]}
+        columns |= {name: metrics[stage] for name, metrics in baselines.items() if stage in metrics}
         rows = [
-            [
-                metric,
-                _format_metric(value),
-                *(_format_metric(found.get(metric)) for found in named.values()),
-            ]
-            for metric, value in model.items()
+            [metric, *(_format_metric(metrics.get(metric)) for metrics in columns.values())]
+            for metric in report[stage]
         ]
-        heading = f"{title}, {report['split']} split" if "split" in report else title
-        parts.append(f"{heading}\n{table([kind, 'model', *named], rows)}")
-        if kind == "ranking" and report.get("tasks"):
-            parts.append(_tasks(report, baselines))
+        parts.append(f"{title}{suffix}\n{table([stage, *columns], rows)}")
+        if stage == "ranking" and report.get("tasks"):
+            parts.append(f"Tasks{suffix}\n{_render_tasks(report['tasks'], baselines)}")
     if report.get("notes"):
         parts.append("\n".join(report["notes"]))
     return "\n\n".join(parts)
 
 
-def _tasks(report: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
-    """Return one row per task: its metrics, and the AUC of each baseline of its own label."""
-    others = {name: found["tasks"] for name, found in baselines.items() if "tasks" in found}
+def _render_tasks(tasks: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
+    """Format one row per task: its metrics, and the AUC of each baseline on the task's label."""
+    others = {name: metrics["tasks"] for name, metrics in baselines.items() if "tasks" in metrics}
     rows = [
         [
             task,
-            *(_format_metric(metrics[name]) for name in OF_TASKS),
-            *(_format_metric(found[task]["auc"]) for found in others.values()),
+            *(_format_metric(metrics[name]) for name in TASK_METRICS),
+            *(_format_metric(other[task]["auc"]) for other in others.values()),
         ]
-        for task, metrics in report["tasks"].items()
+        for task, metrics in tasks.items()
     ]
-    heading = f"Tasks, {report['split']} split" if "split" in report else "Tasks"
-    columns = ["task", *OF_TASKS, *(f"auc of {name}" for name in others)]
-    return f"{heading}\n{table(columns, rows)}"
+    return table(["task", *TASK_METRICS, *(f"auc of {name}" for name in others)], rows)
 
 
 def _format_metric(value: Any) -> str:
@@ -71,7 +66,7 @@ def _format_metric(value: Any) -> str:
 
 
 def render_search(search: TuneResult) -> str:
-    """Return the best trials in a table, and the best one's values ready to be pasted."""
+    """Format the best trials, and the values of the best one as options and as TOML."""
     from hvdrec.tuning.space import as_overrides, as_toml
 
     fields = list(dict.fromkeys(name for trial in search.trials for name in trial.values))
@@ -93,18 +88,18 @@ def render_search(search: TuneResult) -> str:
     parts = [f"{heading}\n{table(headers, rows)}"]
     best = search.best
     if best is None:
-        parts.append("no trial came to its end")
+        parts.append("no trial is complete")
     elif best.number == 0:
-        parts.append("nothing was better than the configuration as it stands (trial 0)")
+        parts.append("no trial was better than the configuration as it is (trial 0)")
     else:
-        parts.append(f"The best, on the command line:\n{as_overrides(best.values)}")
-        parts.append(f"and in the configuration:\n{as_toml(best.values)}")
+        parts.append(f"The best trial, as options:\n{as_overrides(best.values)}")
+        parts.append(f"and as TOML:\n{as_toml(best.values)}")
     parts.append(f"wrote {search.path}")
     return "\n\n".join(parts)
 
 
 def _short_names(fields: list[str]) -> dict[str, str]:
-    """Return the fields' last names where these tell them apart."""
+    """Return the last part of each field's name, or the whole name if that is ambiguous."""
     names = [field.rpartition(".")[2] for field in fields]
     return {
         field: name if names.count(name) == 1 else field

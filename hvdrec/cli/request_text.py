@@ -1,4 +1,4 @@
-"""Requests as people type them: keys and FIELD=VALUE pairs become typed values."""
+"""Parse requests from a command line: keys and FIELD=VALUE pairs to typed values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvdrec.scoring.scorer import Scorer
 
 
 def parse_key(scorer: Scorer, side: str, text: str) -> Key:
-    """Return a key in the bundle's type."""
+    """Parse a key as the type that the bundle declares."""
     if scorer.key_dtype(side) == "string":
         return text
     try:
@@ -24,7 +24,7 @@ def parse_key(scorer: Scorer, side: str, text: str) -> Key:
 
 
 def parse_user(scorer: Scorer, text: str) -> Key | Raw:
-    """Return a user's key, or the raw features of a JSON object."""
+    """Parse the key of a user, or a JSON object of raw features."""
     if not text.lstrip().startswith("{"):
         return parse_key(scorer, "user", text)
     try:
@@ -35,7 +35,7 @@ def parse_user(scorer: Scorer, text: str) -> Key | Raw:
 
 
 def parse_scene(scorer: Scorer, pairs: Sequence[str]) -> dict[str, Any]:
-    """Return the scene that pairs such as ``hour=21`` tell; an empty value is a missing one."""
+    """Parse the fields of a scene, such as ``hour=21``; an empty value means missing."""
     fields = {field.name: field for field in scorer.info.side("scene")}
     scene: dict[str, Any] = {}
     for pair in pairs:
@@ -49,7 +49,7 @@ def parse_scene(scorer: Scorer, pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_allowed(scorer: Scorer, pairs: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the filter that pairs such as ``genres=Drama`` tell; a field may come repeatedly."""
+    """Parse filters such as ``genres=Drama``; a field may occur several times."""
     fields = {field.name: field for field in scorer.info.side("item")}
     allowed: dict[str, list[Any]] = {}
     for pair in pairs:
@@ -59,7 +59,7 @@ def parse_allowed(scorer: Scorer, pairs: Sequence[str]) -> dict[str, list[Any]]:
                 "allowed", pair, "must be FIELD=VALUE", "for example genres=Drama"
             )
         field = fields.get(name)
-        # What is no item field, or no filter, `recommend` refuses with the choices.
+        # `recommend` refuses fields that are not filters, with the known ones.
         value = text if field is None else _parse_scalar(field, text)
         allowed.setdefault(name, []).append(value)
     return allowed
@@ -74,13 +74,10 @@ def _parse(field: Field, text: str) -> Any:
 
 
 def _parse_scalar(field: Field, text: str) -> str | int | float:
-    kinds: dict[str, type[str] | type[int] | type[float]] = {
-        "string": str,
-        "int": int,
-        "float": float,
-    }
     try:
-        return kinds[field.dtype](text)
+        if field.dtype == "string":
+            return text
+        return int(text) if field.dtype == "int" else float(text)
     except ValueError:
-        wanted = {"int": "an integer", "float": "a number"}[field.dtype]
+        wanted = "an integer" if field.dtype == "int" else "a number"
         raise invalid_request(field.path, text, f"must be {wanted}") from None

@@ -1,34 +1,33 @@
-"""Small text tables for people."""
+"""Text tables.
+
+The slim install prints them, too, so they cannot come from a library.
+"""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 
-LONGEST_CELL = 60
+MAX_CELL_WIDTH = 60
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return rows under headers, in aligned columns; columns of numbers are right-aligned.
+    """Format rows under headers in aligned columns, numbers to the right.
 
-    Cells wider than 60 columns of a terminal are cut, with an ellipsis; in the last column none
-    is. Line breaks and control characters become spaces; None is empty.
+    Cells wider than 60 terminal columns are cut, except in the last column. Line breaks and control
+    characters become spaces; None is empty.
     """
     plain = [[_plain(cell) for cell in row] for row in rows]
     cells = [[*(_cut(cell) for cell in row[:-1]), *row[-1:]] for row in plain]
     widths = [
-        max([_width(header), *(_width(row[i]) for row in cells)])
-        for i, header in enumerate(headers)
+        max(_width(row[column]) for row in ([*headers], *cells)) for column in range(len(headers))
     ]
-    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
+    is_numeric = [
+        bool(rows) and all(_is_number(row[column]) for row in rows)
+        for column in range(len(headers))
+    ]
     lines = [[*headers], ["-" * width for width in widths], *cells]
-    return "\n".join(
-        "  ".join(
-            _pad(cell, width, right)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join("  ".join(map(_pad, line, widths, is_numeric)).rstrip() for line in lines)
 
 
 def _is_number(cell: object) -> bool:
@@ -47,27 +46,21 @@ def _plain(cell: object) -> str:
 
 
 def _width(text: str) -> int:
-    return sum(_columns(character) for character in text)
-
-
-def _columns(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    """Return the terminal columns of a text: 2 for a wide character, 0 for a combining one."""
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
 
 
 def _cut(text: str) -> str:
-    if _width(text) <= LONGEST_CELL:
+    if _width(text) <= MAX_CELL_WIDTH:
         return text
-    kept, width = "", 0
-    for character in text:
-        if width + _columns(character) > LONGEST_CELL - 1:
-            break
-        kept += character
-        width += _columns(character)
-    return kept + "…"
+    while _width(text) >= MAX_CELL_WIDTH:
+        text = text[:-1]
+    return text + "…"
 
 
-def _pad(text: str, width: int, right: bool) -> str:
+def _pad(text: str, width: int, is_right: bool) -> str:
     space = " " * (width - _width(text))
-    return space + text if right else text + space
+    return space + text if is_right else text + space

@@ -1,4 +1,4 @@
-"""A user's mistakes: one line, exit code 2, and nothing that stood before is harmed."""
+"""A user's mistake ends in one line and exit code 2, and leaves existing output unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def change(file: Path, edit: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(edit(pq.read_table(file)), file)
 
 
-def test_missing_column(small_config: Write) -> None:
+def test_refuses_a_missing_column(small_config: Write) -> None:
     config = small_config(('user = "user_id"', 'user = "member"'))
     refused(
         hvdrec("samples", config),
@@ -40,17 +40,17 @@ def test_missing_column(small_config: Write) -> None:
     )
 
 
-def test_missing_feature_column(small_config: Write) -> None:
+def test_refuses_a_feature_without_a_column(small_config: Write) -> None:
     config = small_config(('name = "tags"', 'name = "marks"'))
     refused(hvdrec("samples", config), "column 'marks' (feature 'marks') is missing")
 
 
-def test_wrong_type_of_a_feature(small_config: Write) -> None:
+def test_refuses_a_feature_of_the_wrong_type(small_config: Write) -> None:
     config = small_config(('name = "shop"', 'name = "title"'))
     refused(hvdrec("samples", config), "items.parquet: column 'title' is string", "'int' takes")
 
 
-def test_float_user_ids(small_config: Write) -> None:
+def test_refuses_float_user_ids(small_config: Write) -> None:
     config = small_config(
         ('users = "users.csv"\n', ""),
         ('name = "age"', 'name = "shown_at"'),
@@ -66,7 +66,7 @@ def test_float_user_ids(small_config: Write) -> None:
     )
 
 
-def test_null_keys(small_config: Write) -> None:
+def test_refuses_null_keys(small_config: Write) -> None:
     config = small_config()
     change(
         config.parent / "raw/shown.parquet",
@@ -79,7 +79,7 @@ def test_null_keys(small_config: Write) -> None:
     )
 
 
-def test_label_that_is_not_0_or_1(small_config: Write) -> None:
+def test_refuses_a_label_other_than_0_and_1(small_config: Write) -> None:
     config = small_config(('label = "clicked"', 'label = "clicked + 1"'))
     refused(
         hvdrec("samples", config),
@@ -89,12 +89,12 @@ def test_label_that_is_not_0_or_1(small_config: Write) -> None:
     )
 
 
-def test_label_that_is_no_sql(small_config: Write) -> None:
+def test_refuses_a_label_that_is_not_sql(small_config: Write) -> None:
     config = small_config(('label = "clicked"', 'label = "clickd > 0"'))
     refused(hvdrec("samples", config), "samples.label = 'clickd > 0'", "clickd")
 
 
-def test_empty_split(small_config: Write) -> None:
+def test_refuses_an_empty_split(small_config: Write) -> None:
     config = small_config(
         ('label = "clicked"', 'label = "clicked"\n[samples.split]\nboundaries = [5.0, 1e12]\n')
     )
@@ -104,18 +104,18 @@ def test_empty_split(small_config: Write) -> None:
     )
 
 
-def test_no_parquet(small_config: Write) -> None:
+def test_refuses_a_table_that_is_not_parquet(small_config: Write) -> None:
     config = small_config()
     (config.parent / "raw/shown.parquet").write_bytes(b"user_id,item_id\n1,2\n")
     refused(hvdrec("samples", config), "shown.parquet: not a readable Parquet file (")
 
 
-def test_missing_table(small_config: Write) -> None:
+def test_refuses_a_missing_table(small_config: Write) -> None:
     config = small_config(("users.csv", "people.csv"))
     refused(hvdrec("samples", config), "people.csv: no such file; check paths.raw")
 
 
-def test_two_rows_of_one_key(small_config: Write) -> None:
+def test_refuses_two_rows_with_one_key(small_config: Write) -> None:
     config = small_config()
     change(config.parent / "raw/items.parquet", lambda t: pa.concat_tables([t, t.slice(3, 1)]))
     refused(
@@ -124,7 +124,7 @@ def test_two_rows_of_one_key(small_config: Write) -> None:
     )
 
 
-def test_unknown_key_in_the_toml(small_config: Write) -> None:
+def test_refuses_an_unknown_key(small_config: Write) -> None:
     config = small_config(("batch_size = 512", "batchsize = 512"))
     refused(
         hvdrec("train", config),
@@ -133,66 +133,66 @@ def test_unknown_key_in_the_toml(small_config: Write) -> None:
     )
 
 
-def test_wrong_type_in_the_toml(small_config: Write) -> None:
+def test_refuses_a_value_of_the_wrong_type(small_config: Write) -> None:
     config = small_config(("batch_size = 512", 'batch_size = "512"'))
     refused(
         hvdrec("train", config), "small.toml: train.batch_size = '512': must be a valid integer"
     )
 
 
-def test_training_before_preparing(small_config: Write) -> None:
+def test_refuses_to_train_before_prepare(small_config: Write) -> None:
     refused(hvdrec("train", small_config()), "work/features: no features artifact here")
 
 
-def test_a_taken_directory(small_run: SmallRun) -> None:
+def test_refuses_to_overwrite_output(small_run: SmallRun) -> None:
     for verb, place in (("samples", "samples"), ("prepare", "features"), ("train", "run")):
         refused(hvdrec(verb, small_run.config), f"work/{place}: already")
 
 
-def test_scene_field_that_does_not_exist(small_run: SmallRun) -> None:
+def test_refuses_an_unknown_scene_field(small_run: SmallRun) -> None:
     done = hvdrec("recommend", small_run.work / "bundle", "--user", "u1", "--scene", "our=3")
     refused(done, "scene.our: unknown field; known: [hour, shop]")
 
 
-def test_scene_value_of_the_wrong_type(small_run: SmallRun) -> None:
+def test_refuses_a_scene_value_of_the_wrong_type(small_run: SmallRun) -> None:
     done = hvdrec("recommend", small_run.work / "bundle", "--user", "u1", "--scene", "hour=late")
     refused(done, "hour = 'late': must be an integer")
 
 
-def test_user_features_of_the_wrong_type(small_run: SmallRun) -> None:
+def test_refuses_a_user_feature_of_the_wrong_type(small_run: SmallRun) -> None:
     done = hvdrec("recommend", small_run.work / "bundle", "--user", '{"user_id": 7}')
     refused(done, 'user_id = 7: must be a string, not int; pass "7"')
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_refuses_a_directory_without_a_bundle(tmp_path: Path) -> None:
     done = hvdrec("recommend", tmp_path, "--user", "u1")
     refused(done, "is not a bundle (manifest.json is missing); write one with hvdrec export")
 
 
-def test_unknown_data_set(tmp_path: Path) -> None:
+def test_refuses_an_unknown_data_set(tmp_path: Path) -> None:
     done = hvdrec("data", "movielens-2m", "--to", tmp_path / "x")
     refused(done, "data set = 'movielens-2m': unknown; known: [movielens-1m, complete-journey]")
 
 
-@pytest.mark.parametrize("how", ["truncated", "no parquet at all"])
-def test_a_broken_shard(small_run: SmallRun, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("damage", ["zeros", "not Parquet"])
+def test_refuses_a_damaged_shard(small_run: SmallRun, tmp_path: Path, damage: str) -> None:
     work = tmp_path / "work"
     config = tmp_path / "small.toml"
     config.write_text(small_run.config.read_text().replace(str(small_run.work), str(work)))
     succeed("samples", config)
     succeed("prepare", config)
     shard = work / "features/train/shard-00001.parquet"
-    whole = shard.read_bytes()
-    # Of the same size, so that the manifest's sizes do not catch it first.
+    content = shard.read_bytes()
+    # Keep the size, or the manifest's check of sizes would find it first.
     shard.write_bytes(
-        whole[:100].ljust(len(whole), b"\0") if how == "truncated" else b"x" * len(whole)
+        content[:100].ljust(len(content), b"\0") if damage == "zeros" else b"x" * len(content)
     )
     refused(hvdrec("train", config), "shard-00001.parquet: not a readable Parquet file", "prepare")
-    shard.write_bytes(whole[:-10])
-    refused(hvdrec("train", config), f"shard-00001.parquet: {len(whole) - 10} bytes")
+    shard.write_bytes(content[:-10])
+    refused(hvdrec("train", config), f"shard-00001.parquet: {len(content) - 10} bytes")
 
 
-def test_a_failed_stage_leaves_what_stood_there(small_config: Write) -> None:
+def test_a_failed_stage_leaves_existing_output_unchanged(small_config: Write) -> None:
     config = small_config()
     succeed("samples", config)
     samples = config.parent / "work/samples"
@@ -204,21 +204,21 @@ def test_a_failed_stage_leaves_what_stood_there(small_config: Write) -> None:
     assert [path.name for path in samples.parent.iterdir()] == ["samples"]
 
 
-def test_overrides_name_their_choices(small_run: SmallRun) -> None:
+def test_refuses_wrong_options_for_fields(small_run: SmallRun) -> None:
     done = hvdrec("train", small_run.config, "--train.objective", "clicks")
-    refused(done, "command line: ", "--train.objective", "retrieval", "joint", "clicks")
-    refused(hvdrec("train", small_run.config, "--train.speed", "9"), "command line: ", "speed")
+    refused(done, "--train.objective = 'clicks'", "retrieval", "joint")
+    refused(hvdrec("train", small_run.config, "--train.speed", "9"), "--train.speed: unknown")
 
 
-def test_a_code_that_no_table_has(small_run: SmallRun, tmp_path: Path) -> None:
+def test_refuses_a_code_outside_its_table(small_run: SmallRun, tmp_path: Path) -> None:
     features = tmp_path / "features"
     shutil.copytree(small_run.work / "features", features)
     shard = sorted((features / "train").glob("*.parquet"))[-1]
     table = pq.read_table(shard)
-    place = table.column_names.index("shop")
+    position = table.column_names.index("shop")
     meta = read_manifest(features, "features").meta
-    change(shard, lambda t: t.set_column(place, "shop", pc.add(t["shop"], 90)))
-    write_manifest(features, "features", meta)  # as if it had been written so
+    change(shard, lambda t: t.set_column(position, "shop", pc.add(t["shop"], 90)))
+    write_manifest(features, "features", meta)  # so that the checksums match
     done = hvdrec(
         "train", small_run.config, "--paths.features", features, "--paths.run", tmp_path / "run"
     )
@@ -227,23 +227,28 @@ def test_a_code_that_no_table_has(small_run: SmallRun, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_tables_that_no_memory_holds(small_run: SmallRun, tmp_path: Path) -> None:
+def test_refuses_tables_larger_than_memory(small_run: SmallRun, tmp_path: Path) -> None:
     refused(
         hvdrec(
             *("train", small_run.config, "--paths.run", tmp_path / "run"),
             *("--model.dimension", "2000000000"),
         ),
-        "(62 rows of width 2000000000, replicated): the tables take",
-        "train on more ranks with parallel.placement = 'auto', or narrow it",
+        "table 'user_id' (62 rows",
+        "GB on each of 1 ranks",
+        "train on more ranks with parallel.placement = 'auto'",
     )
 
 
-def test_a_width_that_a_wished_kernel_cannot_hold(small_run: SmallRun, tmp_path: Path) -> None:
+def test_refuses_a_width_that_the_kernel_does_not_support(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
     refused(
         hvdrec(
             *("train", small_run.config, "--paths.run", tmp_path / "run"),
             *("--model.dimension", "6", "--parallel.kernel", "fbgemm"),
         ),
-        "parallel.kernel = 'fbgemm': cannot hold table 'user_id': FBGEMM wants widths that are "
-        "multiples of 4, not 6; use 'torch' or 'auto'",
+        "parallel.kernel = 'fbgemm'",
+        "'user_id'",
+        "multiple of 4, not 6",
+        "use 'torch' or 'auto'",
     )

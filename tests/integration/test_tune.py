@@ -129,4 +129,4 @@ def test_what_a_trial_fails_by_ends_no_other(options: tuple[str, ...], tmp_path:
     assert done.returncode == 0, done.stderr
     assert [trial["state"] for trial in _trials(tmp_path)] == ["complete", "failed"]
     assert "has diverged" in _trials(tmp_path)[1]["reason"]
-    assert "nothing was better than the configuration as it stands (trial 0)" in done.stdout
+    assert "no trial was better than the configuration as it is (trial 0)" in done.stdout

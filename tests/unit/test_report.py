@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from hvdrec.cli.reports import render_evaluation
-from hvdrec.cli.text_table import LONGEST_CELL, table
+from hvdrec.cli.text_table import MAX_CELL_WIDTH, table
 from hvdrec.evaluation.result import jsonable
 
 REPORT: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_long_titles_are_cut_to_the_width_of_a_cell() -> None:
         line = table(["title", "n"], [[word * 20, 1]]).splitlines()[2]
         title = line[: line.index("…")]
         columns = sum(2 if ord(c) > 0x2E80 else 1 for c in title)
-        assert LONGEST_CELL - 2 <= columns + 1 <= LONGEST_CELL
+        assert MAX_CELL_WIDTH - 2 <= columns + 1 <= MAX_CELL_WIDTH
         assert (word * 20).startswith(title)
 
 
