@@ -67,6 +67,7 @@ def _format_metric(value: Any) -> str:
 
 def render_search(search: TuneResult) -> str:
     """Format the best trials, and the values of the best one as options and as TOML."""
+    from hvdrec.tuning.search import ranked
     from hvdrec.tuning.space import as_overrides, as_toml
 
     fields = list(dict.fromkeys(name for trial in search.trials for name in trial.values))
@@ -79,7 +80,7 @@ def render_search(search: TuneResult) -> str:
             f"{trial.seconds:.0f}",
             trial.state,
         ]
-        for trial in search.ranked()[:TRIALS_SHOWN]
+        for trial in ranked(search.trials, search.metric)[:TRIALS_SHOWN]
     ]
     heading = f"{len(search.trials)} trials by validation {search.metric}"
     if len(search.trials) > TRIALS_SHOWN:

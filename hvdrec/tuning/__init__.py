@@ -1,1 +1,1 @@
-"""A search over fields of a run's configuration, by the validation metric."""
+"""Search over a configuration's fields for the best validation metric, on top of Optuna."""

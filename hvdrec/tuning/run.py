@@ -1,4 +1,4 @@
-"""The search itself: trials one after the other, on all ranks together."""
+"""The stage ``tune``: trials one after the other, each on all ranks together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from hvdrec.config import Config, with_fields
 from hvdrec.config.structure import from_dict, to_dict
-from hvdrec.errors import UserError, invalid_value
+from hvdrec.errors import UserError, invalid_file, invalid_value
 from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.agreement import digest
 from hvdrec.parallel.progress import print_line
@@ -29,10 +29,11 @@ from hvdrec.tuning.search import (
     State,
     Trial,
     TuneResult,
+    best_trial,
     describe_trial,
     first_difference,
     is_hopeless,
-    load,
+    load_search,
     next_values,
 )
 from hvdrec.tuning.space import EXAMPLE, parse_space
@@ -54,9 +55,9 @@ def tune(
     """Search for field values that give the best validation metric.
 
     Each trial trains on the prepared features in its own directory, ``WORK/tune/trial-NNN``. The
-    first trial is the configuration as it is. Only the best trial keeps its checkpoints. Rerun the
+    first trial is the configuration as it is. Only the best trial keeps its checkpoints. Repeat the
     call to resume an interrupted search, in the middle of a trial if it has a checkpoint. The test
-    split is never read. On a Horovod job all ranks train each trial together.
+    split is never read. In a Horovod job all ranks train each trial together.
 
     Args:
         config: The run; its features must be prepared.
@@ -68,8 +69,8 @@ def tune(
         progress: Print a line for each trial on standard error, on the first rank.
 
     Raises:
-        UserError: The features are missing, a field cannot be searched, or the search that would
-            be resumed is a different one; nothing is written.
+        UserError: The features are missing, a field cannot be searched, or the folder holds a
+            different search; nothing is written.
     """
     world = ranks.init()
     checks.require_same_config(to_dict(config))
@@ -77,71 +78,77 @@ def tune(
         raise invalid_value("trials", trials, "must be at least 1")
     ranks.run_on_all(lambda: check_features(config))
     folder = Path(config.paths.work) / FOLDER
-    with watched(), _held(folder):
-        plain = ranks.broadcast_object(
-            ranks.run_on_all(
-                lambda: (
-                    to_dict(_begin(config, tuple(search), folder, overwrite=overwrite))
-                    if world.is_first
-                    else None
-                )
-            )
-        )
-        state = from_dict(Search, plain)
+
+    def begin() -> Any:
+        if not world.is_first:
+            return None
+        return to_dict(_load_or_create(config, tuple(search), folder, overwrite=overwrite))
+
+    with watched(), _locked(folder):
+        state = from_dict(Search, ranks.broadcast_object(ranks.run_on_all(begin)))
         while (trial := _next_trial(state, trials)) is not None:
-            state = _run(state.with_trial(trial), trial, folder, prune=prune, progress=progress)
-    return state.result(str(folder / FILE))
+            trial = _run_trial(state.with_trial(trial), trial, folder, prune=prune)
+            state = state.with_trial(trial)
+            if world.is_first:
+                _drop_checkpoints(state, folder)
+            if progress:
+                print_line(describe_trial(state, trial))
+    return TuneResult(str(folder / FILE), state.metric, state.trials)
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Let the first rank hold a search's folder; raises UserError where another job does."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock on the first rank; raise UserError if another job holds it."""
 
-    def take() -> Any:
+    def lock() -> Any:
         if not ranks.current().is_first:
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / "lock").open("w")
+        file = (folder / "lock").open("w")
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another hvdrec tune is at work here") from None
-        return opened
+            problem = "another hvdrec tune is running here"
+            raise invalid_file(folder, problem, "wait for it, or set paths.work") from None
+        return file
 
-    lock = ranks.run_on_all(take)
+    file = ranks.run_on_all(lock)
     try:
         yield
     finally:
-        if lock is not None:
-            lock.close()
+        if file is not None:
+            file.close()
 
 
-def _begin(config: Config, space: tuple[str, ...], folder: Path, *, overwrite: bool) -> Search:
-    """Return the search to go on with, or a new one; for the first rank alone."""
+def _load_or_create(
+    config: Config, space: tuple[str, ...], folder: Path, *, overwrite: bool
+) -> Search:
+    """Return the folder's search, or a new one."""
     if overwrite:
         (folder / FILE).unlink(missing_ok=True)
-        for each in folder.glob("trial-*"):
-            shutil.rmtree(each)
+        for run in folder.glob("trial-*"):
+            shutil.rmtree(run)
     metric = metric_name(config)
     features = digest(config.paths.of("features"))
-    before = load(folder)
+    before = load_search(folder)
     if before is None:
         if not space:
-            raise UserError(f"--search: give at least one field with a range: {EXAMPLE}")
+            raise invalid_value("search", [], "give at least one field with a range", EXAMPLE)
         parse_space(space, config)
         return Search(config, features, space, metric, is_loss=metric == "log_loss")
-    other = first_difference(before.config, config)
-    if other is None and space and set(space) != set(before.space):
-        other = f"--search {' '.join(before.space)}, now {' '.join(space)}"
-    if other is None and before.features != features:
-        other = "other features"
-    if other is not None:
-        raise UserError(f"{folder}: was begun with {other}; go on with that, or pass --overwrite")
+    difference = first_difference(before.config, config)
+    if difference is None and space and set(space) != set(before.space):
+        difference = f"search {' '.join(before.space)}, now {' '.join(space)}"
+    if difference is None and before.features != features:
+        difference = "other features"
+    if difference is not None:
+        remedy = "resume it with those, or pass --overwrite"
+        raise invalid_file(folder, f"holds a search with {difference}", remedy)
     return before
 
 
 def _next_trial(search: Search, count: int) -> Trial | None:
-    """Return the trial that was interrupted, or a new one; None at the end. On every rank alike."""
+    """Return the interrupted trial or a new one, the same on every rank; None at the end."""
     plain: Any = None
     if ranks.current().is_first:
         trial = next((each for each in search.trials if each.state == "running"), None)
@@ -153,84 +160,71 @@ def _next_trial(search: Search, count: int) -> Trial | None:
     return None if plain is None else from_dict(Trial, plain)
 
 
-class _Running:
-    """A trial under way; the first rank writes down what becomes of it."""
+def _run_trial(search: Search, trial: Trial, folder: Path, *, prune: bool) -> Trial:
+    """Start or resume a trial on all ranks; return it as it ended."""
+    run = folder / trial.name
+    is_first = ranks.current().is_first
+    step = 0
+    if is_first and has_checkpoint(run):
+        step = int(latest_meta(run)["position"]["step"])
+    recorder = _Recorder(search, folder, trial, prune=prune)
+    recorder.record(trial.started(ranks.broadcast_object(step)))
+    if recorder.trial.state == "running":
+        recorder.record(_train(search, run, recorder))
+    return recorder.trial
 
-    def __init__(self, search: Search, trial: Trial, folder: Path, *, prunes: bool) -> None:
-        self.trial = trial
-        self._search, self._folder, self._prunes = search, folder, prunes
-        self._spent, self._began = trial.seconds, time.monotonic()
-        self._is_stopped = False
 
-    @property
-    def run(self) -> Path:
-        """The trial's directory."""
-        return self._folder / self.trial.name
+class _Recorder:
+    """Writes each change of a running trial to ``trials.json``, on the first rank."""
 
-    def note(self, trial: Trial) -> None:
-        """Write down how the trial stands."""
-        seconds = round(self._spent + time.monotonic() - self._began, 1)
-        self.trial = replace(trial, seconds=seconds)
+    def __init__(self, search: Search, folder: Path, trial: Trial, *, prune: bool) -> None:
+        self.trial, self.is_pruned = trial, False
+        self._search, self._folder, self._prune = search, folder, prune
+        self._began = time.monotonic() - trial.seconds
+
+    def record(self, trial: Trial) -> None:
+        """Store the state of the trial."""
+        self.trial = replace(trial, seconds=round(time.monotonic() - self._began, 1))
         if ranks.current().is_first:
             self._search.with_trial(self.trial).save(self._folder)
 
-    def train(self) -> Trial:
-        """Train; return the trial as it ended. What it fails by ends no other."""
-        metric = self._search.metric
-        try:
-            config = with_fields(self._search.config, self.trial.values)
-            config = replace(config, paths=replace(config.paths, run=str(self.run)))
-            found = train(config, resume=True, stop=self._stop)["validation"]
-        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-            if not isinstance(error, UserError) and ranks.current().size > 1:
-                raise  # the other ranks have not met it
-            if self.trial.number == 0 and not (self.run / "log.jsonl").is_file():
-                # The configuration as it stands cannot be trained: there is no search yet.
-                if ranks.current().is_first:
-                    (self._folder / FILE).unlink()
-                raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return replace(self.trial, state="failed", reason=reason)
-        if not math.isfinite(found[metric]):
-            return replace(self.trial, state="failed", reason=f"{metric} is no number")
-        state: State = "pruned" if self._is_stopped else "complete"
-        return replace(self.trial, state=state, value=found[metric], step=found["step"])
-
-    def _stop(self, epoch: int, value: float) -> bool:
-        """Write a validation down; every rank comes to the first rank's verdict."""
+    def stop(self, epoch: int, value: float) -> bool:
+        """Record a validation; return True if the first rank decides to stop the trial."""
         if not math.isfinite(value):
             return True
-        self.note(self.trial.validated(epoch, value))
-        first = ranks.current().is_first and self._prunes
-        self._is_stopped = ranks.broadcast_object(first and is_hopeless(self._search, self.trial))
-        return self._is_stopped
+        self.record(self.trial.validated(epoch, value))
+        prune = self._prune and ranks.current().is_first and is_hopeless(self._search, self.trial)
+        self.is_pruned = ranks.broadcast_object(prune)
+        return self.is_pruned
 
 
-def _run(search: Search, trial: Trial, folder: Path, *, prune: bool, progress: bool) -> Search:
-    """Train a trial, all ranks together; return the search with what came of it."""
-    is_first = ranks.current().is_first
-    running = _Running(search, trial, folder, prunes=prune)
-    step = ranks.broadcast_object(_step(running.run) if is_first else None)
-    running.note(trial.started(step))
-    if running.trial.state == "running":
-        running.note(running.train())
-    search = search.with_trial(running.trial)
-    if is_first:
-        _drop_checkpoints(search, folder)
-    if progress:
-        print_line(describe_trial(search, running.trial))
-    return search
-
-
-def _step(run: Path) -> int:
-    """Return from which step a trial goes on."""
-    return int(latest_meta(run)["position"]["step"]) if has_checkpoint(run) else 0
+def _train(search: Search, run: Path, recorder: _Recorder) -> Trial:
+    """Train a trial; an error makes it fail and does not end the search."""
+    trial, metric = recorder.trial, search.metric
+    try:
+        config = with_fields(search.config, {**trial.values, "paths.run": str(run)})
+        validation = train(config, resume=True, stop=recorder.stop)["validation"]
+    except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+        if not isinstance(error, UserError) and ranks.current().size > 1:
+            raise  # the other ranks are still in the trial
+        if trial.number == 0 and not (run / "log.jsonl").is_file():
+            # The configuration as it is cannot be trained, so there is no search yet.
+            if ranks.current().is_first:
+                (run.parent / FILE).unlink()
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return replace(recorder.trial, state="failed", reason=reason)
+    if not math.isfinite(validation[metric]):
+        return replace(recorder.trial, state="failed", reason=f"{metric} is NaN or infinite")
+    state: State = "pruned" if recorder.is_pruned else "complete"
+    return replace(recorder.trial, state=state, value=validation[metric], step=validation["step"])
 
 
 def _drop_checkpoints(search: Search, folder: Path) -> None:
-    """Remove the checkpoints of all trials that have ended but the best one."""
+    """Remove the checkpoints of all trials but the best one."""
+    best = best_trial(search.trials, search.metric)
     for trial in search.trials:
-        if trial.state != "running" and trial != search.best:
+        if trial.state != "running" and trial != best:
             run = folder / trial.name
             for pointer in ("latest", "best"):
                 (run / pointer).unlink(missing_ok=True)

@@ -1,41 +1,54 @@
-"""A search: its trials so far, what to try next, and whether a trial is worth going on with.
+"""The state of a search: its trials so far, and what Optuna proposes next.
 
-All that is known is in this value, which is written to disk whole; Optuna is asked anew each time.
-So what it proposes is a function of the trials before, and a search that was interrupted goes on
-as if it had not been.
+`Search` holds the whole state and is stored as ``trials.json``. Optuna's study is rebuilt from it
+for each proposal, so a proposal is a function of the trials before it, and an interrupted search
+continues exactly as if it had not been interrupted.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hvdrec.config import Config
 from hvdrec.config.stored import without_retired
 from hvdrec.config.structure import from_dict, to_dict
-from hvdrec.errors import UserError
+from hvdrec.errors import invalid_file
 from hvdrec.storage.artifacts import write_text
-from hvdrec.tuning.space import Space, Values, as_overrides, as_toml, parse_space, size, values_of
-
-if TYPE_CHECKING:
-    import optuna
+from hvdrec.tuning.space import (
+    Space,
+    as_overrides,
+    as_toml,
+    flatten,
+    parse_space,
+    size,
+    value_of,
+    values_of,
+)
 
 FILE = "trials.json"
 ATTEMPTS = 1000
-"""Draws after which no combination counts as left that was not tried."""
+"""Draws without a new combination after which the search ends."""
 STUCK = 3
-"""Starts of a trial from the same step after which it is given up."""
+"""Starts of a trial from the same step after which it fails."""
 
 State = Literal["running", "complete", "pruned", "failed"]
+STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation metric after an epoch; the first is 0."""
+    """The validation metric after an epoch, counted from 0."""
 
     epoch: int
     value: float
@@ -45,8 +58,16 @@ class Validation:
 class Trial:
     """One training of a search.
 
-    values: plain values of the searched fields; value: the best validation metric, reached at
-    `step`; seconds: spent on it; starts: from which steps it was started; reason: why it failed.
+    Attributes:
+        number: Position in the search, from 0.
+        values: Plain values of the searched fields, by dotted name.
+        state: What became of the trial.
+        value: The best validation metric.
+        step: The training step at which it was reached.
+        seconds: Time spent on the trial.
+        validations: The validation metric of each epoch.
+        starts: The steps from which the trial was started or resumed.
+        reason: Why the trial failed.
     """
 
     number: int
@@ -65,16 +86,15 @@ class Trial:
         return f"trial-{self.number:03d}"
 
     def validated(self, epoch: int, value: float) -> Trial:
-        """Return the trial with one more validation; later ones, of before, are forgotten."""
+        """Return the trial with a validation, which replaces those from the same epoch on."""
         before = tuple(each for each in self.validations if each.epoch < epoch)
         return replace(self, validations=(*before, Validation(epoch, value)))
 
     def started(self, step: int) -> Trial:
-        """Return the trial started (again) from a step; failed if that leads nowhere."""
+        """Return the trial started from a step; failed if it starts there again and again."""
         starts = (*self.starts, step)
-        last = starts[-STUCK:]
-        if len(last) == STUCK and len(set(last)) == 1:
-            reason = f"was started {STUCK} times from step {step} and got no further"
+        if starts[-STUCK:] == (step,) * STUCK:
+            reason = f"was started {STUCK} times from step {step} without progress"
             return replace(self, starts=starts, state="failed", reason=reason)
         return replace(self, starts=starts)
 
@@ -85,37 +105,37 @@ class TuneResult:
 
     Attributes:
         path: The file ``trials.json``, which holds all trials.
-        metric: Name of the validation metric that decides.
-        best: The best complete trial; None if there is none. ``best.values`` are overrides for
-            `hvdrec.load_config`.
+        metric: Name of the validation metric that ranks the trials.
         trials: All trials, by number.
     """
 
     path: str
     metric: str
-    best: Trial | None
     trials: tuple[Trial, ...]
 
-    def ranked(self) -> list[Trial]:
-        """Return the complete trials, the best first, then the others."""
-        return ranked(self.trials, self.metric)
+    @property
+    def best(self) -> Trial | None:
+        """The best complete trial; ``best.values`` are overrides for `hvdrec.load_config`."""
+        return best_trial(self.trials, self.metric)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
-        return {
-            "path": self.path,
-            "metric": self.metric,
-            "best": describe_best(self.best, self.metric),
-            "trials": to_dict(self.trials),
-        }
+        best = describe_best(self.trials, self.metric)
+        trials = to_dict(self.trials)
+        return {"path": self.path, "metric": self.metric, "best": best, "trials": trials}
 
 
 @dataclass(frozen=True)
 class Search:
     """A search over a configuration.
 
-    config: that of the first trial; features: what tells the features from others; space: what is
-    searched, as it was given; metric: of validation; is_loss: whether lower is better.
+    Attributes:
+        config: The configuration of the first trial.
+        features: Digest of the features.
+        space: The searched fields, as texts for `parse_space`.
+        metric: Name of the validation metric.
+        is_loss: True if a lower metric is better.
+        trials: All trials, by number.
     """
 
     config: Config
@@ -123,57 +143,31 @@ class Search:
     space: tuple[str, ...]
     metric: str
     is_loss: bool = False
-    trials: tuple[Trial, ...] = field(default=())
-
-    def parsed(self) -> Space:
-        """Return what is searched."""
-        return parse_space(self.space, self.config)
-
-    @property
-    def best(self) -> Trial | None:
-        """The best complete trial; the first of equal ones."""
-        first = next(iter(ranked(self.trials, self.metric)), None)
-        return first if first is not None and first.state == "complete" else None
-
-    def result(self, path: str) -> TuneResult:
-        """Return the trials as the result of a search, which is stored at `path`."""
-        return TuneResult(path, self.metric, self.best, self.trials)
+    trials: tuple[Trial, ...] = ()
 
     def with_trial(self, trial: Trial) -> Search:
         """Return the search with a trial added or replaced."""
-        return replace(
-            self, trials=(*self.trials[: trial.number], trial, *self.trials[trial.number + 1 :])
-        )
+        before, after = self.trials[: trial.number], self.trials[trial.number + 1 :]
+        return replace(self, trials=(*before, trial, *after))
 
     def save(self, folder: Path) -> None:
-        """Write ``trials.json``, with what to do with the best one, for other programs."""
-        text = json.dumps(
-            {**to_dict(self), "best": describe_best(self.best, self.metric)}, indent=1
-        )
-        write_text(folder / FILE, f"{text}\n")
+        """Write ``trials.json``, which also says how to use the best trial."""
+        plain = {**to_dict(self), "best": describe_best(self.trials, self.metric)}
+        write_text(folder / FILE, f"{json.dumps(plain, indent=1)}\n")
 
 
-def load(folder: Path) -> Search | None:
-    """Return the search that was begun in a folder, or None."""
+def load_search(folder: Path) -> Search | None:
+    """Load the search of a folder; None if there is none."""
     file = folder / FILE
     try:
         raw = json.loads(file.read_text())
-        raw["config"] = without_retired(raw["config"])
-        return from_dict(Search, {key: raw[key] for key in raw if key != "best"})
+        plain = {key: raw[key] for key in raw if key != "best"}
+        return from_dict(Search, {**plain, "config": without_retired(plain["config"])})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); --overwrite starts anew") from None
-
-
-def describe_trial(search: Search, trial: Trial) -> str:
-    """Return one line about a trial that has ended."""
-    best = search.best
-    best_so_far = "" if best is None else f"; best {best.value:.5f} of trial {best.number}"
-    value = "" if trial.value is None else f" {search.metric} {trial.value:.5f}"
-    reason = f" ({trial.reason})" if trial.reason else ""
-    overrides = as_overrides(trial.values)
-    return f"trial {trial.number} {trial.state}{value}{reason}: {overrides}{best_so_far}"
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        remedy = "--overwrite starts a new search"
+        raise invalid_file(file, f"cannot be read ({error})", remedy) from None
 
 
 def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
@@ -181,14 +175,20 @@ def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
 
     def key(trial: Trial) -> tuple[bool, bool, float]:
         value = 0.0 if trial.value is None else trial.value
-        worse = value if metric == "log_loss" else -value
-        return trial.state != "complete", trial.value is None, worse
+        cost = value if metric == "log_loss" else -value
+        return trial.state != "complete", trial.value is None, cost
 
     return sorted(trials, key=key)
 
 
-def describe_best(best: Trial | None, metric: str) -> dict[str, Any] | None:
+def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
+    """Return the best complete trial, the first of equal ones; None if none is complete."""
+    return next((each for each in ranked(trials, metric) if each.state == "complete"), None)
+
+
+def describe_best(trials: Sequence[Trial], metric: str) -> dict[str, Any] | None:
     """Return the best trial's number, metric and values, as options and as TOML."""
+    best = best_trial(trials, metric)
     if best is None:
         return None
     return {
@@ -199,112 +199,93 @@ def describe_best(best: Trial | None, metric: str) -> dict[str, Any] | None:
     }
 
 
+def describe_trial(search: Search, trial: Trial) -> str:
+    """Return one line about a trial that has ended."""
+    best = best_trial(search.trials, search.metric)
+    best_so_far = "" if best is None else f"; best {best.value:.5f} of trial {best.number}"
+    value = "" if trial.value is None else f" {search.metric} {trial.value:.5f}"
+    reason = f" ({trial.reason})" if trial.reason else ""
+    overrides = as_overrides(trial.values)
+    return f"trial {trial.number} {trial.state}{value}{reason}: {overrides}{best_so_far}"
+
+
 def first_difference(before: Config, now: Config) -> str | None:
-    """Return the first field that two configurations do not share: ``name = old, now new``."""
-    return _first_difference(to_dict(before), to_dict(now))
+    """Return the first field that differs between configurations: ``name = old, now new``."""
+    old, new = flatten(to_dict(before)), flatten(to_dict(now))
+    for field in dict.fromkeys([*old, *new]):
+        if old.get(field) != new.get(field):
+            return f"{field} = {json.dumps(old.get(field))}, now {json.dumps(new.get(field))}"
+    return None
 
 
 def next_values(search: Search) -> dict[str, Any] | None:
-    """Return what to try next, none of it tried before; None where all has been.
+    """Return the values of the next trial, which no trial had before; None if all were tried.
 
-    First the configuration as it stands, then what the tree-structured Parzen estimator proposes
-    (Bergstra et al., "Algorithms for hyper-parameter optimization", NeurIPS 2011).
+    The first trial is the configuration as it is. Then the tree-structured Parzen estimator
+    proposes (Bergstra et al., "Algorithms for hyper-parameter optimization", NeurIPS 2011).
     """
-    import optuna
-
-    space = search.parsed()
+    space = parse_space(search.space, search.config)
     if not search.trials:
         return values_of(search.config, space)
-    tried = [trial.values for trial in search.trials]
-    distributions = {name: each.distribution() for name, each in space.items()}
-    inside = [values for values in tried if _parameters(space, values) is not None]
-    if len(inside) >= size(space):
+    if len(_frozen_trials(search, space)) >= size(space):
         return None
+    tried = [trial.values for trial in search.trials]
+    study = _study(search, space)
     for attempt in range(ATTEMPTS):
-        seed = _seed(search, attempt)
-        # Where the estimator insists on what is known already, chance does not.
-        sampler: optuna.samplers.BaseSampler = (
-            optuna.samplers.RandomSampler(seed=seed)
-            if attempt
-            else optuna.samplers.TPESampler(seed=seed)
-        )
-        asked = _study(search, space, sampler).ask(distributions)
-        values = {name: each.value_of(asked.params[name]) for name, each in space.items()}
+        seed = (search.config.seed * 1_000_003 + len(tried) * 1009 + attempt) % 2**32
+        # If the estimator proposes values that were tried, draw at random.
+        sampler = optuna.samplers.RandomSampler if attempt else optuna.samplers.TPESampler
+        study.sampler = sampler(seed=seed)
+        parameters = study.ask(dict(space)).params
+        values = {name: value_of(each, parameters[name]) for name, each in space.items()}
         if values not in tried:
             return values
     return None
 
 
 def is_hopeless(search: Search, trial: Trial) -> bool:
-    """Return whether a running trial is worse, at its best, than the median of the others then.
+    """Return True if a running trial is worse than the median of the others at its epoch.
 
-    Nothing is stopped before five trials are complete (Optuna's MedianPruner).
+    No trial is stopped before five are complete (Optuna's MedianPruner).
     """
-    import optuna
-
-    space = search.parsed()
-    parameters = _parameters(space, trial.values)
-    if parameters is None:
-        return False
-    study = _study(search, space, optuna.samplers.RandomSampler(seed=0))
-    study.enqueue_trial(parameters)
-    asked = study.ask({name: each.distribution() for name, each in space.items()})
-    for validation in trial.validations:
-        asked.report(validation.value, validation.epoch)
-    return asked.should_prune()
+    study = _study(search, parse_space(search.space, search.config))
+    curve = {each.epoch: each.value for each in trial.validations}
+    running = create_trial(state=TrialState.RUNNING, intermediate_values=curve)
+    return study.pruner.prune(study, running)
 
 
-def _study(
-    search: Search, space: Space, sampler: optuna.samplers.BaseSampler
-) -> optuna.study.Study:
-    """Return Optuna's view of the trials that have ended, in memory."""
-    import optuna
-
+def _study(search: Search, space: Space) -> optuna.study.Study:
+    """Return an Optuna study, in memory, of the trials that have ended."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
-        sampler=sampler,
         pruner=optuna.pruners.MedianPruner(),
         direction="minimize" if search.is_loss else "maximize",
     )
-    states = {
-        "complete": optuna.trial.TrialState.COMPLETE,
-        "pruned": optuna.trial.TrialState.PRUNED,
-        "failed": optuna.trial.TrialState.FAIL,
-    }
-    for trial in search.trials:
-        parameters = _parameters(space, trial.values)
-        if trial.state == "running" or parameters is None:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            study.add_trial(
-                optuna.trial.create_trial(
-                    state=states[trial.state],
-                    value=trial.value if trial.state == "complete" else None,
-                    params=parameters,
-                    distributions={name: each.distribution() for name, each in space.items()},
-                    intermediate_values={each.epoch: each.value for each in trial.validations},
-                )
-            )
+    study.add_trials(_frozen_trials(search, space))
     return study
 
 
-def _parameters(space: Space, values: Values) -> dict[str, Any] | None:
-    """Return values as Optuna knows them; None where one of them is outside."""
-    found = {name: each.parameter_of(values[name]) for name, each in space.items()}
-    return None if any(each is None for each in found.values()) else found
-
-
-def _seed(search: Search, attempt: int) -> int:
-    return (search.config.seed * 1_000_003 + len(search.trials) * 1009 + attempt) % 2**32
-
-
-def _first_difference(before: Any, now: Any, where: str = "") -> str | None:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in dict.fromkeys([*before, *now]):
-            inner = f"{where}.{key}" if where else str(key)
-            told = _first_difference(before.get(key), now.get(key), inner)
-            if told is not None:
-                return told
-        return None
-    return None if before == now else f"{where} = {json.dumps(before)}, now {json.dumps(now)}"
+def _frozen_trials(search: Search, space: Space) -> list[FrozenTrial]:
+    """Return the trials that have ended and whose values are inside the space."""
+    frozen = []
+    for trial in search.trials:
+        if trial.state == "running":
+            continue
+        parameters = {
+            name: json.dumps(trial.values[name])
+            if isinstance(each, optuna.distributions.CategoricalDistribution)
+            else trial.values[name]
+            for name, each in space.items()
+        }
+        try:
+            created = create_trial(
+                state=STATES[trial.state],
+                value=trial.value if trial.state == "complete" else None,
+                params=parameters,
+                distributions=dict(space),
+                intermediate_values={each.epoch: each.value for each in trial.validations},
+            )
+        except ValueError:
+            continue  # the configuration as it is may lie outside the ranges
+        frozen.append(created)
+    return frozen

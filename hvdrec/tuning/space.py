@@ -1,169 +1,117 @@
-"""What is searched: fields of a configuration, each with a range or with choices."""
+"""The fields that a search varies, each with a range or with choices."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import math
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_origin
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hvdrec.config import Config, with_fields
-from hvdrec.config.structure import to_dict
-from hvdrec.errors import UserError, choices
+from hvdrec.config.structure import from_text, to_dict, type_of
+from hvdrec.errors import UserError, choices, invalid_value, unknown_name
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
+Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
+Space = Mapping[str, Distribution]
+"""The distribution of each searched field. Choices are stored as JSON texts."""
 Values = Mapping[str, Any]
-"""Plain values of fields, by the fields' names from the root: {"train.learning_rate": 0.001}."""
+"""Plain values of fields, by dotted name: {"train.learning_rate": 0.001}."""
 
 TABLES = ("model", "train")
-"""Tables of the configuration whose fields are searched..."""
+"""Tables whose fields can be searched."""
 FIELDS = ("loader.shuffle_rows", "parallel.synchronization", "parallel.average_every")
-"""...and single fields of others..."""
+"""Single fields of other tables that can be searched."""
 FIXED = {
-    "train.objective": "decides what trials are compared by",
-    "train.metric": "decides what trials are compared by",
-    "train.log_every": "changes no result",
-    "train.checkpoint_every": "changes no result",
-    "train.keep": "changes no result",
-    "train.device": "is the machine's",
-    "train.threads": "is the machine's",
+    "train.objective": "decides which metric compares trials",
+    "train.metric": "decides which metric compares trials",
+    "train.log_every": "does not change the result",
+    "train.checkpoint_every": "does not change the result",
+    "train.keep": "does not change the result",
+    "train.device": "belongs to the machine",
+    "train.threads": "belongs to the machine",
 }
-"""...but for these."""
+"""Fields of `TABLES` that cannot be searched, with the reason."""
 SHARED = ("features", "samples", "encode", "tasks", "paths")
-"""Tables that decide what the trials train on."""
+"""Tables that decide which data all trials share."""
 EXAMPLE = "train.learning_rate=log:1e-4:1e-2"
 DIGITS = 4
-"""Significant digits of a value from a range: enough, and short enough to be pasted."""
+"""Significant digits of a value from a range without steps; few, so that it is easy to copy."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """Numbers from low to high, both included: in steps, or evenly by their logarithms."""
+def parse_space(texts: Sequence[str], config: Config) -> dict[str, Distribution]:
+    """Parse texts such as ``train.learning_rate=log:1e-4:1e-2``.
 
-    low: float
-    high: float
-    step: float | None = None
-    is_log: bool = False
-    is_integer: bool = False
+    ``LOW:HIGH``, ``LOW:HIGH:STEP`` and ``log:LOW:HIGH`` are ranges of a number, ``A,B,C`` are
+    choices. Choices of a list field are lists: ``[256,128],[400]``. Dashes in field names count as
+    underscores.
 
-    def distribution(self) -> BaseDistribution:
-        """Return it as Optuna has it."""
-        from optuna.distributions import FloatDistribution, IntDistribution
-
-        if self.is_integer:
-            step = int(self.step or 1)
-            return IntDistribution(int(self.low), int(self.high), log=self.is_log, step=step)
-        return FloatDistribution(self.low, self.high, log=self.is_log, step=self.step)
-
-    def value_of(self, parameter: Any) -> Any:
-        """Return the field's value for what Optuna proposes."""
-        if self.is_integer:
-            return int(parameter)
-        digits = DIGITS if self.step is None else 12
-        return min(max(float(f"{parameter:.{digits}g}"), self.low), self.high)
-
-    def parameter_of(self, value: Any) -> Any:
-        """Return what Optuna knows a value by; None if it is outside."""
-        return value if self.low <= value <= self.high and self._is_step(value) else None
-
-    def _is_step(self, value: float) -> bool:
-        steps = (value - self.low) / (self.step or 1)
-        return self.step is None or math.isclose(steps, round(steps), abs_tol=1e-9)
-
-    def count(self) -> float:
-        """Return how many values there are."""
-        if self.is_integer or self.step is not None:
-            return math.floor((self.high - self.low) / (self.step or 1) + 1e-9) + 1
-        return math.inf
-
-    def examples(self) -> tuple[Any, ...]:
-        """Return values that must be allowed for all to be."""
-        return (self.value_of(self.low), self.value_of(self.high))
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Some values, in no order."""
-
-    values: tuple[Any, ...]
-
-    def distribution(self) -> BaseDistribution:
-        """Return it as Optuna has it."""
-        from optuna.distributions import CategoricalDistribution
-
-        return CategoricalDistribution([json.dumps(value) for value in self.values])
-
-    def value_of(self, parameter: Any) -> Any:
-        """Return the field's value for what Optuna proposes."""
-        return json.loads(parameter)
-
-    def parameter_of(self, value: Any) -> Any:
-        """Return what Optuna knows a value by; None if it is not among them."""
-        return json.dumps(value) if value in self.values else None
-
-    def count(self) -> float:
-        """Return how many values there are."""
-        return len(self.values)
-
-    def examples(self) -> tuple[Any, ...]:
-        """Return values that must be allowed for all to be."""
-        return self.values
-
-
-Space = Mapping[str, Range | Choices]
-
-
-def parse_space(given: Sequence[str], config: Config) -> Space:
-    """Return what texts such as ``train.learning_rate=log:1e-4:1e-2`` say, by field.
-
-    LOW:HIGH, LOW:HIGH:STEP and log:LOW:HIGH are ranges of a number, A,B,C are choices (of lists:
-    [256,128],[400]); dashes in names count as underscores. Raises UserError for a field that is
-    none or cannot be searched, and for a value that the configuration does not allow.
+    Raises:
+        UserError: A field does not exist or cannot be searched, or a value is not allowed.
     """
-    space: dict[str, Range | Choices] = {}
-    for text in given:
-        name, mark, values = text.partition("=")
+    space: dict[str, Distribution] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
         field = name.strip().removeprefix("--").replace("-", "_")
-        if not mark or not values.strip():
-            raise UserError(f"--search '{text}': must be FIELD=RANGE or FIELD=A,B,C: {EXAMPLE}")
+        if not equals or not values.strip():
+            raise invalid_value("search", text, "must be FIELD=RANGE or FIELD=A,B,C", EXAMPLE)
         if field in space:
-            raise UserError(f"--search {text}: '{field}' is there twice; give one range")
-        found = _parse(text, values.strip(), _kind_of(field))
-        for value in found.examples():
-            try:
+            raise invalid_value("search", text, f"'{field}' is given twice", "give one range")
+        kind = _field_type(field, config)
+        try:
+            distribution = _distribution(field, values.strip(), kind)
+            for value in _examples(distribution):
                 with_fields(config, {field: value})
-            except UserError as error:
-                raise UserError(f"--search {text}: {error}") from None
-        space[field] = found
+        except UserError as error:
+            raise UserError(f"search {text}: {error}", field="search", value=text) from None
+        space[field] = distribution
     return space
 
 
-def values_of(config: Config, space: Space) -> dict[str, Any]:
-    """Return the values that a configuration has for the fields of a space."""
-    raw = to_dict(config)
-    found = {}
-    for field in space:
-        value = raw
-        for name in field.split("."):
-            value = value[name]
-        found[field] = value
-    return found
+def value_of(distribution: Distribution, parameter: Any) -> Any:
+    """Return the field's plain value for a parameter that Optuna proposes."""
+    if isinstance(distribution, CategoricalDistribution):
+        return json.loads(parameter)
+    if isinstance(distribution, IntDistribution):
+        return int(parameter)
+    digits = DIGITS if distribution.step is None else 12
+    return min(max(float(f"{parameter:.{digits}g}"), distribution.low), distribution.high)
+
+
+def values_of(config: Config, fields: Iterable[str]) -> dict[str, Any]:
+    """Return the plain values of fields in a configuration."""
+    values = flatten(to_dict(config))
+    return {field: values[field] for field in fields}
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by dotted name."""
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        name = f"{prefix}{key}"
+        values |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return values
 
 
 def size(space: Space) -> float:
-    """Return how many combinations there are."""
-    return math.prod(each.count() for each in space.values())
+    """Return the number of combinations; infinity if a range is continuous."""
+
+    def count(distribution: Distribution) -> float:
+        if isinstance(distribution, CategoricalDistribution):
+            return len(distribution.choices)
+        if distribution.step is None:
+            return math.inf
+        return math.floor((distribution.high - distribution.low) / distribution.step + 1e-9) + 1
+
+    return math.prod(count(each) for each in space.values())
 
 
 def as_overrides(values: Values) -> str:
-    """Return values as options of ``hvdrec train``, quoted for a shell."""
+    """Format values as options of ``hvdrec train``, quoted for a shell."""
     words = []
     for field, value in values.items():
         words.append(f"--{field.replace('_', '-')}")
@@ -172,7 +120,7 @@ def as_overrides(values: Values) -> str:
 
 
 def as_toml(values: Values) -> str:
-    """Return values as lines of a configuration's TOML, table by table."""
+    """Format values as TOML, table by table."""
     tables: dict[str, list[str]] = {}
     for field, value in values.items():
         table, _, name = field.rpartition(".")
@@ -180,76 +128,78 @@ def as_toml(values: Values) -> str:
     return "\n\n".join("\n".join([f"[{table}]", *lines]) for table, lines in tables.items())
 
 
-def searchable() -> str:
-    """Return which fields can be searched, for people."""
-    return choices([*(f"{table}.*" for table in TABLES), *FIELDS])
-
-
-def _kind_of(field: str) -> Any:
-    """Return the type of a field that can be searched."""
-    kinds = _kinds(Config)
-    table = field.partition(".")[0]
+def _field_type(field: str, config: Config) -> Any:
+    """Return the type of a field; raise UserError if it cannot be searched."""
+    table, allowed = field.partition(".")[0], choices([*(f"{each}.*" for each in TABLES), *FIELDS])
     if field in FIXED:
-        raise UserError(f"--search {field}: {FIXED[field]}; set it in the file instead")
-    if any(each.startswith(f"{field}.") for each in kinds):
-        inner = [each for each in kinds if each.startswith(f"{field}.")]
-        raise UserError(f"--search {field}: is a table; name one of its fields: {choices(inner)}")
-    if (table in TABLES or field in FIELDS) and field in kinds:
-        return kinds[field]
-    if field in kinds or table in SHARED:
-        why = (
-            "decides what the samples and features are, which all trials share"
-            if table in SHARED
-            else "changes nothing that trials are compared by"
+        raise invalid_value("search", field, FIXED[field], "set it in the configuration")
+    if table in SHARED:
+        problem = "decides what the samples and features are, which all trials share"
+        raise invalid_value("search", field, problem, f"allowed: {allowed}")
+    known = flatten(to_dict(config))
+    inner = [each for each in known if each.startswith(f"{field}.")]
+    if inner:
+        raise invalid_value(
+            "search", field, "is a table", f"name one of its fields: {choices(inner)}"
         )
-        raise UserError(f"--search {field}: {why}; fields that can be searched: {searchable()}")
-    known = [each for each in kinds if each.partition(".")[0] in TABLES or each in FIELDS]
-    near = difflib.get_close_matches(field, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    raise UserError(
-        f"--search {field}: is no field; fields that can be searched: {searchable()}{hint}"
-    )
+    if field in known and (table in TABLES or field in FIELDS):
+        return type_of(Config, field.split("."))
+    if field in known:
+        problem = "does not change the metric that compares trials"
+        raise invalid_value("search", field, problem, f"allowed: {allowed}")
+    searchable = [each for each in known if each.partition(".")[0] in TABLES or each in FIELDS]
+    raise unknown_name("search", field, [each for each in searchable if each not in FIXED])
 
 
-def _kinds(kind: Any, where: str = "") -> dict[str, Any]:
-    """Return the type of each field of nested dataclasses, by its name from the root."""
-    hints = get_type_hints(kind)
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        name, hint = f"{where}{field.name}", hints[field.name]
-        found |= _kinds(hint, f"{name}.") if dataclasses.is_dataclass(hint) else {name: hint}
-    return found
-
-
-def _parse(text: str, values: str, kind: Any) -> Range | Choices:
+def _distribution(field: str, values: str, kind: Any) -> Distribution:
+    """Return the range or the choices that a text describes, for a field of a type."""
     if kind in (int, float) and ":" in values:
-        return _range(text, values, is_integer=kind is int)
-    parts = _split(values)
-    found = tuple(_value(text, part, kind) for part in parts)
-    if len(found) < 2 or any(value in found[:i] for i, value in enumerate(found)):
-        example = "16,32" if kind in (int, float) else "A,B"
-        raise UserError(f"--search {text}: give a range, or two different values: {example}")
-    return Choices(found)
+        return _range(field, values, kind)
+    parsed = [_choice(field, text, kind) for text in _split(values)]
+    if len(parsed) < 2 or any(value in parsed[:i] for i, value in enumerate(parsed)):
+        raise invalid_value(field, values, "give a range, or two different values")
+    return CategoricalDistribution([json.dumps(value) for value in parsed])
 
 
-def _range(text: str, values: str, *, is_integer: bool) -> Range:
-    parts = values.split(":")
-    is_log = parts[0] == "log"
-    numbers = parts[is_log:]
+def _range(field: str, values: str, kind: Any) -> Distribution:
+    is_log = values.startswith("log:")
+    numbers = [from_text(kind, each, field) for each in values.removeprefix("log:").split(":")]
     if not 2 <= len(numbers) <= 3 - is_log:
-        raise UserError(f"--search {text}: a range is LOW:HIGH, LOW:HIGH:STEP or log:LOW:HIGH")
-    low, high, *step = (_value(text, number, int if is_integer else float) for number in numbers)
-    if not low < high:
-        raise UserError(f"--search {text}: {low} must be less than {high}")
-    if is_log and low <= 0:
-        raise UserError(f"--search {text}: a logarithmic range must begin above 0")
-    if step and not 0 < step[0] <= high - low:
-        raise UserError(f"--search {text}: the step {step[0]} must be in (0, {high - low}]")
-    return Range(low, high, step[0] if step else None, is_log, is_integer)
+        raise invalid_value(field, values, "a range is LOW:HIGH, LOW:HIGH:STEP or log:LOW:HIGH")
+    low, high, *step = numbers
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a high end that the steps miss is lowered
+            distribution: IntDistribution | FloatDistribution = (
+                IntDistribution(low, high, log=is_log, step=step[0] if step else 1)
+                if kind is int
+                else FloatDistribution(low, high, log=is_log, step=step[0] if step else None)
+            )
+    except ValueError as error:
+        raise invalid_value(field, values, str(error)) from None
+    if distribution.single():
+        raise invalid_value(field, values, "holds one value", "give a wider range")
+    return distribution
+
+
+def _choice(field: str, text: str, kind: Any) -> Any:
+    if get_origin(kind) is not tuple:
+        return from_text(kind, text, field)
+    try:
+        return list(tomllib.loads(f"x = {text}")["x"])
+    except (TypeError, ValueError):
+        raise invalid_value(field, text, "must be a list such as [256,128]") from None
+
+
+def _examples(distribution: Distribution) -> tuple[Any, ...]:
+    """Return values that are allowed only if all values of the distribution are."""
+    if isinstance(distribution, CategoricalDistribution):
+        return tuple(json.loads(str(choice)) for choice in distribution.choices)
+    return value_of(distribution, distribution.low), value_of(distribution, distribution.high)
 
 
 def _split(values: str) -> list[str]:
-    """Split at the commas that stand in no brackets."""
+    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for character in values:
         depth += (character == "[") - (character == "]")
@@ -258,24 +208,3 @@ def _split(values: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts]
-
-
-def _value(text: str, part: str, kind: Any) -> Any:
-    """Return a choice's plain value; `from_dict` checks what it is good for."""
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[part.lower()]
-        if kind is int:
-            return int(part)
-        if kind is float:
-            number = float(part)
-            if math.isfinite(number):
-                return number
-        elif get_origin(kind) is tuple:
-            return list(tomllib.loads(f"x = {part}")["x"])
-        else:
-            return part
-    except (KeyError, TypeError, ValueError):
-        pass
-    wanted = "a list such as [256,128]" if get_origin(kind) is tuple else f"of type {kind.__name__}"
-    raise UserError(f"--search {text}: '{part}' must be {wanted}")

@@ -1,4 +1,4 @@
-"""hvdrec tune on small data: trials, an interruption, what is refused."""
+"""hvdrec tune on small data: trials, an interruption, and mistakes."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def tuned(options: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def test_the_first_trial_is_what_train_gives(tuned: Path, small_run: SmallRun) -> None:
+def test_the_first_trial_equals_hvdrec_train(tuned: Path, small_run: SmallRun) -> None:
     first = _trials(tuned)[0]
     assert first["values"] == {"train.embedding_learning_rate": 0.5, "model.dimension": 8}
     assert first["value"] == small_run.train["validation"]["auc"]
 
 
-def test_the_best_can_be_trained_again_and_has_its_checkpoint(
+def test_the_best_trial_can_be_repeated_and_keeps_its_checkpoint(
     tuned: Path, small_run: SmallRun, tmp_path: Path
 ) -> None:
     found = json.loads((tuned / "tune/trials.json").read_text())
@@ -63,7 +63,7 @@ def test_the_best_can_be_trained_again_and_has_its_checkpoint(
     assert report["ranking"]["auc"] == pytest.approx(best["auc"], abs=1e-12)
 
 
-def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
+def test_a_killed_search_resumes_with_the_same_trials(
     tuned: Path, options: tuple[str, ...], tmp_path: Path
 ) -> None:
     command = [HVDREC, *options, "--search", *SEARCH, "--paths.work", str(tmp_path)]
@@ -76,33 +76,41 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(
         process.send_signal(signal.SIGKILL)
     states = [trial["state"] for trial in _trials(tmp_path)]
     assert states == ["complete", "running"]
-    # The search may be left out, as it is known.
+    # A resumed search knows its fields.
     succeed(*options, "--trials", "3", "--paths.work", tmp_path)
     assert len(_trials(tmp_path)) == 3
     succeed(*options, "--search", *SEARCH, "--trials", "4", "--paths.work", tmp_path)
-    whole, broken = _trials(tuned), _trials(tmp_path)
-    assert broken[1]["starts"] != [0]
-    assert [{**trial, "starts": 0} for trial in broken] == [
-        {**trial, "starts": 0} for trial in whole
+    uninterrupted, resumed = _trials(tuned), _trials(tmp_path)
+    assert resumed[1]["starts"] != [0]
+    assert [{**trial, "starts": 0} for trial in resumed] == [
+        {**trial, "starts": 0} for trial in uninterrupted
     ]
 
 
-def test_another_search_in_the_same_place_is_refused(tuned: Path, options: tuple[str, ...]) -> None:
-    for more, told in (
-        (("--search", "model.dimension=8,16"), "was begun with --search train.embedding-learning"),
-        (("--train.epochs", "3"), "was begun with train.epochs = 2, now 3; go on with that, or"),
+def test_a_different_search_in_the_same_folder_is_refused(
+    tuned: Path, options: tuple[str, ...]
+) -> None:
+    for more, message in (
+        (
+            ("--search", "model.dimension=8,16"),
+            "holds a search with search train.embedding-learning",
+        ),
+        (
+            ("--train.epochs", "3"),
+            "holds a search with train.epochs = 2, now 3; resume it with those",
+        ),
     ):
         done = hvdrec(*options, "--paths.work", tuned, *more)
         assert done.returncode == 2
-        assert told in done.stderr.splitlines()[-1]
+        assert message in done.stderr.splitlines()[-1]
     assert len(_trials(tuned)) == 4
 
 
 @pytest.mark.parametrize(
-    ("search", "told"),
+    ("search", "message"),
     [
-        ((), "--search: give at least one field with a range: train.learning_rate=log:1e-4:1e-2"),
-        (("--search", "model.dimensions=8,16"), "is no field; fields that can be searched: [mod"),
+        ((), "give at least one field with a range; train.learning_rate=log:1e-4:1e-2"),
+        (("--search", "model.dimensions=8,16"), "did you mean 'model.dimension'?"),
         (("--search", "samples.label=a,b"), "decides what the samples and features are, which"),
         (("--search", SEARCH[0], "--trials", "0"), "trials = 0: must be at least 1"),
         (("--search", SEARCH[0], "--paths.features", "none"), "none: no features artifact here"),
@@ -112,18 +120,18 @@ def test_another_search_in_the_same_place_is_refused(tuned: Path, options: tuple
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(
-    options: tuple[str, ...], tmp_path: Path, search: tuple[str, ...], told: str
+def test_mistakes_are_refused_before_anything_is_written(
+    options: tuple[str, ...], tmp_path: Path, search: tuple[str, ...], message: str
 ) -> None:
     done = hvdrec(*options, "--paths.work", tmp_path / "work", *search)
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
     assert line.startswith("hvdrec: error: ")
-    assert told in line
+    assert message in line
     assert not (tmp_path / "work/tune/trials.json").exists()
 
 
-def test_what_a_trial_fails_by_ends_no_other(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_failing_trial_does_not_end_the_search(options: tuple[str, ...], tmp_path: Path) -> None:
     search = ("train.learning_rate=0.005,1e30", "--trials", "5")
     done = hvdrec(*options, "--search", *search, "--paths.work", tmp_path)
     assert done.returncode == 0, done.stderr

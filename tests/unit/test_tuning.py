@@ -1,4 +1,4 @@
-"""What can be searched, what is tried next, and what is remembered."""
+"""A search: its space, the next trial, and its stored state."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hvdrec.cli.parser import parse
 from hvdrec.cli.reports import render_search
 from hvdrec.config import Config, load_config, with_fields
 from hvdrec.errors import UserError
-from hvdrec.tuning import search as search_module
 from hvdrec.tuning.search import (
     FILE,
     Search,
     State,
     Trial,
+    TuneResult,
     Validation,
+    best_trial,
+    describe_trial,
     first_difference,
     is_hopeless,
+    load_search,
     next_values,
+    ranked,
 )
 from hvdrec.tuning.space import (
-    Choices,
-    Range,
+    Distribution,
     as_overrides,
     as_toml,
     parse_space,
@@ -52,72 +56,76 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 # ------------------------------------------------------------------------------------- the space
 
 
+def _choices(*values: Any) -> CategoricalDistribution:
+    return CategoricalDistribution([json.dumps(value) for value in values])
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (RATE, Range(0.05, 0.8, None, True)),
-        ("model.ranker.dropout=0:0.4", Range(0.0, 0.4)),
-        ("model.ranker.dropout=0:0.4:0.1", Range(0.0, 0.4, 0.1)),
-        ("train.batch_size=log:256:8192", Range(256, 8192, None, True, True)),
-        ("--model.ranker.cross-layers=0:3", Range(0, 3, None, False, True)),
-        ("model.dimension=16,32,64", Choices((16, 32, 64))),
-        ("model.tower.normalize=true,false", Choices((True, False))),
-        ("train.schedule=linear,cosine", Choices(("linear", "cosine"))),
-        ("model.ranker.hidden=[256, 128],[],[400]", Choices(([256, 128], [], [400]))),
-        ('model.ranker.direct=["age"],[]', Choices((["age"], []))),
-        ("loader.shuffle_rows=1000,2000", Choices((1000, 2000))),
+        (RATE, FloatDistribution(0.05, 0.8, log=True)),
+        ("model.ranker.dropout=0:0.4", FloatDistribution(0.0, 0.4)),
+        ("model.ranker.dropout=0:0.4:0.1", FloatDistribution(0.0, 0.4, step=0.1)),
+        ("train.batch_size=log:256:8192", IntDistribution(256, 8192, log=True)),
+        ("--model.ranker.cross-layers=0:3", IntDistribution(0, 3)),
+        ("model.dimension=16,32,64", _choices(16, 32, 64)),
+        ("model.tower.normalize=true,false", _choices(True, False)),
+        ("train.schedule=linear,cosine", _choices("linear", "cosine")),
+        ("model.ranker.hidden=[256, 128],[],[400]", _choices([256, 128], [], [400])),
+        ('model.ranker.direct=["age"],[]', _choices(["age"], [])),
+        ("loader.shuffle_rows=1000,2000", _choices(1000, 2000)),
     ],
 )
-def test_ranges_and_choices(config: Config, text: str, expected: Range | Choices) -> None:
+def test_texts_are_parsed_to_distributions(
+    config: Config, text: str, expected: Distribution
+) -> None:
     field = text.partition("=")[0].removeprefix("--").replace("-", "_")
     assert parse_space([text], config) == {field: expected}
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "parts"),
     [
-        (
-            "model.dimension",
-            "--search 'model.dimension': must be FIELD=RANGE or FIELD=A,B,C: train",
-        ),
-        ("model.dimenson=1,2", "is no field; .*; did you mean 'model.dimension'\\?$"),
-        (
-            "samples.label=a,b",
-            "decides what the samples and features are, .* \\[model\\.\\*, train",
-        ),
-        ("features.dimension=8,16", "decides what the samples and features are, which all"),
-        ("paths.work=a,b", "decides what the samples and features are"),
-        ("export.index=none,hnsw", "changes nothing that trials are compared by; fields that"),
-        (
-            "train.metric=auc,gauc",
-            "decides what trials are compared by; set it in the file instead",
-        ),
-        ("model.tower=1,2", "is a table; name one of its fields: \\[model\\.tower\\.hidden, "),
-        ("train.schedule=linear,steep", "train.schedule = 'steep': must be 'constant', "),
-        ("model.ranker.dropout=0:1", "model.ranker.dropout = 1.0: must be less than 1$"),
-        ("model.ranker.dropout=0.4:0.1", "0.4 must be less than 0.1"),
-        ("model.ranker.dropout=log:0:0.1", "a logarithmic range must begin above 0"),
-        ("model.ranker.dropout=log:0.1:0.2:0.1", "a range is LOW:HIGH, LOW:HIGH:STEP or"),
-        ("model.ranker.dropout=0:0.4:0.5", "the step 0.5 must be in \\(0, 0.4\\]"),
-        ("model.dimension=16:3.5", "'3.5' must be of type int"),
-        ("model.dimension=16", "give a range, or two different values: 16,32"),
-        ("model.dimension=16,16", "give a range, or two different values"),
-        ("model.ranker.hidden=256,128", "'256' must be a list such as \\[256,128\\]"),
-        ("model.tower.normalize=yes,no", "'yes' must be of type bool"),
+        ("model.dimension", ["'model.dimension'", "FIELD=RANGE or FIELD=A,B,C"]),
+        ("model.dimenson=1,2", ["model.dimenson", "unknown", "did you mean 'model.dimension'?"]),
+        ("samples.label=a,b", ["decides what the samples and features are", "model.*, train.*"]),
+        ("features.dimension=8,16", ["decides what the samples and features are", "trials share"]),
+        ("paths.work=a,b", ["decides what the samples and features are"]),
+        ("export.index=none,hnsw", ["does not change the metric that compares trials"]),
+        ("train.metric=auc,gauc", ["decides which metric compares", "set it in the config"]),
+        ("model.tower=1,2", ["is a table", "name one of its fields: [model.tower.hidden, "]),
+        ("train.schedule=linear,steep", ["train.schedule = 'steep': must be 'constant', "]),
+        ("model.ranker.dropout=0:1", ["model.ranker.dropout = 1.0: must be less than 1"]),
+        ("model.ranker.dropout=0.4:0.1", ["low=0.4", "high=0.1"]),
+        ("model.ranker.dropout=log:0:0.1", ["`low > 0` must hold"]),
+        ("model.ranker.dropout=log:0.1:0.2:0.1", ["a range is LOW:HIGH, LOW:HIGH:STEP or"]),
+        ("model.ranker.dropout=0:0.4:0.5", ["model.ranker.dropout = '0:0.4:0.5': holds one value"]),
+        ("model.ranker.dropout=0.1:0.1", ["holds one value"]),
+        ("model.ranker.dropout=0:nan", ["model.ranker.dropout"]),
+        ("model.ranker.dropout=0:inf", ["model.ranker.dropout"]),
+        ("model.dimension=16:3.5", ["model.dimension = '3.5': must be", "integer"]),
+        ("model.dimension=16", ["give a range, or two different values"]),
+        ("model.dimension=16,16", ["give a range, or two different values"]),
+        ("model.ranker.hidden=256,128", ["'256': must be a list such as [256,128]"]),
+        ("model.tower.normalize=maybe,no", ["model.tower.normalize = 'maybe': must be"]),
     ],
 )
-def test_what_cannot_be_searched_is_told(config: Config, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as raised:
+def test_a_search_that_is_not_possible_is_refused(
+    config: Config, text: str, parts: list[str]
+) -> None:
+    with pytest.raises(UserError) as raised:
         parse_space([text], config)
-    assert str(raised.value).startswith("--search ")
+    assert raised.value.field == "search"
+    for part in parts:
+        assert part in str(raised.value)
 
 
-def test_a_field_has_one_range(config: Config) -> None:
-    with pytest.raises(UserError, match=r"'model.dimension' is there twice; give one range"):
+def test_a_field_is_given_once(config: Config) -> None:
+    with pytest.raises(UserError, match=r"'model.dimension' is given twice; give one range"):
         parse_space(["model.dimension=16,32", "model.dimension=8,16"], config)
 
 
-def test_values_can_be_pasted(config: Config, tmp_path: Path) -> None:
+def test_values_can_be_pasted_as_options_and_as_toml(config: Config, tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "train.embedding_learning_rate": 1e-05,
         "train.schedule": "cosine",
@@ -136,7 +144,7 @@ def test_values_can_be_pasted(config: Config, tmp_path: Path) -> None:
     file = tmp_path / "pasted.toml"
     bare = TOML.partition("[model]")[0].format(raw="raw", work="work")
     file.write_text(f"{bare}\n{as_toml(values)}\n")
-    assert values_of(load_config(file), dict.fromkeys(values, Choices(()))) == values
+    assert values_of(load_config(file), values) == values
 
 
 def test_size_counts_combinations(config: Config) -> None:
@@ -166,7 +174,7 @@ def _quality(values: dict[str, Any]) -> float:
     return -abs(float(values["train.embedding_learning_rate"]) - 0.2) - values["model.dimension"]
 
 
-def test_the_first_trial_is_the_configuration_as_it_stands(config: Config) -> None:
+def test_the_first_trial_is_the_configuration_as_it_is(config: Config) -> None:
     assert next_values(_search(config)) == {
         "train.embedding_learning_rate": 0.5,
         "model.dimension": 8,
@@ -178,28 +186,29 @@ def test_the_first_trial_is_the_configuration_as_it_stands(config: Config) -> No
     assert all(0.001 <= value <= 0.01 for value in others)
 
 
-def test_a_search_goes_on_as_if_it_had_not_been_interrupted(config: Config, tmp_path: Path) -> None:
-    whole = _filled(_search(config), 15, _quality)
-    broken = _filled(_search(config), 12, _quality)
-    broken.save(tmp_path)
-    read = search_module.load(tmp_path)
-    assert read == broken
+def test_a_stored_search_proposes_the_same_values(config: Config, tmp_path: Path) -> None:
+    uninterrupted = _filled(_search(config), 15, _quality)
+    interrupted = _filled(_search(config), 12, _quality)
+    interrupted.save(tmp_path)
+    read = load_search(tmp_path)
+    assert read == interrupted
     assert read is not None
-    assert _filled(read, 15, _quality) == whole
-    # Nothing is tried twice, and it comes nearer to what is good.
-    assert len({json.dumps(trial.values) for trial in whole.trials}) == 15
-    assert whole.best is not None
-    assert whole.best.values["model.dimension"] == 8
+    assert _filled(read, 15, _quality) == uninterrupted
+    # No combination repeats, and the best one is near the optimum.
+    assert len({json.dumps(trial.values) for trial in uninterrupted.trials}) == 15
+    best = best_trial(uninterrupted.trials, "auc")
+    assert best is not None
+    assert best.values["model.dimension"] == 8
 
 
-def test_other_seeds_try_other_values(config: Config) -> None:
+def test_the_seed_decides_the_proposals(config: Config) -> None:
     first = _filled(_search(config), 3, _quality)
     second = _filled(_search(replace(config, seed=1)), 3, _quality)
     assert first.trials[0].values == second.trials[0].values
     assert first.trials[2].values != second.trials[2].values
 
 
-def test_a_search_ends_when_all_has_been_tried(config: Config) -> None:
+def test_a_search_ends_when_all_combinations_were_tried(config: Config) -> None:
     search = _search(config, "model.dimension=8,16,32", "model.tower.normalize=true,false")
     search = _filled(search, 6, lambda values: 0.5)
     assert len({json.dumps(trial.values) for trial in search.trials}) == 6
@@ -216,15 +225,19 @@ def test_failed_and_pruned_trials_count_as_tried(config: Config) -> None:
             Trial(number, values, state, None if state == "failed" else 0.9 - number)
         )
     assert next_values(search) is None
-    assert [trial.state for trial in search.result("").ranked()] == ["complete", "pruned", "failed"]
-    assert search.best == search.trials[0]
+    assert [trial.state for trial in ranked(search.trials, search.metric)] == [
+        "complete",
+        "pruned",
+        "failed",
+    ]
+    assert best_trial(search.trials, "auc") == search.trials[0]
 
 
-def test_the_lowest_loss_is_the_best(config: Config) -> None:
+def test_the_lowest_loss_ranks_first(config: Config) -> None:
     search = replace(_search(config), metric="log_loss", is_loss=True)
     for number, value in enumerate((0.5, 0.3, 0.4)):
         search = search.with_trial(Trial(number, {}, "complete", value))
-    assert [trial.number for trial in search.result("").ranked()] == [1, 2, 0]
+    assert [trial.number for trial in ranked(search.trials, search.metric)] == [1, 2, 0]
 
 
 def test_a_trial_below_the_median_is_hopeless_once_five_are_complete(config: Config) -> None:
@@ -246,19 +259,19 @@ def test_a_trial_below_the_median_is_hopeless_once_five_are_complete(config: Con
 
 
 @given(st.lists(st.integers(0, 2), max_size=12))
-def test_a_trial_that_gets_nowhere_is_given_up(steps: list[int]) -> None:
+def test_a_trial_without_progress_fails_after_three_starts(steps: list[int]) -> None:
     trial = Trial(0, {})
     for count, step in enumerate(steps, start=1):
         trial = trial.started(step)
         stuck = count >= 3 and steps[count - 3] == steps[count - 2] == step
         if stuck:
             assert trial.state == "failed"
-            assert trial.reason == f"was started 3 times from step {step} and got no further"
+            assert trial.reason == f"was started 3 times from step {step} without progress"
             return
         assert trial.state == "running"
 
 
-def test_a_validation_that_is_repeated_is_kept_once() -> None:
+def test_a_repeated_validation_replaces_the_earlier_one() -> None:
     trial = Trial(0, {}).validated(0, 0.1).validated(1, 0.2).validated(2, 0.3).validated(1, 0.25)
     assert trial.validations == (Validation(0, 0.1), Validation(1, 0.25))
 
@@ -269,21 +282,21 @@ def test_the_first_difference_is_named(config: Config) -> None:
     assert first_difference(config, other) == "train.epochs = 2, now 9"
 
 
-def test_trials_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+def test_a_damaged_trials_file_is_refused(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"config": 3}', '{"trials": []}'):
         (tmp_path / FILE).write_text(text)
         with pytest.raises(UserError, match=r"trials.json: cannot be read \(.*--overwrite starts"):
-            search_module.load(tmp_path)
+            load_search(tmp_path)
 
 
-def test_the_report_ends_with_what_to_paste(config: Config) -> None:
+def test_the_report_ends_with_values_to_paste(config: Config) -> None:
     search = _search(config)
     values = {"train.embedding_learning_rate": 0.2, "model.dimension": 16}
     search = search.with_trial(Trial(0, {**values, "model.dimension": 8}, "complete", 0.7, 9, 3.0))
     search = search.with_trial(Trial(1, values, "complete", 0.8, 9, 4.0))
     bad = Trial(2, {**values, "model.dimension": 32}, "failed", reason="too large")
     search = search.with_trial(bad)
-    assert render_search(search.result("work/tune/trials.json")) == (
+    assert render_search(TuneResult("work/tune/trials.json", "auc", search.trials)) == (
         "3 trials by validation auc\n"
         "trial      auc  embedding_learning_rate  dimension  seconds  state\n"
         "-----  -------  -----------------------  ---------  -------  --------\n"
@@ -299,7 +312,7 @@ def test_the_report_ends_with_what_to_paste(config: Config) -> None:
         "\n"
         "wrote work/tune/trials.json"
     )
-    assert search_module.describe_trial(search, bad) == (
+    assert describe_trial(search, bad) == (
         "trial 2 failed (too large): --train.embedding-learning-rate 0.2 --model.dimension 32; "
         "best 0.80000 of trial 1"
     )
