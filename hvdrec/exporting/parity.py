@@ -64,10 +64,14 @@ def largest_difference(
     rows = raw.to_pylist()
     corrupted = [_corrupted(schema, number, row) for number, row in enumerate(rows)]
     corrupted_table = pa.Table.from_pylist(corrupted, schema=raw.schema)
+    graph = (features / "preprocess.onnx").read_bytes()
     comparisons = (
         (_scores(scorer, schema, rows, by_key=False), codes),
         (_scores(scorer, schema, rows, by_key=True), {**by_key, **_combined(fitted, by_key)}),
-        (_scores(scorer, schema, corrupted, by_key=False), _encoded(fitted, corrupted_table)),
+        (
+            _scores(scorer, schema, corrupted, by_key=False),
+            _encoded(graph, schema, corrupted_table),
+        ),
     )
     differences = [np.abs(scores - _torch_scores(model, codes)) for scores, codes in comparisons]
     # max() would ignore a NaN, depending on its position.
@@ -128,25 +132,22 @@ def _corrupted(schema: Schema, number: int, row: Row) -> Row:
     return corrupted
 
 
-def _encoded(fitted: Fitted, table: pa.Table) -> Arrays:
-    """Run the preprocessing graph over raw rows."""
-    features = fitted.schema.features
-    return _run(fitted, features, rows_to_inputs(fitted.schema.columns(), table))
+def _encoded(graph: bytes, schema: Schema, table: pa.Table) -> Arrays:
+    """Run a preprocessing graph of all features over raw rows."""
+    return _run(graph, schema.features, rows_to_inputs(schema.columns(), table))
 
 
 def _combined(fitted: Fitted, codes: Arrays) -> Arrays:
     """Compute the scene features that combine other features from the codes of these."""
     features = [feature for feature in fitted.schema.side("scene") if feature.sources]
-    names = {name for feature in features for name in feature.sources}
-    return _run(fitted, features, {output_name(name): codes[name] for name in names})
-
-
-def _run(fitted: Fitted, features: Sequence[Feature], inputs: Arrays) -> Arrays:
     if not features:
         return {}
-    names = [feature.name for feature in features]
-    session = onnxruntime.InferenceSession(
-        build(fitted, names).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    outputs = session.run([output_name(name) for name in names], inputs)
-    return dict(zip(names, outputs, strict=True))
+    names = {name for feature in features for name in feature.sources}
+    graph = build(fitted, [feature.name for feature in features]).SerializeToString()
+    return _run(graph, features, {output_name(name): codes[name] for name in names})
+
+
+def _run(graph: bytes, features: Sequence[Feature], inputs: Arrays) -> Arrays:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    outputs = session.run([output_name(feature.name) for feature in features], inputs)
+    return {feature.name: array for feature, array in zip(features, outputs, strict=True)}

@@ -207,8 +207,9 @@ def _codes(config: Config, fitted: Fitted) -> dict[str, torch.Tensor]:
     """Return the codes of the scene, as torch takes them, one row."""
     scene = config.schema.side("scene")
     session = _session(Path(config.paths.of("features")) / "preprocess.onnx")
-    everything = {f.name: pa.array([SCENE.get(f.name)]) for f in scene}
-    raw = rows_to_inputs(scene, pa.table(everything))
+    columns = config.schema.columns("scene")
+    everything = {column.name: pa.array([SCENE.get(column.name)]) for column in columns}
+    raw = rows_to_inputs(columns, pa.table(everything))
     names = [output_name(f.name) for f in scene]
     wanted = {value.name for value in session.get_inputs()}
     blank = {
