@@ -143,6 +143,7 @@ class Feature:
     """Value of a scene field that a request leaves out. Without it, the value is missing."""
 
     def __post_init__(self) -> None:
+        """Raise UserError if a field does not fit the others."""
         if not self.name.isidentifier():
             raise self.invalid("name", "use letters, digits and underscores")
         if self.name in KEY_COLUMNS:
@@ -205,6 +206,7 @@ class Schema:
     item_key: str
 
     def __post_init__(self) -> None:
+        """Raise UserError if features contradict each other."""
         names = [feature.name for feature in self.features]
         for feature in self.features:
             if names.count(feature.name) > 1:
@@ -274,6 +276,7 @@ class Schema:
                     raise invalid_value(f"features.{feature.name}", feature.kind, problem)
 
     def __getitem__(self, name: str) -> Feature:
+        """Return a feature by name; KeyError if there is none."""
         for feature in self.features:
             if feature.name == name:
                 return feature

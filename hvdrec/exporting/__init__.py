@@ -1,1 +1,1 @@
-"""From a checkpoint to a bundle, and the proof that they agree."""
+"""From a checkpoint to a bundle, with a comparison of their scores."""

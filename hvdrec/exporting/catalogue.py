@@ -1,4 +1,4 @@
-"""What a bundle tells of items and users beside embeddings, out of the samples."""
+"""Item and user data of a bundle besides embeddings: titles, counts, filters, seen items."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.exporting.embed import key_array
+from hvdrec.features.raw import one_chunk
 from hvdrec.samples.split import SPLITS
 from hvdrec.storage.urls import read_table
 
 Array = NDArray[Any]
 DAY = 86_400
 EPOCH_SECONDS = (1e8, 1e11)
-"""Numbers between them are seconds since 1970 (years 1973 to 5138); a thousand times as large,
-milliseconds, and so on to nanoseconds. Smaller ones count something else."""
+"""Range of times in seconds since 1970 (years 1973 to 5138). Numbers that are 1e3, 1e6 or 1e9 times
+as large are milli-, micro- or nanoseconds; smaller numbers are not times."""
 
 
 def write_catalogue(
@@ -32,22 +33,26 @@ def write_catalogue(
     config: Config,
     notify: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Write titles, popularity, trending counts, filters and what users have seen.
+    """Write titles, popularity, trending counts, filters and seen items, in the order of keys.
 
-    users, items: the samples' tables of all users and items. Rows are in the order of sorted keys.
+    Popularity counts positives of the training split. Trending counts positives of the log's last
+    ``export.trending_days`` over all splits, or equals popularity if the samples have no times.
+    Seen items are the distinct pairs of users and items over all splits; with sampled negatives,
+    which look like rows of the log, only positives count.
 
-    trending: positives of the log's last ``export.trending_days``, over all splits; where the
-    samples have no time that tells days, it equals popularity, positives of the training split.
-    seen: the distinct pairs of users and items in the samples, over all splits. Samples do not
-    tell drawn negatives from rows of the log: where negatives are drawn, only positives count.
-    Rows that ``samples.drop`` left out are not there.
+    Args:
+        draft: The bundle's directory.
+        users: The samples' table of all users.
+        items: The samples' table of all items.
+        config: The run; ``export``, ``samples``, ``paths`` and the schema are used.
+        notify: Called with a line if there are no times.
     """
     schema, export = config.schema, config.export
     item_order = np.argsort(key_array(items[schema.item_key]), kind="stable")
     items = items.take(item_order)
     folder = draft / "items"
     encoded = config.paths.of("features") / "items.parquet"
-    # Rows of the encoded catalogue are those of the samples' catalogue.
+    # The encoded table of items has the rows of the samples' table.
     counts = read_table(encoded, ["train_count"])["train_count"].to_numpy()
     popularity = counts[item_order].astype(np.int64)
     _save(folder / "popularity.npy", popularity)
@@ -59,13 +64,13 @@ def write_catalogue(
     log = _read_log(config, user_keys, items[schema.item_key])
     trending = _trending(log, export.trending_days, len(items))
     if trending is None:
-        notify("the samples have no time that tells days: what is popular counts as trending")
+        notify("the samples have no times: trending counts equal popularity")
         trending = popularity
     _save(folder / "trending.npy", trending)
     if export.seen:
-        met = log.is_positive if config.samples.negatives.per_positive else slice(None)
+        seen = log.is_positive if config.samples.negatives.per_positive else slice(None)
         _write_lists(
-            draft / "users" / "seen_{}.npy", log.user[met], log.item[met], len(users), len(items)
+            draft / "users" / "seen_{}.npy", log.user[seen], log.item[seen], len(users), len(items)
         )
     for name in export.filters:
         _write_filter(folder / "filters" / name, items[name])
@@ -73,7 +78,14 @@ def write_catalogue(
 
 @dataclass(frozen=True)
 class _Log:
-    """The samples of all splits. user, item: rows int64 [n]; seconds: float64 [n], if told."""
+    """The samples of all splits.
+
+    Attributes:
+        user: Rows of users, int64 [n].
+        item: Rows of items, int64 [n].
+        is_positive: bool [n].
+        seconds: Times, float64 [n]; None without times.
+    """
 
     user: Array
     item: Array
@@ -82,10 +94,10 @@ class _Log:
 
 
 def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) -> _Log:
-    """Return the samples with the rows of their users and items; keys in the order of rows."""
+    """Read the samples; `users` and `items` are the keys in the order of rows."""
     samples, schema = config.samples, config.schema
-    # A feature or key that is called "time" stands in the place of samples.time.
-    names = {schema.user_key, schema.item_key, *(f.name for f in schema.features)}
+    # In the samples, a feature or key named "time" replaces samples.time.
+    names = {schema.user_key, schema.item_key, *(column.name for column in schema.columns())}
     has_time = bool(samples.time) and ("time" not in names or samples.time == "time")
     columns = [schema.user_key, schema.item_key, "label", *(["time"] if has_time else [])]
     files = [str(config.paths.of("samples") / split) for split in SPLITS]
@@ -102,19 +114,19 @@ def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) ->
 
 
 def _rows(keys: pa.ChunkedArray, stored: pa.ChunkedArray) -> Array:
-    found: Array = pc.index_in(keys, value_set=stored.combine_chunks()).to_numpy()
-    return found.astype(np.int64)
+    rows: Array = pc.index_in(keys, value_set=stored.combine_chunks()).to_numpy()
+    return rows.astype(np.int64)
 
 
 def _seconds(times: pa.ChunkedArray) -> Array | None:
-    """Return times as seconds, float64 [n]; None where they do not tell any."""
-    kind = times.type
-    if pa.types.is_timestamp(kind):
+    """Convert a column to seconds, float64 [n]; None if it does not contain times."""
+    dtype = times.type
+    if pa.types.is_timestamp(dtype):
         units = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}
-        return np.asarray(times.cast(pa.int64()).to_numpy() / units[kind.unit])
-    if pa.types.is_date(kind):
+        return np.asarray(times.cast(pa.int64()).to_numpy() / units[dtype.unit])
+    if pa.types.is_date(dtype):
         return np.asarray(times.cast(pa.date32()).cast(pa.int32()).to_numpy() * float(DAY))
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+    if not (pa.types.is_integer(dtype) or pa.types.is_floating(dtype)):
         return None
     numbers = times.to_numpy().astype(np.float64)
     latest = numbers.max(initial=0.0)
@@ -140,10 +152,8 @@ def _write_titles(folder: Path, column: pa.ChunkedArray) -> None:
 
 
 def _write_filter(folder: Path, column: pa.ChunkedArray) -> None:
-    """Write which rows have each value of a feature; null and empty values are missing."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
+    """Write the rows that have each value of a column; null and empty values are left out."""
+    array = one_chunk(column)
     if pa.types.is_list(array.type):
         rows, values = pc.list_parent_indices(array).to_numpy(), array.flatten()
     else:
@@ -151,23 +161,28 @@ def _write_filter(folder: Path, column: pa.ChunkedArray) -> None:
     present = pc.is_valid(values)
     if pa.types.is_string(values.type):
         present = pc.and_kleene(present, pc.not_equal(values, ""))
-    chosen = pc.fill_null(present, False).to_numpy(zero_copy_only=False)
-    distinct, place = np.unique(
-        key_array(pa.chunked_array([values.filter(pa.array(chosen))])), return_inverse=True
+    kept = pc.fill_null(present, False).to_numpy(zero_copy_only=False)
+    distinct, value_of = np.unique(
+        key_array(pa.chunked_array([values.filter(pa.array(kept))])), return_inverse=True
     )
     if not len(distinct):
         distinct = distinct.astype(np.int64 if distinct.dtype.kind == "i" else "S1")
     folder.mkdir(parents=True)
     _save(folder / "values.npy", distinct)
-    _write_lists(folder / "{}.npy", place, rows[chosen], len(distinct), len(array))
+    _write_lists(folder / "{}.npy", value_of, rows[kept], len(distinct), len(array))
 
 
-def _write_lists(file: Path, place: Array, rows: Array, lists: int, items: int) -> None:
-    """Write rows int32 in lists, ascending and each once; place: int64 [n], of which list.
+def _write_lists(file: Path, list_of: Array, rows: Array, lists: int, items: int) -> None:
+    """Write lists of rows int32, ascending and without repetition.
 
-    ``{}`` in the file's name stands for "offsets" and "rows".
+    Args:
+        file: Path in which ``{}`` stands for "offsets" and "rows".
+        list_of: int64 [n], the list that each row belongs to.
+        rows: int64 [n].
+        lists: Number of lists.
+        items: Number of items.
     """
-    pairs = np.unique(place.astype(np.int64) * max(1, items) + rows)
+    pairs = np.unique(list_of.astype(np.int64) * max(1, items) + rows)
     offsets = np.searchsorted(pairs, np.arange(lists + 1, dtype=np.int64) * max(1, items))
     _save(Path(str(file).format("offsets")), offsets.astype(np.int64))
     _save(Path(str(file).format("rows")), (pairs % max(1, items)).astype(np.int32))

@@ -1,4 +1,4 @@
-"""The stored embeddings: all users and items, through the bundle's own towers."""
+"""The stored embeddings of all users and items, computed by the bundle's own towers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import onnxruntime
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hvdrec.config import Config
-from hvdrec.config.schema import Column, Side
-from hvdrec.errors import UserError
+from hvdrec.config.schema import Column, Schema, Side
+from hvdrec.errors import invalid_file
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.parallel.pool import WorkerPool
 
@@ -34,16 +33,21 @@ class _Block:
 
 
 def write_side(
-    draft: Path, side: Side, table: pa.Table, config: Config, workers: WorkerPool
+    draft: Path, side: Side, table: pa.Table, schema: Schema, workers: WorkerPool
 ) -> int:
-    """Embed all users (items) and write keys, sorted, with embeddings in the same order.
+    """Embed all users (items) and write their sorted keys and their embeddings.
 
-    draft: the bundle's directory with the towers, which all workers must see. Each worker that
-    helps holds the tower whole, with its tables.
+    Args:
+        draft: The bundle's directory with the towers, which all workers must see.
+        side: ``user`` or ``item``.
+        table: The keys and raw columns of all users (items).
+        schema: The features.
+        workers: Processes that share the work; each of them loads the tower with its tables.
+
+    Returns:
+        Number of users (items).
     """
-    schema = config.schema
-    key = schema.key(side)
-    columns = schema.columns(side)
+    key, columns = schema.key(side), schema.columns(side)
     keys = key_array(table[key])
     order = np.argsort(keys, kind="stable")
     folder = draft / f"{side}s"
@@ -87,11 +91,9 @@ def _embed(block: _Block) -> NDArray[np.float32]:
 @lru_cache(maxsize=1)
 def _session(tower: Path) -> Any:
     if not tower.is_file():
-        raise UserError(
-            f"{socket.gethostname()}: {tower}: cannot be seen there; all hosts of the job must "
-            "share the directory of the bundle"
-        )
+        problem = f"not visible on host {socket.gethostname()}"
+        raise invalid_file(tower, problem, "all hosts must share the directory of the bundle")
     options = onnxruntime.SessionOptions()
-    # Sums may be taken in another order by another number of threads.
+    # The order of sums, and so the last bits, may depend on the number of threads.
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(tower), options, providers=["CPUExecutionProvider"])

@@ -11,7 +11,7 @@ from typing import Any
 from hvdrec.config import Config, with_fields
 from hvdrec.errors import invalid_value
 from hvdrec.evaluation.result import jsonable
-from hvdrec.exporting.writer import export as write_bundle
+from hvdrec.exporting.writer import write_bundle
 from hvdrec.parallel.pool import WorkerPool, open_pool
 from hvdrec.parallel.progress import show_progress
 from hvdrec.storage.artifacts import read_manifest

@@ -1,4 +1,4 @@
-"""ONNX graphs of the towers, with the features' preprocessing in front, and their making."""
+"""ONNX graphs of the towers, with preprocessing, and the export of functions from torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Functions = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
 
 class _Core(nn.Module):
-    """A part of the model as a function of positional tensors, which is what the exporter wants."""
+    """A part of the model as a function of positional tensors, as the exporter requires."""
 
     def __init__(self, model: Recommender, function: Functions, names: Sequence[str]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _tower(model: Recommender, fitted: Fitted, side: Side, represent: Function) 
 
 
 def example(feature: Feature) -> Tensor:
-    """Return a feature's codes of three rows, which the exporter traces a function with."""
+    """Return codes of three rows, for the exporter to trace a function with."""
     if not feature.is_embedded:
         return torch.zeros(3)
     return torch.zeros((3, 4) if feature.is_list else (3,), dtype=torch.int64)
@@ -83,7 +83,15 @@ def export_function(
     output: str,
     rows: str = "rows",
 ) -> onnx.ModelProto:
-    """Export a function of named tensors whose rows (and list lengths) are of any number."""
+    """Export a function of named tensors, for any number of rows and list lengths.
+
+    Args:
+        model: The model that the function belongs to.
+        function: Maps named tensors to one tensor.
+        examples: Name -> example of each input.
+        output: Name of the output.
+        rows: Name of the number of rows.
+    """
     return export_functions(model, lambda inputs: (function(inputs),), examples, [output], rows)
 
 
@@ -94,7 +102,7 @@ def export_functions(
     outputs: Sequence[str],
     rows: str = "rows",
 ) -> onnx.ModelProto:
-    """Export a function that returns a tensor for each of the outputs; see `export_function`."""
+    """Export a function that returns one tensor per output; see `export_function`."""
     row_count = torch.export.Dim(rows, min=1)
     shapes = tuple(
         {0: row_count, 1: torch.export.Dim.DYNAMIC}
@@ -123,13 +131,13 @@ def export_functions(
 
 
 def _named(core: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
-    """Give outputs their names, which the exporter may also use inside, and all else a prefix."""
+    """Rename the outputs and prefix all other names, which the exporter may use for both."""
     core = compose.add_prefix(core, f"{outputs[0]}/", rename_inputs=False, rename_outputs=False)
     final = {f"{output}/exported": output for output in outputs}
     for node in core.graph.node:
         node.input[:] = [final.get(name, name) for name in node.input]
         node.output[:] = [final.get(name, name) for name in node.output]
-        # Traces of where the model's code lay on the exporting machine.
+        # Stack traces with paths of the exporting machine.
         del node.metadata_props[:]
     for value in (*core.graph.input, *core.graph.output):
         del value.metadata_props[:]

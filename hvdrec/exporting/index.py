@@ -1,4 +1,4 @@
-"""Building a bundle's approximate index, and measuring what it finds."""
+"""Builds a bundle's approximate index and measures its recall."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.config import Config
-from hvdrec.errors import UserError
+from hvdrec.config.sections import Export
+from hvdrec.errors import invalid_value
 from hvdrec.exporting.precision import restored
 from hvdrec.scoring.exact import ExactSearch
 from hvdrec.scoring.hnsw import COST, INDEX, INDEX_ROWS, HnswSearch
@@ -19,57 +19,61 @@ from hvdrec.scoring.hnsw import COST, INDEX, INDEX_ROWS, HnswSearch
 Array = NDArray[Any]
 Notify = Callable[[str], None]
 LINKS = 16
-"""Links of an item in each layer; twice as many in the lowest."""
+"""Links of an item in each layer; the lowest layer has twice as many."""
 BUILD_EFFORT = 256
-"""Items that are looked at when the links of a new one are chosen."""
+"""Number of items compared to choose the links of a new one."""
 SEARCH_EFFORTS = (100, 140, 200, 280, 400, 560, 800, 1130, 1600, 2260, 3200)
 GOAL = 0.99
 AT = 100
 QUERIES = 1000
 PARTS = 10
 EQUAL_LENGTHS = 1e-3
-"""Lengths that differ by no more than this share count as equal."""
+"""Relative difference up to which vector lengths count as equal."""
 
 
-def require_index_library(config: Config) -> None:
-    """Raise UserError where an index is wished for and faiss is not installed."""
-    if config.export.index == "none":
+def require_index_library(export: Export) -> None:
+    """Raise UserError if an index is configured and faiss is not installed."""
+    if export.index == "none":
         return
     try:
         import faiss  # noqa: F401
     except ImportError:
-        raise UserError(
-            f"export.index = '{config.export.index}': faiss is not installed; "
-            "pip install 'hvdrec[index]', or export with export.index = 'none'"
-        ) from None
+        remedy = "pip install 'hvdrec[index]', or use export.index = 'none'"
+        problem = "faiss is not installed"
+        raise invalid_value("export.index", export.index, problem, remedy) from None
 
 
 def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dict[str, Any] | None:
-    """Build the index of a draft's items and return what its manifest says of it.
+    """Build the index of a draft's items, unless an exact search is faster anyway.
 
-    Where there are so few items that going through all is quicker, none is written.
+    The search effort is the smallest whose results contain on average GOAL of the exact search's
+    first AT items, for up to QUERIES stored users. If none does, it is the largest that is faster
+    than an exact search. The same embeddings give the same file with the same version of faiss
+    (from 1.15 on), for any number of threads.
 
-    The search effort is the smallest that finds on average GOAL of the AT items that the exact
-    search finds, for the embeddings of stored users, as many as QUERIES, spread evenly. Where none
-    does, it is the largest that is still quicker than going through all items. width: entries of
-    the embeddings that retrieval counts. The same embeddings give the same file with the same
-    version of faiss, from 1.15 on, however many threads build it.
+    Args:
+        draft: The bundle's directory.
+        width: Number of leading entries of an embedding that retrieval compares.
+        notify: Called with lines of progress.
+
+    Returns:
+        The manifest's entry on the index; None if none was written.
     """
     exact = ExactSearch(*_stored(draft / "items"))
     if len(exact) < SEARCH_EFFORTS[0] * COST:
-        notify(f"index: none is needed, going through {len(exact)} items is quicker")
+        notify(f"index: not needed, an exact search of {len(exact)} items is faster")
         return None
     vectors = np.ascontiguousarray(restored(exact.vectors, exact.scales)[:, :width])
     if lengths_differ(vectors):
         vectors = lengthened(vectors)
-    index, rows = _built(vectors, notify)
+    index, rows = _build(vectors, notify)
     users, scales = _stored(draft / "users")
     chosen = np.unique(np.linspace(0, len(users) - 1, min(QUERIES, len(users))).astype(np.int64))
     queries = restored(users[chosen], None if scales is None else scales[chosen])[:, :width]
     search = HnswSearch(draft, exact, width)
     search.use(index, rows)
     queries = np.ascontiguousarray(queries)
-    recall = _tuned(index, search, exact, queries, notify)
+    recall = _tune(index, search, exact, queries, notify)
     import faiss
 
     faiss.write_index(index, str(draft / INDEX))
@@ -91,17 +95,46 @@ def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dic
 
 
 def lengths_differ(vectors: Array) -> bool:
-    """Return whether the largest inner product may be another one than that of the nearest."""
+    """Return True if the nearest vector may not be the one with the largest inner product."""
     lengths = np.linalg.norm(vectors, axis=1)
     least, most = lengths.min(initial=np.inf), lengths.max(initial=0.0)
     return bool(most - least > EQUAL_LENGTHS * most)
 
 
 def lengthened(vectors: Array) -> Array:
-    """Return vectors [n, width + 1], all as long as the longest; see `hvdrec.scoring.hnsw`."""
+    """Add a column that makes all vectors as long as the longest; see `hvdrec.scoring.hnsw`.
+
+    Returns:
+        float32 [n, width + 1].
+    """
     squares = np.square(vectors, dtype=np.float64).sum(axis=1)
     missing = np.sqrt(squares.max(initial=0.0) - squares)
     return np.concatenate([vectors, missing[:, None].astype(np.float32)], axis=1)
+
+
+def breadth_first(links: Array, start: int) -> Array:
+    """Order the nodes of a graph by a breadth-first search; unreachable ones come last.
+
+    Args:
+        links: int32 [n, most], the neighbours of each node, padded with -1.
+        start: The first node.
+
+    Returns:
+        The nodes in order, int32 [n].
+    """
+    visited = np.zeros(len(links), dtype=bool)
+    visited[start] = True
+    front = np.array([start])
+    order = []
+    while len(front):
+        order.append(front)
+        linked = links[front].ravel()
+        linked = linked[linked >= 0]
+        linked = linked[~visited[linked]]
+        front = linked[np.sort(np.unique(linked, return_index=True)[1])]
+        visited[front] = True
+    nodes: Array = np.concatenate([*order, np.flatnonzero(~visited)]).astype(np.int32)
+    return nodes
 
 
 def _stored(folder: Path) -> tuple[Array, Array | None]:
@@ -110,75 +143,56 @@ def _stored(folder: Path) -> tuple[Array, Array | None]:
     return embeddings.view(np.ndarray), np.load(scales) if scales.exists() else None
 
 
-def _built(vectors: Array, notify: Notify) -> tuple[Any, Array]:
-    """Return an index and, of each of its vectors, the row int32 in ``vectors``."""
+def _build(vectors: Array, notify: Notify) -> tuple[Any, Array]:
+    """Return an index and, for each of its entries, the row int32 of `vectors`."""
     import faiss
 
-    kind: Any = faiss.ScalarQuantizer.QT_8bit
-    index = faiss.IndexHNSWSQ(vectors.shape[1], kind, LINKS, faiss.METRIC_INNER_PRODUCT)
+    quantizer: Any = faiss.ScalarQuantizer.QT_8bit
+    index = faiss.IndexHNSWSQ(vectors.shape[1], quantizer, LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = BUILD_EFFORT
     index.train(vectors)
     for number, part in enumerate(np.array_split(vectors, PARTS)):
         notify(f"index: {number * 100 // PARTS} % of {len(vectors)} items")
         if len(part):
             index.add(part)
+    # Neighbours close together in memory make the search faster.
     order = breadth_first(_lowest_links(index), index.hnsw.entry_point)
     index.permute_entries(order.astype(np.int64))
     return index, order
 
 
 def _lowest_links(index: Any) -> Array:
-    """Return the links int32 [vectors, 2 LINKS] of the layer that has all; -1 for none."""
+    """Return the links int32 [n, 2 LINKS] of the lowest layer, which has all items."""
     import faiss
 
     library: Any = faiss
     hnsw = index.hnsw
     links = library.rev_swig_ptr(hnsw.neighbors.data(), hnsw.neighbors.size())
     starts = faiss.vector_to_array(hnsw.offsets)[:-1].astype(np.int64)
-    found: Array = links[starts[:, None] + np.arange(hnsw.nb_neighbors(0))]
-    return found
+    lowest: Array = links[starts[:, None] + np.arange(hnsw.nb_neighbors(0))]
+    return lowest
 
 
-def breadth_first(links: Array, start: int) -> Array:
-    """Return places int32 [n] in the order in which they are met from ``start``, each once.
-
-    links: int32 [n, most], -1 for none. What no link leads to comes last.
-    """
-    met = np.zeros(len(links), dtype=bool)
-    met[start] = True
-    front = np.array([start])
-    order = []
-    while len(front):
-        order.append(front)
-        linked = links[front].ravel()
-        linked = linked[linked >= 0]
-        linked = linked[~met[linked]]
-        front = linked[np.sort(np.unique(linked, return_index=True)[1])]
-        met[front] = True
-    found: Array = np.concatenate([*order, np.flatnonzero(~met)]).astype(np.int32)
-    return found
-
-
-def _tuned(
+def _tune(
     index: Any, search: HnswSearch, exact: ExactSearch, queries: Array, notify: Notify
 ) -> float:
-    """Set the search effort and return the recall that was measured with it."""
+    """Set the search effort and return the measured recall."""
     at, nothing = min(AT, len(exact)), np.empty(0, dtype=np.int64)
     start = time.perf_counter()
-    truth = [exact.search(query, at, nothing)[0] for query in queries]
-    slow = time.perf_counter() - start
+    expected = [exact.search(query, at, nothing)[0] for query in queries]
+    exact_seconds = time.perf_counter() - start
     for effort in (effort for effort in SEARCH_EFFORTS if effort * COST <= len(exact)):
         index.hnsw.efSearch = effort
         start = time.perf_counter()
-        found = [search.search(query, at, nothing)[0] for query in queries]
-        quick = time.perf_counter() - start
-        hits = sum(len(np.intersect1d(*rows)) for rows in zip(found, truth, strict=True))
+        results = [search.search(query, at, nothing)[0] for query in queries]
+        seconds = time.perf_counter() - start
+        hits = sum(len(np.intersect1d(*rows)) for rows in zip(results, expected, strict=True))
         recall = hits / max(1, at * len(queries))
         if recall >= GOAL:
             break
-    short = "" if recall >= GOAL else f", short of {GOAL:g}: these vectors have few near neighbours"
+    short = "" if recall >= GOAL else f", below {GOAL:g}: these vectors have few near neighbours"
     notify(
-        f"index: finds {recall:.4f} of the {at} nearest{short}; "
-        f"takes {quick / max(slow, 1e-9):.3f} of the time that all items take"
+        f"index: recall {recall:.4f} at {at}{short}; "
+        f"takes {seconds / max(exact_seconds, 1e-9):.3f} of the time of an exact search"
     )
     return recall

@@ -1,68 +1,64 @@
-"""Scoring whole tables: Parquet in, Parquet out."""
+"""Scores whole tables: Parquet in, Parquet out."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from hvdrec.errors import UserError, choices
+from hvdrec.errors import choices, invalid_file
 from hvdrec.scoring import Scorer
 
 BATCH_ROWS = 65_536
 
 
 def score_table(bundle: Path, source: Path, target: Path) -> dict[str, Any]:
-    """Score every row of a Parquet file and write its columns, with ``score`` behind them.
+    """Score every row of a Parquet file and write its columns with ``score`` added.
 
-    Where the bundle's ranker has tasks, ``score_NAME`` of each follows.
+    A bundle with tasks also adds ``score_NAME`` of each.
 
-    A row needs the user and the item key; where the file has columns of raw user (item) features,
-    these are used, otherwise the stored embedding of the key. Scene columns that are not there take
-    their defaults. The target appears whole or not at all. Raises UserError for a file that is no
-    Parquet or lacks a key.
+    Args:
+        bundle: Directory of the bundle.
+        source: Parquet file. A row needs the user key and the item key. If the file has columns of
+            other raw user (item) features, these are used, otherwise the key's stored embedding.
+            Missing scene columns take their defaults.
+        target: File to write, as a whole or not at all.
+
+    Returns:
+        ``rows`` and ``output``.
+
+    Raises:
+        UserError: The source is not a Parquet file or lacks a key.
     """
     scorer = Scorer.load(bundle)
     try:
         file = pq.ParquetFile(source)
     except FileNotFoundError:
-        raise UserError(f"{source}: no such file; give a Parquet file of raw values") from None
+        raise invalid_file(source, "no such file", "give a Parquet file of raw values") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{source}: no readable Parquet ({error}); write it again") from None
-    found = file.schema_arrow.names
+        problem = f"is not readable as Parquet ({error})"
+        raise invalid_file(source, problem, "write it again") from None
+    names = file.schema_arrow.names
     for key in (scorer.info.user_key, scorer.info.item_key):
-        if key not in found:
-            raise UserError(f"{source}: column '{key}' is missing; the file has {choices(found)}")
-    sides = {}
-    for side, key in (("user", scorer.info.user_key), ("item", scorer.info.item_key)):
-        names = [field.name for field in scorer.info.side(side) if field.name in found]
-        raw = [name for name in names if name != key]
-        sides[side] = (key, [key, *raw] if raw else [])
-    scene = [field.name for field in scorer.info.side("scene") if field.name in found]
+        if key not in names:
+            raise invalid_file(source, f"column '{key}' is missing; the file has {choices(names)}")
+    added = ["score", *(f"score_{task}" for task in scorer.tasks)]
+    kept = [name for name in names if name not in added]
+    fields = [file.schema_arrow.field(name) for name in kept]
+    schema = pa.schema([*fields, *(pa.field(name, pa.float32()) for name in added)])
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     rows = 0
-    made = ["score", *(f"score_{task}" for task in scorer.tasks)]
-    kept = [name for name in found if name not in made]
     try:
-        fields = [file.schema_arrow.field(name) for name in kept]
-        schema = pa.schema([*fields, *(pa.field(name, pa.float32()) for name in made)])
         with pq.ParquetWriter(draft, schema) as writer:
             for batch in file.iter_batches(BATCH_ROWS):
-                entries = {
-                    side: batch.select(names).to_pylist() if names else batch[key].to_pylist()
-                    for side, (key, names) in sides.items()
-                }
-                scenes = {name: batch[name].to_pylist() for name in scene}
                 table = pa.Table.from_batches([batch]).select(kept)
-                if scorer.tasks:
-                    by_task = scorer.score_tasks_rows(entries["user"], entries["item"], scenes)
-                    scores = list(by_task.values())
-                else:
-                    scores = [scorer.score_rows(entries["user"], entries["item"], scenes)]
-                for name, column in zip(made, scores, strict=True):
+                for name, column in zip(added, _scores(scorer, batch), strict=True):
                     table = table.append_column(name, pa.array(column))
                 writer.write_table(table)
                 rows += batch.num_rows
@@ -70,3 +66,16 @@ def score_table(bundle: Path, source: Path, target: Path) -> dict[str, Any]:
     finally:
         draft.unlink(missing_ok=True)
     return {"rows": rows, "output": str(target)}
+
+
+def _scores(scorer: Scorer, batch: pa.RecordBatch) -> Sequence[NDArray[np.float32]]:
+    """Return the score of each row and, with tasks, each task's probability."""
+    names, info = batch.schema.names, scorer.info
+    entries = []
+    for side, key in (("user", info.user_key), ("item", info.item_key)):
+        raw = [f.name for f in info.side(side) if f.name in names and f.name != key]
+        entries.append((batch.select([key, *raw]) if raw else batch[key]).to_pylist())
+    scene = {f.name: batch[f.name].to_pylist() for f in info.side("scene") if f.name in names}
+    if scorer.tasks:
+        return list(scorer.score_tasks_rows(entries[0], entries[1], scene).values())
+    return [scorer.score_rows(entries[0], entries[1], scene)]

@@ -1,4 +1,4 @@
-"""Writing a bundle, and refusing to publish one that does not score as torch does."""
+"""Writes the bundle of a trained model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import onnx
 import pyarrow.parquet as pq
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Schema
 from hvdrec.config.structure import to_dict
-from hvdrec.errors import UserError
+from hvdrec.errors import invalid_file
 from hvdrec.exporting.catalogue import write_catalogue
 from hvdrec.exporting.embed import write_side
 from hvdrec.exporting.graphs import item_tower, stored_width, user_tower
 from hvdrec.exporting.index import require_index_library, write_index
 from hvdrec.exporting.parity import largest_difference
-from hvdrec.exporting.precision import make_smaller
+from hvdrec.exporting.precision import reduce_precision
 from hvdrec.exporting.serving_graph import ranker
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
@@ -27,7 +28,7 @@ from hvdrec.storage.artifacts import read_manifest, write_artifact, write_manife
 EXTERNAL_DATA_BYTES = 1 << 30
 
 
-def export(
+def write_bundle(
     config: Config,
     model: Recommender,
     *,
@@ -37,49 +38,51 @@ def export(
     notify: Callable[[str], None] = lambda _: None,
     workers: WorkerPool = THIS_PROCESS,
 ) -> dict[str, Any]:
-    """Write the bundle of a trained model and return what its manifest says.
+    """Write the bundle of a trained model, after comparing its scores with the model's.
 
-    The stored embeddings are computed by the bundle's own towers from raw values. Before the
-    bundle is published, held-out rows enter it as raw values and must score as in torch to
-    within ``export.tolerance``; otherwise UserError, and nothing is published. The workers share
-    the embedding; where they are on several hosts, all must see the directory of the bundle.
+    Args:
+        config: The run; all of it is stored in the manifest.
+        model: The trained model.
+        checkpoint: Name of its checkpoint.
+        metrics: Its validation metrics.
+        overwrite: Replace an existing bundle.
+        notify: Called with a line at the start of each step.
+        workers: Processes that compute embeddings. All their hosts must see the bundle's directory.
+
+    Returns:
+        The manifest's ``meta``.
+
+    Raises:
+        UserError: The scores of held-out rows, which enter as raw values, differ from torch's by
+            more than ``export.tolerance``. Nothing is published then.
     """
     samples, features = config.paths.of("samples"), config.paths.of("features")
     read_manifest(samples, "samples")
     read_manifest(features, "features")
-    require_index_library(config)
+    require_index_library(config.export)
     fitted = Fitted.load(features)
     out = config.paths.of("bundle")
     model = model.cpu().eval()
-    meta: dict[str, Any] = _meta(config, model, checkpoint, metrics)
+    meta = _meta(config, model, checkpoint, metrics)
     with write_artifact(out, "bundle", meta, overwrite=overwrite) as draft:
         notify("compiling graphs")
-        for name, make in (
-            ("user_tower", user_tower),
-            ("item_tower", item_tower),
-            ("ranker", ranker),
-        ):
-            _save_graph(make(model, fitted), draft / f"{name}.onnx")
+        _save_graph(user_tower(model, fitted), draft / "user_tower.onnx")
+        _save_graph(item_tower(model, fitted), draft / "item_tower.onnx")
+        _save_graph(ranker(model, fitted), draft / "ranker.onnx")
         notify("embedding users")
         users = pq.read_table(samples / "users_all.parquet")
-        meta["users"] = write_side(draft, "user", users, config, workers)
+        meta["users"] = write_side(draft, "user", users, config.schema, workers)
         notify("embedding items")
         items = pq.read_table(samples / "items.parquet")
-        meta["items"] = write_side(draft, "item", items, config, workers)
-        notify("counting what is popular, trending and seen")
+        meta["items"] = write_side(draft, "item", items, config.schema, workers)
+        notify("counting popular, trending and seen items")
         write_catalogue(draft, users, items, config, notify)
-        notify("proving that the bundle scores as torch does")
+        notify("comparing the bundle's scores with torch's")
         write_manifest(draft, "bundle", meta)
-        rows, difference = largest_difference(draft, config, model, fitted)
-        if not difference <= config.export.tolerance:
-            raise UserError(
-                f"{out}: not published: scores of {rows} held-out rows differ from torch by up to "
-                f"{difference:.3g}, export.tolerance allows {config.export.tolerance:g}"
-            )
-        meta["parity"] = {"rows": rows, "largest_difference": difference}
+        meta["parity"] = _require_parity(draft, config, model, fitted)
         if (config.export.embeddings, config.export.ranker) != ("float32", "float32"):
-            notify("measuring what smaller numbers cost")
-            meta["precision"] = make_smaller(draft, config)
+            notify("measuring the cost of reduced precision")
+            meta["precision"] = reduce_precision(draft, config)
         if config.export.index != "none":
             index = write_index(draft, meta["retrieval_width"], notify)
             meta |= {} if index is None else {"index": index}
@@ -87,11 +90,41 @@ def export(
     return meta
 
 
+def _require_parity(
+    draft: Path, config: Config, model: Recommender, fitted: Fitted
+) -> dict[str, Any]:
+    rows, difference = largest_difference(draft, config, model, fitted)
+    if not difference <= config.export.tolerance:
+        problem = (
+            f"not published: scores of {rows} held-out rows differ from torch by up to "
+            f"{difference:.3g}, export.tolerance = {config.export.tolerance:g}"
+        )
+        raise invalid_file(config.paths.of("bundle"), problem)
+    return {"rows": rows, "largest_difference": difference}
+
+
 def _meta(
     config: Config, model: Recommender, checkpoint: str, metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    schema = config.schema
-    features = [
+    meta = {
+        "name": config.name,
+        "checkpoint": checkpoint,
+        "objective": config.train.objective,
+        "schema": _request_schema(config.schema),
+        "user_width": stored_width(model, "user"),
+        "item_width": stored_width(model, "item"),
+        # Towers that were not trained to retrieve: candidates come by popularity instead.
+        "retrieval_width": 0 if config.train.objective == "ranking" else model.output_width,
+    }
+    if config.tasks:
+        meta["tasks"] = [{"name": task.name, "share": task.share} for task in config.tasks]
+        meta["combine"] = config.model.ranker.combine
+    return meta | {"metrics": metrics, "config": to_dict(config)}
+
+
+def _request_schema(schema: Schema) -> dict[str, Any]:
+    """Return the raw values that a scoring request consists of."""
+    columns = [
         {
             "name": column.name,
             "side": column.side,
@@ -102,30 +135,7 @@ def _meta(
         }
         for column in schema.columns()
     ]
-    return {
-        "name": config.name,
-        "checkpoint": checkpoint,
-        "objective": config.train.objective,
-        "schema": {
-            "user_key": schema.user_key,
-            "item_key": schema.item_key,
-            "features": features,
-        },
-        "user_width": stored_width(model, "user"),
-        "item_width": stored_width(model, "item"),
-        # Towers that were never trained to retrieve give candidates by popularity instead.
-        "retrieval_width": 0 if config.train.objective == "ranking" else model.output_width,
-        **_tasks(config),
-        "metrics": metrics,
-        "config": to_dict(config),
-    }
-
-
-def _tasks(config: Config) -> dict[str, Any]:
-    if not config.tasks:
-        return {}
-    tasks = [{"name": task.name, "share": task.share} for task in config.tasks]
-    return {"tasks": tasks, "combine": config.model.ranker.combine}
+    return {"user_key": schema.user_key, "item_key": schema.item_key, "features": columns}
 
 
 def _save_graph(graph: onnx.ModelProto, file: Path) -> None:
@@ -133,7 +143,7 @@ def _save_graph(graph: onnx.ModelProto, file: Path) -> None:
     onnx.save(
         graph,
         str(file),
-        # A protobuf ends at 2 GB: larger tables go into a file beside it.
+        # A protobuf message is limited to 2 GB: larger tables go into a separate file.
         save_as_external_data=graph.ByteSize() > EXTERNAL_DATA_BYTES,
         location=f"{file.name}.data",
     )

@@ -26,6 +26,7 @@ class Encoder:
     """Encodes raw columns by running the graph of each feature over their values."""
 
     def __init__(self, fitted: Fitted) -> None:
+        """Compile the graph of each feature."""
         self.fitted = fitted
         self._sessions = {
             feature.name: _session(fitted, feature) for feature in fitted.schema.features
@@ -96,6 +97,15 @@ class KeyRows:
     """Finds the rows of keys in a table of users or items, with one hash table."""
 
     def __init__(self, keys: pa.ChunkedArray, file: Path) -> None:
+        """Build the hash table.
+
+        Args:
+            keys: The distinct keys, in the order of rows; string or int64.
+            file: The table's file, for messages.
+
+        Raises:
+            UserError: There are no keys, or their type is another one.
+        """
         if keys.type not in (pa.string(), pa.int64()):
             raise invalid_file(file, f"the key is {keys.type}, must be string or int64", REMEDY)
         if not len(keys):

@@ -26,7 +26,7 @@ from synthetic import write_tables
 
 from hvdrec.config import Config, load_config
 from hvdrec.exporting import ranker_graph
-from hvdrec.exporting.writer import export
+from hvdrec.exporting.writer import write_bundle
 from hvdrec.features.encode import encode
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import output_name
@@ -149,7 +149,7 @@ def exported(config: Config, model: Recommender, kind: str) -> Path:
         paths=replace(config.paths, bundle=str(out)),
         export=replace(config.export, **smaller),  # type: ignore[arg-type]
     )
-    export(config, model, checkpoint="random", metrics={})
+    write_bundle(config, model, checkpoint="random", metrics={})
     return out
 
 

@@ -169,7 +169,7 @@ def test_times_of_every_kind_tell_days(tmp_path: Path, times: Any) -> None:
 def test_without_days_what_is_popular_trends(tmp_path: Path, times: Any, name: str) -> None:
     draft, said = write(tmp_path, write_samples(tmp_path, times, time=name))
     assert np.load(draft / "items/trending.npy").tolist() == [3, 1, 0, 0]
-    assert said == ["the samples have no time that tells days: what is popular counts as trending"]
+    assert said == ["the samples have no times: trending counts equal popularity"]
 
 
 def test_a_feature_called_time_is_not_the_time(tmp_path: Path) -> None:

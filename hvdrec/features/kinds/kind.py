@@ -41,6 +41,7 @@ class TrainingSplit:
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, pattern: str) -> None:
+        """Open the Parquet files that match a pattern."""
         self._connection = connection
         self._rows = connection.read_parquet(pattern)
 

@@ -41,6 +41,7 @@ class Nodes:
     """
 
     def __init__(self, prefix: str) -> None:
+        """Start without nodes; names begin with the prefix."""
         self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []

@@ -22,7 +22,7 @@ def main() -> None:
         shutil.copy(bundle / "user_tower.onnx", out)
         embed.BLOCK = 7
         users = pq.read_table(config.paths.of("samples") / "users_all.parquet")
-        assert embed.write_side(out, "user", users, config, workers) == users.num_rows
+        assert embed.write_side(out, "user", users, config.schema, workers) == users.num_rows
         print(f"{workers.helpers} helpers", flush=True)
 
 
