@@ -112,14 +112,8 @@ def publish(
             f"keep = {shown(keep)}: must be seconds, 1 or more", field="keep", value=keep
         )
     server = RedisServer(url, timeout)
-    info = read_bundle(Path(bundle), verify=True)
+    info, stores = _verified(Path(bundle))
     names = Names(prefix, info.model)
-    stores = {
-        side: ArrayStore(info, side, width)
-        for side, width in zip(SIDES, (info.user_width, info.item_width), strict=True)
-    }
-    verify_arrays(info)
-    check_unchanged(info)
     draft = _Draft(server, names, _new_version(info, stores))
     with draft.dropped_on_failure():
         draft.open()
@@ -142,6 +136,17 @@ def publish(
         seconds=time.monotonic() - started,
         dropped_models=_drop_unread(server, prefix, info, keep),
     )
+
+
+def _verified(bundle: Path) -> tuple[BundleInfo, dict[str, ArrayStore]]:
+    info = read_bundle(bundle, verify=True)
+    stores = {
+        side: ArrayStore(info, side, width)
+        for side, width in zip(SIDES, (info.user_width, info.item_width), strict=True)
+    }
+    verify_arrays(info)
+    check_unchanged(info)
+    return info, stores
 
 
 class _Draft:
