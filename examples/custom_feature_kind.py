@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from shop_logs import write_shop_logs
+from train_from_python import shop_config
 
 import hvdrec
 from hvdrec.config.schema import Feature
 from hvdrec.features.kinds import Column, FittedFeature, Kind, Nodes, TrainingSplit, register_kind
-from shop_logs import write_shop_logs
-from train_from_python import shop_config
 
 
 class Discount(Kind):

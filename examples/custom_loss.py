@@ -9,12 +9,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from shop_logs import write_shop_logs
 from torch import Tensor
+from train_from_python import shop_config
 
 import hvdrec
 from hvdrec.models.losses import register_loss
-from shop_logs import write_shop_logs
-from train_from_python import shop_config
 
 MARGIN = 1.0
 

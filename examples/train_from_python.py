@@ -7,10 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from shop_logs import write_shop_logs
+
 import hvdrec
 from hvdrec.config.schema import Feature
 from hvdrec.config.sections import Model, Paths, Samples, Tower, Train
-from shop_logs import write_shop_logs
 
 
 def shop_config(directory: Path, *more: Feature) -> hvdrec.Config:

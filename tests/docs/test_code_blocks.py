@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hvdrec.cli.parser import make_parser
 
+from hvdrec.cli.parser import make_parser
 from hvdrec.config import load_config
 from tests.docs.blocks import CodeBlock, code_blocks, hvdrec_commands, run_blocks
 from tests.docs.film_data import write_film_data
