@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hvdrec.samples import SamplesResult, make_samples
     from hvdrec.scoring import Scorer
     from hvdrec.training.evaluate_run import EvaluationResult, evaluate
+    from hvdrec.training.trainer import TrainResult, train
     from hvdrec.tuning.run import TuneResult, tune
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "PrepareResult",
     "SamplesResult",
     "Scorer",
+    "TrainResult",
     "TuneResult",
     "UserError",
     "__version__",
@@ -55,6 +57,7 @@ __all__ = [
     "make_samples",
     "plan",
     "prepare",
+    "train",
     "tune",
 ]
 
@@ -72,6 +75,8 @@ _MODULES = {
     "ExportResult": "hvdrec.exporting.export_run",
     "plan": "hvdrec.planner.plan",
     "PlanResult": "hvdrec.planner.plan",
+    "train": "hvdrec.training.trainer",
+    "TrainResult": "hvdrec.training.trainer",
     "tune": "hvdrec.tuning.run",
     "TuneResult": "hvdrec.tuning.run",
     "Scorer": "hvdrec.scoring",

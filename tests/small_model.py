@@ -42,6 +42,8 @@ class Setting:
     accumulate: int = 1
     sharing: str = ""
     hard_negatives: int = 0
+    retrieval_loss: str = "softmax"
+    logq: bool = True
     heads: int = 0
     pooling: Pooling = "mean"
 
@@ -55,6 +57,8 @@ class Setting:
             clip_norm=self.clip_norm,
             accumulate=self.accumulate,
             hard_negatives=self.hard_negatives,
+            retrieval_loss=self.retrieval_loss,
+            logq=self.logq,
         )
         pooling = {"history": self.pooling, "genres": self.pooling}
         ranker = replace(config.model.ranker, heads=self.heads)
@@ -86,6 +90,8 @@ SETTINGS = {
     "clipped": Setting("joint", "mixed", clip_norm=0.05),
     "clipped-fbgemm": Setting("joint", "mixed", kernel="fbgemm", clip_norm=0.05),
     "hard-negatives": Setting("retrieval", hard_negatives=2),
+    "bpr": Setting("joint", retrieval_loss="bpr"),
+    "bpr-hard-negatives": Setting("retrieval", hard_negatives=2, retrieval_loss="bpr", logq=False),
     "heads": Setting("joint", heads=5),
     "sqrt": Setting("joint", pooling="sqrt"),
     "attention": Setting("joint", pooling="attention"),

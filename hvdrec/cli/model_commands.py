@@ -58,14 +58,14 @@ middle of a trial if that has a checkpoint. Raise --trials for more trials, or s
 def train(options: argparse.Namespace) -> Answer:
     """Train a model, alone or under horovodrun or mpirun on many ranks."""
     config = load_config_on_all(options)
-    from hvdrec.training.loop import train
+    from hvdrec.training.trainer import train
 
-    facts = train(config, resume=options.resume, overwrite=options.overwrite)
-    best = ", ".join(f"{name} {value}" for name, value in facts["validation"].items())
-    return Answer(
-        facts,
-        f"{facts['steps']} steps on {facts['world_size']} ranks; best {best}\nwrote {facts['run']}",
+    result = train(config, resume=options.resume, overwrite=options.overwrite)
+    text = (
+        f"{result.steps} steps on {result.world_size} ranks; best {result.metric} {result.best}, "
+        f"step {result.best_step}\nwrote {result.run}"
     )
+    return Answer(result.to_dict(), text)
 
 
 @command(

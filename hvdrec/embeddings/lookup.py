@@ -14,7 +14,7 @@ from torch import Tensor
 from hvdrec.config.schema import MISSING, SIDES, UNKNOWN, Feature, Pooling, Schema
 from hvdrec.embeddings.placement import TableGroup
 from hvdrec.errors import UserError
-from hvdrec.models.embedding import ATTENTION, Lists, Values
+from hvdrec.models.embedding import ATTENTION, ListIndices, SingleIndices
 
 Array = NDArray[Any]
 
@@ -27,14 +27,14 @@ class GroupLookup:
         rows: int64 [R], or int32 if they are sent to other ranks and fit: indices into the arrays
             of the ranks that hold the rows, ordered by rank. The first is the row of MISSING.
         counts: int32 [ranks], the number of rows that each rank holds.
-        single, values, lists: As in `models.embedding.Block`, for each part of the batch.
+        single, values, lists: As in `models.embedding.RowBlock`, for each part of the batch.
     """
 
     rows: Tensor
     counts: Tensor
     single: tuple[str, ...]
-    values: tuple[Values, ...]
-    lists: tuple[Mapping[str, Lists], ...]
+    values: tuple[SingleIndices, ...]
+    lists: tuple[Mapping[str, ListIndices], ...]
 
 
 def drop_to_unknown(
@@ -146,7 +146,7 @@ def _look_up(
         rows, counts = rows % group.local_rows, np.diff(ends, prepend=0)
     row_type = np.int32 if is_sent and group.local_rows < 2**31 else np.int64
     bounds = part_bounds(count, parts)
-    lists: list[dict[str, Lists]] = [{} for _ in bounds]
+    lists: list[dict[str, ListIndices]] = [{} for _ in bounds]
     for name, mask in group_keys.list_masks.items():
         ends = first + np.concatenate([[0], np.cumsum(mask.sum(1))])
         first = ends[-1]
@@ -212,13 +212,15 @@ class _UniqueKeys:
         rows[order[1:]] = np.cumsum(is_other, dtype=np.int32)
         return cls(np.take(in_order, starts), rows, order.astype(np.int32), starts)
 
-    def values(self, start: int, stop: int) -> Values:
+    def values(self, start: int, stop: int) -> SingleIndices:
         """Return the lookup of keys `start` to `stop`; `start` is at least 1."""
         order, starts = self._sorted(start, stop)
         rows = self.rows[start:stop]
-        return Values(torch.from_numpy(rows), torch.from_numpy(order), torch.from_numpy(starts))
+        return SingleIndices(
+            torch.from_numpy(rows), torch.from_numpy(order), torch.from_numpy(starts)
+        )
 
-    def lists(self, ends: Array, *, root: bool) -> Lists:
+    def lists(self, ends: Array, *, root: bool) -> ListIndices:
         """Return the lookup of N lists, of the keys between consecutive `ends` [N + 1].
 
         With `root`, sums are divided by the square root of the number of entries.
@@ -226,7 +228,7 @@ class _UniqueKeys:
         lengths = np.diff(ends)
         divisors = np.maximum(lengths, 1).astype(np.float64)
         order, starts = self._sorted(ends[0], ends[-1])
-        return Lists(
+        return ListIndices(
             torch.from_numpy(self.rows[ends[0] : ends[-1]]),
             torch.from_numpy((ends - ends[0])[:-1].astype(np.int32)),
             torch.from_numpy(np.sqrt(divisors) if root else divisors)[:, None],

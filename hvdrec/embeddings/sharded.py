@@ -30,11 +30,11 @@ from hvdrec.embeddings.initialization import fill_initial_rows
 from hvdrec.embeddings.kernels import KERNELS, Kernel, KernelName, RowOptimizer
 from hvdrec.embeddings.lookup import GroupLookup, look_up
 from hvdrec.embeddings.placement import TableGroup
-from hvdrec.models.embedding import Block, Lists, Rows, Values
+from hvdrec.models.embedding import BatchRows, ListIndices, RowBlock, SingleIndices
 from hvdrec.parallel.ranks import World, wait
 
 Array = NDArray[Any]
-Indices = TypeVar("Indices", Values, Lists)
+Indices = TypeVar("Indices", SingleIndices, ListIndices)
 
 
 @dataclass
@@ -213,7 +213,7 @@ class DistributedTables:
             vectors = kernel.fetch(pending.rows).index_select(0, pending.order)
         return start_alltoall(vectors, pending.counts, f"vectors/{group.name}")
 
-    def fetch(self, request: RowRequest) -> tuple[Rows, ...]:
+    def fetch(self, request: RowRequest) -> tuple[BatchRows, ...]:
         """Wait for the requested rows and return them for each part of the batch.
 
         If gradients are enabled, the vectors require gradients.
@@ -232,7 +232,7 @@ class DistributedTables:
             own = pending.lookup
             blocks.append(
                 [
-                    Block(
+                    RowBlock(
                         vectors,
                         own.single,
                         self._move(values),
@@ -241,9 +241,9 @@ class DistributedTables:
                     for values, lists in zip(own.values, own.lists, strict=True)
                 ]
             )
-        return tuple(Rows(tuple(part)) for part in zip(*blocks, strict=True))
+        return tuple(BatchRows(tuple(part)) for part in zip(*blocks, strict=True))
 
-    def fetch_rows(self, codes: Mapping[str, Tensor]) -> Rows:
+    def fetch_rows(self, codes: Mapping[str, Tensor]) -> BatchRows:
         """Look up a batch outside of training; every rank must call this together."""
         # Horovod's thread cannot write into tensors that were created in inference mode.
         with torch.inference_mode(False), torch.no_grad():

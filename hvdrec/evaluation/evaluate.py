@@ -18,14 +18,14 @@ from hvdrec.evaluation.compare import compare
 from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.features.checks import check_task_labels
-from hvdrec.models.embedding import Rows
+from hvdrec.models.embedding import BatchRows
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.urls import read_table
 
 Array = NDArray[Any]
-FetchRows = Callable[[Mapping[str, Tensor]], Rows]
+FetchRows = Callable[[Mapping[str, Tensor]], BatchRows]
 """Looks up the table rows of a batch, for a model that does not hold its tables."""
 BLOCK = 8192
 """Users or items embedded at a time."""

@@ -37,7 +37,7 @@ from hvdrec.exporting.graphs import (
     joined,
 )
 from hvdrec.features.graph import output_name
-from hvdrec.models.recommender import Ranker, Recommender
+from hvdrec.models.recommender import DnnRanker, Recommender
 from hvdrec.models.tasks import TaskRanker
 
 Codes = dict[str, Tensor]
@@ -130,7 +130,7 @@ def _columns(ranges: list[tuple[int, int]]) -> NDArray[np.int64]:
     return np.concatenate([np.arange(start, start + width) for start, width in ranges])
 
 
-def _split_ranker(ranker: Ranker | TaskRanker) -> tuple[nn.Linear, Callable[[Tensor], Tensor]]:
+def _split_ranker(ranker: DnnRanker | TaskRanker) -> tuple[nn.Linear, Callable[[Tensor], Tensor]]:
     """Return the first linear layer, and the function from its output to logits."""
     if isinstance(ranker, TaskRanker):
         return ranker.first, ranker.after_first

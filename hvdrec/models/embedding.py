@@ -1,7 +1,7 @@
 """Embedding tables: codes in, one vector per feature and row out.
 
-A model that is evaluated or exported by one process holds its tables itself. In training they are
-held by `hvdrec.embeddings.sharded`, whole or in shards, and the model is given the rows of a batch.
+Outside of training, the model holds its tables. In training `hvdrec.embeddings.sharded` holds them,
+replicated or sharded, and each forward pass gets the table rows of its batch (`BatchRows`).
 """
 
 from __future__ import annotations
@@ -18,129 +18,142 @@ from torch.nn import functional
 from hvdrec.config.schema import MISSING, Feature, Pooling, Schema
 
 ATTENTION: tuple[Pooling, ...] = ("attention", "self-attention")
-"""Pooling that is left to the model, which is given each entry's vector."""
+"""Pooling in the model, which gets the vector of each list entry."""
 
 
 @dataclass(frozen=True)
-class Values:
-    """E values, in both directions.
+class SingleIndices:
+    """Lookup indices of E single values, and their inverse for the backward pass.
 
-    places: int32 [E], their table rows; order: int32 [E], the values sorted by table row;
-    row_starts: int32 [R], where each table row's begin in that order.
+    Attributes:
+        indices: int32 [E], the table row of each value.
+        order: int32 [E], the values sorted by table row.
+        row_offsets: int32 [R], the start of each table row's values in `order`.
     """
 
-    places: Tensor
+    indices: Tensor
     order: Tensor
-    row_starts: Tensor
+    row_offsets: Tensor
 
 
 @dataclass(frozen=True)
-class Lists:
-    """The entries of a list feature of N rows, without padding, in both directions.
+class ListIndices:
+    """Lookup indices of a list feature's E entries in N rows, and their inverse.
 
-    places: int32 [E], the entries' table rows, row by row; starts: int32 [N], where each row's
-    begin; divisors: [N, 1], what the sum over a row's entries is divided by. rows: int32 [E], the
-    same entries sorted by table row, as the rows that hold them; row_starts: int32 [R], where each
-    table row's begin.
+    Attributes:
+        indices: int32 [E], the table row of each entry, row by row, without padding.
+        offsets: int32 [N], the start of each row's entries in `indices`.
+        divisors: [N, 1], divisors of the sums over the rows' entries.
+        batch_rows: int32 [E], the batch rows of the entries, sorted by table row.
+        row_offsets: int32 [R], the start of each table row's entries in `batch_rows`.
     """
 
-    places: Tensor
-    starts: Tensor
+    indices: Tensor
+    offsets: Tensor
     divisors: Tensor
-    rows: Tensor
-    row_starts: Tensor
+    batch_rows: Tensor
+    row_offsets: Tensor
 
 
 @dataclass(frozen=True)
-class Block:
-    """Rows of tables of one width, each once, and the places at which a batch's features find them.
+class RowBlock:
+    """The unique table rows of one width that a batch needs, and the lookups of its features.
 
-    vectors: [R, width]; its row 0 is zero and stands for MISSING. single: the names of F features
-    with one value, and values: F of each of N rows, row by row; a name that stands there L times in
-    a row is a list whose entries are wanted one by one. lists: other features with many values.
+    Attributes:
+        vectors: [R, width]; row 0 is zero and stands for MISSING.
+        single: The names of F features with one value per row. A name that occurs L times in
+            sequence is a list feature whose entries are not pooled.
+        values: The lookups of F values for each of N rows, row by row.
+        lists: The lookups of the pooled list features, by name.
     """
 
     vectors: Tensor
     single: tuple[str, ...]
-    values: Values
-    lists: Mapping[str, Lists]
+    values: SingleIndices
+    lists: Mapping[str, ListIndices]
 
     def features(self) -> dict[str, Tensor]:
-        """Return name -> [N, width], a list's entries summed over its divisor; or [N, L, width]."""
-        found: dict[str, Tensor] = {
-            name: _Pool.apply(self.vectors, lists)  # type: ignore[no-untyped-call]
+        """Look up the features: name -> [N, width], or [N, L, width] for a list without pooling."""
+        vectors: dict[str, Tensor] = {
+            name: _PoolRows.apply(self.vectors, lists)  # type: ignore[no-untyped-call]
             for name, lists in self.lists.items()
         }
         if self.single:
             width = self.vectors.shape[1]
-            # Of all features side by side, so that a model that joins them has nothing to copy.
-            taken: Tensor = _Take.apply(  # type: ignore[no-untyped-call]
+            # One matrix for all features, so a model that concatenates them copies nothing.
+            matrix: Tensor = _TakeRows.apply(  # type: ignore[no-untyped-call]
                 self.vectors, self.values, len(self.single)
             )
             lengths = {name: len(list(run)) for name, run in groupby(self.single)}
-            columns = torch.split(taken, [length * width for length in lengths.values()], 1)
+            columns = torch.split(matrix, [length * width for length in lengths.values()], 1)
             for (name, length), column in zip(lengths.items(), columns, strict=True):
                 is_list = length > 1
-                found[name] = column.reshape(len(column), length, width) if is_list else column
-        return found
+                vectors[name] = column.reshape(len(column), length, width) if is_list else column
+        return vectors
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """The table rows of a batch, in one block for each width (and placement) of tables."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[RowBlock, ...]
 
     def features(self) -> dict[str, Tensor]:
-        """Return name -> [N, width] of every embedded feature."""
+        """Look up all embedded features, see `RowBlock.features`."""
         return {name: v for block in self.blocks for name, v in block.features().items()}
 
 
-class _Take(torch.autograd.Function):
-    """Rows of a matrix, `times` of them side by side in each row of what is returned.
+class _TakeRows(torch.autograd.Function):
+    """Rows of a matrix, `times` of them side by side in each row of the result.
 
-    Backwards it is a sum over lists, which is faster than adding row by row.
+    The backward pass is a pooled sum, which is faster than adding row by row.
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, values: Values, times: int) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, values: SingleIndices, times: int) -> Tensor:
         ctx.values, ctx.times = values, times
-        taken = vectors.new_empty(len(values.places) // times, times * vectors.shape[1])
-        torch.index_select(vectors, 0, values.places, out=taken.view(-1, vectors.shape[1]))
+        taken = vectors.new_empty(len(values.indices) // times, times * vectors.shape[1])
+        torch.index_select(vectors, 0, values.indices, out=taken.view(-1, vectors.shape[1]))
         return taken
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         width = gradients[0].shape[1] // ctx.times
         total = functional.embedding_bag(
-            ctx.values.order, gradients[0].reshape(-1, width), ctx.values.row_starts, mode="sum"
+            ctx.values.order, gradients[0].reshape(-1, width), ctx.values.row_offsets, mode="sum"
         )
         total[0] = 0.0  # MISSING
         return total, None, None
 
 
-class _Pool(torch.autograd.Function):
-    """Sums over lists of rows of a matrix, over their divisors; backwards it is such a sum, too."""
+class _PoolRows(torch.autograd.Function):
+    """Sums of rows of a matrix over lists, divided; the backward pass is such a sum, too."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, lists: Lists) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, lists: ListIndices) -> Tensor:
         ctx.lists = lists
-        total = functional.embedding_bag(lists.places, vectors, lists.starts, mode="sum")
+        total = functional.embedding_bag(lists.indices, vectors, lists.offsets, mode="sum")
         return total / lists.divisors.to(total.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         lists = ctx.lists
         shares = gradients[0] / lists.divisors.to(gradients[0].dtype)
-        return functional.embedding_bag(lists.rows, shares, lists.row_starts, mode="sum"), None
+        total = functional.embedding_bag(lists.batch_rows, shares, lists.row_offsets, mode="sum")
+        return total, None
 
 
 class EmbeddingTables(nn.Module):
-    """The embedding tables of a model, shared by towers, history and ranker.
+    """The embedding tables of a model, shared by towers and ranker.
 
-    ``sizes`` maps the name of a table (the feature that owns the vocabulary) to its rows; the row
-    of code MISSING is zero and stays zero, so that missing values and padding add nothing. Without
-    ``with_weights`` there is nothing in it: each call must then bring the rows.
+    The row of code MISSING is and stays zero, so missing values and padding add nothing.
+
+    Args:
+        schema: The features.
+        sizes: Number of rows of each table, by the name of the feature that owns the vocabulary.
+        default_dimension: Width of a table whose feature names none.
+        pooling: How a list becomes one vector, by feature name; the mean by default.
+        with_weights: False if each call brings the rows that it needs.
     """
 
     def __init__(
@@ -166,10 +179,10 @@ class EmbeddingTables(nn.Module):
                 )
 
     def weight(self, table: str) -> Tensor:
-        """Return a table that is held here, [rows, width]."""
-        held = self.tables[table]
-        assert isinstance(held, nn.Embedding)
-        return held.weight
+        """Return the weight of a table, [rows, width]."""
+        embedding = self.tables[table]
+        assert isinstance(embedding, nn.Embedding)
+        return embedding.weight
 
     def width(self, feature: Feature) -> int:
         """Return the width of a feature's vector: its table's, or 1 for a number."""
@@ -179,18 +192,23 @@ class EmbeddingTables(nn.Module):
         self,
         features: Iterable[Feature],
         codes: Mapping[str, Tensor],
-        rows: Rows | None = None,
+        rows: BatchRows | None = None,
     ) -> dict[str, Tensor]:
         """Look up features.
 
-        ``codes[name]`` is int64 [N] or [N, L] (lists; 0 pads), or float [N] for a number.
-        Returns name -> [N, width]; a list is pooled, and zero if it has no entries, or where
-        attention is to pool it [N, L, width], zero where it has no entry.
+        Args:
+            features: The features to look up.
+            codes: int64 [N] or [N, L] (lists, padded with 0) by feature name, or float [N].
+            rows: The table rows of the batch; None if the tables are here.
+
+        Returns:
+            Name -> [N, width]. A list is pooled, and zero if it has no entries. A list for
+            attention pooling is [N, L, width], zero at padding.
         """
-        given = rows.features() if rows is not None else {}
+        looked_up = rows.features() if rows is not None else {}
         return {
-            feature.name: given[feature.name]
-            if feature.name in given
+            feature.name: looked_up[feature.name]
+            if feature.name in looked_up
             else self._vector(feature, codes[feature.name])
             for feature in features
         }
@@ -206,17 +224,19 @@ class EmbeddingTables(nn.Module):
 
 
 def dimensions(schema: Schema, default: int) -> dict[str, int]:
-    """Return the width of each table, by the name of the feature that owns its vocabulary."""
+    """Return the width of each table, by the name of the feature that owns the vocabulary."""
     embedded = (feature for feature in schema.features if feature.is_embedded)
     owners = dict.fromkeys(schema.vocabulary_of(feature) for feature in embedded)
     return {name: schema[name].dimension or default for name in owners}
 
 
 def pooled(codes: Tensor, weight: Tensor, *, root: bool = False) -> Tensor:
-    """Return the mean of the rows ``weight[codes]`` over the entries that are not padding.
+    """Pool the rows ``weight[codes]`` of each list, without padding: -> [N, width].
 
-    codes: int64 [N, L], 0 is padding; weight: [rows, width]; root: divide by the square root of
-    their number instead. Returns [N, width], zero for an empty list.
+    Args:
+        codes: int64 [N, L]; 0 is padding.
+        weight: [rows, width].
+        root: Divide the sum by the square root of the number of entries, instead of the number.
     """
     if not (root or torch.compiler.is_exporting()):
         return functional.embedding_bag(codes, weight, mode="mean", padding_idx=MISSING)

@@ -1,6 +1,6 @@
-"""Two towers and a ranker over what they give out.
+"""Two towers and a ranker on top of them.
 
-Shapes: N rows, D the towers' output width (``model.tower.output``).
+Shapes: N rows, D the towers' output width (``model.tower.output``), T tasks.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdrec.config.schema import SIDES, Feature, Schema
-from hvdrec.config.sections import Model, Task
-from hvdrec.config.sections import Ranker as RankerShape
-from hvdrec.config.sections import Tower as TowerShape
-from hvdrec.models.dropout import Dropout
-from hvdrec.models.embedding import ATTENTION, EmbeddingTables, Rows
+from hvdrec.config.sections import Model, Ranker, Task, Tower
+from hvdrec.models.cpu_layers import Dropout, joined
+from hvdrec.models.embedding import ATTENTION, BatchRows, EmbeddingTables
 from hvdrec.models.layers import (
     AttentionPooling,
     CrossNetwork,
     Mlp,
     SelfAttentionPooling,
     head_products,
-    joined,
 )
-from hvdrec.models.tasks import TaskRanker, combined
+from hvdrec.models.tasks import TaskRanker, combined_score
 
 Codes = Mapping[str, Tensor]
+"""Feature name -> int64 codes [N] or [N, L], or float values [N]."""
 POOLS = {"attention": AttentionPooling, "self-attention": SelfAttentionPooling}
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass over a batch gives.
+    """The result of a forward pass over a batch.
 
-    user, item: [N, D] tower embeddings; logit: [N] of the ranker, [N, T] of one with T tasks.
+    Attributes:
+        user: [N, D] embeddings of the rows' users.
+        item: [N, D] embeddings of the rows' items.
+        logit: [N], or [N, T] of a model with tasks.
     """
 
     user: Tensor
@@ -47,17 +48,23 @@ class Output:
 
 @dataclass(frozen=True)
 class Match:
-    """Columns of two representations that come from one table: start of each, and how many."""
+    """A user feature and an item feature that share a table.
+
+    Attributes:
+        user: First column of the feature in the user's representation.
+        item: First column of the feature in the item's representation.
+        width: Number of columns of each.
+    """
 
     user: int
     item: int
     width: int
 
 
-class Tower(nn.Module):
+class TowerNetwork(nn.Module):
     """An MLP over the concatenated vectors of one side's features: [N, width] -> [N, D]."""
 
-    def __init__(self, width: int, shape: TowerShape) -> None:
+    def __init__(self, width: int, shape: Tower) -> None:
         super().__init__()
         self.normalize = shape.normalize
         self.input_dropout = Dropout(shape.input_dropout)
@@ -65,22 +72,24 @@ class Tower(nn.Module):
         self.head = nn.Linear(self.hidden.output_width, shape.output)
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Map vectors [N, width] to embeddings [N, D]."""
         out: Tensor = self.head(self.hidden(self.input_dropout(vectors)))
         return functional.normalize(out, dim=-1) if self.normalize else out
 
 
-class Ranker(nn.Module):
-    """A DNN over a row's vectors [N, width], beside optional cross layers: [N] logits."""
+class DnnRanker(nn.Module):
+    """A DNN, with optional cross layers beside it: [N, width] -> [N] logits."""
 
-    def __init__(self, width: int, shape: RankerShape) -> None:
+    def __init__(self, width: int, shape: Ranker) -> None:
         super().__init__()
         self.hidden = Mlp(width, shape.hidden, shape.dropout)
-        last = self.hidden.output_width
         self.cross = CrossNetwork(width, shape.cross_layers) if shape.cross_layers else None
-        self.head = nn.Linear(last + (width if self.cross is not None else 0), 1)
+        self.head = nn.Linear(
+            self.hidden.output_width + (width if self.cross is not None else 0), 1
+        )
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """Map vectors, given in parts that lie side by side."""
+        """Map column blocks [N, width_i] to logits [N]."""
         deep = self.hidden(parts)
         if self.cross is not None:
             deep = torch.cat([self.cross(joined(parts)), deep], dim=-1)
@@ -140,11 +149,11 @@ class Recommender(nn.Module):
         width = 3 * shape.tower.output + len(self.matches) + self.heads**2
         width += self._width((*self.user_direct, *self.item_direct, *schema.side("scene")))
         self.tasks, self._combine = tuple(tasks), shape.ranker.combine
-        self.ranker: Ranker | TaskRanker | None = None
+        self.ranker: DnnRanker | TaskRanker | None = None
         if tasks:
             self.ranker = TaskRanker(width, shape.ranker, len(tasks))
         elif with_ranker:
-            self.ranker = Ranker(width, shape.ranker)
+            self.ranker = DnnRanker(width, shape.ranker)
 
     def user_width(self) -> int:
         """Return the width of a user's representation."""
@@ -154,42 +163,59 @@ class Recommender(nn.Module):
         """Return the width of an item's representation."""
         return self.output_width + self._width(self.item_direct)
 
-    def represent_users(self, codes: Codes, rows: Rows | None = None) -> Tensor:
-        """Return users' representations: codes of user features -> [N, user_width]."""
+    def represent_users(self, codes: Codes, rows: BatchRows | None = None) -> Tensor:
+        """Compute the representations [N, user_width] of users from their features."""
         vectors = self._pooled(self.tables(self.schema.side("user"), codes, rows))
         return joined(self._parts(self.user_tower, vectors, self.user_direct))
 
-    def represent_items(self, codes: Codes, rows: Rows | None = None) -> Tensor:
-        """Return items' representations: codes of item features -> [N, item_width]."""
+    def represent_items(self, codes: Codes, rows: BatchRows | None = None) -> Tensor:
+        """Compute the representations [N, item_width] of items from their features."""
         vectors = self._pooled(self.tables(self.schema.side("item"), codes, rows))
         return joined(self._parts(self.item_tower, vectors, self.item_direct))
 
     def scene_vectors(
         self, codes: Codes, features: Iterable[Feature] | None = None
     ) -> dict[str, Tensor]:
-        """Return name -> [N, width] of the scene's features, or of some of them."""
+        """Look up the features of the scene, or some of them: name -> [N, width]."""
         scene = self.schema.side("scene") if features is None else features
         return self._pooled(self.tables(scene, codes))
 
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
-        """Return the logits [N] (or [N, T]) of pairs of representations, in the scenes of codes."""
+        """Compute the logits of user-item pairs in scenes.
+
+        Args:
+            user: [N, user_width] representations.
+            item: [N, item_width] representations.
+            codes: The scene's features.
+
+        Returns:
+            [N], or [N, T] of a model with tasks.
+        """
         scene = self.scene_vectors(codes)
         return self._logit([user], [item], list(scene.values()))
 
     def score(self, logit: Tensor) -> Tensor:
-        """Return the served score [N], a probability, of logits [N] or [N, T]."""
+        """Compute the served score [N], a probability, from logits [N] or [N, T]."""
         probability = logit.sigmoid()
-        return combined(probability, self.tasks, self._combine) if self.tasks else probability
+        if not self.tasks:
+            return probability
+        return combined_score(probability, self.tasks, self._combine)
 
-    def forward(self, codes: Codes, rows: Rows | None = None) -> Output:
-        """Return embeddings and logits of a batch.
+    def forward(self, codes: Codes, rows: BatchRows | None = None) -> Output:
+        """Compute embeddings and logits of a batch.
 
-        ``codes`` holds every feature's input; a model without tables of its own needs ``rows``.
+        Args:
+            codes: Every feature.
+            rows: The table rows that the batch needs; None if the model holds its tables.
         """
         return self.combine(self.tables(self.schema.features, codes, rows))
 
     def combine(self, vectors: Mapping[str, Tensor]) -> Output:
-        """Return embeddings and logits of a batch, from what the tables give of every feature."""
+        """Compute embeddings and logits of a batch from the vectors of all features.
+
+        Args:
+            vectors: What `EmbeddingTables.forward` returns.
+        """
         vectors = self._pooled(vectors)
         users, items, scene = (
             {feature.name: vectors[feature.name] for feature in self.schema.side(side)}
@@ -197,27 +223,27 @@ class Recommender(nn.Module):
         )
         user = self._parts(self.user_tower, users, self.user_direct)
         item = self._parts(self.item_tower, items, self.item_direct)
-        # Without towers there are embeddings of width 0.
+        # Without towers, the embeddings have width 0.
         embeddings = [parts[0][:, : self.output_width] for parts in (user, item)]
         logit = self._logit(user, item, list(scene.values()))
         return Output(embeddings[0], embeddings[1], logit)
 
     def _pooled(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return name -> [N, width], from [N, width] or entries [N, L, width] of each feature."""
+        """Pool list entries [N, L, width] by attention; leave other vectors [N, width] alone."""
         return {
             name: self.pools[name](vector) if name in self.pools else vector
             for name, vector in vectors.items()
         }
 
     def _parts(
-        self, tower: Tower | None, vectors: Mapping[str, Tensor], direct: tuple[Feature, ...]
+        self, tower: TowerNetwork | None, vectors: Mapping[str, Tensor], direct: tuple[Feature, ...]
     ) -> list[Tensor]:
-        """Return what a representation is joined of."""
+        """Return the column blocks of a representation."""
         parts = [vectors[feature.name] for feature in direct]
         return parts if tower is None else [tower(joined(list(vectors.values()))), *parts]
 
     def _matches(self) -> tuple[Match, ...]:
-        """Return which columns of users' and items' representations come from one table."""
+        """Find the direct features of users and items that share a table."""
         users, items = (
             {feature.name: start for feature, start in zip(side, self._starts(side), strict=True)}
             for side in (self.user_direct, self.item_direct)
@@ -228,12 +254,12 @@ class Recommender(nn.Module):
         )
 
     def _starts(self, direct: tuple[Feature, ...]) -> list[int]:
-        """Return in which column of a representation each direct feature begins."""
+        """Return the first column of each direct feature in a representation."""
         widths = (self.output_width, *(self.tables.width(feature) for feature in direct))
         return list(accumulate(widths))[:-1]
 
     def _logit(self, user: list[Tensor], item: list[Tensor], scene: list[Tensor]) -> Tensor:
-        """Return logits of representations, each in the parts it is joined of, in scenes."""
+        """Compute logits from the column blocks of representations and scenes."""
         of_user, of_item = (parts[0][:, : self.output_width] for parts in (user, item))
         product = of_user * of_item
         if self.ranker is None:
@@ -244,14 +270,14 @@ class Recommender(nn.Module):
         return logit
 
     def _match_products(self, user: Tensor, item: Tensor) -> list[Tensor]:
-        """Return the inner products [N, 1] of what matches in two representations."""
+        """Compute the inner product [N, 1] of each match of two representations."""
         return [
             (user.narrow(1, m.user, m.width) * item.narrow(1, m.item, m.width)).sum(1, keepdim=True)
             for m in self.matches
         ]
 
-    def _tower(self, side: tuple[Feature, ...], shape: TowerShape) -> Tower | None:
-        return Tower(self._width(side), shape) if shape.output else None
+    def _tower(self, side: tuple[Feature, ...], shape: Tower) -> TowerNetwork | None:
+        return TowerNetwork(self._width(side), shape) if shape.output else None
 
     def _width(self, features: tuple[Feature, ...]) -> int:
         return sum(self.tables.width(feature) for feature in features)

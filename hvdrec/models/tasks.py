@@ -1,4 +1,4 @@
-"""A ranker with several labels: what its tasks share, what each has for itself, their combination.
+"""A ranker for several labels: shared layers, layers of each task, and the combined score.
 
 Shapes: N rows, T tasks, E experts, H width of a layer.
 """
@@ -11,25 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdrec.config.sections import Ranker as RankerShape
-from hvdrec.config.sections import Task
-from hvdrec.models.dropout import Dropout
-from hvdrec.models.layers import CrossNetwork, Mlp, joined
+from hvdrec.config.sections import Ranker, Task
+from hvdrec.models.cpu_layers import Dropout, joined
+from hvdrec.models.layers import CrossNetwork, Mlp
 
 
 class TaskRanker(nn.Module):
     """A DNN with one logit per task: [N, width] -> [N, T].
 
-    bottom: all tasks share the hidden layers. mmoe: there are E experts, each with such layers, and
-    task t goes on with the experts' outputs summed with the weights softmax(gate_t(inputs)) (Ma et
-    al., "Modeling task relationships in multi-task learning with multi-gate mixture-of-experts",
-    KDD 2018, equations 6 and 7; these gates have a bias). Behind them every task has layers and a
-    linear head of its own. Cross layers, if any, are shared and go into every task's own layers.
+    With sharing "bottom", all tasks share the hidden layers. With "mmoe", each of E experts has its
+    own hidden layers, and task t reads the experts' outputs weighted by softmax(gate_t(inputs)).
+    Behind them, every task has its own layers and a linear head. Cross layers, if any, are shared
+    and feed every task's own layers.
 
     The first layer of all experts and the gates are one linear map, ``first``.
+
+    Source: Ma et al., "Modeling task relationships in multi-task learning with multi-gate
+    mixture-of-experts", KDD 2018, equations 6 and 7; these gates have a bias.
+
+    Args:
+        width: Width of the inputs.
+        shape: The ``[model.ranker]`` section.
+        tasks: Number of tasks.
     """
 
-    def __init__(self, width: int, shape: RankerShape, tasks: int) -> None:
+    def __init__(self, width: int, shape: Ranker, tasks: int) -> None:
         super().__init__()
         self.is_mixture = shape.sharing == "mmoe"
         self.tasks = tasks
@@ -45,41 +51,47 @@ class TaskRanker(nn.Module):
             inner = Mlp(first_width, widths, shape.dropout)
             begin = [nn.ReLU(), *([Dropout(shape.dropout)] if shape.dropout > 0 else [])]
             self.experts.append(nn.Sequential(*begin, *inner))
-        last = inner.output_width
-        if self.cross is not None:
-            last += width
+        shared_width = inner.output_width + (width if self.cross is not None else 0)
         self.heads = nn.ModuleList()
         for _ in range(tasks):
-            own = Mlp(last, shape.task_hidden, shape.dropout)
+            own = Mlp(shared_width, shape.task_hidden, shape.dropout)
             self.heads.append(nn.Sequential(*own, nn.Linear(own.output_width, 1)))
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """Map vectors, given in parts that lie side by side."""
+        """Map column blocks [N, width_i] to logits [N, T]."""
         vectors = joined(parts)
         crossed = None if self.cross is None else self.cross(vectors)
         return self.after_first(self.first(vectors), crossed)
 
     def after_first(self, first: Tensor, crossed: Tensor | None = None) -> Tensor:
-        """Return logits [N, T] from the first layer's output [N, H] and the cross layers'."""
+        """Compute logits [N, T] from the outputs of the first layer and of the cross layers.
+
+        Args:
+            first: [N, H] output of ``first``.
+            crossed: [N, width] output of the cross layers; None without them.
+        """
         parts = torch.split(first, self.widths, dim=-1)
         outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=False)]
         if self.is_mixture:
             gates = parts[-1].reshape(-1, self.tasks, len(outputs)).softmax(dim=-1)
             mixed = torch.matmul(gates, torch.stack(outputs, dim=1))
-            own = list(mixed.unbind(dim=1))
+            inputs = list(mixed.unbind(dim=1))
         else:
-            own = outputs * self.tasks
+            inputs = outputs * self.tasks
         if crossed is not None:
-            own = [torch.cat([crossed, part], dim=-1) for part in own]
-        logits = [head(part) for head, part in zip(self.heads, own, strict=True)]
+            inputs = [torch.cat([crossed, part], dim=-1) for part in inputs]
+        logits = [head(part) for head, part in zip(self.heads, inputs, strict=True)]
         return torch.cat(logits, dim=-1)
 
 
-def combined(probabilities: Tensor, tasks: Sequence[Task], combine: str) -> Tensor:
-    """Return the served score [N], in [0, 1], of the tasks' probabilities [N, T].
+def combined_score(probabilities: Tensor, tasks: Sequence[Task], combine: str) -> Tensor:
+    """Combine the tasks' probabilities [N, T] into the served score [N], in [0, 1].
 
-    product: of p ** share, so that shares of 1 multiply, as P(click) P(long view | click). sum: the
-    mean, weighted by the shares.
+    Args:
+        probabilities: [N, T] of the tasks.
+        tasks: Their shares in the score.
+        combine: "product" of p ** share, so that shares of 1 multiply probabilities, as in P(click)
+            * P(long view | click); "sum" for the mean weighted by the shares.
     """
     shares = probabilities.new_tensor([task.share for task in tasks])
     if combine == "product":

@@ -23,10 +23,11 @@ from hvdrec.parallel.ranks import World, wait
 from hvdrec.planner.cost import Cluster, Constants
 from hvdrec.planner.workload import predict
 from hvdrec.training.build import build_model
-from hvdrec.training.machine import collector_spared, pick_device, set_threads
+from hvdrec.training.machine import no_gc_pauses, pick_device, set_threads
 from hvdrec.training.optimizer import make_optimizer
-from hvdrec.training.pipeline import preparer, steps
-from hvdrec.training.step import Trainee, take_step
+from hvdrec.training.pipeline import make_preparer, steps
+from hvdrec.training.state import TrainState
+from hvdrec.training.step import take_step
 
 WARM_UP_STEPS, TRIAL_STEPS, TRIAL_SECONDS = 8, 24, 12.0
 """A trial takes at least TRIAL_STEPS steps after the warm-up. It takes enough steps for three
@@ -43,8 +44,8 @@ def measure_constants(config: Config) -> Constants:
     Every rank calls this. One rank alone cannot measure messages and takes the defaults for them.
     """
     world = ranks.init()
-    set_threads(config, world)
-    device = pick_device(config, world)
+    set_threads(config.train.threads, world)
+    device = pick_device(config.train.device, world)
     sizes = Fitted.load(config.paths.of("features")).sizes
     small = {name: min(size, MAX_TRIAL_ROWS) for name, size in sizes.items()}
     rows = max(2, math.ceil(config.train.batch_size / world.size))
@@ -140,12 +141,12 @@ def _time_step(
     )
     model = build_model(config, sizes, with_tables=False).to(device)
     tables = make_tables(config, sizes, world, device)
-    trainee = Trainee(config, model, tables, make_optimizer(model, config.train))
-    prepare = preparer(tables, config, 0, world.rank)
+    state = TrainState(config, model, tables, make_optimizer(model, config.train))
+    prepare = make_preparer(tables, config, 0)
     loader = ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
     # The loader's thread runs beside the step, as in training, because it may need the same cores.
     with (
-        collector_spared(),
+        no_gc_pauses(),
         closing(
             loader.epochs(0, None, lambda n, batch: prepare(n, _fold_codes(batch, config, sizes)))
         ) as epochs,
@@ -153,10 +154,10 @@ def _time_step(
         trial = steps(itertools.chain.from_iterable(epochs), tables, device)
         # The first steps are slower: they allocate memory, and the loader fills its queue.
         for number, step in enumerate(itertools.islice(trial, WARM_UP_STEPS)):
-            float(take_step(trainee, step, number, 0.0).total)
+            float(take_step(state, step, number, 0.0).total)
         ends = [time.perf_counter()]
         for number, step in enumerate(itertools.islice(trial, count), start=1):
-            float(take_step(trainee, step, WARM_UP_STEPS + number, 0.0).total)
+            float(take_step(state, step, WARM_UP_STEPS + number, 0.0).total)
             ends.append(time.perf_counter())
             seconds = ends[-1] - ends[0]
             if world.size == 1 and number >= TRIAL_STEPS and seconds > TRIAL_SECONDS:

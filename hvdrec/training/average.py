@@ -1,4 +1,4 @@
-"""Exponential moving averages of all weights, which are what is validated, exported and served."""
+"""Exponential moving averages of all weights, which are validated, exported and served."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from hvdrec.embeddings.sharded import DistributedTables
 class Averages:
     """Averages of a model's dense weights and of this rank's table rows.
 
-    The latter lie beside the rows as a state of the kernels, and go into checkpoints with it.
-    They are brought up to date every `every` steps, by decay ** every: the cost is that of reading
-    all rows, over so many steps. dense: name -> average of a parameter.
+    Averages of rows are a state of the table kernels and are saved with it. An update reads all
+    rows, so it happens every `every` steps only, with decay ** every.
+
+    Attributes:
+        dense: Averages by name of the parameter.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class Averages:
 
     @torch.no_grad()
     def update(self, number: int) -> None:
-        """Bring the averages up to date after a step; number: 0-based, since training began.
+        """Update the averages after step `number`, counted from 0.
 
-        At first the mean over all steps so far is nearer than the decay would let it be.
+        Early in training the plain mean over all updates is used: it forgets the initial values
+        faster than the decay.
         """
         if (number + 1) % self._every:
             return
@@ -43,8 +46,8 @@ class Averages:
             average.lerp_(weight, share)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let model and tables hold the averages, and afterwards what they held before."""
+    def swapped_in(self) -> Iterator[None]:
+        """Exchange weights and averages within a block."""
         self._exchange()
         try:
             yield

@@ -53,8 +53,8 @@ def evaluate(
         checks.require_same_files(
             config.paths.of("features"), "evaluate the same features everywhere"
         )
-        set_threads(config, world)
-        device = ranks.run_on_all(lambda: pick_device(config, world))
+        set_threads(config.train.threads, world)
+        device = ranks.run_on_all(lambda: pick_device(config.train.device, world))
         fetch_rows = None
         if world.size == 1:
             model, name = load_model(run, config, checkpoint)

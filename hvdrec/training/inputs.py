@@ -1,4 +1,4 @@
-"""What training reads: shards, the catalogue, and the model that teaches."""
+"""What training reads besides the batches: item statistics, the catalogue and a teacher."""
 
 from __future__ import annotations
 
@@ -10,31 +10,37 @@ import torch
 from torch import Tensor
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Schema
 from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
-from hvdrec.errors import UserError
+from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.models.recommender import Recommender
 from hvdrec.storage.urls import read_table
 from hvdrec.training import checkpoint
-from hvdrec.training.pipeline import Catalogue
+from hvdrec.training.pipeline import NegativeSampler
 
 
-def check_codes(loader: ShardLoader, config: Config, sizes: Mapping[str, int]) -> None:
-    """Raise UserError if the shards hold a code that its table has no row for."""
-    for feature in config.schema.features:
+def check_codes(loader: ShardLoader, schema: Schema, sizes: Mapping[str, int]) -> None:
+    """Raise UserError if the shards hold a code outside its table."""
+    for feature in schema.features:
         if not feature.is_embedded:
             continue
-        table = config.schema.vocabulary_of(feature)
+        table = schema.vocabulary_of(feature)
         for file, low, high in loader.code_ranges(feature.name):
             if low < 0 or high >= sizes[table]:
-                raise UserError(
-                    f"{file}: column '{feature.name}' holds code {low if low < 0 else high}, "
-                    f"outside table '{table}' of {sizes[table]} rows; run hvdrec prepare again"
+                raise invalid_file(
+                    file,
+                    f"column '{feature.name}' holds code {low if low < 0 else high}, outside "
+                    f"table '{table}' of {sizes[table]} rows",
+                    "run hvdrec prepare again",
                 )
 
 
 def log_probability_of_items(config: Config, device: torch.device) -> Tensor | None:
-    """Return the log of each item's share of the positive training rows, or None if unused."""
+    """Return the log of each item's share of the positive training rows, [items] float32.
+
+    None if no loss needs it.
+    """
     if config.train.objective == "ranking" or not config.train.logq:
         return None
     file = config.paths.of("features") / "items.parquet"
@@ -43,29 +49,37 @@ def log_probability_of_items(config: Config, device: torch.device) -> Tensor | N
     return torch.from_numpy(np.log(share)).to(device, torch.float32)
 
 
-def load_teacher(config: Config, device: torch.device) -> Recommender | None:
-    """Return the model whose scores are soft labels, if one is named."""
-    if not config.train.teacher:
-        return None
-    run = Path(config.train.teacher)
-    theirs = checkpoint.read_config(run)
-    features = config.paths.of("features")
-    if str(theirs.paths.of("features")) != str(features) or theirs.features != config.features:
-        raise UserError(
-            f"train.teacher = '{run}': was trained on {theirs.paths.of('features')} or with other "
-            f"[[features]], this run is on {features}; name a run over the same features"
-        )
-    if theirs.train.objective == "retrieval":
-        raise UserError(
-            f"train.teacher = '{run}': was trained with objective 'retrieval' and has no ranker; "
-            "name a run that has one"
-        )
-    return checkpoint.load_model(run, theirs)[0].to(device)
-
-
-def load_catalogue(config: Config) -> Catalogue | None:
-    """Return the items to draw negatives from, or None if none are drawn."""
+def load_negatives(config: Config) -> NegativeSampler | None:
+    """Return the source of ``train.uniform_negatives``, or None if there are none."""
     if config.train.objective == "ranking" or not config.train.uniform_negatives:
         return None
     table = read_table(config.paths.of("features") / "items.parquet")
-    return Catalogue(table_arrays(table, config.schema.side("item")), table.num_rows)
+    return NegativeSampler(table_arrays(table, config.schema.side("item")), table.num_rows)
+
+
+def load_teacher(config: Config, device: torch.device) -> Recommender | None:
+    """Load the model of ``train.teacher``, or return None if there is none.
+
+    Raises:
+        UserError: The teacher was trained on other features, or has no ranker.
+    """
+    if not config.train.teacher:
+        return None
+    run, features = Path(config.train.teacher), config.paths.of("features")
+    theirs = checkpoint.read_config(run)
+    if str(theirs.paths.of("features")) != str(features) or theirs.features != config.features:
+        raise invalid_value(
+            "train.teacher",
+            str(run),
+            f"was trained on {theirs.paths.of('features')} or with other [[features]], this run "
+            f"is on {features}",
+            "name a run over the same features",
+        )
+    if theirs.train.objective == "retrieval":
+        raise invalid_value(
+            "train.teacher",
+            str(run),
+            "was trained with objective 'retrieval' and has no ranker",
+            "name a run that has one",
+        )
+    return checkpoint.load_model(run, theirs)[0].to(device)

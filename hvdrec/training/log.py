@@ -1,4 +1,4 @@
-"""What training tells: JSON lines in a file, and a progress bar or the same lines for people."""
+"""The training log: JSON lines in a file, and a progress bar or the same lines on the screen."""
 
 from __future__ import annotations
 
@@ -9,20 +9,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+
+from hvdrec.parallel.progress import can_show_bar
 
 
 class TrainingLog:
-    """Writes ``log.jsonl`` and shows progress on standard error; silent on all ranks but the first.
+    """Writes ``log.jsonl`` and shows progress, on the first rank only.
 
-    On a terminal there is a bar that counts rows; elsewhere each line of the file is printed too.
+    On a terminal and in a notebook, a bar counts rows; elsewhere each line of the file is printed
+    on standard error.
+
+    Args:
+        run: Directory of the run.
+        is_first: True on the first rank.
+        rows_per_epoch: Rows of all ranks in an epoch.
+        shown: False shows nothing on the screen.
     """
 
-    def __init__(self, run: Path, *, is_first: bool, rows_per_epoch: int) -> None:
+    def __init__(self, run: Path, *, is_first: bool, rows_per_epoch: int, shown: bool) -> None:
         self._file = (run / "log.jsonl").open("a") if is_first else None
-        self._shows_bar = is_first and sys.stderr.isatty()
+        self._has_bar = is_first and shown and can_show_bar()
+        self._prints = is_first and shown and not self._has_bar
         self._rows = rows_per_epoch
-        self._bar: tqdm[Any] | None = None
+        self._bar: Any = None
         self._started = time.time()
 
     def __enter__(self) -> TrainingLog:
@@ -39,8 +49,8 @@ class TrainingLog:
             self._file.close()
 
     def start_epoch(self, epoch: int, done: int) -> None:
-        """Begin an epoch's bar, `done` rows in."""
-        if self._shows_bar:
+        """Start the bar of an epoch of which `done` rows were read before."""
+        if self._has_bar:
             self._close_bar()
             self._bar = tqdm(
                 total=self._rows,
@@ -49,7 +59,6 @@ class TrainingLog:
                 unit="row",
                 unit_scale=True,
                 leave=False,
-                file=sys.stderr,
             )
 
     def advance(self, rows: int) -> None:
@@ -61,16 +70,15 @@ class TrainingLog:
         """Write one JSON line."""
         if self._file is None:
             return
-        line = json.dumps(
-            {"event": event, "seconds": round(time.time() - self._started, 3), **facts}
-        )
+        seconds = round(time.time() - self._started, 3)
+        line = json.dumps({"event": event, "seconds": seconds, **facts})
         self._file.write(line + "\n")
         self._file.flush()
         if self._bar is not None and event == "step":
             self._bar.set_postfix(loss=f"{facts['loss']:.4f}", refresh=False)
-        elif self._shows_bar:
+        elif self._has_bar:
             tqdm.write(line, file=sys.stderr)
-        else:
+        elif self._prints:
             print(line, file=sys.stderr, flush=True)
 
     def _close_bar(self) -> None:

@@ -1,4 +1,4 @@
-"""This process on its machine: device, threads, memory."""
+"""This process on its machine: device, threads, memory allocator and garbage collector."""
 
 from __future__ import annotations
 
@@ -8,44 +8,56 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
-from hvdrec.config import Config
-from hvdrec.errors import UserError
+from hvdrec.errors import invalid_value
 from hvdrec.parallel.ranks import World
 
-# Of malloc.h; the largest threshold that glibc takes for the first.
+# From malloc.h. LARGEST_THRESHOLD is the highest value that glibc accepts for M_MMAP_THRESHOLD.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_THRESHOLD = 32 << 20
 
 
-def pick_device(config: Config, world: World) -> torch.device:
-    """Return where this rank computes: its own GPU, by its rank on the host, or the CPU."""
-    wanted = config.train.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+def pick_device(option: Literal["auto", "cpu", "cuda"], world: World) -> torch.device:
+    """Return where this rank computes: the CPU, or the GPU of its rank on the host.
+
+    Args:
+        option: ``train.device``.
+        world: This rank's position in the job.
+
+    Raises:
+        UserError: A GPU is asked for, and none is visible.
+    """
+    if option == "cpu" or (option == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("train.device = 'cuda': no GPU is visible here; use 'cpu' or 'auto'")
+        raise invalid_value("train.device", option, "no GPU is visible here", "use 'cpu' or 'auto'")
     device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
 
-def set_threads(config: Config, world: World) -> None:
-    """Give this rank its share of the machine's CPU threads."""
+def set_threads(option: int, world: World) -> None:
+    """Give this rank its share of the host's CPU threads.
+
+    Args:
+        option: ``train.threads``; 0 for the cores divided by the ranks on the host.
+        world: This rank's position in the job.
+    """
     cores = len(os.sched_getaffinity(0))
-    set_up_process(config.train.threads or max(1, cores // world.local_size))
+    set_up_process(option or max(1, cores // world.local_size))
 
 
 def set_up_process(threads: int) -> None:
-    """Set threads, and what makes steps on a CPU fast."""
+    """Set the number of threads, and what keeps steps on a CPU fast."""
     torch.set_num_threads(threads)
-    # Decaying weights reach denormal numbers, on which CPUs are many times slower.
+    # Decaying weights become denormal numbers, on which CPUs are many times slower.
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
-        # Activations of some megabytes are allocated in every step: by default glibc gives such
-        # memory back to the kernel each time and gets it again page by page.
+        # Every step allocates activations of some megabytes. By default glibc returns such memory
+        # to the kernel each time and faults it in again page by page.
         allocator = ctypes.CDLL(None)
         if hasattr(allocator, "mallopt"):
             allocator.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
@@ -53,11 +65,11 @@ def set_up_process(threads: int) -> None:
 
 
 @contextmanager
-def collector_spared() -> Iterator[None]:
-    """Let Python's garbage collector pass over all that is there now, for a while.
+def no_gc_pauses() -> Iterator[None]:
+    """Keep all current objects out of Python's garbage collections within a block.
 
-    To look through everything that was imported takes it some 0.15 s, in the midst of a step, and
-    the other ranks wait as long.
+    A collection over everything that was imported takes about 0.15 s, in the middle of a step, and
+    the other ranks wait for it.
     """
     gc.collect()
     gc.freeze()

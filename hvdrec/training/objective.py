@@ -11,28 +11,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvdrec.config import Config
 from hvdrec.config.sections import Train
 from hvdrec.data.batch import Batch
 from hvdrec.embeddings.lookup import part_bounds
-from hvdrec.embeddings.sharded import DistributedTables, PendingGradients
-from hvdrec.models.losses import (
-    binary_cross_entropy,
-    in_batch_softmax,
-    in_mixture,
-    task_cross_entropies,
-)
+from hvdrec.embeddings.sharded import PendingGradients
+from hvdrec.models.losses import in_batch_loss, in_mixture, retrieval_loss
+from hvdrec.models.losses.ranking import binary_cross_entropy, task_cross_entropies
 from hvdrec.models.recommender import Output, Recommender
-from hvdrec.parallel.gradients import DenseGradients, gather_rows, global_sum
+from hvdrec.parallel.gradients import gather_rows, global_sum
 from hvdrec.parallel.ranks import current
 from hvdrec.training.pipeline import Step
+from hvdrec.training.state import TrainState
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """This rank's share of a step's losses: their sum over the ranks is the loss of the step.
+    """This rank's share of a step's losses; their sum over the ranks is the loss of the step.
 
-    Scalars without gradient; tasks: [T], of each task, which ranking is the weighted sum of.
+    Attributes:
+        total: The loss that is minimized, a scalar without gradient.
+        ranking: Its ranking part, the weighted sum of the tasks' losses if there are tasks.
+        retrieval: Its retrieval part, before the factor ``train.retrieval_weight``.
+        tasks: [T] losses of the tasks.
     """
 
     total: Tensor
@@ -41,78 +41,61 @@ class StepLoss:
     tasks: Tensor
 
 
-def compute_gradients(
-    model: Recommender,
-    step: Step,
-    tables: DistributedTables,
-    config: Config,
-    log_probability: Tensor | None,
-    dense: DenseGradients,
-    teacher: Recommender | None = None,
-) -> tuple[StepLoss, PendingGradients]:
-    """Run forward and backward on a step's batch, in `train.accumulate` parts.
+def compute_gradients(state: TrainState, step: Step) -> tuple[StepLoss, PendingGradients]:
+    """Run forward and backward on a step's batch, in ``train.accumulate`` parts.
 
-    Every rank must call this together. The gradients of dense parameters are pending in `dense`,
-    those of table rows in the second value returned.
+    Every rank must call this together.
 
-    Args:
-        log_probability: [items] log of each item's share of the positive training rows, for the
-            logQ correction; None without it.
-        dense: Sums the gradients of the model's parameters over the ranks.
-        teacher: A model in evaluation mode that holds its tables; None without distillation.
+    Returns:
+        The losses, and the gradients of table rows. Those of dense parameters are pending in
+        `state.dense`.
     """
-    train, batch = config.train, step.batch
-    parts = tables.fetch(step.asked)
+    train, batch, model = state.config.train, step.batch, state.model
+    parts = state.tables.fetch(step.request)
     dtype, device = batch.label.dtype, batch.label.device
     totals = step.totals.wait().clamp(min=1e-12).to(device, dtype, non_blocking=True)
-    sums = torch.zeros(3 + len(config.tasks), dtype=dtype, device=device)
-    task_factors = sums.new_tensor([task.weight for task in config.tasks])
-    places = part_bounds(len(batch.label), len(parts))
-    pieces = zip(places, parts, step.positives, strict=True)
-    for number, ((start, stop), rows, index) in enumerate(pieces, start=1):
+    sums = torch.zeros(3 + len(model.tasks), dtype=dtype, device=device)
+    bounds = part_bounds(len(batch.label), len(parts))
+    pieces = zip(bounds, parts, step.positives, strict=True)
+    for number, ((start, stop), rows, positives) in enumerate(pieces, start=1):
         part = batch if len(parts) == 1 else batch.part(start, stop)
         vectors = model.tables(model.schema.features, part.features, rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             output = model.combine(vectors)
-        ranking = retrieval = sums.new_zeros(())
-        of_tasks = sums.new_zeros(len(config.tasks))
-        if part.tasks is not None:
-            logits = output.logit.to(dtype)
-            of_tasks = task_cross_entropies(logits, part.tasks, part.weight) / totals[2:]
-            ranking = (task_factors * of_tasks).sum()
-        elif train.objective != "retrieval":
-            logit = output.logit.to(dtype)
-            label = part.label
-            if teacher is not None:
-                label = _taught(label, teacher, part, train)
-            ranking = binary_cross_entropy(logit, label, part.weight) / totals[0]
+        ranking, tasks = _ranking_loss(state, output, part, totals)
+        retrieval = sums.new_zeros(())
         if train.objective != "ranking":
-            loss = _retrieval_loss(
-                output, part, index, step.drawn, train, log_probability, model.temperature
-            )
-            retrieval = loss / totals[1]
+            retrieval = _retrieval_loss(state, output, part, positives, step.drawn) / totals[1]
         factor = train.retrieval_weight if train.objective == "joint" else 1.0
         total = ranking + factor * retrieval
         if number == len(parts):
-            dense.expect_last_backward()
+            state.dense.expect_last_backward()
         total.backward()  # type: ignore[no-untyped-call]
-        sums += torch.cat([torch.stack([total, ranking, retrieval]), of_tasks]).detach()
-    sent = tables.send_gradients(step.asked)
-    dense.send_rest()
+        sums += torch.cat([torch.stack([total, ranking, retrieval]), tasks]).detach()
+    pending = state.tables.send_gradients(step.request)
+    state.dense.send_rest()
     total, ranking, retrieval, *_ = sums.unbind()
-    return StepLoss(total, ranking, retrieval, sums[3:]), sent
+    return StepLoss(total, ranking, retrieval, sums[3:]), pending
 
 
 def clip(
-    model: Recommender,
-    tables: DistributedTables,
-    step: Step,
-    gradients: tuple[Tensor, ...],
-    norm: float,
+    state: TrainState, step: Step, gradients: tuple[Tensor, ...], norm: float
 ) -> tuple[Tensor, ...]:
-    """Scale all gradients down to a global L2 norm, if they exceed it; every rank calls this."""
-    dense = [p.grad for p in model.parameters() if p.grad is not None]
-    mine, common = tables.squared_norms(step.asked, gradients)
+    """Scale all gradients down to a global L2 norm if they exceed it.
+
+    Every rank must call this together. Dense gradients are scaled in place.
+
+    Args:
+        state: Holds the dense gradients, already summed over the ranks.
+        step: The step of the gradients.
+        gradients: Gradients of table rows.
+        norm: The largest global norm.
+
+    Returns:
+        The gradients of table rows.
+    """
+    dense = [p.grad for p in state.model.parameters() if p.grad is not None]
+    mine, common = state.tables.squared_norms(step.request, gradients)
     total = global_sum(mine) + common
     total = total + sum((g.double().square().sum() for g in dense), torch.zeros_like(total))
     scale = (norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
@@ -121,11 +104,31 @@ def clip(
     return tuple(gradient * scale.to(gradient.dtype) for gradient in gradients)
 
 
-def _taught(label: Tensor, teacher: Recommender, batch: Batch, train: Train) -> Tensor:
-    """Return labels mixed with a teacher's probabilities.
+def _ranking_loss(
+    state: TrainState, output: Output, batch: Batch, totals: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the ranking loss (a scalar) and the losses of the tasks [T]."""
+    tasks, train = state.config.tasks, state.config.train
+    zero, no_tasks = totals.new_zeros(()), totals.new_zeros(len(tasks))
+    if batch.tasks is not None:
+        logits = output.logit.to(totals.dtype)
+        losses = task_cross_entropies(logits, batch.tasks, batch.weight) / totals[2:]
+        return (totals.new_tensor([task.weight for task in tasks]) * losses).sum(), losses
+    if train.objective == "retrieval":
+        return zero, no_tasks
+    label = batch.label
+    if state.teacher is not None:
+        label = _distilled(label, state.teacher, batch, train)
+    logit = output.logit.to(totals.dtype)
+    return binary_cross_entropy(logit, label, batch.weight) / totals[0], no_tasks
 
-    The log loss against the mixture is the mixture of the log losses (Hinton et al., 2015,
-    section 2, at temperature 1).
+
+def _distilled(label: Tensor, teacher: Recommender, batch: Batch, train: Train) -> Tensor:
+    """Mix labels with a teacher's probabilities.
+
+    The log loss against the mixture is the mixture of the log losses.
+    Source: Hinton et al., "Distilling the knowledge in a neural network", 2015, section 2, at
+    temperature 1.
     """
     with (
         torch.no_grad(),
@@ -136,40 +139,39 @@ def _taught(label: Tensor, teacher: Recommender, batch: Batch, train: Train) -> 
 
 
 def _retrieval_loss(
-    output: Output,
-    batch: Batch,
-    index: Tensor,
-    drawn: int,
-    train: Train,
-    log_probability: Tensor | None,
-    temperature: float,
+    state: TrainState, output: Output, batch: Batch, positives: Tensor, drawn: int
 ) -> Tensor:
-    """Return the weighted sum of in-batch softmax losses over this rank's rows at `index`.
+    """Compute the weighted sum of the retrieval losses of this rank's positive rows.
 
-    drawn: how many rows at the batch's end are negatives that were drawn from the catalogue.
+    Args:
+        state: The model and the correction of negatives.
+        output: Of the batch.
+        batch: The batch; its last `drawn` rows are negatives from the catalogue.
+        positives: int64, the positive rows.
+        drawn: Number of drawn negatives.
     """
-    dtype = batch.label.dtype
-    rows = len(batch.label)
-    candidates = torch.cat([index, torch.arange(rows - drawn, rows, device=index.device)])
+    train, dtype, rows = state.config.train, batch.label.dtype, len(batch.label)
+    candidates = torch.cat([positives, torch.arange(rows - drawn, rows, device=positives.device)])
     items, start = gather_rows(output.item[candidates].to(dtype))
     item_index, _ = gather_rows(batch.item_index[candidates])
-    user = output.user[index].to(dtype)
+    user = output.user[positives].to(dtype)
     if items.shape[0] == 0:
         return user.sum() + items.sum()
     log_q = None
-    if train.logq and log_probability is not None:
-        log_q = log_probability[item_index].to(dtype)
+    if train.logq and state.log_probability is not None:
+        log_q = state.log_probability[item_index].to(dtype)
         if drawn:
             uniform = drawn * current().size
-            log_q = in_mixture(log_q, len(items) - uniform, uniform, len(log_probability))
-    return in_batch_softmax(
+            log_q = in_mixture(log_q, len(items) - uniform, uniform, len(state.log_probability))
+    return in_batch_loss(
+        retrieval_loss(train.retrieval_loss),
         user,
         items,
-        batch.weight[index] * batch.label[index],
-        own_B=torch.arange(start, start + index.shape[0], device=index.device),
-        item_B=batch.item_index[index],
+        batch.weight[positives] * batch.label[positives],
+        own_B=torch.arange(start, start + positives.shape[0], device=positives.device),
+        item_B=batch.item_index[positives],
         item_C=item_index,
-        temperature=temperature,
+        temperature=state.model.temperature,
         log_probability_C=log_q,
         remove_accidental_hits=train.remove_accidental_hits,
         hard_negatives=train.hard_negatives,

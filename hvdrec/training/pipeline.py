@@ -1,4 +1,4 @@
-"""From batches to steps: what can be done before a step's turn comes is done before it."""
+"""From batches to steps: lookups and sums are prepared before a step needs them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from hvdrec.config import Config
 from hvdrec.data.batch import Batch
 from hvdrec.embeddings.lookup import GroupLookup, drop_to_unknown, part_bounds
 from hvdrec.embeddings.sharded import DistributedTables, RowRequest
-from hvdrec.models.losses import task_weights
+from hvdrec.models.losses.ranking import task_weights
 from hvdrec.parallel.gradients import PendingSum, start_global_sum
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch whose table rows and positive rows were found, off the training thread.
+    """A batch with its lookups, made on the loader's thread.
 
-    positives: of each part, the places int64 of its positive rows of weight above 0; totals:
-    float64 [2 + T], this rank's weight of all rows, of the positive ones, and of those that tell of
-    each task; drawn: how many rows at the end are negatives from the catalogue, of weight 0.
+    Attributes:
+        batch: The rows; the last `drawn` are negatives from the catalogue, of weight 0.
+        lookups: The table rows that the batch needs.
+        positives: For each part of the batch, int64 indices of the positive rows with a weight.
+        totals: float64 [2 + T], this rank's weight of all rows, of the positive rows, and of the
+            rows with a known label of each task.
+        drawn: Number of drawn negatives.
     """
 
     batch: Batch
-    found: tuple[GroupLookup, ...]
+    lookups: tuple[GroupLookup, ...]
     positives: tuple[Tensor, ...]
     totals: Tensor
     drawn: int
@@ -38,116 +42,120 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step needs: its rows are on their way, and the batch is on the device.
+    """What a training step needs, with the batch on the device and the table rows requested.
 
-    following: the rows of the step after it, if there is one.
+    Attributes:
+        batch: As in `Prepared`; so are positives and drawn.
+        request: The pending table rows.
+        totals: The pending sum of `Prepared.totals` over the ranks.
+        next_request: The pending table rows of the step after it, if there is one.
     """
 
     batch: Batch
-    asked: RowRequest
+    request: RowRequest
     positives: tuple[Tensor, ...]
     totals: PendingSum
     drawn: int
-    following: RowRequest | None = None
+    next_request: RowRequest | None = None
 
 
 @dataclass(frozen=True)
-class Catalogue:
-    """All items, to draw negatives from.
+class NegativeSampler:
+    """Draws negatives uniformly from all items.
 
-    features: name -> codes int64 [items] or [items, max_length], or float32 [items].
+    Attributes:
+        features: Item features: name -> codes int64 [items] or [items, L], or float32 [items].
+        items: Number of items.
     """
 
     features: Mapping[str, NDArray[Any]]
     items: int
 
-    def appended(self, batch: Batch, count: int, random: np.random.Generator) -> Batch:
-        """Return a batch with `count` rows behind it: random items, of no user, of weight 0."""
+    def append_to(self, batch: Batch, count: int, random: np.random.Generator) -> Batch:
+        """Return a batch with `count` more rows: random items, without a user, of weight 0."""
         drawn = random.integers(0, self.items, count)
 
-        def behind(column: Tensor, more: NDArray[Any] | None = None) -> Tensor:
-            if more is None:
+        def longer(column: Tensor, values: NDArray[Any] | None = None) -> Tensor:
+            if values is None:
                 return torch.cat([column, column.new_zeros(count, *column.shape[1:])])
-            return torch.cat([column, torch.from_numpy(more[drawn]).to(column.dtype)])
+            return torch.cat([column, torch.from_numpy(values[drawn]).to(column.dtype)])
 
+        tasks = batch.tasks
+        if tasks is not None:
+            tasks = torch.cat([tasks, tasks.new_full((count, tasks.shape[1]), nan)])
         return Batch(
             {
-                name: behind(column, self.features.get(name))
+                name: longer(column, self.features.get(name))
                 for name, column in batch.features.items()
             },
-            behind(batch.user_index),
-            behind(batch.item_index, np.arange(self.items)),
-            behind(batch.label),
-            behind(batch.weight),
+            longer(batch.user_index),
+            longer(batch.item_index, np.arange(self.items)),
+            longer(batch.label),
+            longer(batch.weight),
             batch.rows,
-            None
-            if batch.tasks is None
-            else torch.cat([batch.tasks, batch.tasks.new_full((count, batch.tasks.shape[1]), nan)]),
+            tasks,
         )
 
 
-def preparer(
+def make_preparer(
     tables: DistributedTables,
     config: Config,
     first_step: int,
-    rank: int,
-    catalogue: Catalogue | None = None,
+    negatives: NegativeSampler | None = None,
 ) -> Callable[[int, Batch], Prepared]:
-    """Return the function that prepares the batches of steps from `first_step` on.
+    """Return the function that prepares batches; it runs on the loader's thread.
 
-    catalogue: where this rank draws its part of train.uniform_negatives from, if there are any.
+    Args:
+        tables: Looked up.
+        config: The run.
+        first_step: Number of the first batch's step since the start of training.
+        negatives: Draws this rank's part of ``train.uniform_negatives``; None if there are none.
     """
-    parts = config.train.accumulate
-    drawn = -(-config.train.uniform_negatives // tables.world.size) if catalogue else 0
-    draws = bool(catalogue or config.model.unknown_rate)
+    parts, world = config.train.accumulate, tables.world
+    drawn = -(-config.train.uniform_negatives // world.size) if negatives else 0
+    unknown_rate = config.model.unknown_rate
 
     def prepare(number: int, batch: Batch) -> Prepared:
-        # A step's random numbers depend on its place alone: a resumed run repeats them.
-        place = [config.seed, first_step + number, rank]
-        random = np.random.default_rng(place) if draws else None
-        if catalogue and random:
-            batch = catalogue.appended(batch, drawn, random)
+        # Random numbers depend on seed, step and rank only, so a resumed run repeats them.
+        random = np.random.default_rng([config.seed, first_step + number, world.rank])
+        if negatives:
+            batch = negatives.append_to(batch, drawn, random)
         codes: Mapping[str, Tensor] = batch.features
-        if config.model.unknown_rate and random:
-            codes = drop_to_unknown(tables.schema, codes, config.model.unknown_rate, random)
-        found = tables.look_up(codes, parts)
+        if unknown_rate:
+            codes = drop_to_unknown(tables.schema, codes, unknown_rate, random)
         positive = batch.weight * batch.label
+        totals = [batch.weight.double().sum().view(1), positive.double().sum().view(1)]
+        if batch.tasks is not None:
+            totals.append(task_weights(batch.tasks, batch.weight).double().sum(dim=0))
         return Prepared(
             batch,
-            found,
+            tables.look_up(codes, parts),
             tuple(
                 torch.from_numpy(np.flatnonzero(positive[i:j].numpy()))
                 for i, j in part_bounds(len(positive), parts)
             ),
-            _totals(batch, positive),
+            torch.cat(totals),
             drawn,
         )
 
     return prepare
 
 
-def _totals(batch: Batch, positive: Tensor) -> Tensor:
-    totals = torch.stack([batch.weight.double().sum(), positive.double().sum()])
-    if batch.tasks is None:
-        return totals
-    return torch.cat([totals, task_weights(batch.tasks, batch.weight).double().sum(dim=0)])
-
-
 def steps(
     prepared: Iterable[Prepared], tables: DistributedTables, device: torch.device
 ) -> Iterator[Step]:
-    """Turn prepared batches into steps, one ahead: ids travel while the step before computes."""
+    """Turn prepared batches into steps, one ahead: ids are sent while the step before computes."""
     waiting: Step | None = None
     for ready in prepared:
         step = Step(
             ready.batch.to(device),
-            tables.request_rows(ready.found),
+            tables.request_rows(ready.lookups),
             tuple(index.to(device, non_blocking=True) for index in ready.positives),
             start_global_sum(ready.totals),
             ready.drawn,
         )
         if waiting is not None:
-            yield replace(waiting, following=step.asked)
+            yield replace(waiting, next_request=step.request)
         waiting = step
     if waiting is not None:
         yield waiting

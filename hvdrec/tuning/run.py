@@ -22,7 +22,8 @@ from hvdrec.parallel.agreement import digest
 from hvdrec.parallel.progress import print_line
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training.checkpoint import has_checkpoint, latest_meta
-from hvdrec.training.loop import check_features, metric_name, train
+from hvdrec.training.run_directory import check_features
+from hvdrec.training.trainer import metric_name, train
 from hvdrec.tuning.search import (
     FILE,
     Search,
@@ -203,7 +204,7 @@ def _train(search: Search, run: Path, recorder: _Recorder) -> Trial:
     trial, metric = recorder.trial, search.metric
     try:
         config = with_fields(search.config, {**trial.values, "paths.run": str(run)})
-        validation = train(config, resume=True, stop=recorder.stop)["validation"]
+        result = train(config, resume=True, stop=recorder.stop)
     except (UserError, MemoryError, torch.OutOfMemoryError) as error:
         if not isinstance(error, UserError) and ranks.current().size > 1:
             raise  # the other ranks are still in the trial
@@ -214,10 +215,10 @@ def _train(search: Search, run: Path, recorder: _Recorder) -> Trial:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         return replace(recorder.trial, state="failed", reason=reason)
-    if not math.isfinite(validation[metric]):
+    if result.best is None or not math.isfinite(result.best):
         return replace(recorder.trial, state="failed", reason=f"{metric} is NaN or infinite")
     state: State = "pruned" if recorder.is_pruned else "complete"
-    return replace(recorder.trial, state=state, value=validation[metric], step=validation["step"])
+    return replace(recorder.trial, state=state, value=result.best, step=result.best_step)
 
 
 def _drop_checkpoints(search: Search, folder: Path) -> None:

@@ -37,18 +37,20 @@ from work import (
 from hvdrec.config import Config
 from hvdrec.data.loader import ShardLoader
 from hvdrec.embeddings.setup import make_tables
+from hvdrec.models.cpu_layers import use_cpu_layers, vendor_cpu_layers
 from hvdrec.models.layers import Mlp
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
 from hvdrec.training.build import build_model
-from hvdrec.training.machine import collector_spared, set_up_process
+from hvdrec.training.machine import no_gc_pauses, set_up_process
 from hvdrec.training.optimizer import make_optimizer
-from hvdrec.training.pipeline import Step, preparer, steps
-from hvdrec.training.step import Trainee, take_step
+from hvdrec.training.pipeline import Step, make_preparer, steps
+from hvdrec.training.state import TrainState
+from hvdrec.training.step import take_step
 
 
-def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[Trainee, ShardLoader]:
-    """Set up as hvdrec.training.loop does."""
+def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[TrainState, ShardLoader]:
+    """Set up as hvdrec.training.setup does."""
     world = ranks.init()
     set_up_process(threads)
     torch.manual_seed(0)
@@ -58,24 +60,24 @@ def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[Traine
     broadcast_state(dict(model.state_dict()))
     rows = math.ceil(config.train.batch_size / world.size)
     loader = ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
-    return Trainee(config, model, tables, make_optimizer(model, config.train)), loader
+    return TrainState(config, model, tables, make_optimizer(model, config.train)), loader
 
 
-def endless(trainee: Trainee, loader: ShardLoader) -> Iterator[Step]:
+def endless(state: TrainState, loader: ShardLoader) -> Iterator[Step]:
     """Yield the steps of one epoch after the other."""
-    prepare = preparer(trainee.tables, trainee.config, 0, trainee.tables.world.rank)
+    prepare = make_preparer(state.tables, state.config, 0)
     for prepared in loader.epochs(0, None, prepare):
-        yield from steps(prepared, trainee.tables, torch.device("cpu"))
+        yield from steps(prepared, state.tables, torch.device("cpu"))
 
 
-def run(trainee: Trainee, loader: ShardLoader, options: argparse.Namespace) -> dict[str, Any]:
+def run(state: TrainState, loader: ShardLoader, options: argparse.Namespace) -> dict[str, Any]:
     """Train for the given time and return the figures of all ranks together."""
-    trainee.model.train()
+    state.model.train()
     world = ranks.current()
-    batches = endless(trainee, loader)
+    batches = endless(state, loader)
     times = [time.perf_counter()]
     for number in range(options.warmup):
-        take_step(trainee, next(batches), number, 0.0)
+        take_step(state, next(batches), number, 0.0)
         times.append(time.perf_counter())
     wanted = options.steps
     if world.size > 1 and not wanted:
@@ -85,17 +87,17 @@ def run(trainee: Trainee, loader: ShardLoader, options: argparse.Namespace) -> d
         wanted = ranks.broadcast_object(max(1, round(options.seconds / step_seconds)))
     if options.meet:
         meet(options.meet)
-    waited, sent = loader.waited_seconds, trainee.tables.sent_bytes
+    waited, sent = loader.waited_seconds, state.tables.sent_bytes
     started = time.perf_counter()
     count = rows = 0
     while count < wanted if wanted else time.perf_counter() - started < options.seconds:
         step = next(batches)
-        loss = take_step(trainee, step, options.warmup + count, 0.0)
+        loss = take_step(state, step, options.warmup + count, 0.0)
         count += 1
         rows += step.batch.rows
     seconds = time.perf_counter() - started
     mine = facts(rows, count, seconds, float(loss.total))
-    mine["bytes_per_step"] = (trainee.tables.sent_bytes - sent) / count + dense_bytes(trainee)
+    mine["bytes_per_step"] = (state.tables.sent_bytes - sent) / count + dense_bytes(state)
     mine["reader_wait"] = (loader.waited_seconds - waited) / seconds
     everyone = ranks.gather_objects(mine)
     return {
@@ -104,14 +106,14 @@ def run(trainee: Trainee, loader: ShardLoader, options: argparse.Namespace) -> d
         "peak_memory_mb": max(rank["peak_memory_mb"] for rank in everyone),
         "reader_wait": max(rank["reader_wait"] for rank in everyone),
         "ranks": world.size,
-        "kernels": [kernel.name for kernel in trainee.tables.kernels],
+        "kernels": [kernel.name for kernel in state.tables.kernels],
     }
 
 
-def dense_bytes(trainee: Trainee) -> float:
+def dense_bytes(state: TrainState) -> float:
     """Return what a rank sends of dense gradients in a step: a sum round a ring."""
     size = ranks.current().size
-    return 8 * sum(p.numel() for p in trainee.model.parameters()) * (size - 1) / size
+    return 8 * sum(p.numel() for p in state.model.parameters()) * (size - 1) / size
 
 
 def meet(folder: Path) -> None:
@@ -130,8 +132,8 @@ def run_mlp(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     widths = [FEATURES * WIDTH + NUMBERS, *options.hidden]
     hidden: torch.nn.Module = Mlp(widths[0], options.hidden, 0.0)
-    if not options.own_layers:
-        hidden = torch.nn.Sequential(*hidden.children())
+    if options.own_layers:
+        use_cpu_layers(hidden, vendor_cpu_layers(bf16=options.precision == "bf16"))
     network: Any = torch.nn.Sequential(hidden, torch.nn.Linear(widths[-1], 1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     forward = torch.compile(network) if options.compile else network
@@ -208,9 +210,9 @@ def main() -> None:
         kernel=options.kernel,
         batch=options.batch or config.train.batch_size,
     )
-    trainee, loader = trained(config, table_sizes(options.data), options.threads)
-    with collector_spared():
-        result = run(trainee, loader, options)
+    state, loader = trained(config, table_sizes(options.data), options.threads)
+    with no_gc_pauses():
+        result = run(state, loader, options)
     if ranks.current().is_first:
         print(json.dumps(result))
 

@@ -17,7 +17,7 @@ from typing import Any
 from hvdrec import cli
 from hvdrec.errors import UserError
 from hvdrec.parallel import ranks
-from hvdrec.training import loop
+from hvdrec.training import trainer
 
 STEP = 3
 
@@ -53,7 +53,7 @@ KINDS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     kind, rank, note = KINDS[sys.argv[1]], int(sys.argv[2]), Path(sys.argv[3])
-    take_step = loop.take_step
+    take_step = trainer.take_step
 
     def take_step_or_fail(*arguments: Any) -> Any:
         if arguments[2] == STEP and ranks.current().rank == rank:
@@ -61,7 +61,7 @@ def main() -> None:
             kind()
         return take_step(*arguments)
 
-    loop.take_step = take_step_or_fail
+    trainer.take_step = take_step_or_fail
     cli.main(sys.argv[4:])
 
 

@@ -56,19 +56,25 @@ def plain_loss(setting: Setting, model: Recommender, batch: Batch) -> Tensor:
         retrieval = torch.zeros((), dtype=torch.float64)
         for row in positives:
             own = batch.item_index[row]
-            terms = []
+            negatives = []
             for column in positives:
                 other = batch.item_index[column]
                 if column != row and other == own:
                     continue
-                logit = (output.user[row] * output.item[column]).sum() / 0.2 - share[other].log()
+                logit = (output.user[row] * output.item[column]).sum() / 0.2
+                if setting.logq:
+                    logit = logit - share[other].log()
                 if column == row:
-                    mine = logit
+                    positive = logit
                 else:
-                    terms.append(logit)
-            terms.sort(key=lambda term: float(term.detach()), reverse=True)
-            kept = torch.stack([mine, *terms[: setting.hard_negatives or len(terms)]])
-            retrieval = retrieval - batch.weight[row] * (mine - kept.logsumexp(0))
+                    negatives.append(logit)
+            negatives.sort(key=lambda logit: float(logit.detach()), reverse=True)
+            kept = torch.stack(negatives[: setting.hard_negatives or len(negatives)])
+            if setting.retrieval_loss == "bpr":
+                loss = -(positive - kept).sigmoid().log().mean()
+            else:
+                loss = torch.cat([positive.view(1), kept]).logsumexp(0) - positive
+            retrieval = retrieval + batch.weight[row] * loss
         retrieval = retrieval / batch.weight[positives].sum()
         total = total + (config.train.retrieval_weight if objective == "joint" else 1.0) * retrieval
     return total

@@ -42,7 +42,7 @@ def test_averages_take_the_place_of_weights_and_give_it_back() -> None:
     with torch.no_grad():
         weight.zero_()
         kernel.weight.zero_()
-    with averages.in_place():
+    with averages.swapped_in():
         assert torch.equal(weight, before) and torch.equal(kernel.weight, rows)
     assert not (weight.any() or kernel.weight.any())
     assert torch.equal(averages.dense["ranker.head.weight"], before)

@@ -1,16 +1,16 @@
-"""What is set for the process that trains."""
+"""Process settings for training."""
 
 from __future__ import annotations
 
 import gc
 
-from hvdrec.training.machine import collector_spared
+from hvdrec.training.machine import no_gc_pauses
 
 
-def test_the_collector_passes_over_what_is_there_only_while_it_is_spared() -> None:
+def test_objects_are_frozen_out_of_gc_only_within_the_block() -> None:
     assert gc.get_freeze_count() == 0
     try:
-        with collector_spared():
+        with no_gc_pauses():
             assert gc.get_freeze_count() > 0
             raise ZeroDivisionError
     except ZeroDivisionError:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from hvdrec.parallel.gradients import DenseGradients
 from hvdrec.parallel.ranks import World
 from hvdrec.training.objective import compute_gradients
-from hvdrec.training.pipeline import Catalogue, preparer, steps
+from hvdrec.training.optimizer import make_optimizer
+from hvdrec.training.pipeline import NegativeSampler, make_preparer, steps
+from hvdrec.training.state import TrainState
 from tests.small_model import (
     SIZES,
     Setting,
@@ -37,12 +38,11 @@ def test_drawn_items_are_negatives_of_every_positive_row() -> None:
         "price": random.integers(0, SIZES["price"], ITEMS),
     }
     share = torch.arange(1, ITEMS + 1, dtype=torch.float64) / 45
-    prepare = preparer(tables, config, 0, 0, Catalogue(features, ITEMS))
-    given = replace(of_type(small_batch(12), torch.float64), tasks=None)
-    (step,) = steps([prepare(0, given)], tables, torch.device("cpu"))
-    loss, _ = compute_gradients(
-        model, step, tables, config, share.log(), DenseGradients(model.parameters())
-    )
+    prepare = make_preparer(tables, config, 0, NegativeSampler(features, ITEMS))
+    shown = replace(of_type(small_batch(12), torch.float64), tasks=None)
+    (step,) = steps([prepare(0, shown)], tables, torch.device("cpu"))
+    optimizer = make_optimizer(model, config.train)
+    loss, _ = compute_gradients(TrainState(config, model, tables, optimizer, share.log()), step)
 
     batch = step.batch
     assert len(batch.label) == 12 + DRAWN
@@ -67,20 +67,19 @@ def test_drawn_items_are_negatives_of_every_positive_row() -> None:
     assert loss.total.item() == pytest.approx(total / weight, rel=1e-10)
 
 
-def test_a_teachers_probabilities_are_part_of_the_labels() -> None:
+def test_labels_are_mixed_with_the_teachers_probabilities() -> None:
     config = small_config("ranking", teacher="runs/teacher", teacher_weight=0.3)
     whole, teacher = small_model(config), small_model(config, seed=1).eval()
     tables = small_tables(config, whole, World(), Setting())
     model = small_model(config, with_tables=False)
     batch = replace(of_type(small_batch(12), torch.float64), tasks=None)
-    (step,) = steps([preparer(tables, config, 0, 0)(0, batch)], tables, torch.device("cpu"))
-    loss, _ = compute_gradients(
-        model, step, tables, config, None, DenseGradients(model.parameters()), teacher=teacher
-    )
+    (step,) = steps([make_preparer(tables, config, 0)(0, batch)], tables, torch.device("cpu"))
+    optimizer = make_optimizer(model, config.train)
+    loss, _ = compute_gradients(TrainState(config, model, tables, optimizer, teacher=teacher), step)
     with torch.no_grad():
-        ours = whole(batch.features).logit.sigmoid()
-        theirs = teacher(batch.features).logit.sigmoid()
-    label = 0.7 * batch.label + 0.3 * theirs
-    losses = -batch.weight * (label * ours.log() + (1 - label) * (1 - ours).log())
+        student = whole(batch.features).logit.sigmoid()
+        soft = teacher(batch.features).logit.sigmoid()
+    label = 0.7 * batch.label + 0.3 * soft
+    losses = -batch.weight * (label * student.log() + (1 - label) * (1 - student).log())
     assert loss.total.item() == pytest.approx((losses.sum() / batch.weight.sum()).item(), rel=1e-10)
-    assert not torch.allclose(ours, theirs)
+    assert not torch.allclose(student, soft)

@@ -19,8 +19,8 @@ from hvdrec.config.sections import Ranker, Task
 from hvdrec.exporting.precision import quantize_ranker
 from hvdrec.exporting.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
-from hvdrec.models.losses import task_cross_entropies, task_weights
-from hvdrec.models.tasks import TaskRanker, combined
+from hvdrec.models.losses.ranking import task_cross_entropies, task_weights
+from hvdrec.models.tasks import TaskRanker, combined_score
 from tests.small_model import small_batch, small_config, small_model, with_tasks
 
 Array = NDArray[Any]
@@ -111,8 +111,8 @@ def test_the_score_of_probabilities_by_hand() -> None:
     p = torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, 0.3]])
     tasks = [Task("a", "x"), Task("b", "x", share=0.5), Task("c", "x", share=0.0)]
     # 0.5 * sqrt(0.25); 1 * 0: what has no share does not count, not even where it is 0.
-    assert combined(p, tasks, "product").tolist() == [0.25, 0.0]
-    assert combined(p, tasks, "sum").tolist() == pytest.approx([0.625 / 1.5, 1.0 / 1.5])
+    assert combined_score(p, tasks, "product").tolist() == [0.25, 0.0]
+    assert combined_score(p, tasks, "sum").tolist() == pytest.approx([0.625 / 1.5, 1.0 / 1.5])
 
 
 @pytest.mark.parametrize("name", RANKERS)

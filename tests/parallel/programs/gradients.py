@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hvdrec.parallel import ranks
-from hvdrec.parallel.gradients import DenseGradients, broadcast_state
+from hvdrec.parallel.gradients import broadcast_state
 from hvdrec.training.objective import clip, compute_gradients
-from hvdrec.training.pipeline import preparer, steps
+from hvdrec.training.optimizer import make_optimizer
+from hvdrec.training.pipeline import make_preparer, steps
+from hvdrec.training.state import TrainState
 from tests.small_model import (
     DENSE_RATE,
     SETTINGS,
@@ -52,27 +54,27 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
         mine = mine if setting.sharing else replace(mine, tasks=None)
         batches.append(of_type(mine, dtype))
     log_probability = torch.log(torch.arange(1, 10) / 45).to(dtype)
-    prepare = preparer(tables, config, 0, world.rank)
+    prepare = make_preparer(tables, config, 0)
     prepared = (prepare(number, batch) for number, batch in enumerate(batches))
-    dense = DenseGradients(model.parameters(), config.parallel.synchronization)
+    state = TrainState(config, model, tables, make_optimizer(model, config.train), log_probability)
     out: dict[str, Tensor] = {}
     for number, step in enumerate(steps(prepared, tables, torch.device("cpu"))):
         tables.set_learning_rate(TABLE_RATE)
         model.zero_grad()
-        loss, sent = compute_gradients(model, step, tables, config, log_probability, dense)
-        gradients = tables.wait_gradients(sent)
-        dense.wait()
+        loss, pending = compute_gradients(state, step)
+        gradients = tables.wait_gradients(pending)
+        state.dense.wait()
         if config.train.clip_norm:
-            gradients = clip(model, tables, step, gradients, config.train.clip_norm)
+            gradients = clip(state, step, gradients, config.train.clip_norm)
         if number == 0:
             total = ranks.sum_arrays(loss.total.double().numpy())
             out["loss"] = torch.tensor(float(total), dtype=torch.float64)
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
                 out[f"gradient/{name}"] = parameter.grad.clone()
-        tables.update(step.asked, gradients)
-        if step.following is not None:
-            tables.start_fetch(step.following)
+        tables.update(step.request, gradients)
+        if step.next_request is not None:
+            tables.start_fetch(step.next_request)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(parameter.grad, alpha=DENSE_RATE)

@@ -1,0 +1,155 @@
+"""Retrieval losses over in-batch negatives, in blocks of rows.
+
+Shapes: B rows of this rank, C candidate items of all ranks, D width of the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdrec.models.losses.registry import RetrievalLoss
+
+BlockLoss = Callable[[Tensor, Tensor, slice], Tensor]
+
+CPU_LOGITS, GPU_LOGITS = 1 << 20, 1 << 26
+"""Most logits held at a time: on a CPU, what fits into its caches."""
+
+
+def without_accidental_hits(
+    logits_BC: Tensor, own_B: Tensor, item_B: Tensor, item_C: Tensor
+) -> Tensor:
+    """Mask (-inf) candidates that are the row's own item, except the one in the row's own column.
+
+    Args:
+        logits_BC: [B, C] logits.
+        own_B: int64 [B], the column of each row's own item.
+        item_B: int64 [B], item indices of the rows.
+        item_C: int64 [C], item indices of the candidates.
+    """
+    same = item_B.unsqueeze(1) == item_C.unsqueeze(0)
+    same.scatter_(1, own_B.unsqueeze(1), False)
+    return logits_BC.masked_fill(same, -torch.inf)
+
+
+def with_logq(logits_BC: Tensor, log_probability_C: Tensor) -> Tensor:
+    """Subtract the log of each candidate's probability of being drawn into the batch.
+
+    Source: Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019, equation 4.
+    """
+    return logits_BC - log_probability_C
+
+
+def hardest(logits_BC: Tensor, own_B: Tensor, count: int) -> Tensor:
+    """Mask (-inf) all but each row's own column and its `count` highest negatives."""
+    if count >= logits_BC.shape[1] - 1:
+        return logits_BC
+    negatives = logits_BC.detach().scatter(1, own_B.unsqueeze(1), -torch.inf)
+    kept = torch.zeros_like(logits_BC, dtype=torch.bool)
+    kept.scatter_(1, negatives.topk(count, dim=1, sorted=False).indices, True)
+    kept.scatter_(1, own_B.unsqueeze(1), True)
+    return logits_BC.masked_fill(~kept, -torch.inf)
+
+
+def in_mixture(log_probability: Tensor, in_batch: int, uniform: int, items: int) -> Tensor:
+    """Compute the log probability of items among negatives from two sources.
+
+    Source: Yang et al., "Mixed negative sampling", WWW 2020 companion, section 3.2.
+
+    Args:
+        log_probability: Log probability of each item among the in-batch negatives.
+        in_batch: Number of negatives from the batch.
+        uniform: Number of negatives drawn uniformly from the catalogue.
+        items: Size of the catalogue.
+    """
+    share = in_batch * log_probability.exp() + uniform / items
+    return (share / max(in_batch + uniform, 1)).log()
+
+
+def in_batch_loss(
+    loss: RetrievalLoss,
+    user_BD: Tensor,
+    item_CD: Tensor,
+    weight_B: Tensor,
+    *,
+    own_B: Tensor,
+    item_B: Tensor,
+    item_C: Tensor,
+    temperature: float,
+    log_probability_C: Tensor | None = None,
+    remove_accidental_hits: bool = True,
+    hard_negatives: int = 0,
+    max_logits: int = 0,
+) -> Tensor:
+    """Compute the weighted sum of the retrieval losses of B positive rows (a scalar).
+
+    The rows are cut into blocks, so memory grows with C and not with B * C.
+
+    Args:
+        loss: The loss of a block of rows.
+        user_BD: [B, D] embeddings of the rows' users.
+        item_CD: [C, D] embeddings of the items of all ranks' positive rows, which are each other's
+            negatives, and of further negatives.
+        weight_B: [B] weights of the rows.
+        own_B: int64 [B], each row's own column among the C.
+        item_B: int64 [B], item indices of the rows.
+        item_C: int64 [C], item indices of the candidates.
+        temperature: Divisor of the logits.
+        log_probability_C: [C] log sampling probabilities for the logQ correction; None without it.
+        remove_accidental_hits: Whether candidates that are the row's own item do not count.
+        hard_negatives: Number of negatives that count, those with the highest logits; 0 for all.
+        max_logits: Most logits held at a time; 0 for what suits the device.
+    """
+
+    def block_loss(user: Tensor, item: Tensor, rows: slice) -> Tensor:
+        logits = user @ item.T
+        logits = logits.to(weight_B.dtype) / temperature
+        if log_probability_C is not None:
+            logits = with_logq(logits, log_probability_C)
+        if remove_accidental_hits:
+            logits = without_accidental_hits(logits, own_B[rows], item_B[rows], item_C)
+        if hard_negatives:
+            logits = hardest(logits, own_B[rows], hard_negatives)
+        return (loss(logits, own_B[rows]) * weight_B[rows]).sum()
+
+    max_logits = max_logits or (CPU_LOGITS if user_BD.device.type == "cpu" else GPU_LOGITS)
+    rows, size = len(user_BD), max(1, max_logits // max(1, len(item_CD)))
+    if rows <= size:
+        return block_loss(user_BD, item_CD, slice(None))
+    total: Tensor = _InBlocks.apply(user_BD, item_CD, block_loss, size)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _InBlocks(torch.autograd.Function):
+    """A sum over blocks of rows that computes each block's gradients in the forward pass.
+
+    Only a block's loss and gradients outlive it, so the logits of all rows never exist at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, user: Tensor, item: Tensor, loss: BlockLoss, size: int) -> Tensor:
+        blocks = [slice(start, start + size) for start in range(0, len(user), size)]
+        total = user.new_zeros(())
+        if not any(ctx.needs_input_grad):
+            for rows in blocks:
+                total += loss(user[rows], item, rows)
+            return total
+        user_gradient, item_gradient = torch.empty_like(user), torch.zeros_like(item)
+        item = item.detach().requires_grad_()
+        for rows in blocks:
+            part = user[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                block = loss(part, item, rows)
+            user_gradient[rows], of_items = torch.autograd.grad(block, (part, item))
+            item_gradient += of_items
+            total += block.detach()
+        ctx.save_for_backward(user_gradient, item_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        user_gradient, item_gradient = ctx.saved_tensors
+        return user_gradient * gradients[0], item_gradient * gradients[0], None, None

@@ -1,0 +1,11 @@
+"""In-batch softmax."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def softmax(logits_BC: Tensor, positive_B: Tensor) -> Tensor:
+    """Compute the cross-entropy of each row's positive among its candidates, [B]."""
+    return functional.cross_entropy(logits_BC, positive_B, reduction="none")

@@ -1,0 +1,100 @@
+"""The run directory and the checks before training: nothing is written until all have passed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from hvdrec.config import Config
+from hvdrec.config.schema import Feature
+from hvdrec.config.structure import from_dict, to_dict
+from hvdrec.errors import UserError, invalid_file
+from hvdrec.features.checks import check_task_labels
+from hvdrec.models.losses import retrieval_loss
+from hvdrec.parallel.ranks import World
+from hvdrec.storage.artifacts import read_manifest, write_text
+from hvdrec.training.checkpoint import CONFIG_FILE, has_checkpoint, read_config
+
+
+def check_features(config: Config) -> None:
+    """Check that the encoded features exist and fit the configuration, and that its loss exists.
+
+    Raises:
+        UserError: They are missing, or were encoded with other features or tasks; or the retrieval
+            loss is unknown.
+    """
+    retrieval_loss(config.train.retrieval_loss)
+    features = config.paths.of("features")
+    manifest = read_manifest(features, "features")
+    # An earlier version may have stored fewer fields of a feature.
+    stored = [from_dict(Feature, feature) for feature in manifest.meta["config"]["features"]]
+    if stored != list(config.features):
+        raise invalid_file(
+            features,
+            "was encoded with other [[features]] than the configuration has now",
+            "run hvdrec prepare again",
+        )
+    check_task_labels(features, manifest, config.tasks, "hvdrec samples and hvdrec prepare")
+
+
+def check_run(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Check the run directory; return True if training resumes from a checkpoint.
+
+    Only the first rank calls this: on a network file system, a rank that looks for a file before it
+    is written may not see it for a while.
+
+    Raises:
+        UserError: The directory holds a run and neither option is given, or the run differs in a
+            field that decides the model or the order of rows.
+    """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    if has_checkpoint(run) and resume:
+        _check_same(run, read_config(run), config)
+        return True
+    if run.exists() and any(run.iterdir()) and not overwrite and not resume:
+        raise invalid_file(
+            run, "already holds a run", "pass --resume to continue it or --overwrite to replace it"
+        )
+    return False
+
+
+def _check_same(run: Path, before: Config, now: Config) -> None:
+    fields: list[tuple[str, object, object]] = [
+        ("seed", before.seed, now.seed),
+        ("loader.shuffle_rows", before.loader.shuffle_rows, now.loader.shuffle_rows),
+        ("train.objective", before.train.objective, now.train.objective),
+        ("train.retrieval_loss", before.train.retrieval_loss, now.train.retrieval_loss),
+        (
+            "train.embedding_optimizer",
+            before.train.embedding_optimizer,
+            now.train.embedding_optimizer,
+        ),
+        ("model", to_dict(before.model), to_dict(now.model)),
+        ("tasks", [task.name for task in before.tasks], [task.name for task in now.tasks]),
+    ]
+    for field, old, new in fields:
+        if old != new:
+            raise UserError(
+                f"{run}: was trained with {field} = {old}, the configuration says {new}; "
+                "resume with the former or pass --overwrite to replace the run",
+                field=field,
+                value=new,
+            )
+
+
+def create_run_directory(run: Path, config: Config, world: World, *, overwrite: bool) -> None:
+    """Create the run directory and write its configuration, on the first rank.
+
+    Raises:
+        UserError: The directory to overwrite is not a run.
+    """
+    if not world.is_first:
+        return
+    if overwrite and run.exists():
+        if not (run / CONFIG_FILE).is_file() and any(run.iterdir()):
+            raise invalid_file(run, "is not a run of hvdrec", "choose another directory")
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / CONFIG_FILE, json.dumps(to_dict(config), indent=1) + "\n")

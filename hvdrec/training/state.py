@@ -1,0 +1,53 @@
+"""What a training step changes: the model, its tables and their optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hvdrec.config import Config
+from hvdrec.embeddings.sharded import DistributedTables
+from hvdrec.models.recommender import Recommender
+from hvdrec.parallel.gradients import DenseGradients, average
+from hvdrec.training.average import Averages
+from hvdrec.training.optimizer import optimizer_tensors
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """A model in training.
+
+    Attributes:
+        config: The run.
+        model: The dense weights; it holds no tables.
+        tables: The embedding tables over all ranks.
+        optimizer: Of the dense weights; the tables have their own.
+        log_probability: [items] log of each item's share of the positive training rows, for the
+            logQ correction; None without it.
+        teacher: A model in evaluation mode that holds its tables; None without distillation.
+        averages: Moving averages of all weights; None without them.
+        dense: Sums the dense gradients over the ranks.
+    """
+
+    config: Config
+    model: Recommender
+    tables: DistributedTables
+    optimizer: torch.optim.Optimizer
+    log_probability: Tensor | None = None
+    teacher: Recommender | None = None
+    averages: Averages | None = None
+    dense: DenseGradients = field(init=False)
+
+    def __post_init__(self) -> None:
+        dense = DenseGradients(self.model.parameters(), self.config.parallel.synchronization)
+        object.__setattr__(self, "dense", dense)
+
+    def average_ranks(self) -> None:
+        """Average dense weights and moments over the ranks where each rank steps by itself."""
+        if self.config.parallel.synchronization != "average":
+            return
+        tensors = optimizer_tensors(self.model, self.optimizer)
+        moments = [value for name, value in tensors.items() if not name.endswith("/step")]
+        average([parameter.data for parameter in self.model.parameters()] + moments)

@@ -1,0 +1,260 @@
+"""Training: set up, then loop over epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdrec.config import Config
+from hvdrec.data.sampler import Progress
+from hvdrec.evaluation.evaluate import validation_metric
+from hvdrec.parallel import ranks
+from hvdrec.parallel.gradients import global_sum
+from hvdrec.parallel.watchdog import watched
+from hvdrec.training import checkpoint
+from hvdrec.training.checkpoint import Position
+from hvdrec.training.log import TrainingLog
+from hvdrec.training.machine import no_gc_pauses
+from hvdrec.training.objective import StepLoss
+from hvdrec.training.pipeline import Prepared, make_preparer, steps
+from hvdrec.training.setup import TrainJob, set_up
+from hvdrec.training.step import take_step
+
+Stop = Callable[[int, float], bool]
+"""(epoch from 0, validation metric) -> True to stop training; the same on every rank."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training run.
+
+    Attributes:
+        run: Directory of the run.
+        steps: Optimizer steps since the start of training.
+        epochs: Epochs since the start of training.
+        world_size: Number of ranks.
+        metric: Name of the validation metric.
+        best: Its best value; None if there was no validation.
+        best_step: The step at which it was reached.
+    """
+
+    run: str
+    steps: int
+    epochs: int
+    world_size: int
+    metric: str
+    best: float | None
+    best_step: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        return {
+            "run": self.run,
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "world_size": self.world_size,
+            "validation": {self.metric: self.best, "step": self.best_step},
+        }
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    stop: Stop | None = None,
+) -> TrainResult:
+    """Train a model on the encoded shards.
+
+    Runs alone or on every rank of a Horovod job. Reads ``paths.features`` and writes checkpoints,
+    ``config.json`` and ``log.jsonl`` into ``paths.run``. In a job, an error that only one rank
+    meets ends all ranks, with one line that names the rank.
+
+    Args:
+        config: The run.
+        resume: Continue from the latest checkpoint, if there is one.
+        overwrite: Remove an earlier run first.
+        progress: Show a bar, or the log's lines where there is no terminal, on the first rank.
+        stop: Called after each validation; True ends training.
+
+    Returns:
+        The result, the same on every rank.
+
+    Raises:
+        UserError: The features are missing or do not fit, the directory holds another run, or the
+            hosts differ in version, configuration or features; nothing is written.
+    """
+    world = ranks.init()
+    with watched():
+        job = set_up(config, world, resume=resume, overwrite=overwrite)
+        with TrainingLog(
+            job.run, is_first=world.is_first, rows_per_epoch=job.loader.rows, shown=progress
+        ) as log:
+            _log_start(job, log)
+            with no_gc_pauses():
+                end = _fit(job, log, stop)
+            log.write("end", step=end.step, best=end.best, best_step=end.best_step)
+    metric = metric_name(config)
+    return TrainResult(
+        str(job.run), end.step, end.epoch, world.size, metric, end.best, end.best_step
+    )
+
+
+def metric_name(config: Config) -> str:
+    """Return the name of the validation metric that early stopping watches."""
+    if config.train.metric != "auto":
+        name = config.train.metric
+    elif config.tasks:
+        name = "task_auc"
+    else:
+        name = "recall" if config.train.objective == "retrieval" else "auc"
+    return f"{name}@{config.evaluate.k[0]}" if name in ("recall", "ndcg") else name
+
+
+def _fit(job: TrainJob, log: TrainingLog, stop: Stop | None) -> Position:
+    """Train to the end, with a validation and a checkpoint after each epoch."""
+    train, position = job.config.train, job.start
+    if train.warm_start.history and position.best is None:
+        metrics, position = _validate(job, log, position, 0)
+        position = replace(position, finished=train.epochs == 0)
+        _save(job, position, metrics)
+    prepare = make_preparer(job.state.tables, job.config, position.step, job.negatives)
+    epochs = job.loader.epochs(position.epoch, train.epochs, prepare, position.past)
+    with closing(epochs):
+        while position.epoch < train.epochs and not position.finished:
+            position = _train_epoch(job, log, position, next(epochs))
+            epoch = position.epoch + 1
+            metrics, position = _validate(job, log, position, epoch)
+            is_last = epoch == train.epochs or position.stale >= train.patience
+            if stop is not None:
+                is_last |= stop(position.epoch, float(metrics[metric_name(job.config)]))
+            position = replace(position, epoch=epoch, past=(), finished=is_last)
+            _save(job, position, metrics)
+    return position
+
+
+def _train_epoch(
+    job: TrainJob, log: TrainingLog, position: Position, prepared: Iterator[Prepared]
+) -> Position:
+    """Train on what is left of the current epoch."""
+    train, loader, world = job.config.train, job.loader, job.world
+    rows = loader.batch_size * world.size
+    done = min(loader.rows, sum(p.world_size * p.batch_size * p.steps for p in position.past))
+    log.start_epoch(position.epoch, done)
+    job.state.model.train()
+    sums = _StepSums(torch.zeros(3 + len(job.config.tasks), device=job.device))
+    step = position.step
+    for number, now in enumerate(steps(prepared, job.state.tables, job.device), start=1):
+        progress = (position.epoch + done / loader.rows) / train.epochs
+        loss = take_step(job.state, now, step, progress)
+        step += 1
+        done = min(loader.rows, done + rows)
+        sums.add(loss, rows)
+        log.advance(rows)
+        if step % train.log_every == 0:
+            _log_step(job, log, sums, step, progress)
+        if train.checkpoint_every and step % train.checkpoint_every == 0:
+            past = (*position.past, Progress(world.size, loader.batch_size, number))
+            _save(job, replace(position, step=step, past=past), {})
+    return replace(position, step=step)
+
+
+@dataclass
+class _StepSums:
+    """Sums over the steps between two log lines.
+
+    losses: float32 [3 + T], this rank's share of the total, ranking, retrieval and task losses.
+    """
+
+    losses: Tensor
+    steps: int = 0
+    rows: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, loss: StepLoss, rows: int) -> None:
+        self.losses[:3] += torch.stack([loss.total, loss.ranking, loss.retrieval])
+        self.losses[3:] += loss.tasks
+        self.steps += 1
+        self.rows += rows
+
+    def reset(self) -> None:
+        self.losses.zero_()
+        self.steps = self.rows = 0
+        self.started = time.perf_counter()
+
+
+def _log_start(job: TrainJob, log: TrainingLog) -> None:
+    tables, model = job.state.tables, job.state.model
+    embedded = sum(rows * group.width for group in tables.groups for rows in group.sizes.values())
+    log.write(
+        "start",
+        world_size=job.world.size,
+        device=str(job.device),
+        cpu_layers=job.config.train.cpu_layers,
+        **({"cpu_layers_ms": job.probe} if job.probe else {}),
+        rows=job.loader.rows,
+        parameters=sum(parameter.numel() for parameter in model.parameters()) + embedded,
+        tables={
+            group.name: {
+                "tables": list(group.sizes),
+                "rows": group.local_rows,
+                "kernel": kernel.name,
+            }
+            for group, kernel in zip(tables.groups, tables.kernels, strict=True)
+        },
+        step=job.start.step,
+    )
+
+
+def _log_step(job: TrainJob, log: TrainingLog, sums: _StepSums, step: int, progress: float) -> None:
+    """Log the means over all ranks since the last line; every rank must call this together."""
+    total, ranking, retrieval, *tasks = (global_sum(sums.losses) / sums.steps).tolist()
+    names = [task.name for task in job.config.tasks]
+    log.write(
+        "step",
+        step=step,
+        progress=round(progress, 6),
+        loss=total,
+        ranking_loss=ranking,
+        retrieval_loss=retrieval,
+        **({"task_losses": dict(zip(names, tasks, strict=True))} if names else {}),
+        learning_rate=job.state.optimizer.param_groups[0]["lr"],
+        rows_per_second=round(sums.rows / (time.perf_counter() - sums.started)),
+        reader_wait=round(job.loader.waited_seconds, 3),
+        table_bytes_sent=job.state.tables.sent_bytes,
+    )
+    sums.reset()
+
+
+def _validate(
+    job: TrainJob, log: TrainingLog, position: Position, epoch: int
+) -> tuple[dict[str, Any], Position]:
+    """Evaluate on the validation split; every rank uses the first rank's metrics."""
+    state, name = job.state, metric_name(job.config)
+    state.average_ranks()
+    state.model.eval()
+    with state.averages.swapped_in() if state.averages is not None else nullcontext():
+        result = validation_metric(state.model, job.config, name, state.tables.fetch_rows)
+    value, metrics = ranks.broadcast_object(result)
+    better = position.best is None or (
+        value < position.best if name == "log_loss" else value > position.best
+    )
+    if better:
+        position = replace(position, best=value, best_step=position.step, stale=0)
+    else:
+        position = replace(position, stale=position.stale + 1)
+    log.write("validation", epoch=epoch, step=position.step, better=better, **metrics)
+    return metrics, position
+
+
+def _save(job: TrainJob, position: Position, metrics: dict[str, Any]) -> None:
+    """Write a checkpoint; every rank must call this together."""
+    job.state.average_ranks()
+    checkpoint.save(job.run, position, job.state, metrics)

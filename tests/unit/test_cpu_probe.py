@@ -1,0 +1,88 @@
+"""The choice of CPU layers: by hand, as recorded, by vendor, or by a probe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hvdrec.config.sections import Train
+from hvdrec.training import cpu_probe
+from hvdrec.training.cpu_probe import choose_cpu_layers, fastest, probe_cpu_layers
+from tests.small_model import small_config, small_model
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FASTER_PLAIN = {"plain": [5.0, 5.2], "fused": [9.0, 9.1], "onednn": [9.0, 9.5]}
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (FASTER_PLAIN, "plain"),
+        # 8 % faster is not enough.
+        ({"plain": [9.2, 9.2], "fused": [10.0, 10.0]}, "fused"),
+        # Faster in the median, not in the best round: noise.
+        ({"plain": [8.0, 8.0, 8.0], "fused": [8.0, 10.0, 10.0]}, "fused"),
+        ({"plain": [8.0], "fused": [10.0], "onednn": [7.0]}, "onednn"),
+        ({}, "fused"),
+    ],
+)
+def test_another_choice_must_be_clearly_faster(
+    times: dict[str, list[float]], expected: str
+) -> None:
+    assert fastest(times, "fused") == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "device", "recorded", "expected"),
+    [
+        ("onednn", CPU, "plain", "onednn"),
+        ("auto", GPU, None, "plain"),
+        ("auto", CPU, "onednn", "onednn"),
+        ("auto", CPU, "", "fused"),  # a checkpoint that records no choice
+        ("auto", CPU, "auto", "fused"),
+        ("auto", CPU, None, "plain"),
+    ],
+)
+def test_the_option_comes_before_the_record_and_the_record_before_the_probe(
+    monkeypatch: pytest.MonkeyPatch,
+    option: Any,
+    device: torch.device,
+    recorded: str | None,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(cpu_probe, "vendor_cpu_layers", lambda *, bf16: "fused")
+    monkeypatch.setattr(cpu_probe, "probe_cpu_layers", lambda *_, bf16: FASTER_PLAIN)
+    train = {"cpu_layers": recorded} if recorded else {}
+    stored = None if recorded is None else {"config": {"train": train}}
+    model = small_model(small_config(), with_tables=False)
+    choice, timings = choose_cpu_layers(model, Train(cpu_layers=option), 8, device, stored)
+    assert choice == expected
+    is_probed = option == "auto" and device is CPU and recorded is None
+    assert timings == ({"plain": 5.1, "fused": 9.05, "onednn": 9.25} if is_probed else {})
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_probe_times_every_choice_and_leaves_no_trace(bf16: bool) -> None:
+    model = small_model(small_config(), with_tables=False).float()
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    generator = torch.get_rng_state()
+    times = probe_cpu_layers(model, 8, bf16=bf16)
+    assert list(times) == ["plain", "fused"] + ["onednn"] * (not bf16)
+    assert all(len(rounds) >= cpu_probe.MIN_ROUNDS and min(rounds) > 0 for rounds in times.values())
+    assert torch.equal(torch.get_rng_state(), generator)
+    for parameter, weight in zip(model.parameters(), weights, strict=True):
+        assert parameter.grad is None and torch.equal(parameter, weight)
+
+
+def test_a_model_without_hidden_layers_needs_no_probe() -> None:
+    config = small_config()
+    shape = replace(
+        config.model,
+        tower=replace(config.model.tower, hidden=()),
+        ranker=replace(config.model.ranker, hidden=()),
+    )
+    model = small_model(replace(config, model=shape), with_tables=False)
+    assert probe_cpu_layers(model, 8, bf16=False) == {}
