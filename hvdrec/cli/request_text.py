@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from hvdrec.scoring.batching import Raw
 from hvdrec.scoring.bundle import Field
 from hvdrec.scoring.candidates import Key
 from hvdrec.scoring.errors import invalid_request, unknown_field
-from hvdrec.scoring.ranking import Raw
 from hvdrec.scoring.scorer import Scorer
 
 

@@ -15,11 +15,7 @@ Array = NDArray[Any]
 
 
 def read_array(path: Path, name: str) -> Array:
-    """Memory-map one of a bundle's arrays, read-only.
-
-    Args:
-        path: Directory of the bundle.
-        name: Path of the file in the bundle, such as ``items/keys.npy``.
+    """Memory-map an array of the bundle at ``path``, read-only.
 
     Raises:
         BundleError: The file is missing, leaves the bundle or does not hold a plain array.
@@ -35,13 +31,7 @@ def read_array(path: Path, name: str) -> Array:
 
 
 def read_vector(info: BundleInfo, name: str, dtype: str, length: int | None = None) -> Array:
-    """Memory-map an array of one dimension that the manifest lists.
-
-    Args:
-        info: The bundle.
-        name: Path of the file in the bundle.
-        dtype: Type of the entries, such as ``<i8``.
-        length: Number of entries; None for any.
+    """Memory-map an array of one dimension, of any length if it is None.
 
     Raises:
         BundleError: The manifest does not list the file, or the array has another type or shape.
@@ -59,9 +49,6 @@ def read_offsets(info: BundleInfo, name: str, parts: int, size: int) -> Array:
     """Memory-map offsets int64 [parts + 1] that divide ``size`` values into parts.
 
     Only the first and the last offset are checked; `hvdrec.scoring.verify` checks the others.
-
-    Raises:
-        BundleError: The manifest does not list the file, or the offsets do not fit.
     """
     offsets = read_vector(info, name, "<i8")
     if offsets.shape != (parts + 1,) or offsets[0] != 0 or offsets[-1] != size:

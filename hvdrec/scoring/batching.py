@@ -1,8 +1,8 @@
-"""Group the requests of `Scorer.score_many` into runs of the graphs."""
+"""Requests of the scorer: their types, and those of `Scorer.score_many` that share a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hvdrec.scoring.array_files import Array
@@ -10,8 +10,9 @@ from hvdrec.scoring.candidates import Key
 from hvdrec.scoring.embedder import BLOCK_ROWS
 from hvdrec.scoring.errors import invalid_request
 from hvdrec.scoring.graph_inputs import as_list
-from hvdrec.scoring.ranking import Raw
 
+Raw = Mapping[str, Any]
+Scenes = Mapping[str, Sequence[Any] | Array]
 Entries = Sequence[Key | Raw | None] | Array
 Request = tuple[Key | Raw | None, Entries, Raw | None]
 ALONE_ITEMS = 64

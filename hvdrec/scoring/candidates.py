@@ -13,7 +13,7 @@ from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.diversity import diversified
 from hvdrec.scoring.embedder import Embedder
 from hvdrec.scoring.errors import invalid_request
-from hvdrec.scoring.exact import ExactSearch, ItemSearch
+from hvdrec.scoring.exact import ExactSearch
 from hvdrec.scoring.graph_inputs import as_list
 from hvdrec.scoring.hnsw import INDEX, HnswSearch
 from hvdrec.scoring.item_data import ItemData
@@ -57,16 +57,9 @@ class Candidates:
     """See `Recommendation.source`."""
 
     def ordered(self, scores: Array, vectors: Array, k: int, diversity: float) -> Array:
-        """Choose the k best candidates.
+        """Return the indices of the k best candidates, best first, int64 [min(k, n)].
 
-        Args:
-            scores: Scores of the ranker [n].
-            vectors: Embeddings of the items, float32 [n, width].
-            k: Number of candidates to choose.
-            diversity: Weight of the similarity, in [0, 1); see `diversified`.
-
-        Returns:
-            Indices of the candidates, best first, int64 [min(k, n)].
+        The ranker's scores are [n], the items' vectors float32 [n, width]; see `diversified`.
         """
         is_trending = self.source == "trending"
         if diversity:
@@ -88,13 +81,14 @@ class CandidateRetriever:
         self._width = info.retrieval_width
         self.item_data = ItemData(info, len(users.store), len(items.store))
         exact = ExactSearch(items.store.embeddings, items.store.scales)
-        self.search: ItemSearch = exact
+        self._search: ExactSearch | HnswSearch = exact
         if self._width and info.holds(INDEX):
-            self.search = HnswSearch(info.path, exact, self._width, stamps=info.stamps)
+            self._search = HnswSearch(info.path, exact, self._width, stamps=info.stamps)
 
     def open(self) -> None:
         """Open the files and sort the orders that the first requests would otherwise wait for."""
-        self.search.open()
+        if isinstance(self._search, HnswSearch):
+            self._search.open()
         self.item_data.order("trending")
         if not self._width:
             self.item_data.order("popularity")
@@ -126,7 +120,7 @@ class CandidateRetriever:
             return Candidates(embedding, rows, counts, "trending")
         if self._width:
             query = embedding[0, : self._width]
-            rows, scores = self.search.search(query, count, excluded, kept)
+            rows, scores = self._search.search(query, count, excluded, kept)
         else:
             rows = np.sort(self.item_data.first("popularity", count, excluded, kept))
             scores = self.item_data.counts("popularity")[rows]
@@ -135,13 +129,7 @@ class CandidateRetriever:
     def recommendations(
         self, candidates: Candidates, scores: Array, order: Array
     ) -> list[Recommendation]:
-        """Build the recommendations for the candidates at the indices ``order``.
-
-        Args:
-            candidates: n candidates.
-            scores: Scores of the ranker for all candidates [n].
-            order: Indices of the candidates to recommend, best first.
-        """
+        """Build recommendations for the candidates at indices ``order``; scores are for all [n]."""
         rows = candidates.rows[order]
         columns = (
             self._items.store.keys_of(rows),

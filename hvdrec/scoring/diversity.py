@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from hvdrec.scoring.array_files import Array
 
 
 def diversified(relevance: Array, vectors: Array, k: int, diversity: float) -> Array:

@@ -25,17 +25,10 @@ class Embedder:
     def __init__(
         self, info: BundleInfo, side: str, threads: int, store: Store | None = None
     ) -> None:
-        """Open one side of a bundle.
+        """Open the "user" or "item" side of a bundle.
 
-        Args:
-            info: The bundle.
-            side: "user" or "item".
-            threads: Number of threads of one run of the tower.
-            store: Source of stored embeddings in place of the bundle's own arrays.
-
-        Raises:
-            BundleError: The arrays or the graph do not fit the manifest, or ``store`` holds keys of
-                another type or embeddings of another model.
+        ``store`` replaces the bundle's own arrays as the source of stored embeddings. BundleError
+        if arrays or graph do not fit the manifest, or the store has another key type or model.
         """
         self.key_name = info.user_key if side == "user" else info.item_key
         width = info.user_width if side == "user" else info.item_width
@@ -64,18 +57,10 @@ class Embedder:
         self.graph = GraphSession(file, input_types(self._fields), "embedding", threads)
 
     def embed(self, entries: Sequence[Any]) -> Array:
-        """Embed keys or mappings of raw features.
+        """Embed n keys or mappings of raw features; return float32 [n, width].
 
         A key that is not stored goes through the tower, with all other features missing.
-
-        Args:
-            entries: n keys, mappings or None.
-
-        Returns:
-            Embeddings, float32 [n, width].
-
-        Raises:
-            RequestError: A field is unknown, or a value has the wrong type.
+        RequestError if a field is unknown or a value has the wrong type.
         """
         rows = None if self._shared is not None else self.store.cached_rows(entries)
         if rows is not None:
@@ -93,14 +78,10 @@ class Embedder:
         return embeddings
 
     def embed_one(self, entry: Any) -> tuple[Array, EmbeddingSource]:
-        """Embed one entry and return the source of its embedding.
+        """Embed one entry; return the embedding, float32 [1, width], and its source.
 
-        Args:
-            entry: As in `embed`.
-
-        Returns:
-            The embedding, float32 [1, width], and its source: "stored" for a stored key, "features"
-            for raw features of which at least one is not missing, otherwise "nothing".
+        The source is "stored" for a stored key, "features" for raw features of which at least one
+        is not missing, otherwise "nothing".
         """
         if not _is_mapping(entry):
             key = self.key(entry)
@@ -125,12 +106,7 @@ class Embedder:
         return self.graph.run_blocks(inputs, rows=len(rows), block=BLOCK_ROWS)
 
     def key(self, key: Any, argument: str = "") -> str | int | None:
-        """Convert a key to its type; see `key_value`.
-
-        Args:
-            key: The key.
-            argument: Argument that holds the key, for the error; by default that of the side.
-        """
+        """Convert a key to its type; ``argument`` names its place in the request for an error."""
         return key_value(key, self.store.dtype, argument or self._argument, self.key_name)
 
     def _raw(self, entry: Any, key: str | int | None) -> Mapping[str, Any]:

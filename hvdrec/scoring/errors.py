@@ -15,6 +15,7 @@ class ScoringError(ValueError):
     """
 
     def __init__(self, text: str, *, field: str = "", value: object = None) -> None:
+        """Create an error whose message is ``text``."""
         super().__init__(text)
         self.field = field
         self.value = value

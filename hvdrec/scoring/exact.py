@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from hvdrec.scoring.array_files import Array
+
 BLOCK_ROWS = 4096
 """Rows that are converted to float32 at a time; they fit a core's cache."""
 GROUP_ROWS = 64
@@ -16,12 +14,21 @@ SPARSE = 2
 """Allowed rows are gathered if they are at most one in this many; otherwise all rows are scored."""
 
 
-class ItemSearch(Protocol):
-    """Finds the items nearest to a user."""
+class ExactSearch:
+    """Computes the inner products of all items' vectors with a query."""
 
-    @property
-    def is_exact(self) -> bool:
-        """True if a search always returns the rows with the largest inner products."""
+    def __init__(self, vectors: Array, scales: Array | None = None) -> None:
+        """Search vectors, whose leading entries are used, as many as a query has.
+
+        Args:
+            vectors: float32, float16 or int8 [n, >= width].
+            scales: Scale of each row of int8 vectors, float32 [n].
+        """
+        self.vectors, self.scales = vectors, scales
+
+    def __len__(self) -> int:
+        """Return the number of vectors."""
+        return len(self.vectors)
 
     def search(
         self, query: Array, count: int, excluded: Array, allowed: Array | None = None
@@ -38,32 +45,6 @@ class ItemSearch(Protocol):
             Rows, int64 [m], ascending, and their inner products, float32 [m]; m is ``count`` or the
             number of rows left.
         """
-
-    def open(self) -> None:
-        """Open the files that the first search would otherwise open."""
-
-
-class ExactSearch:
-    """Computes all inner products; vectors are float32, float16, or int8 with row scales."""
-
-    is_exact = True
-
-    def __init__(self, vectors: Array, scales: Array | None = None) -> None:
-        """Search vectors [n, >= width], of which the first entries count, as many as a query has.
-
-        Args:
-            vectors: float32, float16 or int8 [n, >= width].
-            scales: Scale of each row of int8 vectors, float32 [n].
-        """
-        self.vectors, self.scales = vectors, scales
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def search(
-        self, query: Array, count: int, excluded: Array, allowed: Array | None = None
-    ) -> tuple[Array, Array]:
-        """Return the rows with the largest inner products; see `ItemSearch.search`."""
         if allowed is None:
             scores = self.products(query)
             rows = largest(scores, count, excluded)
@@ -87,9 +68,6 @@ class ExactSearch:
             scales = None if self.scales is None else self.scales[part]
             parts.append(inner_products(self.vectors[part], query, scales))
         return parts[1] if len(parts) == 2 else np.concatenate(parts)
-
-    def open(self) -> None:
-        """Do nothing: the vectors are already mapped."""
 
 
 def remaining(allowed: Array, excluded: Array) -> Array:

@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hvdrec.scoring.array_files import Array
 from hvdrec.scoring.bundle import Field
 from hvdrec.scoring.errors import invalid_request, shown, unknown_field
 
-Array = NDArray[Any]
 MISSING: Mapping[str, Any] = {"string": "", "int": -(2**63), "float": math.nan}
 NUMPY: Mapping[str, Any] = {"string": object, "int": np.int64, "float": np.float64}
 PLAIN: Mapping[str, frozenset[type]] = {
@@ -30,31 +29,15 @@ DESCRIPTIONS: Mapping[str, str] = {"string": "a string", "int": "an integer", "f
 
 
 def rows_to_inputs(fields: Sequence[Field], rows: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
-    """Convert rows of raw values to graph inputs.
-
-    Args:
-        fields: The fields that the graph takes.
-        rows: N mappings of field names to values; an omitted field is missing.
-
-    Returns:
-        For each field an array [N], or [N, L] for lists; see `column`.
-
-    Raises:
-        RequestError: A value has the wrong type.
-    """
+    """Convert N rows of raw values to graph inputs; an omitted field is missing. See `column`."""
     return {field.name: column(field, [row.get(field.name) for row in rows]) for field in fields}
 
 
 def column(field: Field, values: Sequence[Any]) -> Array:
-    """Convert the values of one field to an array.
-
-    Args:
-        field: The field.
-        values: N raw values; lists are cut to the field's ``max_length``.
+    """Convert N raw values of one field to an array; lists are cut to ``max_length``.
 
     Returns:
-        An array [N], or [N, L] for lists: objects for strings, int64 for integers, float64 for
-        floats.
+        An array [N], or [N, L] for lists, of dtype object for strings, int64 or float64.
 
     Raises:
         RequestError: A value has the wrong type.
@@ -87,12 +70,8 @@ def check_share(name: str, value: Any) -> None:
 def as_list(values: Any, name: str) -> Sequence[Any]:
     """Return a caller's sequence as a list; values of a numpy array become Python values.
 
-    Args:
-        values: What a caller passed as a list.
-        name: Where it stands in the request, for the error.
-
-    Raises:
-        RequestError: It is text, a mapping, a set or anything else that is not a list.
+    RequestError for text, a mapping, a set or anything else that is not a list; ``name`` is its
+    place in the request.
     """
     if isinstance(values, list | tuple):
         return values

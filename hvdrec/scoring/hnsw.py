@@ -49,13 +49,10 @@ class HnswSearch:
         *,
         stamps: Mapping[str, Stamp] | None = None,
     ) -> None:
-        """Prepare to search; the first search or `open` opens the files.
+        """Search the index of the bundle at ``path`` for queries [width].
 
-        Args:
-            path: Directory of the bundle.
-            exact: Exact search over the same items.
-            width: Number of entries of a query.
-            stamps: Stamps that the index's files must still have when they are opened.
+        ``exact`` searches the same items. The first search or `open` opens the index's files, which
+        must still have their ``stamps``.
         """
         self._path = path
         self._stamps = {} if stamps is None else stamps
@@ -65,11 +62,6 @@ class HnswSearch:
         self._index: Any = None
         self._rows = np.empty(0, dtype=np.int32)
         self._has_library = True
-
-    @property
-    def is_exact(self) -> bool:
-        """True if every search is exact, because faiss is not installed."""
-        return not self._has_library
 
     def open(self) -> None:
         """Memory-map the index.
@@ -91,7 +83,7 @@ class HnswSearch:
     def search(
         self, query: Array, count: int, excluded: Array, allowed: Array | None = None
     ) -> tuple[Array, Array]:
-        """Return rows near a query and their inner products; see `ItemSearch.search`.
+        """Return rows near a query and their inner products; see `ExactSearch.search`.
 
         If the index returns fewer than ``count`` rows that are allowed and not excluded, the search
         is repeated exactly: a filter loses no items.

@@ -61,9 +61,8 @@ class ItemData:
     def counts(self, name: str) -> Array:
         """Return the number of positive samples of each item, int64 [items].
 
-        Args:
-            name: "popularity" counts the training split, "trending" the recent part of it. A bundle
-                without "trending" uses "popularity" in its place.
+        "popularity" counts the training split, "trending" the recent part of it. A bundle without
+        trending counts uses popularity instead.
         """
         counts = self._counts.get(name, self._counts.get("popularity"))
         if counts is None:
@@ -86,16 +85,10 @@ class ItemData:
         return order
 
     def first(self, name: str, count: int, excluded: Array, allowed: Array | None) -> Array:
-        """Return the first rows of an order that are allowed and not excluded.
+        """Return the first ``count`` rows, int64 [<= count], of an order.
 
-        Args:
-            name: The order, "popularity" or "trending".
-            count: Number of rows.
-            excluded: Rows to leave out; they may repeat.
-            allowed: bool [items], or None to allow all.
-
-        Returns:
-            Rows, int64 [min(count, rows left)].
+        Rows in ``excluded``, which may repeat, are left out, and those where ``allowed``, bool
+        [items] or None, is False.
         """
         order = self.order(name)
         searched = count + len(excluded)
@@ -112,11 +105,8 @@ class ItemData:
     def seen(self, user_row: int) -> Array:
         """Return the rows, int32 [n], of the items that a user has seen in the log.
 
-        Args:
-            user_row: Row of a stored user; -1 for others, who have seen nothing.
-
-        Raises:
-            RequestError: The bundle does not hold the items that users have seen.
+        A user who is not stored has row -1 and has seen nothing. RequestError if the bundle does
+        not hold seen items.
         """
         if self._seen is None:
             problem = "the bundle does not hold the items that users have seen"
@@ -124,18 +114,10 @@ class ItemData:
         return self._seen[user_row] if user_row >= 0 else np.empty(0, dtype=np.int32)
 
     def allowed(self, wanted: Mapping[str, Any] | None) -> Array | None:
-        """Return True for each item that has one of the wanted values in every field.
+        """Return True for each item that has one of the wanted values in every field, bool [items].
 
-        A value that no item has matches nothing.
-
-        Args:
-            wanted: For each field of `filters`, a list of values; None to allow all items.
-
-        Returns:
-            bool [items], or None if nothing is wanted.
-
-        Raises:
-            RequestError: A field is unknown, or a value has another type.
+        ``wanted`` holds a list of values for each field; returns None if it is None or empty.
+        RequestError if a field is unknown or a value has another type.
         """
         if wanted is None:
             return None
@@ -164,11 +146,7 @@ class Titles:
             self._offsets = read_offsets(info, "items/titles_offsets.npy", items, len(self._text))
 
     def __getitem__(self, rows: Array) -> list[str | None]:
-        """Return the titles of rows, None for an item without one.
-
-        Raises:
-            BundleError: The offsets do not ascend, or a title is not UTF-8.
-        """
+        """Return the titles of rows, None for an item without one; BundleError if damaged."""
         if self._offsets is None:
             return [None] * len(rows)
         starts, stops = self._offsets[rows], self._offsets[rows + 1]
@@ -202,11 +180,7 @@ class RowLists:
         self._offsets = read_offsets(info, offsets, lists, len(self._rows))
 
     def __getitem__(self, index: int) -> Array:
-        """Return the rows of one list, int32 [n].
-
-        Raises:
-            BundleError: The offsets do not ascend, or a row is not a row of an item.
-        """
+        """Return the rows of one list, int32 [n]; BundleError if damaged."""
         start, stop = self._offsets[index : index + 2].tolist()
         if not 0 <= start <= stop <= len(self._rows):
             raise invalid_bundle(self._offsets_file, "does not ascend")
@@ -238,11 +212,7 @@ class ItemFilter:
         return [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values]
 
     def matching(self, values: Any) -> Array:
-        """Return True for each item that has one of the values, bool [items].
-
-        Raises:
-            RequestError: ``values`` is not a list, or a value has another type.
-        """
+        """Return True for each item that has one of the values, bool [items]."""
         name = f"allowed.{self._field.name}"
         matching = np.zeros(self._items, dtype=bool)
         for value in as_list(list(values) if isinstance(values, Set) else values, name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -10,25 +10,30 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 
 from hvdrec.scoring.array_files import Array
-from hvdrec.scoring.batching import Entries, Request, checked_request, shared_runs
+from hvdrec.scoring.batching import (
+    Entries,
+    Raw,
+    Request,
+    Scenes,
+    checked_request,
+    shared_runs,
+)
 from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_bundle
 from hvdrec.scoring.candidates import CandidateRetriever, Key, Recommendation
-from hvdrec.scoring.embedder import BLOCK_ROWS, Embedder
+from hvdrec.scoring.embedder import Embedder
 from hvdrec.scoring.errors import (
     BundleError,
     RequestError,
     ScoringError,
     invalid_bundle,
-    invalid_request,
     shown,
 )
 from hvdrec.scoring.graph_inputs import as_list, check_count, check_share
-from hvdrec.scoring.ranking import RankerInputs, Raw, SceneRanker
+from hvdrec.scoring.ranking import PairRanker
 from hvdrec.scoring.stores import Store
 from hvdrec.scoring.verify import verify_arrays
 from hvdrec.scoring.watch import BundleWatcher
 
-Scenes = Mapping[str, Sequence[Any] | Array]
 Stores = Callable[[BundleInfo], tuple[Store | None, Store | None]]
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,7 +63,7 @@ class Scorer:
         self._users = Embedder(info, "user", threads, users)
         self._items = Embedder(info, "item", threads, items)
         self._retriever = CandidateRetriever(info, self._users, self._items)
-        self._ranker = SceneRanker(info, threads)
+        self._ranker = PairRanker(info, self._users, self._items, threads)
 
     @classmethod
     def load(
@@ -196,12 +201,7 @@ class Scorer:
         Returns:
             Probabilities in the order of the items, float32 [n].
         """
-        inputs = self._ranker.scene_inputs(scene)
-        inputs["user_embedding"] = self._users.embed([user])
-        entries = as_list(items, "items")
-        if not entries:
-            return np.empty(0, dtype=np.float32)
-        return self._ranker.run(self._ranker.blocks(inputs, self._items.embed(entries)))
+        return self._ranker.score(user, items, scene)
 
     def score_tasks(
         self, user: Key | Raw | None, items: Entries, scene: Raw | None = None
@@ -215,11 +215,7 @@ class Scorer:
             RequestError: Also if the bundle has no tasks.
         """
         self._require_tasks()
-        inputs = self._ranker.scene_inputs(scene)
-        inputs["user_embedding"] = self._users.embed([user])
-        entries = as_list(items, "items")
-        embedded = self._items.embed(entries) if entries else np.empty((0, 0))
-        return self._ranker.run_tasks(self._ranker.blocks(inputs, embedded))
+        return self._ranker.run_tasks(self._ranker.request_blocks(user, items, scene))
 
     def score_many(self, requests: Sequence[Request]) -> list[Array]:
         """Score many requests; those with few items share runs of the graphs.
@@ -236,7 +232,7 @@ class Scorer:
         for run in shared_runs([len(items) for _, items, _ in checked]):
             together = [checked[index] for index in run]
             try:
-                parts = self._score_together(together)
+                parts = self._ranker.run_together(together)
             except RequestError:
                 for index in run:
                     self._name_invalid(index, checked[index])
@@ -258,14 +254,14 @@ class Scorer:
         Raises:
             RequestError: Also if the columns have different lengths.
         """
-        return self._ranker.run(self._row_blocks(users, items, scenes))
+        return self._ranker.run(self._ranker.row_blocks(users, items, scenes))
 
     def score_tasks_rows(
         self, users: Entries, items: Entries, scenes: Scenes | None = None
     ) -> dict[str, Array]:
         """Return the results of `score_tasks`, float32 [n] each, for the rows of `score_rows`."""
         self._require_tasks()
-        return self._ranker.run_tasks(self._row_blocks(users, items, scenes))
+        return self._ranker.run_tasks(self._ranker.row_blocks(users, items, scenes))
 
     def recommend(
         self,
@@ -312,7 +308,7 @@ class Scorer:
             return []
         inputs["user_embedding"] = retrieved.user_embedding
         items = self._items.store.take(retrieved.rows)
-        scores = self._ranker.run(self._ranker.blocks(inputs, items))
+        scores = self._ranker.score_embedded(inputs, items)
         vectors = items[:, : self.info.retrieval_width or None]
         order = retrieved.ordered(scores, vectors, int(k), float(diversity))
         return self._retriever.recommendations(retrieved, scores, order)
@@ -340,40 +336,6 @@ class Scorer:
             problem = "tasks: this bundle's ranker has a single label"
             remedy = "score without tasks, or export a model with [[tasks]]"
             raise RequestError(f"{problem}; {remedy}", field="tasks")
-
-    def _row_blocks(
-        self, users: Entries, items: Entries, scenes: Scenes | None
-    ) -> Iterator[RankerInputs]:
-        """Yield the ranker's inputs for rows, at most BLOCK_ROWS at a time."""
-        columns = self._ranker.scene_columns(scenes)
-        users, items = as_list(users, "users"), as_list(items, "items")
-        lengths = {"users": len(users), "items": len(items)}
-        lengths |= {name: len(values) for name, values in columns.items()}
-        if len(set(lengths.values())) > 1:
-            problem = "users, items and scene fields must have the same length"
-            raise invalid_request("rows", lengths, problem)
-        for start in range(0, len(users), BLOCK_ROWS):
-            part = slice(start, start + BLOCK_ROWS)
-            rows = len(users[part])
-            yield {
-                "user_embedding": self._users.embed(users[part]),
-                "item_embedding": self._items.embed(items[part]),
-                "request": np.arange(rows),
-                **self._ranker.columns_inputs(columns, part, rows),
-            }
-
-    def _score_together(self, requests: Sequence[Request]) -> list[Array]:
-        """Return the scores of requests that share a run of each graph."""
-        if len(requests) == 1:
-            return [self.score(*requests[0])]
-        inputs = self._ranker.scenes_inputs([scene for _, _, scene in requests])
-        inputs["user_embedding"] = self._users.embed([user for user, _, _ in requests])
-        counts = [len(items) for _, items, _ in requests]
-        inputs["item_embedding"] = self._items.embed([i for _, items, _ in requests for i in items])
-        if not any(counts):
-            return [np.empty(0, dtype=np.float32) for _ in requests]
-        inputs["request"] = np.arange(len(requests)).repeat(counts)
-        return np.split(self._ranker.run([inputs]), np.cumsum(counts)[:-1])
 
     def _name_invalid(self, index: int, request: Request) -> None:
         """Score one request; if it is invalid, raise the error with the request's index."""

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
+from hvdrec.scoring.array_files import Array
 from hvdrec.scoring.bundle import Field, replaced, stamp_of
 from hvdrec.scoring.errors import choices, first_line, invalid_bundle
 
-Array = NDArray[Any]
 TENSOR_TYPES = {"string": "tensor(string)", "int": "tensor(int64)", "float": "tensor(double)"}
 FLOAT32_TENSOR = "tensor(float)"
 INT64_TENSOR = "tensor(int64)"
@@ -36,7 +35,7 @@ class GraphSession:
         threads: int,
         more: Sequence[str] = (),
     ) -> None:
-        """Open a graph, unless it is large.
+        """Open a graph, unless it is large; BundleError if its inputs or outputs differ.
 
         Args:
             file: The ONNX file.
@@ -44,9 +43,6 @@ class GraphSession:
             output: Name of the output that `run` returns.
             threads: Number of threads of one run.
             more: Names of further outputs, which `run_all` returns after ``output``.
-
-        Raises:
-            BundleError: The file is not a graph, or has other inputs or outputs.
         """
         self._file = file
         self._inputs = dict(inputs)
@@ -64,11 +60,7 @@ class GraphSession:
             self.open()
 
     def open(self) -> Any:
-        """Return the onnxruntime session and open it if necessary.
-
-        Raises:
-            BundleError: The file is not a graph, has other inputs or outputs, or was replaced.
-        """
+        """Return the onnxruntime session; BundleError if the graph cannot be opened."""
         with self._lock:
             if self._session is None:
                 self._session = self._opened()

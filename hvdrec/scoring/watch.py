@@ -61,18 +61,9 @@ class BundleWatcher(Generic[T]):
         on_reload: Callable[[T], object] | None = None,
         on_refused: Callable[[ScoringError], object] | None = None,
     ) -> None:
-        """Load the bundle and follow its path.
+        """Load a bundle and follow its path; ``load`` opens and verifies the bundle at a path.
 
-        Args:
-            path: Directory of the bundle, or a link to it.
-            load: Loads and verifies the bundle at a path.
-            interval: Seconds between two checks.
-            on_reload: Called with the new object after a swap.
-            on_refused: Called with the error if a new bundle is refused.
-
-        Raises:
-            RequestError: The interval is not a positive number.
-            ScoringError: The first bundle cannot be loaded.
+        The other arguments are those of `Scorer.watch`.
         """
         is_number = isinstance(interval, int | float) and not isinstance(interval, bool)
         if not is_number or not 0 < interval <= threading.TIMEOUT_MAX:
@@ -130,6 +121,7 @@ class BundleWatcher(Generic[T]):
         self._finalizer()
 
     def __enter__(self) -> Self:
+        """Return the watcher; leaving the ``with`` block closes it."""
         return self
 
     def __exit__(
@@ -138,6 +130,7 @@ class BundleWatcher(Generic[T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Close the watcher."""
         self.close()
 
     def _look(self) -> bool:

@@ -230,7 +230,6 @@ def test_many_rows_go_in_blocks(scorer: Scorer, monkeypatch: pytest.MonkeyPatch)
     for block in (1, 5, 12):
         monkeypatch.setattr(embedder, "BLOCK_ROWS", block)
         monkeypatch.setattr("hvdrec.scoring.ranking.BLOCK_ROWS", block)
-        monkeypatch.setattr("hvdrec.scoring.scorer.BLOCK_ROWS", block)
         np.testing.assert_allclose(
             scorer.score_rows(users, items, {"hour": hours}), rows, rtol=1e-6
         )
