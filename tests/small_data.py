@@ -9,6 +9,21 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from hvdrec.config import (
+    Config,
+    Encode,
+    Evaluate,
+    Feature,
+    History,
+    Loader,
+    Model,
+    Paths,
+    Ranker,
+    Samples,
+    Tower,
+    Train,
+)
+
 USERS, ITEMS, ROWS = 60, 40, 6000
 
 TOML = """
@@ -110,6 +125,59 @@ log_every = 5
 [evaluate]
 k = [5, 10]
 """
+
+
+def small_config(raw: str, work: str) -> Config:
+    """Return the configuration of `TOML`, written in Python."""
+    return Config(
+        name="small",
+        paths=Paths(raw=raw, work=work),
+        samples=Samples(
+            interactions="shown.parquet",
+            users="users.csv",
+            items="items.parquet",
+            user="user_id",
+            item="item_id",
+            time="shown_at",
+            title="title",
+            label="clicked",
+            derive={"hour": "shown_at // 3600 % 24"},
+            history=(History(name="clicks", length=8),),
+        ),
+        encode=Encode(shard_rows=1000, row_group_rows=300),
+        loader=Loader(shuffle_rows=900),
+        features=(
+            Feature("user_id"),
+            Feature("clicks", kind="sequence", max_length=8),
+            Feature("age", kind="numeric", dtype="float"),
+            Feature("item_id", side="item"),
+            Feature("tags", side="item", kind="categorical_list", max_length=3),
+            Feature(
+                "price",
+                side="item",
+                kind="numeric",
+                dtype="float",
+                transform="quantile",
+                buckets=4,
+            ),
+            Feature("hour", side="scene", dtype="int", default=12),
+            Feature("shop", side="scene", kind="hashed", dtype="int", buckets=16),
+        ),
+        model=Model(
+            dimension=8,
+            tower=Tower(hidden=(16,), output=8),
+            ranker=Ranker(hidden=(16,), dropout=0.1, cross_layers=1, direct=("age", "price")),
+        ),
+        train=Train(
+            batch_size=512,
+            epochs=2,
+            learning_rate=5e-3,
+            embedding_learning_rate=0.5,
+            warmup_steps=5,
+            log_every=5,
+        ),
+        evaluate=Evaluate(k=(5, 10)),
+    )
 
 
 def write_small_data(folder: Path, seed: int = 0, rows: int = ROWS) -> Path:

@@ -3,6 +3,49 @@
 from hvdrec.config.loading import load_config, with_fields
 from hvdrec.config.root import Config
 from hvdrec.config.schema import Feature, Schema
+from hvdrec.config.sections import (
+    Encode,
+    Evaluate,
+    Export,
+    History,
+    Join,
+    Loader,
+    Model,
+    Negatives,
+    Parallel,
+    Paths,
+    Ranker,
+    Samples,
+    Split,
+    Task,
+    Tower,
+    Train,
+    WarmStart,
+)
 from hvdrec.config.stored import from_stored
 
-__all__ = ["Config", "Feature", "Schema", "from_stored", "load_config", "with_fields"]
+__all__ = [
+    "Config",
+    "Encode",
+    "Evaluate",
+    "Export",
+    "Feature",
+    "History",
+    "Join",
+    "Loader",
+    "Model",
+    "Negatives",
+    "Parallel",
+    "Paths",
+    "Ranker",
+    "Samples",
+    "Schema",
+    "Split",
+    "Task",
+    "Tower",
+    "Train",
+    "WarmStart",
+    "from_stored",
+    "load_config",
+    "with_fields",
+]

@@ -36,14 +36,16 @@ def succeed(*arguments: object) -> dict[str, Any]:
     """Run a verb with --json and return its object."""
     done = hvdrec(*arguments, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
 
 
 @dataclass(frozen=True)
 class SmallRun:
     config: Path
     work: Path
+    samples: dict[str, Any]
+    prepare: dict[str, Any]
     train: dict[str, Any]
     report: dict[str, Any]
     export: dict[str, Any]
@@ -54,12 +56,12 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     folder = tmp_path_factory.mktemp("small")
     config = write_small_data(folder)
     work = folder / "work"
-    succeed("samples", config)
-    succeed("prepare", config)
+    samples = succeed("samples", config)
+    prepare = succeed("prepare", config)
     train = succeed("train", config)
     report = succeed("evaluate", work / "run")
     export = succeed("export", work / "run")
-    return SmallRun(config, work, train, report, export)
+    return SmallRun(config, work, samples, prepare, train, report, export)
 
 
 @pytest.fixture
