@@ -27,18 +27,14 @@ def print_line(line: str) -> None:
 
 
 class ProgressDisplay:
-    """Shows the step under way and the rows that are done.
-
-    Args:
-        bar: The tqdm bar; None prints each step as a line.
-        is_silent: True if nothing is shown.
-    """
+    """Shows the current step and the rows that are done."""
 
     def __init__(self, bar: Any = None, *, is_silent: bool = False) -> None:
+        """Show a tqdm bar; without one, print each step as a line, or nothing if `is_silent`."""
         self._bar, self._is_silent = bar, is_silent
 
     def describe(self, step: str) -> None:
-        """Show the name of the step that begins."""
+        """Show the name of the next step."""
         if self._bar is not None:
             self._bar.set_description(step)
         elif not self._is_silent:
