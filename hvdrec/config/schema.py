@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -110,7 +111,10 @@ class FeatureKind(ABC):  # noqa: B024 (the abstract methods are in hvdrec.featur
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature of a user, an item or the scene."""
+    """One feature of a user, an item or the scene.
+
+    Every step asks each feature what follows from its kind, so those answers are cached.
+    """
 
     name: str
     """Name of the feature; most kinds read the column of this name."""
@@ -161,7 +165,7 @@ class Feature:
         """Build the UserError for one of this feature's fields."""
         return invalid_value(self._field(name), getattr(self, name), problem, remedy)
 
-    @property
+    @cached_property
     def definition(self) -> FeatureKind:
         """The kind's object, from the registry."""
         kind: FeatureKind = find_kind(self.kind)
@@ -171,27 +175,27 @@ class Feature:
         """Return a raw column with this feature's side, dtype, length and default."""
         return Column(name, self.side, self.dtype, kind, self.max_length, self.default)
 
-    @property
+    @cached_property
     def sources(self) -> tuple[str, ...]:
         """Names of the features whose codes this feature combines; most features have none."""
         return self.definition.sources(self)
 
-    @property
+    @cached_property
     def is_list(self) -> bool:
         """True if the feature has a list of codes per row."""
         return self.definition.column_kind in ("categorical_list", "sequence")
 
-    @property
+    @cached_property
     def is_sequence(self) -> bool:
         """True if the feature is a list in time order, padded and cut on the left."""
         return self.definition.column_kind == "sequence"
 
-    @property
+    @cached_property
     def is_embedded(self) -> bool:
         """True if the graph outputs int64 codes for a table, False if it outputs a float32."""
         return self.definition.is_embedded(self)
 
-    @property
+    @cached_property
     def has_vocabulary(self) -> bool:
         """True if fitting learns a vocabulary of the feature's raw values."""
         return self.definition.has_vocabulary

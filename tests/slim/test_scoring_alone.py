@@ -122,13 +122,13 @@ def test_the_command_line_recommends(path: Path) -> None:
     assert done.stderr.startswith("hvdrec: error: k = 0")
 
 
-def test_a_verb_that_needs_more_says_so(tmp_path: Path) -> None:
+def test_a_command_that_needs_more_packages_names_the_extra(tmp_path: Path) -> None:
     program = "from hvdrec.cli import main; main(['prepare', 'x.toml'])"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "not installed; this verb needs the extra 'train' (scripts/install)" in done.stderr
+    assert "not installed; this command needs the extra 'train' (scripts/install)" in done.stderr
 
 
 def test_a_scorer_leaves_nothing_in_the_users_home(path: Path, tmp_path: Path) -> None:
