@@ -1,19 +1,19 @@
-"""A bundle small enough to be computed by hand, for tests of what reads bundles.
+"""A bundle small enough to compute its scores by hand, for the tests of scoring and serving.
 
-``python tests/bundles.py OUT`` writes it (string keys) to the new directory OUT: the tests in
-tests/slim run where there is no onnx to make one, and find it by ``HVDREC_TEST_BUNDLE=OUT``.
+``python tests/bundles.py OUT`` writes it with string keys to the new directory OUT. The tests in
+tests/slim run without onnx and read it from there, with ``HVDREC_TEST_BUNDLE=OUT``.
 
-What its graphs compute, with `USERS` ... `PLACES` for the vectors of a value:
+The graphs compute, with the vectors of values in `USERS` ... `PLACES`:
 
 - user: [h0, h0 + h1, age / 100], where [h0, h1] = USERS[user_id] + half the sum of ITEMS over the
   last three of the history + half of ITEMS[newest].
 - item: [g0, g1, (year - 2000) / 10], where [g0, g1] = ITEMS[item_id] + half the sum of GENRES over
   the first two genres + half of GENRES[first].
-- score: sigmoid(inner product + HOURS[hour] + PLACES[place] + temperature / 10). With tasks there
-  is one such score for each, with what TASKS says added to the logit, and score is their product.
+- score: sigmoid(inner product + HOURS[hour] + PLACES[place] + temperature / 10). With tasks, each
+  task has such a score, with its number in TASKS added to the logit; score is their product.
 
-A missing value counts nothing, an unknown one is UNKNOWN in the tables. Retrieval is by the first
-two entries.
+A missing value adds zero; an unknown value has the vector of UNKNOWN. Retrieval uses the first two
+entries of an embedding.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ TASKS = {"click": 0.0, "love": -1.0}
 
 
 def features(key_dtype: str) -> list[Row]:
-    """Return the features as the manifest lists them."""
+    """Return the features in the form of the manifest."""
     rows: list[tuple[str, str, str, str, int]] = [
         ("user_id", "user", "categorical", key_dtype, 50),
         ("age", "user", "numeric", "float", 50),
@@ -91,9 +91,19 @@ def write_bundle(
     filters: Sequence[str] = FILTERS,
     tasks: bool = False,
 ) -> Path:
-    """Write the bundle to ``path`` and return it; key_dtype "string" or "int".
+    """Write the bundle to ``path`` and return the path.
 
-    tasks: the ranker predicts two labels, and its score is the product of both.
+    Args:
+        path: A directory that does not exist.
+        key_dtype: "string" or "int".
+        retrieval_width: Number of entries used for retrieval; 0 for none.
+        users: Raw features of the stored users by key.
+        items: Raw features of the stored items by key.
+        titles: Titles by item key; None for a bundle without titles.
+        trending: Trending counts by item key; None for a bundle without them.
+        seen: Keys of seen items by user key; None for a bundle without them.
+        filters: Item features with a filter.
+        tasks: True for a ranker that predicts two labels, whose product is the score.
     """
     meta = {
         "name": "tiny",
@@ -125,8 +135,8 @@ def write_bundle(
             counts = np.array([trending.get(key, 0) for key in order], dtype=np.int64)
             np.save(draft / "items" / "trending.npy", counts)
         if seen is not None:
-            met = [[order.index(i) for i in seen.get(u, ()) if i in order] for u in user_order]
-            _write_lists(draft / "users" / "seen_{}.npy", met)
+            lists = [[order.index(i) for i in seen.get(u, ()) if i in order] for u in user_order]
+            _write_lists(draft / "users" / "seen_{}.npy", lists)
         for name in filters:
             _write_filter(draft / "items" / "filters" / name, [items[key][name] for key in order])
         if titles is not None:
@@ -138,7 +148,7 @@ def write_bundle(
 
 
 def _write_side(draft: Path, side: str, rows: Mapping[str, Row], key_dtype: str) -> list[str]:
-    """Write keys and embeddings, computed by the tower, in the order of keys; return the order."""
+    """Write keys and the tower's embeddings in ascending order of keys; return the order."""
     order = sorted(rows, key=int if key_dtype == "int" else str.encode)
     folder = draft / f"{side}s"
     folder.mkdir()
@@ -158,7 +168,7 @@ def _write_side(draft: Path, side: str, rows: Mapping[str, Row], key_dtype: str)
 
 
 def _write_lists(file: Path, lists: Sequence[Sequence[int]]) -> None:
-    """Write rows in lists: ascending in each, one list behind the other, and where each begins."""
+    """Write lists of ascending rows: the concatenated rows, and offsets into them."""
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     np.save(str(file).format("offsets"), offsets)
     rows = [row for entries in lists for row in sorted(entries)]
@@ -166,7 +176,7 @@ def _write_lists(file: Path, lists: Sequence[Sequence[int]]) -> None:
 
 
 def _write_filter(folder: Path, values: Sequence[Any]) -> None:
-    """Write which rows have each value of an item feature; values: one or a list per row."""
+    """Write the rows of each value of an item feature; a row has one value or a list."""
     folder.mkdir(parents=True)
     lists = [value if isinstance(value, list) else [value] for value in values]
     distinct = sorted({value for entries in lists for value in entries if value != MISSING_INT})
@@ -191,7 +201,7 @@ def _raw_input(value: Any, raw: Row) -> NDArray[Any]:
 
 
 class _Nodes:
-    """The nodes and constants of a graph while it is put together."""
+    """Builds an ONNX graph: collects its nodes and constants."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -202,13 +212,13 @@ class _Nodes:
         self.constants.append(numpy_helper.from_array(np.array(array, dtype=dtype), name))
         return name
 
-    def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+    def node(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         output = output or f"value_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
         return output
 
     def vectors(self, name: str, dtype: str, table: Mapping[str, Sequence[float]]) -> str:
-        """Return what a table holds for the raw values of an input; zeros for a missing value."""
+        """Look up the raw values of an input in a table; zeros for a missing value."""
         values = [key for key in table if key != UNKNOWN]
         raw = ["", *values] if dtype == "string" else [MISSING_INT, *map(int, values)]
         codes = self.node(
@@ -224,7 +234,7 @@ class _Nodes:
         return self.node("Gather", self.constant(rows), codes)
 
     def number(self, name: str, dtype: str) -> str:
-        """Return an input as float32, 0 where it is missing; of integers what is above 2000."""
+        """Convert an input to float32, minus 2000 for an integer; 0 for a missing value."""
         if dtype == "int":
             present = self.node("Greater", name, self.constant(MISSING_INT, np.int64))
             above = self.node("Sub", name, self.constant(2000, np.int64))
@@ -234,19 +244,19 @@ class _Nodes:
         return self.node("Where", self.node("IsNaN", value), self.constant(0.0), value)
 
     def pooled(self, vectors: str, counted_twice: int) -> str:
-        """Return half the sum over a list [N, L, 2] and half of one column, [N, 2]."""
+        """Return half the sum over a list [N, L, 2] plus half of one column, [N, 2]."""
         total = self.node("ReduceSum", vectors, self.constant([1], np.int64), keepdims=0)
         column = self.node("Gather", vectors, self.constant(counted_twice, np.int64), axis=1)
         return self.node("Mul", self.node("Add", total, column), self.constant(0.5))
 
     def columns(self, *parts: str) -> str:
-        """Return [N, 2] and [N] side by side as the output."""
+        """Concatenate [N, 2] and [N] to the output, [N, 3]."""
         last = self.node("Unsqueeze", parts[1], self.constant([1], np.int64))
         return self.node("Concat", parts[0], last, output="embedding", axis=1)
 
     def model(self, inputs: Mapping[str, tuple[str, int]], *outputs: str) -> onnx.ModelProto:
-        """Return the model; inputs: name to (type, dimensions)."""
-        kinds = {
+        """Build the model from its inputs, name to (type, number of dimensions), and its outputs."""
+        types = {
             "string": TensorProto.STRING,
             "int": TensorProto.INT64,
             "float": TensorProto.DOUBLE,
@@ -257,9 +267,9 @@ class _Nodes:
             "tiny",
             [
                 helper.make_tensor_value_info(
-                    name, kinds[kind], [f"{name}_{axis}" for axis in range(dimensions)]
+                    name, types[dtype], [f"{name}_{axis}" for axis in range(dimensions)]
                 )
-                for name, (kind, dimensions) in inputs.items()
+                for name, (dtype, dimensions) in inputs.items()
             ],
             [helper.make_tensor_value_info(output, TensorProto.FLOAT, None) for output in outputs],
             self.constants,

@@ -1,4 +1,4 @@
-"""A second bundle beside that of tests/bundles.py: every answer tells which; and how to swap."""
+"""A second bundle, whose answers differ from those of tests/bundles.py, and ways to swap both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import bundles
 def write_other_bundle(path: Path) -> Path:
     """Write the tiny bundle with other vectors in each of its graphs, and other titles.
 
-    An answer of parts of both bundles is none of either: user, item and scene all count for more.
+    All graphs differ, so an answer computed from parts of both bundles differs from both.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bundles.USERS, "1", [2.0, 0.5])
@@ -30,7 +30,7 @@ def write_other_bundle(path: Path) -> Path:
 
 
 def put(bundle: Path, path: Path) -> None:
-    """Put a copy of a bundle at ``path`` as the exporter does: renamed into place, the old gone."""
+    """Replace the bundle at ``path`` by a copy of ``bundle``, by renames as the exporter does."""
     draft, aside = path.with_name(f".{path.name}.draft"), path.with_name(f".{path.name}.old")
     shutil.copytree(bundle, draft)
     if path.exists():
@@ -40,7 +40,7 @@ def put(bundle: Path, path: Path) -> None:
 
 
 def point(link: Path, bundle: Path) -> None:
-    """Let a link lead to another bundle, in one step."""
+    """Point a link to another bundle, atomically."""
     draft = link.with_name(f".{link.name}.link")
     draft.symlink_to(bundle)
     os.replace(draft, link)

@@ -1,7 +1,7 @@
-"""The scorer where only hvdrec, numpy 2, onnxruntime and pytest are installed.
+"""The scorer in an environment with only hvdrec, numpy 2, onnxruntime and pytest.
 
-The bundle is that of tests/bundles.py, which needs onnx: it is written beforehand, in the full
-environment, by ``python tests/bundles.py OUT``, and found by ``HVDREC_TEST_BUNDLE=OUT``.
+Writing the bundle of tests/bundles.py needs onnx: ``python tests/bundles.py OUT`` writes it in the
+full environment; ``HVDREC_TEST_BUNDLE=OUT`` passes its path.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def test_the_environment_is_slim() -> None:
     assert [name for name in HEAVY if importlib.util.find_spec(name)] == []
 
 
-def test_score(scorer: Scorer) -> None:
+def test_scores_are_those_computed_by_hand(scorer: Scorer) -> None:
     scene = {"hour": 21, "place": "home", "temperature": 20.0}
     assert logits(scorer.score("1", ["10", "20"], scene)) == [6.25, 6.95]
     assert logits(scorer.score("99", ["10", "no such film", "30"])) == [1.25, 0.875, 2.0]
 
 
-def test_raw_values_and_numpys_own_types(scorer: Scorer) -> None:
+def test_raw_values_may_have_numpy_types(scorer: Scorer) -> None:
     user = {"user_id": np.str_("1"), "age": np.float32(20), "history": np.array(["10", "10"])}
     np.testing.assert_allclose(scorer.embed_user(user), [2.5, 2.5, 0.2], rtol=1e-6)
     items = np.array(["10", "20"], dtype=np.dtypes.StringDType())
@@ -61,7 +61,7 @@ def test_raw_values_and_numpys_own_types(scorer: Scorer) -> None:
     ]
 
 
-def test_recommend(scorer: Scorer) -> None:
+def test_recommendations_are_those_computed_by_hand(scorer: Scorer) -> None:
     found = scorer.recommend("1", {"hour": 21}, k=2, exclude=["10"])
     assert [(r.item, r.title, r.retrieval_score) for r in found] == [
         ("30", None, 4.0),
@@ -69,7 +69,7 @@ def test_recommend(scorer: Scorer) -> None:
     ]
 
 
-def test_filters_trends_and_diversity(scorer: Scorer) -> None:
+def test_filters_trending_items_and_diversity_work(scorer: Scorer) -> None:
     allowed = {"genres": np.array(["War"]), "year": [np.int64(1990), 2010]}
     found = scorer.recommend("1", allowed=allowed, skip_seen=True)
     assert [(r.item, r.source) for r in found] == [("20", "stored"), ("40", "stored")]
@@ -83,13 +83,13 @@ def test_filters_trends_and_diversity(scorer: Scorer) -> None:
     assert [r.item for r in found] == ["30", "10", "20", "40"]
 
 
-def test_errors_show_plain_values(scorer: Scorer) -> None:
+def test_errors_show_numpy_values_as_python_values(scorer: Scorer) -> None:
     with pytest.raises(RequestError) as caught:
         scorer.score(np.int64(1), ["10"])  # type: ignore[arg-type]
     assert str(caught.value) == 'user = 1: user_id is a string, not int64; pass "1"'
 
 
-def test_no_deprecated_call(path: Path) -> None:
+def test_scoring_makes_no_deprecated_call(path: Path) -> None:
     program = (
         "import sys; from hvdrec.scoring import Scorer; scorer = Scorer.load(sys.argv[1]);"
         "print(len(scorer.recommend({'age': 1.0}, {'hour': 3})), scorer.score('1', ['10', 'x']))"
@@ -131,7 +131,7 @@ def test_a_command_that_needs_more_packages_names_the_extra(tmp_path: Path) -> N
     assert "not installed; this command needs the extra 'train' (scripts/install)" in done.stderr
 
 
-def test_a_scorer_leaves_nothing_in_the_users_home(path: Path, tmp_path: Path) -> None:
+def test_a_scorer_writes_nothing_to_the_home_directory(path: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from hvdrec.scoring import Scorer; Scorer.load(sys.argv[1]).score('1', ['10'])"
     )

@@ -1,7 +1,7 @@
-"""Broken and hostile bundles: refused by what opens them, and by what follows them.
+"""Damaged and malicious bundles are refused by `Scorer.load` and `Scorer.watch`.
 
-Beside each bundle lies a canary, which some of them try to read: it stays as it is, and no error
-tells what it says.
+Next to each bundle is a canary file, which some of them try to read or write. It must not change,
+and no error may contain its contents.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ class Broken:
     name: str
     break_it: Callable[[Path], object]
     text: str
-    """What the error says; B stands for the bundle."""
+    """Beginning of the error; B stands for the path of the bundle."""
     only_verified: bool = False
-    """Whether it shows only where the bundle is verified."""
+    """True if only verification detects it."""
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    """Change what the manifest says."""
+    """Change the manifest."""
 
     def break_it(bundle: Path) -> None:
         file = bundle / "manifest.json"
-        found = json.loads(file.read_text())
-        change(found)
-        file.write_text(json.dumps(found))
+        parsed = json.loads(file.read_text())
+        change(parsed)
+        file.write_text(json.dumps(parsed))
 
     return break_it
 
 
 def consistent(break_it: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Break a bundle and let the manifest agree, as somebody who means harm would."""
+    """Break a bundle and update its manifest, as an attacker would."""
 
     def break_both(bundle: Path) -> None:
         meta = json.loads((bundle / "manifest.json").read_text())["meta"]
@@ -73,7 +73,7 @@ def text(data: str) -> Callable[[Path], object]:
 
 
 def array(name: str, change: Callable[[Any], Any]) -> Callable[[Path], object]:
-    """Replace one of the arrays, and let the manifest agree."""
+    """Replace an array and update the manifest."""
     return consistent(lambda bundle: np.save(bundle / name, change(np.load(bundle / name))))
 
 
@@ -83,8 +83,8 @@ def truncated(name: str) -> Callable[[Path], object]:
 
 def flipped(bundle: Path) -> None:
     file = bundle / "users" / "embeddings.npy"
-    held = file.read_bytes()
-    file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def pickled(bundle: Path) -> None:
@@ -93,7 +93,7 @@ def pickled(bundle: Path) -> None:
 
 
 class Touches:
-    """Unpickled, it writes into the canary."""
+    """An object that overwrites the canary when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -114,7 +114,7 @@ def archive(bundle: Path) -> None:
 
 
 def vast(bundle: Path) -> None:
-    """Say in a header that the array is larger than any memory."""
+    """Write an array header that claims more bytes than any memory has."""
     head = io.BytesIO()
     shape = {"descr": "<f4", "fortran_order": False, "shape": (2**62, 3)}
     np.lib.format.write_array_header_1_0(head, shape)
@@ -122,22 +122,22 @@ def vast(bundle: Path) -> None:
 
 
 def linked(name: str, target: str) -> Callable[[Path], object]:
-    """Move a file or folder out of the bundle, or take another, and lead to it."""
+    """Replace a file or directory by a link to a target outside of the bundle."""
 
     def break_it(bundle: Path) -> None:
         file = bundle / name
-        place = bundle.parent / target
-        if not place.exists():
-            file.rename(place)
+        outside = bundle.parent / target
+        if not outside.exists():
+            file.rename(outside)
         elif file.exists():
             file.unlink()
-        file.symlink_to(place)
+        file.symlink_to(outside)
 
     return break_it
 
 
 def in_place(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Put something that is no file in the place of one."""
+    """Replace a file by something that is not a regular file."""
 
     def break_it(bundle: Path) -> None:
         (bundle / name).unlink()
@@ -147,16 +147,16 @@ def in_place(name: str, make: Callable[[Path], object]) -> Callable[[Path], obje
 
 
 def listening(file: Path) -> None:
-    place = os.open(file.parent, os.O_RDONLY)
-    try:  # a socket's path must be short
-        with socket.socket(socket.AF_UNIX) as found:
-            found.bind(f"/proc/self/fd/{place}/{file.name}")
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:  # the path of a socket has at most 108 bytes
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"/proc/self/fd/{folder}/{file.name}")
     finally:
-        os.close(place)
+        os.close(folder)
 
 
 def graph(name: str, change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], object]:
-    """Change a graph, and let the manifest agree."""
+    """Change a graph and update the manifest."""
 
     def break_it(bundle: Path) -> None:
         model = onnx.load(bundle / name, load_external_data=False)
@@ -166,8 +166,8 @@ def graph(name: str, change: Callable[[onnx.ModelProto], object]) -> Callable[[P
     return consistent(break_it)
 
 
-def external(bundle: Path, location: str, place: Path) -> None:
-    """Let the ranker's weights lie at ``place``, which the graph calls ``location``."""
+def external(bundle: Path, location: str, target: Path) -> None:
+    """Move the ranker's weights to the file ``target``, which the graph names ``location``."""
     file = bundle / "ranker.onnx"
     model = onnx.load(file)
     for tensor in model.graph.initializer:
@@ -176,7 +176,7 @@ def external(bundle: Path, location: str, place: Path) -> None:
     onnx.save(model, str(file))  # writes the weights beside it
     weights = (bundle / "w").read_bytes()
     (bundle / "w").unlink()
-    place.write_bytes(weights)
+    target.write_bytes(weights)
     model = onnx.load(file, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -186,7 +186,7 @@ def external(bundle: Path, location: str, place: Path) -> None:
 
 
 def escaping(location: Callable[[Path], str], *, link: str = "") -> Callable[[Path], object]:
-    """Let the ranker's weights lie outside the bundle, where onnxruntime would find them."""
+    """Move the ranker's weights out of the bundle, to a path that the graph names."""
 
     def break_it(bundle: Path) -> None:
         if link:
@@ -220,8 +220,8 @@ def other_input(model: onnx.ModelProto) -> None:
 
 def unknown_operator(model: onnx.ModelProto) -> None:
     node = model.graph.node[-1]
-    name, node.output[0] = node.output[0], "whole"
-    model.graph.node.append(helper.make_node("Exfiltrate", ["whole"], [name], domain="evil"))
+    name, node.output[0] = node.output[0], "before"
+    model.graph.node.append(helper.make_node("Exfiltrate", ["before"], [name], domain="evil"))
     model.opset_import.append(helper.make_opsetid("evil", 1))
 
 
@@ -250,7 +250,7 @@ BROKEN = [
     ),
     Broken("no manifest", lambda b: (b / "manifest.json").unlink(), "B: is not a bundle"),
     Broken(
-        "another kind",
+        "another kind of artifact",
         manifest(lambda m: m.update(kind="run")),
         "B: is a 'run' artifact, expected 'bundle'",
     ),
@@ -275,12 +275,12 @@ BROKEN = [
         "B/manifest.json: has 1099511627776 bytes, a manifest has at most 16777216",
     ),
     Broken(
-        "widths that are no numbers",
+        "widths that are not integers",
         manifest(lambda m: m["meta"].update(user_width=float("nan"))),
         f"{DAMAGED}user_width is nan, not an integer)",
     ),
     Broken(
-        "sizes that are no numbers",
+        "sizes that are not integers",
         manifest(lambda m: m["files"]["ranker.onnx"].update(bytes=float("inf"))),
         f"{DAMAGED}cannot convert float infinity to integer)",
     ),
@@ -310,7 +310,7 @@ BROKEN = [
         "B: file name 'manifest.json' leaves the bundle; do not use this bundle",
     ),
     Broken(
-        "array that no manifest lists, behind a link",
+        "array that is a link and not in the manifest",
         lambda b: (
             manifest(lambda m: m["files"].pop("items/titles_offsets.npy"))(b),
             linked("items/titles_offsets.npy", "offsets.npy")(b),
@@ -318,7 +318,7 @@ BROKEN = [
         "B: 'items/titles_offsets.npy' is missing from the bundle; export it again",
     ),
     Broken(
-        "links in a circle",
+        "cyclic link",
         in_place("users/keys.npy", lambda file: file.symlink_to(file.name)),
         "B: file name 'users/keys.npy' leaves the bundle; do not use this bundle",
     ),
@@ -336,7 +336,7 @@ BROKEN = [
         "socket", in_place("ranker.onnx", listening), "B/ranker.onnx: is not a regular file; expo"
     ),
     Broken(
-        "folder in place of a file",
+        "directory in place of a file",
         in_place("ranker.onnx", Path.mkdir),
         "B/ranker.onnx: is not a regular file; export the bundle again",
     ),
@@ -366,7 +366,7 @@ BROKEN = [
         "B/ranker.onnx: is not a readable graph (",
     ),
     Broken(
-        "weights outside, by a linked file that no manifest lists",
+        "weights outside, by a linked file that is not in the manifest",
         linked_weights,
         "B/ranker.onnx: is not a readable graph (",
     ),
@@ -387,9 +387,11 @@ BROKEN = [
     Broken(
         "archive in place of an array", consistent(archive), "B/users/keys.npy: cannot be read ("
     ),
-    Broken("vast array", consistent(vast), "B/users/embeddings.npy: cannot be read ("),
     Broken(
-        "columns first",
+        "array larger than memory", consistent(vast), "B/users/embeddings.npy: cannot be read ("
+    ),
+    Broken(
+        "column-major array",
         array("items/embeddings.npy", np.asfortranarray),
         "B/items/embeddings.npy: is float32 of shape (4, 3), expected ",
     ),
@@ -415,19 +417,19 @@ BROKEN = [
         only_verified=True,
     ),
     Broken(
-        "a key twice",
+        "duplicate key",
         array("items/keys.npy", lambda a: a[[0, 0, 1, 2]]),
         "B/items/keys.npy: does not hold unique keys in ascending order; export",
         only_verified=True,
     ),
     Broken(
-        "keys that are no text",
+        "keys that are not UTF-8",
         array("items/keys.npy", lambda a: np.array([b"10", b"20", b"30", b"\xc3"])),
         "B/items/keys.npy: holds keys that are not UTF-8 text; export the bundle again",
         only_verified=True,
     ),
     Broken(
-        "numbers that are none",
+        "embeddings that are not finite",
         array("users/embeddings.npy", lambda a: a * np.float32("nan")),
         "B/users/embeddings.npy: holds numbers that are not finite; export the bundle again",
         only_verified=True,
@@ -438,13 +440,13 @@ BROKEN = [
         "B/items/titles_offsets.npy: does not divide 14 values into 4 parts",
     ),
     Broken(
-        "offsets that run backwards",
+        "offsets that descend",
         array("items/titles_offsets.npy", lambda a: a[[0, 3, 1, 2, 4]]),
         "B/items/titles_offsets.npy: does not ascend",
         only_verified=True,
     ),
     Broken(
-        "offsets within a letter",
+        "offsets within a character",
         array("items/titles_offsets.npy", lambda a: np.array([0, 3, 6, 6, 14])),
         "B/items/titles.npy: is not UTF-8 text; export the bundle again",
         only_verified=True,
@@ -492,7 +494,7 @@ def canary(tmp_path: Path) -> Path:
 
 
 def refusal(bundle: Path, caught: BaseException | None) -> str:
-    """Return the error's one line, with B for the bundle."""
+    """Return the text of the error, with B for the bundle."""
     assert isinstance(caught, BundleError)
     line = str(caught)
     assert "\n" not in line
@@ -523,7 +525,7 @@ def test_a_broken_bundle_is_refused(
                 Scorer.load(bundle)
             assert refusal(bundle, caught.value) == line
 
-        for _ in range(2):  # what is gone may be gone for a moment only
+        for _ in range(2):  # a missing manifest is refused at the second look
             assert not watched.look()
         assert refusal(bundle, watched.last_error) == line
         np.testing.assert_array_equal(watched.score(*request), expected)
@@ -531,15 +533,15 @@ def test_a_broken_bundle_is_refused(
     assert canary.read_bytes() == CANARY
 
 
-def test_there_are_twenty_kinds_and_each_has_a_name() -> None:
+def test_there_are_at_least_twenty_broken_bundles_with_unique_names() -> None:
     assert len({broken.name for broken in BROKEN}) == len(BROKEN) >= 20
 
 
-def test_a_file_that_no_manifest_lists_is_not_looked_at(whole: Path, tmp_path: Path) -> None:
-    """Notes, locks or metadata of a file system lie beside; nothing opens them."""
+def test_files_that_are_not_in_the_manifest_are_ignored(whole: Path, tmp_path: Path) -> None:
+    """Such as notes, locks or file system metadata."""
     bundle = tmp_path / "b"
     put(whole, bundle)
-    os.mkfifo(bundle / "notes")  # opening it would never end
+    os.mkfifo(bundle / "notes")  # opening it would block
     (bundle / "items" / "more.npy").symlink_to("/dev/zero")
     expected = Scorer.load(whole).score("1", ["10"])
     for verify in (False, True):
@@ -547,7 +549,7 @@ def test_a_file_that_no_manifest_lists_is_not_looked_at(whole: Path, tmp_path: P
         np.testing.assert_array_equal(found, expected)
 
 
-def test_weights_beside_the_graph_are_its_own(whole: Path, tmp_path: Path) -> None:
+def test_external_weights_inside_the_bundle_are_loaded(whole: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
     put(whole, bundle)
     consistent(lambda b: external(b, "ranker.onnx.data", b / "ranker.onnx.data"))(bundle)
@@ -561,11 +563,11 @@ def test_weights_beside_the_graph_are_its_own(whole: Path, tmp_path: Path) -> No
         model = watched.current.info.model
     weights = bundle / "ranker.onnx.data"
     consistent(lambda _: weights.write_bytes(weights.read_bytes() + b"\0"))(bundle)
-    assert Scorer.load(bundle).info.model != model, "other weights are another model"
+    assert Scorer.load(bundle).info.model != model, "other weights must change the model"
 
 
 @pytest.mark.parametrize("change", [other_input, unknown_operator])
-def test_a_large_graph_is_found_out_by_its_first_use(
+def test_a_damaged_large_graph_is_refused_at_its_first_use(
     change: Callable[[onnx.ModelProto], object],
     whole: Path,
     tmp_path: Path,
@@ -580,7 +582,7 @@ def test_a_large_graph_is_found_out_by_its_first_use(
         scorer.warm()
 
 
-def test_a_large_graph_that_was_replaced_is_not_opened(
+def test_a_replaced_large_graph_is_not_opened(
     whole: Path, live: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "LARGE_BYTES", 0)

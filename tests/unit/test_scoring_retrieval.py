@@ -1,4 +1,4 @@
-"""Exact search and the index behind the same face, against plain sums in float64."""
+"""Exact and index search give the rows and scores of a plain float64 computation."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hvdrec.scoring.exact import ExactSearch, inner_products
 from hvdrec.scoring.hnsw import HnswSearch
 
 NOTHING = np.empty(0, dtype=np.int64)
-KINDS = ["float32", "float16", "int8"]
+DTYPES = ["float32", "float16", "int8"]
 Array = np.ndarray[Any, Any]
 
 
 def expected_rows(scores: Array, count: int, excluded: Array, allowed: Array | None) -> list[int]:
-    """Return the best rows by a full sort, the first ones of equals."""
+    """Return the best rows by a full sort; ties go to the first rows."""
     left = [row for row in range(len(scores)) if row not in set(excluded.tolist())]
     left = [row for row in left if allowed is None or allowed[row]]
     return sorted(sorted(left, key=lambda row: (-scores[row], row))[:count])
@@ -39,67 +39,67 @@ def expected_rows(scores: Array, count: int, excluded: Array, allowed: Array | N
 
 @settings(max_examples=200, deadline=None)
 @given(
-    # Small whole numbers: sums are exact in every type, and equal scores are common.
+    # Small integers: sums are exact in every dtype, and ties are common.
     vectors=st.lists(st.tuples(*[st.integers(-3, 3)] * 3), max_size=40),
     query=st.tuples(*[st.integers(-3, 3)] * 2),
     count=st.integers(1, 45),
     excluded=st.lists(st.integers(0, 39), max_size=10),
     allowed=st.none() | st.lists(st.booleans(), min_size=40, max_size=40),
-    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
     block=st.sampled_from([1, 3, 4096]),
 )
-def test_exact_search(
+def test_exact_search_returns_the_best_rows(
     vectors: list[tuple[int, ...]],
     query: tuple[int, ...],
     count: int,
     excluded: list[int],
     allowed: list[bool] | None,
-    kind: str,
+    dtype: str,
     block: int,
 ) -> None:
     exact = np.array(vectors, dtype=np.float64).reshape(-1, 3)
-    rows_out = np.array([row for row in excluded if row < len(exact)], dtype=np.int64)
+    left_out = np.array([row for row in excluded if row < len(exact)], dtype=np.int64)
     mask = None if allowed is None else np.array(allowed[: len(exact)], dtype=bool)
     kept = None if mask is None else mask.copy()
-    scales = np.full(len(exact), 0.5, np.float32) if kind == "int8" else None
-    scores = exact[:, :2] @ np.array(query) * (0.5 if kind == "int8" else 1)
+    scales = np.full(len(exact), 0.5, np.float32) if dtype == "int8" else None
+    scores = exact[:, :2] @ np.array(query) * (0.5 if dtype == "int8" else 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact_module, "BLOCK_ROWS", block)
         patch.setattr(exact_module, "GROUP_ROWS", 4)
-        search = ExactSearch(exact.astype(kind), scales)
-        rows, found = search.search(np.array(query, np.float32), count, rows_out, mask)
-    assert rows.tolist() == expected_rows(scores, count, rows_out, mask)
+        search = ExactSearch(exact.astype(dtype), scales)
+        rows, found = search.search(np.array(query, np.float32), count, left_out, mask)
+    assert rows.tolist() == expected_rows(scores, count, left_out, mask)
     assert found.dtype == np.float32
     assert found.tolist() == scores[rows].tolist()
-    assert mask is None or kept is None or mask.tolist() == kept.tolist(), "the caller's own"
+    assert mask is None or kept is None or mask.tolist() == kept.tolist(), "the mask was changed"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 6e4])
 @pytest.mark.parametrize("length", [1e-30, 1e-3, 1.0, 1e3, 1e30])
-def test_products_of_smaller_numbers_are_those_of_the_numbers_they_stand_for(
-    kind: str, size: float, length: float
+def test_inner_products_of_compressed_vectors_are_those_of_the_restored_vectors(
+    dtype: str, size: float, length: float
 ) -> None:
     random = np.random.default_rng(0)
-    stored, scales = compressed((random.uniform(-1, 1, (9000, 8)) * size).astype("f4"), kind)
+    stored, scales = compressed((random.uniform(-1, 1, (9000, 8)) * size).astype("f4"), dtype)
     query = (random.normal(size=8) * length).astype(np.float32)
     numbers = restored(stored, scales).astype(np.float64)
     error = np.abs(inner_products(stored, query, scales) - numbers @ query.astype(np.float64))
     assert (error <= 4e-7 * (np.abs(numbers) @ np.abs(query.astype(np.float64)))).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 12])
-def test_a_search_holds_little_beside_the_scores(kind: str, width: int) -> None:
+def test_a_search_needs_little_memory_besides_the_scores(dtype: str, width: int) -> None:
     vectors = np.random.default_rng(0).normal(size=(200_000, 16)).astype(np.float32)
-    search = ExactSearch(*compressed(vectors, kind))
+    search = ExactSearch(*compressed(vectors, dtype))
     tracemalloc.start()
     try:
         search.search(np.ones(width, np.float32), 10, NOTHING)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # Scores take 800 kB, which of them are contenders 200 kB, a block as float32 260 kB.
+    # The scores take 800 kB, the mask of contenders 200 kB, a block of float32 260 kB.
     assert peak < 1_500_000
 
 
@@ -120,8 +120,8 @@ VECTORS, QUERIES = clustered(ITEMS, 1), clustered(50, 2)
 
 
 def build(vectors: Array = VECTORS, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
-    kind: Any = faiss.ScalarQuantizer.QT_8bit
-    index = faiss.IndexHNSWSQ(vectors.shape[1], kind, 8, metric)
+    quantizer: Any = faiss.ScalarQuantizer.QT_8bit
+    index = faiss.IndexHNSWSQ(vectors.shape[1], quantizer, 8, metric)
     index.train(vectors)
     index.add(vectors)
     index.hnsw.efSearch = 60
@@ -140,13 +140,13 @@ def write(path: Path, index: Any, rows: Any = ROWS) -> Path:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of an index in which items stand in another order."""
+    """The directory of an index that stores the items in another order."""
     return write(tmp_path_factory.mktemp("index"), build(VECTORS[ROWS]))
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The index is asked even where going through all vectors would be quicker."""
+def index_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the index even if an exact search would be faster."""
     monkeypatch.setattr(hnsw, "COST", 0)
 
 
@@ -163,17 +163,17 @@ def share_found(search: ExactSearch | HnswSearch, count: int = COUNT) -> float:
     return sum(hits) / (count * len(QUERIES))
 
 
-@pytest.mark.usefixtures("always")
-def test_the_index_finds_what_the_exact_search_finds(path: Path) -> None:
+@pytest.mark.usefixtures("index_only")
+def test_the_index_finds_the_rows_of_the_exact_search(path: Path) -> None:
     search = search_of(path)
     assert share_found(search) > 0.97
     rows, scores = search.search(QUERIES[0], COUNT, NOTHING)
     assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
-    # Scores are those of the stored vectors, not of the index's smaller ones.
+    # Scores are computed from the stored vectors, not from the int8 vectors of the index.
     np.testing.assert_allclose(scores, VECTORS[rows] @ QUERIES[0], rtol=1e-6)
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("index_only")
 @settings(max_examples=60, deadline=None)
 @given(
     query=st.integers(0, len(QUERIES) - 1),
@@ -187,7 +187,7 @@ def test_a_filter_loses_no_item(
     path: Path, query: int, count: int, seed: int, share: float, excluded: int, is_filtered: bool
 ) -> None:
     random = np.random.default_rng(seed)
-    # What is left out is what lies nearest: the index gives too little then.
+    # The nearest rows are excluded, so the index returns too few.
     nearest = np.argsort(-(VECTORS @ QUERIES[query]))
     out = nearest[:excluded] if excluded < ITEMS else random.permutation(ITEMS)
     allowed = random.random(ITEMS) < share if is_filtered else None
@@ -200,29 +200,27 @@ def test_a_filter_loses_no_item(
     np.testing.assert_allclose(scores, VECTORS[rows] @ QUERIES[query], rtol=1e-6)
 
 
-def test_few_items_are_gone_through_without_the_index(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_items_are_searched_exactly(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = search_of(path)
     search.open()
-    asked: list[int] = []
+    searches: list[int] = []
     index = search._index.search
     monkeypatch.setattr(hnsw, "COST", 40)
     monkeypatch.setattr(
-        search._index, "search", lambda *a, **b: (asked.append(a[1]), index(*a, **b))[1]
+        search._index, "search", lambda *a, **b: (searches.append(a[1]), index(*a, **b))[1]
     )
-    # Finding one takes as long as going through 40: 100 of 3000, or 60 of less than 2400.
+    # One item of the index costs 40 vectors: 100 items exceed 3000 vectors, 60 items 2000.
     assert share_found(search, 100) == 1.0
     rows, _ = search.search(QUERIES[0], COUNT, NOTHING, np.arange(ITEMS) < 2000)
     assert len(rows) == COUNT
-    assert asked == []
+    assert searches == []
     search.search(QUERIES[0], 75, NOTHING)
     search.search(QUERIES[0], COUNT, NOTHING, np.arange(ITEMS) < 2500)
-    assert asked == [75, 60]
+    assert searches == [75, 60]
 
 
-@pytest.mark.usefixtures("always")
-def test_many_threads_find_the_same(path: Path) -> None:
+@pytest.mark.usefixtures("index_only")
+def test_many_threads_get_the_results_of_one(path: Path) -> None:
     search = search_of(path)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: search.search(QUERIES[i % 50], 5, NOTHING), range(400)))
@@ -232,7 +230,7 @@ def test_many_threads_find_the_same(path: Path) -> None:
         assert scores.tobytes() == expected[1].tobytes()
 
 
-def test_without_the_library_all_is_gone_through_after_a_warning(
+def test_without_faiss_the_search_is_exact_after_a_warning(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
@@ -250,13 +248,15 @@ def cut(data: bytes) -> bytes:
 
 
 def scrambled(data: bytes) -> bytes:
-    """Return an index whose links lead anywhere."""
+    """Overwrite the links of an index."""
     middle = len(data) // 2
     return data[:middle] + b"\x7f" * 4000 + data[middle + 4000 :]
 
 
 @pytest.mark.parametrize("damage", [cut, scrambled, lambda _: b"", lambda _: b"no index" * 99])
-def test_a_damaged_index(path: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_index_is_refused(
+    path: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     copy = Path(shutil.copytree(path, tmp_path / "b"))
     file = copy / "items" / "index.faiss"
     file.write_bytes(damage(file.read_bytes()))
@@ -274,9 +274,9 @@ def test_a_damaged_index(path: Path, tmp_path: Path, damage: Callable[[bytes], b
         lambda: build(metric=faiss.METRIC_L2),
         lambda: faiss.IndexFlatIP(WIDTH),
     ],
-    ids=["items", "width", "metric", "kind"],
+    ids=["items", "width", "metric", "index type"],
 )
-def test_another_index(tmp_path: Path, make: Callable[[], Any]) -> None:
+def test_an_index_of_other_items_is_refused(tmp_path: Path, make: Callable[[], Any]) -> None:
     write(tmp_path, make())
     with pytest.raises(
         BundleError, match=r"is not an HNSW index of 3000 items and width 8; export"
@@ -296,14 +296,14 @@ def test_another_index(tmp_path: Path, make: Callable[[], Any]) -> None:
     ],
     ids=["type", "fewer", "one twice", "too low", "too high", "dimensions"],
 )
-def test_rows_that_are_not_all_the_items(tmp_path: Path, rows: Any) -> None:
+def test_index_rows_must_be_a_permutation_of_the_items(tmp_path: Path, rows: Any) -> None:
     write(tmp_path, build(), rows)
     with pytest.raises(BundleError, match=r"index_rows\.npy: does not hold each row of 3000 items"):
         search_of(tmp_path).open()
 
 
 @pytest.mark.parametrize("name", ["items/index.faiss", "items/index_rows.npy"])
-def test_an_index_that_was_replaced_after_the_bundle_was_loaded(
+def test_an_index_that_was_replaced_after_loading_is_refused(
     path: Path, tmp_path: Path, name: str
 ) -> None:
     copy = Path(shutil.copytree(path, tmp_path / "b"))

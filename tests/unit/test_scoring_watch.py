@@ -1,4 +1,4 @@
-"""Following a bundle's path: what is taken, what is refused, what goes on meanwhile."""
+"""Watched bundles: a new bundle is loaded and swapped in, or refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def path(ours: Path, tmp_path: Path) -> Path:
 
 
 def answers(scorer: Scorer | WatchedScorer) -> list[Any]:
-    """Return what every verb says, comparable."""
+    """Return the results of the scoring methods in a form that can be compared."""
     found = scorer.recommend("1", {"hour": 21}, k=3)
     many = scorer.score_many([REQUEST, ("x", ["30"], None)])
     return [scorer.score(*REQUEST).tolist(), [part.tolist() for part in many], found]
@@ -58,14 +58,14 @@ def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
 
 
-def spoil(file: Path) -> bytes:
-    """Flip a bit of a file and return what it held."""
+def flip_bit(file: Path) -> bytes:
+    """Flip a bit of a file and return its former contents."""
     held = file.read_bytes()
     file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
     return held
 
 
-def test_a_bundle_renamed_into_place_is_taken(path: Path, ours: Path, other: Path) -> None:
+def test_a_bundle_renamed_into_place_is_loaded(path: Path, ours: Path, other: Path) -> None:
     with Scorer.watch(path, interval=NEVER) as watched:
         assert answers(watched) == answers(Scorer.load(ours))
         assert not watched.look()
@@ -77,7 +77,7 @@ def test_a_bundle_renamed_into_place_is_taken(path: Path, ours: Path, other: Pat
         assert watched.current.info.version == Scorer.load(other).info.version
 
 
-def test_a_link_pointed_elsewhere_is_followed(tmp_path: Path, ours: Path, other: Path) -> None:
+def test_a_changed_link_is_followed(tmp_path: Path, ours: Path, other: Path) -> None:
     link = tmp_path / "current"
     point(link, ours)
     with Scorer.watch(link, interval=NEVER) as watched:
@@ -91,7 +91,7 @@ def test_a_link_pointed_elsewhere_is_followed(tmp_path: Path, ours: Path, other:
         assert answers(watched) == answers(Scorer.load(ours))
 
 
-def test_the_thread_looks_by_itself(path: Path, other: Path) -> None:
+def test_the_thread_loads_a_new_bundle(path: Path, other: Path) -> None:
     news: list[Scorer] = []
     taken = threading.Event()
 
@@ -106,7 +106,7 @@ def test_the_thread_looks_by_itself(path: Path, other: Path) -> None:
         assert answers(watched) == answers(Scorer.load(other))
 
 
-def test_a_broken_bundle_is_refused_once_and_taken_when_mended(
+def test_a_damaged_bundle_is_refused_once_and_loaded_when_repaired(
     path: Path, ours: Path, other: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     refused: list[Any] = []
@@ -114,7 +114,7 @@ def test_a_broken_bundle_is_refused_once_and_taken_when_mended(
         expected = answers(watched)
         put(other, path)
         embeddings = path / "items" / "embeddings.npy"
-        held = spoil(embeddings)
+        held = flip_bit(embeddings)
         for _ in range(3):
             assert not watched.look()
         version = Scorer.load(ours).info.version
@@ -142,17 +142,17 @@ def test_a_broken_bundle_is_refused_once_and_taken_when_mended(
         assert len(refusals(caplog)) == 2
 
 
-def test_a_refusal_keeps_nothing_of_what_was_loaded(path: Path, other: Path) -> None:
+def test_the_error_of_a_refused_bundle_keeps_no_references(path: Path, other: Path) -> None:
     with Scorer.watch(path, interval=NEVER) as watched:
         put(other, path)
-        spoil(path / "users" / "embeddings.npy")
+        flip_bit(path / "users" / "embeddings.npy")
         watched.look()
         error = watched.last_error
         assert error is not None
         assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
 
 
-def test_a_bundle_that_is_gone_for_a_moment(
+def test_a_missing_bundle_is_refused_at_the_second_look(
     path: Path, other: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Scorer.watch(path, interval=NEVER) as watched:
@@ -170,7 +170,7 @@ def test_a_bundle_that_is_gone_for_a_moment(
         assert answers(watched) == answers(Scorer.load(other))
 
 
-def test_a_bundle_copied_into_place_file_by_file(
+def test_a_bundle_copied_file_by_file_is_loaded_when_complete(
     path: Path, other: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = sorted(file.relative_to(other) for file in other.rglob("*") if file.is_file())
@@ -178,7 +178,7 @@ def test_a_bundle_copied_into_place_file_by_file(
     with Scorer.watch(path, interval=NEVER) as watched:
         expected = answers(watched)
         shutil.rmtree(path)
-        # Behind a manifest that came first, each look finds one file more.
+        # The manifest is copied first; each look sees one more file.
         for file in [Path("manifest.json"), *files]:
             assert not watched.look()
             assert answers(watched) == expected
@@ -190,7 +190,7 @@ def test_a_bundle_copied_into_place_file_by_file(
 
 
 class Gate:
-    """A store of users that lets no lookup through before it is opened."""
+    """A store of users whose lookups of the key "gate" wait until the gate is opened."""
 
     dtype = "string"
     model = ""
@@ -201,7 +201,7 @@ class Gate:
         self.fails = False
 
     def open_for(self, info: BundleInfo) -> tuple[Gate, None]:
-        """Serve the bundle's model, as a store of that model would."""
+        """Take the model of a bundle, as a store of that model would."""
         self.model = info.model
         return self, None
 
@@ -215,7 +215,7 @@ class Gate:
         return np.repeat(found, 3).reshape(-1, 3).astype(np.float32), found
 
 
-def test_a_call_under_way_ends_on_the_old_bundle_which_then_goes(
+def test_a_running_call_ends_on_the_old_bundle_which_is_then_freed(
     path: Path, ours: Path, other: Path
 ) -> None:
     gate = Gate()
@@ -241,7 +241,7 @@ def test_a_call_under_way_ends_on_the_old_bundle_which_then_goes(
         assert watched.score("gate", ["10", "20"]).tolist() != expected.tolist()
 
 
-def test_a_store_that_does_not_answer_is_asked_again(
+def test_a_bundle_is_loaded_again_after_its_store_did_not_answer(
     path: Path, other: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate()
@@ -258,9 +258,9 @@ def test_a_store_that_does_not_answer_is_asked_again(
         for _ in range(3):
             assert not watched.look()
         assert isinstance(watched.last_error, StoreError)
-        assert len(asked) == 2, "not at every look, which would read the bundle again and again"
+        assert len(asked) == 2, "a retry at every look would read the bundle again and again"
         gate.fails = False
-        (path / "note").touch()  # looked at, since something changed
+        (path / "note").touch()  # the next look retries because a file changed
         monkeypatch.setattr(watch, "PAUSES", 0.0)
         gate.fails = True
         assert not watched.look()
@@ -270,8 +270,8 @@ def test_a_store_that_does_not_answer_is_asked_again(
         assert watched.current.model == asked[-1] != asked[0]
 
 
-def test_stores_of_a_bundle_that_was_replaced_are_not_used(path: Path, other: Path) -> None:
-    """Else vectors of one model would meet graphs of another."""
+def test_stores_of_a_replaced_bundle_are_not_used(path: Path, other: Path) -> None:
+    """Otherwise vectors of one model would be scored by graphs of another."""
     gate = Gate()
     opened: list[BundleInfo] = []
 
@@ -295,7 +295,7 @@ def change_ranker(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> No
 
 
 def fails_when_it_runs(graph: onnx.ModelProto) -> None:
-    # Splits the scores into two of the same size, which one score is not.
+    # An odd number of scores cannot be reshaped to [7, 11].
     node = graph.graph.node[-1]
     name, node.output[0] = node.output[0], "whole"
     graph.graph.node.extend(
@@ -307,7 +307,7 @@ def fails_when_it_runs(graph: onnx.ModelProto) -> None:
     graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array([7, 11]), "odd"))
 
 
-def gives_no_number(graph: onnx.ModelProto) -> None:
+def returns_nan(graph: onnx.ModelProto) -> None:
     node = graph.graph.node[-1]
     name, node.output[0] = node.output[0], "whole"
     graph.graph.node.append(onnx.helper.make_node("Mul", ["whole", "nan"], [name]))
@@ -319,27 +319,27 @@ def gives_no_number(graph: onnx.ModelProto) -> None:
     ("change", "reason"),
     [
         (fails_when_it_runs, "fails ("),
-        (gives_no_number, "ranker.onnx: returns [nan, nan, nan] for missing values, expected"),
+        (returns_nan, "ranker.onnx: returns [nan, nan, nan] for missing values, expected"),
     ],
 )
-def test_a_graph_that_does_not_work_is_found_before_anyone_asks(
+def test_a_graph_that_fails_is_refused_before_the_swap(
     path: Path, other: Path, change: Callable[[onnx.ModelProto], None], reason: str
 ) -> None:
     with Scorer.watch(path, interval=NEVER) as watched:
         expected = answers(watched)
         put(other, path)
         change_ranker(path, change)
-        Scorer.load(path, verify=True)  # nothing shows before it runs
+        Scorer.load(path, verify=True)  # the graph fails only when it runs
         assert not watched.look()
         assert reason in str(watched.last_error)
         assert "\n" not in str(watched.last_error)
         assert answers(watched) == expected
 
 
-def test_a_bundle_replaced_while_it_is_read_is_no_mixture(
+def test_files_of_two_bundles_are_never_mixed(
     path: Path, ours: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the files are read before another bundle takes the place, half behind it."""
+    """Some files are read before another bundle replaces the first one, some after."""
     from hvdrec.scoring import ranking as module
 
     plain = module.GraphSession
@@ -356,7 +356,7 @@ def test_a_bundle_replaced_while_it_is_read_is_no_mixture(
 
     put(ours, path)
     monkeypatch.setattr(module, "GraphSession", replacing)
-    with Scorer.watch(path, interval=NEVER) as watched:  # loads again by itself
+    with Scorer.watch(path, interval=NEVER) as watched:  # the first load is repeated
         assert answers(watched) == answers(Scorer.load(other))
         put(ours, path)
         monkeypatch.setattr(module, "GraphSession", replacing)
@@ -366,10 +366,10 @@ def test_a_bundle_replaced_while_it_is_read_is_no_mixture(
         assert answers(watched) == answers(Scorer.load(other))
 
 
-def test_a_link_pointed_elsewhere_while_it_is_followed(
+def test_a_link_that_changes_during_loading_is_resolved_once(
     tmp_path: Path, ours: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All files come from the directory that the link led to when reading began."""
+    """All files come from the directory that the link pointed to when loading began."""
     from hvdrec.scoring import ranking as module
 
     link, plain = tmp_path / "current", module.GraphSession
@@ -383,7 +383,9 @@ def test_a_link_pointed_elsewhere_while_it_is_followed(
     assert answers(Scorer.load(link)) == answers(Scorer.load(ours))
 
 
-def test_one_look_at_a_time(path: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_thread_looks_at_a_time(
+    path: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[bool] = []
     with Scorer.watch(path, interval=NEVER) as watched:
         plain = scorer.verify_arrays
@@ -398,7 +400,7 @@ def test_one_look_at_a_time(path: Path, other: Path, monkeypatch: pytest.MonkeyP
     assert seen == [False]
 
 
-def test_a_callback_that_fails_is_logged_and_harms_nothing(
+def test_a_failing_callback_is_logged_and_the_swap_stays(
     path: Path, other: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(_: object) -> None:
@@ -414,7 +416,7 @@ def test_a_callback_that_fails_is_logged_and_harms_nothing(
         assert watched.reloads == 1
 
 
-def test_close_ends_the_thread_and_the_bundle_stays(path: Path, other: Path) -> None:
+def test_close_ends_the_thread_and_keeps_the_bundle(path: Path, other: Path) -> None:
     watched = Scorer.watch(path, interval=0.001)
     thread = watched._thread
     expected = answers(watched)
@@ -425,7 +427,7 @@ def test_close_ends_the_thread_and_the_bundle_stays(path: Path, other: Path) -> 
     assert answers(watched) == expected
 
 
-def test_close_from_a_callback(path: Path, other: Path) -> None:
+def test_a_callback_may_close_the_watcher(path: Path, other: Path) -> None:
     closed = threading.Event()
     watched: list[WatchedScorer] = []
 
@@ -450,7 +452,7 @@ def test_the_thread_ends_with_the_last_reference(path: Path) -> None:
     assert scorer() is None
 
 
-def test_a_process_that_does_not_close_ends_quietly(path: Path) -> None:
+def test_a_process_that_does_not_close_the_watcher_exits_cleanly(path: Path) -> None:
     program = (
         "import os, sys; from hvdrec.scoring import Scorer\n"
         "watched = Scorer.watch(sys.argv[1], interval=0.0001)\n"
@@ -462,7 +464,7 @@ def test_a_process_that_does_not_close_ends_quietly(path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "(1,)\n", "")
 
 
-def test_a_relative_path_is_that_of_the_beginning(
+def test_a_relative_path_is_resolved_once(
     path: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(path.parent)
@@ -473,13 +475,13 @@ def test_a_relative_path_is_that_of_the_beginning(
 
 
 @pytest.mark.parametrize("interval", [0, -1.0, float("nan"), float("inf"), True, "1"])
-def test_intervals(path: Path, interval: Any) -> None:
+def test_an_interval_must_be_positive_and_finite(path: Path, interval: Any) -> None:
     with pytest.raises(RequestError, match=r"^interval = .*: must be a positive number"):
         Scorer.watch(path, interval=interval)
 
 
-def test_the_first_bundle_must_be_whole(path: Path) -> None:
-    spoil(path / "items" / "embeddings.npy")
+def test_a_damaged_first_bundle_raises(path: Path) -> None:
+    flip_bit(path / "items" / "embeddings.npy")
     with pytest.raises(BundleError, match=r"contents differ from the manifest"):
         Scorer.watch(path)
     assert "hvdrec-watch" not in [thread.name for thread in threading.enumerate()]
