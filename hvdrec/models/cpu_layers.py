@@ -210,6 +210,7 @@ class Dropout(HasCpuLayers, nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Drop elements of an input of any shape."""
         if not self._is_fast(input):
             return super().forward(input)
         mask, scale = _dropout_mask(input, self.p)
@@ -224,6 +225,7 @@ class ReluDropout(Dropout):
     """ReLU followed by dropout. The fast version needs only its output in the backward pass."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Apply ReLU and drop elements of an input of any shape."""
         if not self._is_fast(input):
             return super().forward(functional.relu(input))
         out: Tensor = _ReluDropout.apply(input, self.p)  # type: ignore[no-untyped-call]

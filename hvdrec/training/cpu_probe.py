@@ -15,10 +15,11 @@ from hvdrec.models.layers import Mlp
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 
-MAX_ROUNDS, MIN_ROUNDS, MAX_SECONDS = 7, 3, 3.0
-MARGIN = 0.9
-"""A choice replaces the vendor's default only if it takes at most this share of its time, both in
-the median and in the best round: noise must not change a run's last digits."""
+MAX_ROUNDS, MIN_ROUNDS, MAX_SECONDS = 15, 3, 3.0
+MARGIN, MIN_GAIN_MS = 0.9, 1.0
+"""A choice replaces the vendor's default only if it takes less than this share of its time, in the
+median and in the best round, and saves this many milliseconds in the best round. Noise, and gains
+that nobody notices, must not change a run's last digits."""
 
 
 def choose_cpu_layers(
@@ -63,7 +64,7 @@ def fastest(milliseconds: Mapping[str, Sequence[float]], default: CpuLayers) -> 
     for name, times in milliseconds.items():
         of_default = milliseconds[default]
         share = max(median(times) / median(of_default), min(times) / min(of_default))
-        if share < best:
+        if share < best and min(of_default) - min(times) >= MIN_GAIN_MS:
             choice, best = name, share  # type: ignore[assignment]
     return choice
 

@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate over time, and its state as named tensors."""
+"""The dense optimizer, its learning rate schedule, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hvdrec.config.sections import Train
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """Return AdamW over the model's dense parameters, of which only matrices are decayed."""
+    """Create AdamW for the dense parameters, with weight decay of matrices only."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
@@ -23,10 +23,13 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
 
 
 def schedule(train: Train, step: int, progress: float) -> float:
-    """Return the share of the peak learning rates that a step takes.
+    """Return the factor, in [0, 1], of the peak learning rates in a step.
 
-    step: 0-based, since the start of training; progress: share in [0, 1] of all epochs' rows that
-    were seen before it (so that the schedule does not depend on the number of ranks).
+    Args:
+        train: The ``[train]`` section.
+        step: Steps since the start of training.
+        progress: Share in [0, 1] of all epochs' rows that were read before this step. It makes the
+            schedule independent of the number of ranks.
     """
     warmup = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
     left = 1.0 - min(max(progress, 0.0), 1.0)
@@ -41,13 +44,13 @@ def schedule(train: Train, step: int, progress: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group a learning rate."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named ``parameter name/state name``."""
+    """Return the state of the optimizer as tensors named ``parameter name/state name``."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -58,11 +61,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Put tensors named by `optimizer_tensors` back into the optimizer."""
+    """Load tensors from `optimizer_tensors` into the optimizer."""
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        # Step counters stay where they were made; moments live beside their parameter.
+        # Step counters stay on their device; moments move to the device of their parameter.
         target = value if value.ndim == 0 else value.to(parameter.device)
         optimizer.state[parameter][key] = target.clone()
