@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "hvdrec":
             raise
-        _fail(f"{error.name}: not installed; this command needs the extra 'train' (scripts/install)")
+        _fail(
+            f"{error.name}: not installed; this command needs the extra 'train' (scripts/install)"
+        )
     except BrokenPipeError:
         sys.exit(1)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,24 @@ import pytest
 
 from hvdrec.storage.artifacts import read_manifest
 from tests.parallel.conftest import HVDREC
-from tests.parallel.launch import launch
+from tests.parallel.launch import launch, run_program
 
 Train = Callable[..., Path]
 SHARDED = ("--parallel.placement", "sharded")
 AVERAGED = (*SHARDED, "--train.average-decay", "0.9", "--train.average-steps", "2")
+FAILING_SCRIPT = """
+import sys
+import hvdrec
+from hvdrec.parallel import ranks
+
+def stop(epoch, value):
+    if ranks.current().rank == 1:
+        raise hvdrec.UserError("a shard is damaged; write it again")
+    return False
+
+config = hvdrec.load_config(sys.argv[1], {"paths.run": sys.argv[2]})
+hvdrec.train(config, stop=stop)
+"""
 
 
 def log(run: Path, event: str) -> list[dict[str, Any]]:
@@ -37,6 +51,37 @@ def test_ranks_train_like_one_rank(train: Train, ranks: int, launcher: str) -> N
     assert together["rows"] == alone["rows"] == 600
     # The order of rows and dropout differ, so results are similar but not equal.
     assert abs(together["log_loss"] - alone["log_loss"]) < 0.03
+
+
+def test_a_users_script_trains_like_the_command_line(
+    train: Train, small: Path, tmp_path: Path
+) -> None:
+    # Kernels and CPU layers are chosen by timing unless they are set by hand.
+    by_hand = ("--parallel.kernel", "torch", "--train.cpu-layers", "fused", "--train.epochs", "1")
+    expected = train(2, "horovodrun", *by_hand)
+    config = small.with_name("script.toml")
+    text = small.read_text().replace("\n[train]\n", '\n[train]\ncpu_layers = "fused"\n')
+    config.write_text(text + '\n[parallel]\nkernel = "torch"\n')
+    done = run_program("my_train.py", [str(config), str(tmp_path / "run")], 2, "mpirun")
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == 2 and results[0] == results[1]
+    best = max(line["auc"] for line in log(expected, "validation"))
+    validation = results[0]["train"]["validation"]
+    assert validation["auc"] == best
+    assert results[0]["report"]["ranking"]["auc"] == pytest.approx(best, abs=1e-6)
+    for file in ("model.safetensors", "optimizer.safetensors", "tables.safetensors"):
+        path = Path("checkpoints/step-00000010", file)
+        assert (tmp_path / "run" / path).read_bytes() == (expected / path).read_bytes()
+
+
+def test_a_failing_rank_of_a_users_script_ends_the_job(small: Path, tmp_path: Path) -> None:
+    program = tmp_path / "fails.py"
+    program.write_text(FAILING_SCRIPT)
+    command = [sys.executable, str(program), str(small), str(tmp_path / "run")]
+    done = launch(command, 2, "mpirun")
+    assert done.returncode == 2
+    assert done.stderr.count("hvdrec: error: rank 1 on") == 1
+    assert "a shard is damaged" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_placement_does_not_change_results(train: Train) -> None:
@@ -239,8 +284,6 @@ def test_an_error_on_all_ranks_is_printed_once(small: Path, tmp_path: Path) -> N
 
 
 def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
-    from tests.parallel.launch import run_program
-
     output = run_program("run_on_all.py", [], 3).stdout
     assert output.count(f"rank 1 on {socket.gethostname()}: a file is missing") == 3
 

@@ -1,4 +1,4 @@
-"""Averages of weights, against the sum that they stand for."""
+"""Moving averages of weights, against their definition."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.small_model import Setting, small_config, small_model, small_tables
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_averages_are_what_the_definition_says(every: int) -> None:
+def test_averages_follow_their_definition(every: int) -> None:
     config = small_config("ranking")
     model = small_model(config, with_tables=False)
     tables = small_tables(config, small_model(config), World(), Setting())
@@ -32,7 +32,7 @@ def test_averages_are_what_the_definition_says(every: int) -> None:
     assert torch.allclose(kernel.state[AVERAGE], rows)
 
 
-def test_averages_take_the_place_of_weights_and_give_it_back() -> None:
+def test_averages_are_swapped_in_and_out() -> None:
     config = small_config("ranking")
     model = small_model(config, with_tables=False)
     tables = small_tables(config, small_model(config), World(), Setting())

@@ -1,4 +1,4 @@
-"""Tables, towers and ranker: shapes, padding, and what depends on what."""
+"""Tables, towers and ranker: shapes, padding, and which inputs affect which outputs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from tests.small_model import (
 )
 
 
-def test_pooling_leaves_padding_out() -> None:
+def test_pooling_ignores_padding() -> None:
     weight = torch.tensor([[9.0], [1.0], [3.0]])
     codes = torch.tensor([[0, 1, 2], [0, 0, 2], [0, 0, 0]])
     assert pooled(codes, weight).tolist() == [[2.0], [3.0], [0.0]]
 
 
-def test_pooling_is_the_same_when_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pooling_gives_the_same_result_in_an_exported_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = torch.randn(9, 4)
     codes = torch.randint(0, 9, (20, 5))
     fast = pooled(codes, weight)
@@ -37,19 +39,19 @@ def test_pooling_is_the_same_when_exported(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("exporting", [False, True])
-def test_a_list_over_the_root_of_its_length(
+def test_sqrt_pooling_divides_by_the_root_of_the_length(
     monkeypatch: pytest.MonkeyPatch, exporting: bool
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
     weight = torch.tensor([[0.0], [1.0], [2.0], [4.0]])
     codes = torch.tensor([[0, 2, 2, 3, 3], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
-    # (2 + 2 + 4 + 4) / sqrt(4), 1 / sqrt(1), nothing
+    # (2 + 2 + 4 + 4) / sqrt(4), 1 / sqrt(1), and an empty list
     assert pooled(codes, weight, root=True).tolist() == [[6.0], [1.0], [0.0]]
 
 
-def test_products_of_heads_by_hand() -> None:
+def test_head_products_by_hand() -> None:
     user, item = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[1.0, 0.0, 2.0, -1.0]])
-    # (1, 2) and (3, 4) of the user with (1, 0) and (2, -1) of the item
+    # The user's heads (1, 2) and (3, 4) with the item's heads (1, 0) and (2, -1).
     assert head_products(user, item, 2).tolist() == [[1.0, 0.0, 3.0, 2.0]]
 
 
@@ -62,7 +64,7 @@ def test_attention_by_hand() -> None:
         layer.place[1:3] = 0.0
         layer.query.weight.copy_(torch.tensor([[2.0, 0.0]]))
     entries = torch.tensor([[[0.0, 0.0], [1.0, 3.0], [0.5, 5.0]], [[0.0, 0.0]] * 3])
-    # Scores 2 tanh(1) and, in the last place, 2 tanh(0.5 + 1); the first entry is padding.
+    # Scores 2 tanh(1) and, in the last position, 2 tanh(0.5 + 1); the first entry is padding.
     weights = [math.exp(2 * math.tanh(1.0)), math.exp(2 * math.tanh(1.5))]
     share = weights[1] / sum(weights)
     expected = [(1 - share) * 1 + share * 0.5, (1 - share) * 3 + share * 5]
@@ -70,7 +72,7 @@ def test_attention_by_hand() -> None:
     assert layer(entries)[1].tolist() == [0.0, 0.0]
 
 
-def test_self_attention_of_one_entry_sees_only_itself() -> None:
+def test_self_attention_ignores_padding() -> None:
     layer = SelfAttentionPooling(3, 5)
     entry = torch.tensor([0.5, -1.0, 2.0])
     alone, among_padding = torch.zeros(1, 1, 3), torch.zeros(1, 4, 3)
@@ -106,8 +108,7 @@ def test_missing_rows_stay_zero_and_get_no_gradient() -> None:
         assert not table.weight.grad[0].any()  # type: ignore[index, union-attr]
 
 
-def test_rows_give_what_the_models_own_tables_give() -> None:
-    """A batch's distinct rows, and where its features find them, are as good as the tables."""
+def test_batch_rows_give_the_same_outputs_as_the_models_tables() -> None:
     codes = small_batch(12, padding=3).features
     for setting in (
         Setting(placement="replicated"),
@@ -120,7 +121,7 @@ def test_rows_give_what_the_models_own_tables_give() -> None:
         whole, bare = small_model(config), small_model(config, with_tables=False)
         rows = small_tables(config, whole, World(), setting).fetch_rows(codes)
         expected, got = whole(codes), bare(codes, rows)
-        # Not to the bit: not every CPU's square roots are the same in numpy and in torch.
+        # Not bit for bit: on some CPUs, numpy and torch compute other square roots.
         torch.testing.assert_close(got.logit, expected.logit, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(got.user, expected.user, rtol=1e-12, atol=1e-14)
         subset = {name: codes[name] for name in ("user_id", "history", "age")}
@@ -133,7 +134,7 @@ def test_rows_give_what_the_models_own_tables_give() -> None:
         )
 
 
-def test_without_towers_the_ranker_sees_every_feature() -> None:
+def test_without_towers_the_ranker_reads_every_feature() -> None:
     config = small_config("ranking")
     shape = replace(config.model.tower, output=0)
     everything = tuple(f.name for f in config.features if f.side != "scene")
@@ -151,7 +152,7 @@ def test_without_towers_the_ranker_sees_every_feature() -> None:
         assert (model(changed).logit != output.logit).any(), name
 
 
-def test_representations_and_rank_are_the_forward_pass() -> None:
+def test_ranking_representations_equals_the_forward_pass() -> None:
     model = small_model(small_config()).eval()
     codes = small_batch(12).features
     user, item = model.represent_users(codes), model.represent_items(codes)
@@ -162,7 +163,7 @@ def test_representations_and_rank_are_the_forward_pass() -> None:
     assert torch.allclose(model.rank(user, item, codes), output.logit)
 
 
-def test_matches_are_inner_products_of_what_shares_a_table() -> None:
+def test_matches_are_inner_products_of_features_that_share_a_table() -> None:
     config = small_config("ranking")
     shape = Ranker(hidden=(), direct=("user_id", "history", "item_id", "genres"), matches=True)
     config = replace(config, model=replace(config.model, ranker=shape))
@@ -173,7 +174,7 @@ def test_matches_are_inner_products_of_what_shares_a_table() -> None:
     item_id = model.tables(config.schema.side("item"), codes)["item_id"]
     before = model.rank(user, item, codes)
     assert torch.allclose(before, model(codes).logit)
-    # The weight of the match stands behind the representations and the towers' product.
+    # The column of the match follows the representations and the product of the towers.
     assert model.ranker is not None
     weight = model.ranker.head.weight
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Losses of a step that draws negatives or learns from a teacher, against plain loops."""
+"""Losses of a step with drawn negatives or with a teacher, against plain loops."""
 
 from __future__ import annotations
 

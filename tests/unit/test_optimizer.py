@@ -1,4 +1,4 @@
-"""Learning rate over time, decay groups, and optimizer state that survives a round trip."""
+"""Learning rate schedules, weight decay groups and the optimizer state."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hvdrec.training.optimizer import (
 from tests.small_model import small_config, small_model
 
 
-def test_warm_up_is_linear_and_then_the_schedule_falls() -> None:
+def test_the_learning_rate_warms_up_linearly_and_then_falls() -> None:
     train = Train(warmup_steps=4, schedule="linear")
     assert [schedule(train, step, 0.0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert schedule(train, 100, 0.75) == pytest.approx(0.25)
     assert schedule(train, 100, 1.0) == 0.0
 
 
-def test_cosine_is_half_way_in_the_middle() -> None:
+def test_the_cosine_schedule_is_half_way_in_the_middle() -> None:
     train = Train(warmup_steps=0, schedule="cosine")
     assert schedule(train, 9, 0.5) == pytest.approx(0.5)
     assert schedule(train, 0, 0.0) == 1.0
@@ -50,7 +50,7 @@ def test_only_matrices_are_decayed() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-def test_state_survives_a_round_trip() -> None:
+def test_optimizer_state_survives_a_round_trip() -> None:
     model = small_model(small_config())
     optimizer = make_optimizer(model, Train())
     for parameter in model.parameters():

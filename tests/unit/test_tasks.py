@@ -1,4 +1,4 @@
-"""Several labels: the shared layers against plain numpy, the losses and the score by hand."""
+"""Tasks: the shared layers against plain numpy, the losses and the score by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_mixture_of_experts_against_numpy() -> None:
         7, hidden=(5, 4), sharing="mmoe", experts=2, task_hidden=(3,), dropout=0.3
     )
     inputs = np.random.default_rng(0).normal(size=(6, 7))
-    # The rows of `first` are, one behind the other: each expert's, then each task's gate.
+    # The rows of `first`: those of each expert, then the gate of each task.
     cut = [0, 5, 10, 12, 14, 16]
     parts = [(weights["first.weight"][i:j], weights["first.bias"][i:j]) for i, j in pairwise(cut)]
     expected = np.zeros((6, 3))
@@ -89,7 +89,7 @@ def test_shared_bottom_with_cross_layers_against_numpy() -> None:
         np.testing.assert_allclose(ranker([torch.from_numpy(x)]).numpy(), expected, atol=1e-12)
 
 
-def test_losses_count_only_the_rows_that_tell() -> None:
+def test_losses_count_only_rows_with_a_known_label() -> None:
     nan, three = math.nan, math.log(3.0)
     logits = torch.tensor([[0.0, three], [three, 0.0], [9.0, -three]], requires_grad=True)
     labels = torch.tensor([[1.0, nan], [0.0, 1.0], [nan, 0.0]])
@@ -107,16 +107,16 @@ def test_losses_count_only_the_rows_that_tell() -> None:
     assert torch.allclose(logits.grad, expected, atol=1e-6)
 
 
-def test_the_score_of_probabilities_by_hand() -> None:
+def test_the_combined_score_by_hand() -> None:
     p = torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, 0.3]])
     tasks = [Task("a", "x"), Task("b", "x", share=0.5), Task("c", "x", share=0.0)]
-    # 0.5 * sqrt(0.25); 1 * 0: what has no share does not count, not even where it is 0.
+    # 0.5 * sqrt(0.25) and 1 * 0; a task without a share does not count, even if it is 0.
     assert combined_score(p, tasks, "product").tolist() == [0.25, 0.0]
     assert combined_score(p, tasks, "sum").tolist() == pytest.approx([0.625 / 1.5, 1.0 / 1.5])
 
 
 @pytest.mark.parametrize("name", RANKERS)
-def test_every_output_of_the_graph_is_torchs(name: str) -> None:
+def test_every_output_of_the_graph_equals_torch(name: str) -> None:
     model = small_model(_config(name)).float().eval()
     assert (factored(model) is None) == (name == "cross")
     graph = core(model)
