@@ -255,7 +255,7 @@ class _Nodes:
         return self.node("Concat", parts[0], last, output="embedding", axis=1)
 
     def model(self, inputs: Mapping[str, tuple[str, int]], *outputs: str) -> onnx.ModelProto:
-        """Build the model from its inputs, name to (type, number of dimensions), and its outputs."""
+        """Build the model; inputs map names to (type, number of dimensions)."""
         types = {
             "string": TensorProto.STRING,
             "int": TensorProto.INT64,
