@@ -67,19 +67,11 @@ class ShardLoader:
         tasks: Sequence[str] = (),
         pin_memory: bool = False,
     ) -> None:
-        """Read the footers of all shards.
+        """Read the footers of all `*.parquet` shards in a directory, ordered by name.
 
-        Args:
-            directory: Local or remote directory of `*.parquet` shards, ordered by name.
-            schema: The encoded features.
-            options: The section `loader` of a configuration.
-            batch_size: Rows per batch of this rank.
-            rank: Rank to deliver to.
-            world_size: Number of ranks.
-            seed: Seed of the shuffle.
-            shuffle: If False, each rank gets a contiguous part of the rows in file order.
-            tasks: Label columns of tasks to read.
-            pin_memory: Deliver batches in page-locked memory, if CUDA is available.
+        `batch_size` counts the rows of this rank alone. Without `shuffle`, each rank gets a
+        contiguous part of the rows in file order. `tasks` names label columns to read.
+        `pin_memory` delivers batches in page-locked memory if CUDA is available.
 
         Raises:
             UserError: The directory has no shards, or a shard is unreadable or lacks a column.
@@ -162,16 +154,10 @@ class ShardLoader:
     ) -> Generator[Iterator[T], None, None]:
         """Deliver epochs `start` to `stop` (exclusive; None: endless).
 
-        A background thread assembles the batches and calls `prepare`. It starts reading the next
-        epoch while the last batches of an epoch are waiting. It and the reading threads end when
-        the generator is exhausted, closed or dropped.
-
-        Args:
-            start: First epoch.
-            stop: End of the range of epochs, or None.
-            prepare: Called in the background thread with (number, batch); number counts all
-                delivered batches from 0.
-            past: Delivered parts of epoch `start`.
+        A background thread assembles the batches and calls `prepare(number, batch)`, where `number`
+        counts all delivered batches from 0. It starts reading the next epoch while the last batches
+        of an epoch are waiting. It and the reading threads end when the generator is exhausted,
+        closed or dropped. `past` lists the delivered parts of epoch `start`.
 
         Yields:
             Per epoch, an iterator over the results of `prepare`. Exhaust it before the next one.

@@ -49,12 +49,9 @@ class RowGroupCache:
     """
 
     def __init__(self, directory: Path, size_bytes: int, versions: Mapping[str, str]) -> None:
-        """Create or open the cache.
+        """Create or open the cache; above `size_bytes` it evicts the oldest row groups.
 
-        Args:
-            directory: Directory that only this user may write to.
-            size_bytes: Size above which the oldest row groups are evicted.
-            versions: Path of a shard -> text that changes with its contents.
+        `versions` maps the path of each shard to a text that changes with its contents.
 
         Raises:
             UserError: The directory cannot be used.
@@ -147,14 +144,9 @@ def read_row_groups(
     stopped: threading.Event,
     store: ShardStore | None = None,
 ) -> Generator[pa.Table, None, None]:
-    """Yield the tables of row groups in the planned order, read ahead by worker threads.
+    """Yield the tables of non-empty row groups in the planned order, read ahead by threads.
 
-    Args:
-        planned: Row groups, each with at least one row; repetitions are allowed.
-        columns: Columns to read.
-        workers: Number of reading threads.
-        stopped: Event that ends the reader; closing the generator does, too.
-        store: Where the shards are; None for the local file system without a cache.
+    The reader ends when the generator is closed or `stopped` is set.
 
     Raises:
         UserError: A row group cannot be read.

@@ -108,18 +108,11 @@ def plan_epoch(
     """Plan the rows that a rank reads in the part of an epoch that `past` has not delivered.
 
     With the world size and batch size of the last entry of `past`, the plan continues its sequence
-    of batches exactly. Otherwise it redistributes the remaining rows.
+    of batches exactly. Otherwise it redistributes the remaining rows. `window_rows`, `seed` and
+    `shuffle` must be those of `past`.
 
-    Args:
-        group_rows: Rows of every row group, in file order.
-        rank: The rank to plan for.
-        world_size: Number of ranks.
-        batch_size: Rows of one rank's batch.
-        window_rows: Minimum rows of a shuffle window.
-        seed: Seed of the run.
-        epoch: Number of the epoch.
-        shuffle: If False, rows keep the order of the files.
-        past: Delivered parts, made with the same window_rows, seed and shuffle.
+    `group_rows` lists the rows of every row group in file order, `batch_size` counts the rows of
+    one rank's batch, and a shuffle window has at least `window_rows` rows.
     """
     finished, done = _merge(past, world_size, batch_size)
     left = [Fragment(group, 0, rows) for group, rows in enumerate(group_rows) if rows]

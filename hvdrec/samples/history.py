@@ -57,13 +57,10 @@ class EventLog:
     def of(
         items: pa.Array, times: UserTimes, chosen: Array, item_code: Array | None = None
     ) -> EventLog:
-        """Sort the events among n rows; events of one time keep their row order.
+        """Sort the events among n rows; `chosen` marks them, bool [n].
 
-        Args:
-            items: Item keys or other values [n].
-            times: User and time of each row.
-            chosen: Whether each row is an event, bool [n].
-            item_code: Item codes, int64 [n], if lists keep only the latest event of an item.
+        Events of one time keep their row order. With `item_code`, int64 [n], lists keep only the
+        latest event of each item.
         """
         rows = np.flatnonzero(chosen)
         order = rows[np.argsort(times.key[rows], kind="stable")]

@@ -124,7 +124,10 @@ def make_samples(
             table = entity_table(join, joined, samples.rows, entities)
             meta[f"{side}s"] = len(table)
             notify(f"{len(table)} {side}s")
-            _write_entities(draft, spec, side, table, histories)
+            if side == "item":
+                write_table(draft / "items.parquet", table)
+            else:
+                write_users(draft, spec, table, histories)
     fields = ("rows", "positives", "users", "items")
     return SamplesResult(str(path), *(meta[field] for field in fields))
 
@@ -235,13 +238,11 @@ def _join_negatives(
     return parts, of[np.concatenate(kept)]
 
 
-def _build_histories(spec: SampleSpec, samples: _SplitRows) -> Histories | None:
+def _build_histories(spec: SampleSpec, samples: _SplitRows) -> Histories:
     """Collect the events of all histories."""
-    options, rows = spec.samples, samples.rows
-    if not options.history:
-        return None
-    assert samples.time is not None
-    times = UserTimes.of(samples.users.code, samples.time)
+    options, rows, user = spec.samples, samples.rows, samples.users.code
+    # Only samples without histories may lack times.
+    times = UserTimes.of(user, np.zeros_like(user) if samples.time is None else samples.time)
 
     def events(allowed: Array) -> dict[str, EventLog]:
         logs = {}
@@ -268,7 +269,7 @@ def _write_splits(
     draft: Path,
     spec: SampleSpec,
     samples: _SplitRows,
-    histories: Histories | None,
+    histories: Histories,
     notify: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write all splits, training rows shuffled and others by time; return counts for the meta."""
@@ -301,18 +302,3 @@ def _training_rows(logged: _SplitRows) -> Array:
     """
     rows = np.flatnonzero(logged.split == 0)
     return rows if logged.time is None else rows[np.argsort(logged.time[rows], kind="stable")]
-
-
-def _write_entities(
-    draft: Path, spec: SampleSpec, side: str, table: pa.Table, histories: Histories | None
-) -> None:
-    if side == "item":
-        write_table(draft / "items.parquet", table)
-        return
-    for name in ("train", "all"):
-        file = draft / f"users_{name}.parquet"
-        if histories is None:
-            write_table(file, table)
-        else:
-            events = histories.train if name == "train" else histories.all
-            write_users(file, spec, table, histories.times.times, events)

@@ -130,13 +130,9 @@ def concatenate_rows(parts: Sequence[LabelledRows]) -> LabelledRows:
 
 
 def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
-    """Convert a column of times to sortable numbers [n].
+    """Convert a column of numbers, dates or timestamps to sortable numbers [n].
 
-    Args:
-        where: File or configuration key that the column comes from, for errors.
-        name: Name of the column, for errors.
-        key: Configuration key that names the column, for errors.
-        array: Numbers, dates or timestamps [n].
+    Errors name the column, its file `where`, and the configuration key that names the column.
 
     Raises:
         UserError: The column has another type, or a value is null or not finite.

@@ -50,12 +50,9 @@ class SampleSpec:
         return next((feature for feature in self.features if feature.name == name), None)
 
     def cast(self, name: str, array: pa.Array, where: str) -> pa.Array:
-        """Cast a key or feature column to its declared type; keys are strings by default.
+        """Cast a key or feature to its declared type; keys are strings by default.
 
-        Args:
-            name: Name of the column.
-            array: Compact values [n].
-            where: File or configuration key that the column comes from, for errors.
+        Errors name `where` the column comes from, a file or configuration key.
         """
         feature = self.feature(name)
         if feature is None:

@@ -22,7 +22,7 @@ def split_rows(split: Split, user: Array, time: Array | None, column: str) -> Ar
     Args:
         split: Method and fractions.
         user: User codes, int64 [n].
-        time: Numbers that order the rows, [n]; None if there are none.
+        time: Numbers that order the rows [n], if there are any.
         column: Name of the time column, for errors.
 
     Returns:

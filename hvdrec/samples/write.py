@@ -70,7 +70,7 @@ class Entities:
 
 
 def write_split(
-    folder: Path, spec: SampleSpec, rows: LabelledRows, chosen: Array, histories: Histories | None
+    folder: Path, spec: SampleSpec, rows: LabelledRows, chosen: Array, histories: Histories
 ) -> None:
     """Write the samples with the row numbers `chosen`, in that order, to files of one folder."""
     folder.mkdir()
@@ -88,14 +88,15 @@ def write_table(file: Path, table: pa.Table) -> None:
     _write(file, (table.slice(i, ROW_GROUP_ROWS) for i in range(0, len(table), ROW_GROUP_ROWS)))
 
 
-def write_users(
-    file: Path, spec: SampleSpec, users: pa.Table, times: int, events: dict[str, EventLog]
-) -> None:
-    """Write the users with the latest events of every history; `times` counts distinct times."""
-    for history in spec.samples.history:
-        latest = events[history.name].latest(len(users), times, history.length)
-        users = users.append_column(history.name, latest)
-    write_table(file, users)
+def write_users(draft: Path, spec: SampleSpec, users: pa.Table, histories: Histories) -> None:
+    """Write the users twice: with the latest events of training rows, and of all rows."""
+    for name, events in (("train", histories.train), ("all", histories.all)):
+        table = users
+        for history in spec.samples.history:
+            log = events[history.name]
+            latest = log.latest(len(users), histories.times.times, history.length)
+            table = table.append_column(history.name, latest)
+        write_table(draft / f"users_{name}.parquet", table)
 
 
 def entity_table(
@@ -175,20 +176,16 @@ def _cast_keys(spec: SampleSpec, where: str, name: str, array: pa.Array) -> pa.A
     return plain(spec.cast(name, array, where))
 
 
-def _samples(
-    spec: SampleSpec, rows: LabelledRows, index: Array, histories: Histories | None
-) -> pa.Table:
+def _samples(spec: SampleSpec, rows: LabelledRows, index: Array, histories: Histories) -> pa.Table:
     """Build the samples with the row numbers `index`."""
     positions = pa.array(index)
     columns = {name: array.take(positions) for name, array in rows.columns.items()}
-    if histories is not None:
-        # With a random split, only training rows may count as history: others leak the future.
-        is_random = spec.samples.split.method in RANDOM
-        events = histories.train if is_random else histories.all
-        for history in spec.samples.history:
-            log = events[history.name]
-            lists = log.others if history.scope == "others" else log.before
-            columns[history.name] = lists(histories.times, index, history.length)
+    # With a random split, only training rows may count as history: others leak the future.
+    events = histories.train if spec.samples.split.method in RANDOM else histories.all
+    for history in spec.samples.history:
+        log = events[history.name]
+        lists = log.others if history.scope == "others" else log.before
+        columns[history.name] = lists(histories.times, index, history.length)
     columns["label"] = pa.array(rows.label[index].astype(np.float32))
     for task, label in zip(spec.tasks, rows.tasks, strict=True):
         values = label[index]

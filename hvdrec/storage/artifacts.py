@@ -68,11 +68,8 @@ def write_artifact(
 ) -> Iterator[Path]:
     """Yield an empty directory that becomes the artifact on a clean exit and else is removed.
 
-    Args:
-        path: Where the artifact goes.
-        kind: Kind of the artifact.
-        meta: Facts for the manifest; read on exit, so the caller may fill it meanwhile.
-        overwrite: Replace an artifact of the same kind once the new one is complete.
+    `meta` is read on exit, so the caller may fill it meanwhile. `overwrite` replaces an artifact of
+    the same kind once the new one is complete.
 
     Raises:
         UserError: There is something at `path` that may not be replaced.
@@ -135,11 +132,7 @@ def verify_artifact(path: Path, kind: str) -> Manifest:
 def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = False) -> bool:
     """Copy an artifact to a local directory and verify the SHA-256 of every file.
 
-    Args:
-        source: The artifact.
-        to: Directory to create, which is either complete or absent.
-        kind: Kind of the artifact.
-        overwrite: Replace another artifact of the same kind.
+    The directory is either complete or absent. `overwrite` replaces another artifact of that kind.
 
     Returns:
         False if `to` already holds this very artifact, so that nothing was copied.

@@ -280,7 +280,6 @@ def parquet_files(folder: Location) -> list[Any]:
 
 def _read_parquet(file: Location, action: Callable[[pq.ParquetFile], T]) -> T:
     """Apply an action to a Parquet file, with retries if it is remote."""
-
     if isinstance(file, Path):
         with open_parquet(None, file) as parquet:
             return action(parquet)
