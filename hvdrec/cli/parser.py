@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,13 +103,14 @@ def _add_fields(
     parser: argparse.ArgumentParser, command: Command, arguments: Sequence[str]
 ) -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
-        from hvdrec.cli.fields import describe_fields
-        from hvdrec.config import load_config
+        with suppress(ModuleNotFoundError):  # the slim install does not read configurations
+            from hvdrec.cli.fields import describe_fields
+            from hvdrec.config import load_config
 
-        files = [Path(text) for text in arguments if text.endswith(".toml")]
-        config = load_config(files[0]) if files else None
-        if config or command.fields != ALL_FIELDS:
-            describe_fields(parser, config, command.fields)
+            files = [Path(text) for text in arguments if text.endswith(".toml")]
+            config = load_config(files[0]) if files else None
+            if config or command.fields != ALL_FIELDS:
+                describe_fields(parser, config, command.fields)
     elif any(argument.startswith("--") for argument in arguments):
         from hvdrec.cli.fields import add_field_options
 
