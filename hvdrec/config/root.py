@@ -63,6 +63,7 @@ class Config:
     """Export."""
 
     def __post_init__(self) -> None:
+        """Check the rules between fields."""
         check_rules(self)
 
     @property

@@ -147,6 +147,7 @@ class Feature:
     """Value of a scene field that a request leaves out. Without it, the value is missing."""
 
     def __post_init__(self) -> None:
+        """Check the name, and the fields against the kind."""
         """Raise UserError if a field does not fit the others."""
         if not self.name.isidentifier():
             raise self.invalid("name", "use letters, digits and underscores")
@@ -210,6 +211,7 @@ class Schema:
     item_key: str
 
     def __post_init__(self) -> None:
+        """Check the features against each other."""
         """Raise UserError if features contradict each other."""
         names = [feature.name for feature in self.features]
         for feature in self.features:
@@ -280,6 +282,7 @@ class Schema:
                     raise invalid_value(f"features.{feature.name}", feature.kind, problem)
 
     def __getitem__(self, name: str) -> Feature:
+        """Return the feature of this name; raise KeyError if there is none."""
         """Return a feature by name; KeyError if there is none."""
         for feature in self.features:
             if feature.name == name:
