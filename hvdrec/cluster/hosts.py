@@ -150,7 +150,7 @@ def _explain_failure(host: str, done: subprocess.CompletedProcess[str]) -> str:
         return f"{Path.cwd()}: does not exist; ranks start in the directory of the launcher"
     if done.returncode == 127:
         return f"{sys.executable}: does not exist ({output}); install hvdrec at the same place"
-    if "No module named" in output:
+    if "No module named" in output or "ImportError" in output:
         return f"hvdrec is not installed or has another version ({output}); install the same"
     return f"gives no valid answer ({output or f'exit code {done.returncode}'})"
 

@@ -234,7 +234,7 @@ def test_the_name_of_a_host_needs_a_usable_address(
 
 def test_other_problems_of_a_host_are_named(hosts: Hosts, small: Path) -> None:
     package = Path(hvdrec.__file__).parent
-    with hosts.mounted(2, None, package / "parallel"), hosts.mounted(3, None, BIN):
+    with hosts.mounted(2, None, package / "cluster"), hosts.mounted(3, None, BIN):
         done = hosts.run(1, [HVDREC, "hosts", "-H", "hv1:2,hv2:2,hv3:2", "--json"])
     assert done.status == 2
     first, second, third = json.loads(done.output)["hosts"]
