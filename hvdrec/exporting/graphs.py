@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnx.parser
 import torch
-from onnx import compose, helper
+from numpy.typing import NDArray
+from onnx import compose, helper, numpy_helper
 from torch import Tensor, nn
 
 from hvdrec.config.schema import Feature, Side
 from hvdrec.features.fit import Fitted
-from hvdrec.features.graph import build, output_name
+from hvdrec.features.graph import IR_VERSION, OPSET, build, output_name
 from hvdrec.models.recommender import Recommender
 
-OPSET = 20
 Function = Callable[[dict[str, Tensor]], Tensor]
 Functions = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
@@ -174,6 +176,30 @@ def joined(*models: onnx.ModelProto) -> onnx.ModelProto:
         ir_version=max(model.ir_version for model in models),
         producer_name="hvdrec",
     )
+
+
+def parsed(
+    name: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    nodes: Sequence[str],
+    constants: Mapping[str, NDArray[Any]],
+) -> onnx.ModelProto:
+    """Parse a graph in ONNX's text format.
+
+    Args:
+        name: Name of the graph.
+        inputs: Declarations such as ``float[rows, 8] item_embedding``.
+        outputs: The same of outputs.
+        nodes: Lines such as ``sum = Add (left, right)``.
+        constants: Values of the constants that nodes read.
+    """
+    signature = f"{name} ({', '.join(inputs)}) => ({', '.join(outputs)})"
+    header = f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>'
+    model = onnx.parser.parse_model("\n".join([header, signature, "{", *nodes, "}"]))
+    tensors = [numpy_helper.from_array(array, key) for key, array in constants.items()]
+    model.graph.initializer.extend(tensors)
+    return model
 
 
 def preprocessing(

@@ -18,24 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdrec.config.schema import Feature
-from hvdrec.exporting.graphs import (
-    OPSET,
-    example,
-    export_function,
-    export_functions,
-    joined,
-)
+from hvdrec.exporting.graphs import example, export_function, export_functions, joined, parsed
 from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import DnnRanker, Recommender
 from hvdrec.models.tasks import TaskRanker
@@ -192,7 +185,7 @@ def core(model: Recommender) -> onnx.ModelProto:
         {"first": torch.zeros(3, parts.product.shape[1])},
         _output_names(model),
     )
-    first = _first_layer(parts, model.user_width(), shared.ir_version)
+    first = _first_layer(parts, model.user_width())
     if parts.pairs is not None:
         to_terms = parts.pairs
         pairs = export_function(
@@ -232,7 +225,7 @@ def _unfactored(
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*gathers, *nodes])
-    graph.input.append(_int64("request", "rows"))
+    graph.input.append(helper.make_tensor_value_info("request", TensorProto.INT64, ["rows"]))
     return exported
 
 
@@ -245,81 +238,51 @@ def rename_input(graph: onnx.GraphProto, old: str, new: str) -> None:
                 rename_input(attribute.g, old, new)
 
 
-def _first_layer(parts: Factored, user_width: int, ir_version: int) -> onnx.ModelProto:
-    """Return the graph of the first layer, after `Factored.request` and `Factored.pairs`.
+ONE_OR_MANY = """
+count = Shape <start = 0, end = 1> (user_embedding)
+requests = Squeeze (count)
+is_one = Equal (requests, one)
+{output} = If (is_one) <
+    then_branch = one_request () => (float[rows, {hidden}] first_of_one) {{
+        user = Gather <axis = 1> (user_embedding, user_columns)
+        user_column = Transpose <perm = [1, 0]> (user)
+        of_products = Mul (user_column, product_weight)
+        folded = ScatterND <reduction = "add"> (item_weight, item_rows, of_products)
+        first_of_one = Gemm (item_embedding, folded, shared)
+    }},
+    else_branch = many_requests () => (float[rows, {hidden}] first_of_many) {{
+        users = Gather <axis = 1> (user_embedding, user_columns)
+        paired_users = Gather (users, request)
+        items = Gather <axis = 1> (item_embedding, item_columns)
+        products = Mul (paired_users, items)
+        product_terms = MatMul (products, product_weight)
+        item_terms = MatMul (item_embedding, item_weight)
+        paired_shared = Gather (shared, request)
+        first_of_many = Sum (product_terms, item_terms, paired_shared)
+    }}
+>"""
+"""The first layer without pairs, in ONNX's text format."""
 
-    ``user_embedding`` [R, U], ``shared`` [R, H], ``item_embedding`` [N, I], ``request`` int64 [N]
-    and, with pairs, ``pair_terms`` [N, H] -> ``first`` [N, H].
-    """
-    hidden = parts.product.shape[1]
-    constants: dict[str, NDArray[Any]] = {
+
+def _first_layer(parts: Factored, user_width: int) -> onnx.ModelProto:
+    """Return the graph of the first layer, after `Factored.request` and `Factored.pairs`."""
+    item_width, hidden = parts.item.shape
+    inputs = [
+        f"float[requests, {user_width}] user_embedding",
+        f"float[requests, {hidden}] shared",
+        f"float[rows, {item_width}] item_embedding",
+        "int64[rows] request",
+    ]
+    nodes = [ONE_OR_MANY.format(hidden=hidden, output="first" if parts.pairs is None else "alone")]
+    if parts.pairs is not None:
+        inputs.append(f"float[rows, {hidden}] pair_terms")
+        nodes.append("first = Add (alone, pair_terms)")
+    constants = {
         "item_weight": parts.item,
         "product_weight": parts.product,
-        "one": np.array(1, dtype=np.int64),
+        "one": np.array(1),
         "user_columns": parts.columns[0],
         "item_columns": parts.columns[1],
         "item_rows": parts.columns[1][:, None],
     }
-    node = helper.make_node
-    one_request = [
-        node("Gather", ["user_embedding", "user_columns"], ["user"], axis=1),
-        node("Transpose", ["user"], ["user_column"], perm=[1, 0]),
-        node("Mul", ["user_column", "product_weight"], ["of_products"]),
-        node("ScatterND", ["item_weight", "item_rows", "of_products"], ["folded"], reduction="add"),
-        node("Gemm", ["item_embedding", "folded", "shared"], ["first_of_one"]),
-    ]
-    many_requests = [
-        node("Gather", ["user_embedding", "user_columns"], ["users"], axis=1),
-        node("Gather", ["users", "request"], ["paired_users"]),
-        node("Gather", ["item_embedding", "item_columns"], ["items"], axis=1),
-        node("Mul", ["paired_users", "items"], ["products"]),
-        node("MatMul", ["products", "product_weight"], ["product_terms"]),
-        node("MatMul", ["item_embedding", "item_weight"], ["item_terms"]),
-        node("Gather", ["shared", "request"], ["paired_shared"]),
-        node("Sum", ["product_terms", "item_terms", "paired_shared"], ["first_of_many"]),
-    ]
-    branches = {
-        "then_branch": _branch(one_request, "first_of_one", hidden),
-        "else_branch": _branch(many_requests, "first_of_many", hidden),
-    }
-    without_pairs = "first" if parts.pairs is None else "first_without_pairs"
-    nodes = [
-        node("Shape", ["user_embedding"], ["requests"], start=0, end=1),
-        node("Squeeze", ["requests"], ["count"]),
-        node("Equal", ["count", "one"], ["is_one"]),
-        node("If", ["is_one"], [without_pairs], **branches),
-    ]
-    inputs = [
-        _float("user_embedding", "requests", user_width),
-        _float("shared", "requests", hidden),
-        _float("item_embedding", "rows", len(parts.item)),
-        _int64("request", "rows"),
-    ]
-    if parts.pairs is not None:
-        nodes.append(node("Add", [without_pairs, "pair_terms"], ["first"]))
-        inputs.append(_float("pair_terms", "rows", hidden))
-    graph = helper.make_graph(
-        nodes,
-        "first_layer",
-        inputs,
-        [_float("first", "rows", hidden)],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    return _model(graph, ir_version)
-
-
-def _model(graph: onnx.GraphProto, ir_version: int) -> onnx.ModelProto:
-    opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
-
-
-def _branch(nodes: list[onnx.NodeProto], output: str, width: int) -> onnx.GraphProto:
-    return helper.make_graph(nodes, output, [], [_float(output, "rows", width)])
-
-
-def _float(name: str, rows: str, width: int) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width])
-
-
-def _int64(name: str, rows: str) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.INT64, [rows])
+    return parsed("first_layer", inputs, [f"float[rows, {hidden}] first"], nodes, constants)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from hvdrec.config.schema import Side
-from hvdrec.exporting.graphs import joined, preprocessing, stored_width
+from hvdrec.exporting.graphs import joined, parsed, preprocessing, stored_width
 from hvdrec.exporting.ranker_graph import core, pair_features, rename_input, request_features
 from hvdrec.features.fit import Fitted
-from hvdrec.features.graph import IR_VERSION, OPSET, output_name
+from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import Recommender
 
 PAIRED = "paired/"
@@ -52,39 +52,30 @@ def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
 
 def _repeated(names: Sequence[str]) -> onnx.ModelProto:
     """Return the graph that gathers codes [R] by ``request`` into codes [N]."""
-    nodes = [helper.make_node("Gather", [name, "request"], [PAIRED + name]) for name in names]
-    inputs = [_codes(name, "requests") for name in names] + [_codes("request", "rows")]
-    outputs = [_codes(PAIRED + name, "rows") for name in names]
-    return _model(helper.make_graph(nodes, "repeated", inputs, outputs))
+    inputs = ["int64[rows] request", *(f"int64[requests] {name}" for name in names)]
+    outputs = [f'int64[rows] "{PAIRED}{name}"' for name in names]
+    nodes = [f'"{PAIRED}{name}" = Gather ({name}, request)' for name in names]
+    return parsed("repeated", inputs, outputs, nodes, {})
 
 
 def _unpacked(model: Recommender, side: Side, prefix: str, rows: str) -> onnx.ModelProto:
     """Return the graph that splits stored embeddings into representations and codes."""
     name, stored = f"{side}_embedding", stored_width(model, side)
-    carried = [output_name(feature.name) for feature in model.schema.carried(side)]
-    width = stored - len(carried)
-    constants = {f"{name}/start": [0], f"{name}/stop": [width], f"{name}/axis": [1]}
-    represented = f"{name}/represented"
-    nodes = [helper.make_node("Slice", [name, *constants], [represented])]
-    outputs = [helper.make_tensor_value_info(represented, TensorProto.FLOAT, [rows, width])]
-    initializers = [
-        numpy_helper.from_array(np.array(value, np.int64), key) for key, value in constants.items()
-    ]
-    for column, code in enumerate(carried, start=width):
-        index = np.array(column, np.int64)
-        initializers.append(numpy_helper.from_array(index, f"{code}/column"))
-        column_name = f"{code}/stored"
-        nodes.append(helper.make_node("Gather", [name, f"{code}/column"], [column_name], axis=1))
-        nodes.append(helper.make_node("Cast", [column_name], [prefix + code], to=TensorProto.INT64))
-        outputs.append(_codes(prefix + code, rows))
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, stored])]
-    return _model(helper.make_graph(nodes, "unpacked", inputs, outputs, initializers))
-
-
-def _codes(name: str, rows: str) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.INT64, [rows])
-
-
-def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
-    opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    codes = [output_name(feature.name) for feature in model.schema.carried(side)]
+    width = stored - len(codes)
+    represented = f'"{name}/represented"'
+    parts = ", ".join([represented, *(f'"{code}/column"' for code in codes)])
+    nodes = [f'{parts} = Split <axis = 1> ({name}, "{name}/widths")']
+    for code in codes:
+        nodes.append(f'"{code}/stored" = Squeeze ("{code}/column", "{name}/axis")')
+        nodes.append(f'"{prefix}{code}" = Cast <to = {TensorProto.INT64}> ("{code}/stored")')
+    return parsed(
+        "unpacked",
+        [f"float[{rows}, {stored}] {name}"],
+        [
+            f"float[{rows}, {width}] {represented}",
+            *(f'int64[{rows}] "{prefix}{code}"' for code in codes),
+        ],
+        nodes,
+        {f"{name}/widths": np.array([width, *[1] * len(codes)]), f"{name}/axis": np.array([1])},
+    )

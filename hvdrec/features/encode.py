@@ -88,7 +88,7 @@ def encode(
     *,
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
     workers: WorkerPool = THIS_PROCESS,
 ) -> dict[str, Any]:
     """Fit the features, encode all splits and write the features artifact.
@@ -126,21 +126,8 @@ def encode(
         onnx.save(graph, str(draft / "preprocess.onnx"))
         meta["sizes"] = fitted.sizes
         job = _Job(samples.absolute(), draft.absolute(), config.task_columns)
-        counts = np.zeros(pq.read_metadata(samples / SIDE_FILES["item"]).num_rows, dtype=np.int64)
         try:
-            for split in SPLITS:
-                notify(f"encoding {split}")
-                shards = _shards(job, split, config.encode)
-                meta["shards"][split] = [sum(shard.groups) for shard in shards]
-                meta["rows"][split] = sum(meta["shards"][split])
-                (draft / split).mkdir()
-                with closing(workers.map(_write_shard, shards)) as written:
-                    for shard, (items, times) in zip(shards, written, strict=True):
-                        _require_visible(shard)
-                        if split == "train":
-                            counts[items] += times
-                        if progress is not None:
-                            progress(sum(shard.groups))
+            counts = _write_splits(job, config.encode, meta, notify, progress, workers)
             notify("encoding users and items")
             rows = config.encode.row_group_rows
             _write_side(job, "user", rows, workers, {})
@@ -148,6 +135,31 @@ def encode(
         finally:
             _state.cache_clear()
     return meta
+
+
+def _write_splits(
+    job: _Job,
+    encode: Encode,
+    meta: dict[str, Any],
+    notify: Callable[[str], None],
+    progress: Callable[[int], None],
+    workers: WorkerPool,
+) -> NDArray[np.int64]:
+    """Encode all splits; return the number of positive training rows of each item."""
+    counts = np.zeros(count_rows([job.samples / SIDE_FILES["item"]]), dtype=np.int64)
+    for split in SPLITS:
+        notify(f"encoding {split}")
+        shards = _shards(job, split, encode)
+        meta["shards"][split] = [sum(shard.groups) for shard in shards]
+        meta["rows"][split] = sum(meta["shards"][split])
+        (job.draft / split).mkdir()
+        with closing(workers.map(_write_shard, shards)) as written:
+            for shard, (items, times) in zip(shards, written, strict=True):
+                _require_visible(shard)
+                if split == "train":
+                    counts[items] += times
+                progress(sum(shard.groups))
+    return counts
 
 
 def even_sizes(total: int, largest: int) -> list[int]:

@@ -50,7 +50,7 @@ def parquet_writer(
         types: Name -> type of the columns, in their order.
         nullable: Columns that may contain nulls.
     """
-    schema = pa.schema([pa.field(name, kind, name in nullable) for name, kind in types.items()])
+    schema = pa.schema([pa.field(name, each, name in nullable) for name, each in types.items()])
     with pq.ParquetWriter(file, schema, compression="lz4", data_page_size=PAGE_BYTES) as writer:
 
         def write(table: pa.Table) -> None:

@@ -1,4 +1,4 @@
-"""What export counts and writes beside embeddings, from samples written by hand."""
+"""Counts, filters and seen items that export writes, from samples written by hand."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ def write_samples(
 
 
 def write(folder: Path, config: Config, *, integer_keys: bool = False) -> tuple[Path, list[str]]:
-    draft, said = folder / "draft", list[str]()
+    draft, lines = folder / "draft", list[str]()
     (draft / "users").mkdir(parents=True)
     (draft / "items").mkdir()
     users, items = ["b", "é", "a"], dict(ITEMS)
     if integer_keys:
         users = [ord(name) - 110 for name in users]  # type: ignore[misc]
         items["item_id"] = [ord(name) - 110 for name in ITEMS["item_id"]]  # type: ignore[misc]
-    write_catalogue(draft, pa.table({"user_id": users}), pa.table(items), config, said.append)
-    return draft, said
+    write_catalogue(draft, pa.table({"user_id": users}), pa.table(items), config, lines.append)
+    return draft, lines
 
 
 def lists(file: Path) -> list[list[int]]:
@@ -94,10 +94,10 @@ def lists(file: Path) -> list[list[int]]:
     return [rows[a:b].tolist() for a, b in itertools.pairwise(offsets)]
 
 
-def test_everything_by_hand(tmp_path: Path) -> None:
+def test_all_files_by_hand(tmp_path: Path) -> None:
     config = replace(write_samples(tmp_path), export=Export(filters=("genres", "shop")))
-    draft, said = write(tmp_path, config)
-    assert said == []
+    draft, lines = write(tmp_path, config)
+    assert lines == []
     # In the order of keys: x, y, z, é.
     popularity, trending = (np.load(draft / f"items/{n}.npy") for n in ("popularity", "trending"))
     assert (popularity.dtype, popularity.tolist()) == (np.int64, [3, 1, 0, 0])
@@ -115,7 +115,7 @@ def test_everything_by_hand(tmp_path: Path) -> None:
     assert lists(draft / "items/filters/shop/{}.npy") == [[0], [1, 2]]
 
 
-def test_integer_keys_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+def test_integer_keys_are_sorted_as_numbers(tmp_path: Path) -> None:
     config = write_samples(tmp_path, integer_keys=True)
     draft, _ = write(tmp_path, config, integer_keys=True)
     # Items x 10, y 11, z 12, é 123; users a -13, b -12, é 123.
@@ -124,13 +124,13 @@ def test_integer_keys_are_in_the_order_of_numbers(tmp_path: Path) -> None:
     assert not (draft / "items/filters").exists()
 
 
-def test_where_negatives_are_drawn_only_positives_were_met(tmp_path: Path) -> None:
+def test_only_positives_count_as_seen_with_sampled_negatives(tmp_path: Path) -> None:
     config = write_samples(tmp_path, negatives=Negatives(per_positive=4))
     draft, _ = write(tmp_path, config)
     assert lists(draft / "users/seen_{}.npy") == [[0, 3], [1], [0]]
 
 
-def test_seen_can_be_left_out(tmp_path: Path) -> None:
+def test_seen_items_can_be_switched_off(tmp_path: Path) -> None:
     config = replace(write_samples(tmp_path), export=Export(seen=False))
     draft, _ = write(tmp_path, config)
     assert list((draft / "users").iterdir()) == []
@@ -151,10 +151,10 @@ def at(days: float) -> datetime.datetime:
     ],
     ids=["milliseconds", "nanoseconds", "timestamps", "with a zone", "dates"],
 )
-def test_times_of_every_kind_tell_days(tmp_path: Path, times: Any) -> None:
-    draft, said = write(tmp_path, write_samples(tmp_path, times))
+def test_times_of_all_types_and_units_are_understood(tmp_path: Path, times: Any) -> None:
+    draft, lines = write(tmp_path, write_samples(tmp_path, times))
     assert np.load(draft / "items/trending.npy").tolist() == [2, 0, 0, 1]
-    assert said == []
+    assert lines == []
 
 
 @pytest.mark.parametrize(
@@ -166,21 +166,23 @@ def test_times_of_every_kind_tell_days(tmp_path: Path, times: Any) -> None:
     ],
     ids=["small numbers", "text", "no time"],
 )
-def test_without_days_what_is_popular_trends(tmp_path: Path, times: Any, name: str) -> None:
-    draft, said = write(tmp_path, write_samples(tmp_path, times, time=name))
+def test_trending_counts_equal_popularity_without_times(
+    tmp_path: Path, times: Any, name: str
+) -> None:
+    draft, lines = write(tmp_path, write_samples(tmp_path, times, time=name))
     assert np.load(draft / "items/trending.npy").tolist() == [3, 1, 0, 0]
-    assert said == ["the samples have no times: trending counts equal popularity"]
+    assert lines == ["the samples have no times: trending counts equal popularity"]
 
 
-def test_a_feature_called_time_is_not_the_time(tmp_path: Path) -> None:
+def test_a_feature_named_time_is_not_the_time(tmp_path: Path) -> None:
     config = write_samples(tmp_path)
     features = (*FEATURES, Feature("time", side="scene", dtype="int"))
-    draft, said = write(tmp_path, replace(config, features=features))
-    assert len(said) == 1
+    draft, lines = write(tmp_path, replace(config, features=features))
+    assert len(lines) == 1
     named = replace(config, features=features, samples=replace(config.samples, time="time"))
     (tmp_path / "again").mkdir()
-    draft, said = write(tmp_path / "again", named)
-    assert (np.load(draft / "items/trending.npy").tolist(), said) == ([2, 0, 0, 1], [])
+    draft, lines = write(tmp_path / "again", named)
+    assert (np.load(draft / "items/trending.npy").tolist(), lines) == ([2, 0, 0, 1], [])
 
 
 def test_a_filter_without_values(tmp_path: Path) -> None:

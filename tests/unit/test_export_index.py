@@ -1,4 +1,4 @@
-"""Building an index at export: what is found, what the manifest says, and when none is written."""
+"""The index that export builds: its recall, its manifest entry, and when none is written."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ WIDTH, NOTHING = 8, np.empty(0, dtype=np.int64)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An index is worth while from 4000 items on, and one thread builds it.
+    """An index pays off from 4000 items on, and one thread builds it.
 
-    Threads that wait for each other on a busy machine take long, and build the same.
+    More threads build the same index, but slowly on a busy machine.
     """
     monkeypatch.setattr(building, "COST", 40)
     monkeypatch.setattr(hnsw, "COST", 40)
@@ -80,17 +80,17 @@ def share_found(folder: Path, at: int = 100) -> float:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1])
-def test_the_measured_recall_is_that_of_the_written_index(tmp_path: Path, spread: float) -> None:
+def test_the_reported_recall_is_that_of_the_written_index(tmp_path: Path, spread: float) -> None:
     write_vectors(tmp_path, 8000, spread=spread)
-    said: list[str] = []
-    facts = write_index(tmp_path, WIDTH, said.append)
+    lines: list[str] = []
+    facts = write_index(tmp_path, WIDTH, lines.append)
     assert facts is not None
     assert facts["recall"] == pytest.approx(share_found(tmp_path))
     assert facts["recall"] >= 0.99
     assert (facts["kind"], facts["at"], facts["queries"]) == ("hnsw", 100, 40)
     assert facts["parameters"]["lengths_made_equal"] == (spread > 0)
-    assert said[0] == "index: 0 % of 8000 items"
-    assert "at 100; takes" in said[-1]
+    assert lines[0] == "index: 0 % of 8000 items"
+    assert "at 100; takes" in lines[-1]
 
 
 def test_the_same_embeddings_give_the_same_file(tmp_path: Path) -> None:
@@ -104,13 +104,13 @@ def test_the_same_embeddings_give_the_same_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
-def test_an_index_over_smaller_numbers(tmp_path: Path, kind: str) -> None:
+def test_an_index_of_compressed_embeddings(tmp_path: Path, kind: str) -> None:
     write_vectors(tmp_path, 5000, kind=kind)
     facts = write_index(tmp_path, WIDTH)
     assert facts is not None and facts["recall"] > 0.9
 
 
-def test_effort_grows_until_the_goal_is_reached_or_all_is_as_quick(
+def test_effort_grows_until_the_goal_is_reached_or_an_exact_search_is_as_fast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In every direction alike, and few links: hard to walk through.
@@ -119,31 +119,31 @@ def test_effort_grows_until_the_goal_is_reached_or_all_is_as_quick(
     monkeypatch.setattr(building, "GOAL", 0.5)
     first = write_index(tmp_path, WIDTH)
     monkeypatch.setattr(building, "GOAL", 1.1)
-    said: list[str] = []
-    last = write_index(tmp_path, WIDTH, said.append)
+    lines: list[str] = []
+    last = write_index(tmp_path, WIDTH, lines.append)
     assert first is not None and last is not None
     efforts = [facts["parameters"]["search_effort"] for facts in (first, last)]
     assert efforts[0] < efforts[1] == 280, "400 times the cost of 40 is more than 12,000"
     assert first["recall"] < last["recall"]
-    assert "below 1.1" in said[-1]
+    assert "below 1.1" in lines[-1]
 
 
 def test_few_items_need_no_index(tmp_path: Path) -> None:
     write_vectors(tmp_path, 3999)
-    said: list[str] = []
-    assert write_index(tmp_path, WIDTH, said.append) is None
-    assert said == ["index: not needed, an exact search of 3999 items is faster"]
+    lines: list[str] = []
+    assert write_index(tmp_path, WIDTH, lines.append) is None
+    assert lines == ["index: not needed, an exact search of 3999 items is faster"]
     assert not (tmp_path / INDEX).exists()
 
 
-def test_places_in_the_order_in_which_links_lead_to_them() -> None:
+def test_breadth_first_order_by_hand() -> None:
     # 2 leads to 4 and 0, 4 to 2 and 5, 0 to 4 and 1; nothing leads to 3, which leads to 5.
     links = np.array([[4, 1], [-1, -1], [4, 0], [5, -1], [2, 5], [5, -1]], dtype=np.int32)
     order = breadth_first(links, 2)
     assert (order.dtype, order.tolist()) == (np.int32, [2, 4, 0, 5, 1, 3])
 
 
-def test_neighbours_lie_near_each_other(tmp_path: Path) -> None:
+def test_neighbours_are_close_in_memory(tmp_path: Path) -> None:
     write_vectors(tmp_path, 6000)
     write_index(tmp_path, WIDTH)
     rows = np.load(tmp_path / INDEX_ROWS)
@@ -157,7 +157,7 @@ def test_neighbours_lie_near_each_other(tmp_path: Path) -> None:
     assert np.median(near) < 0.7 * np.median(anyhow)
 
 
-def test_lengths_are_made_equal_and_products_stay() -> None:
+def test_lengthened_vectors_have_equal_lengths_and_keep_inner_products() -> None:
     vectors = np.array([[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]], dtype=np.float32)
     longer = lengthened(vectors)
     assert longer.dtype == np.float32

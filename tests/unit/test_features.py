@@ -1,4 +1,4 @@
-"""Fitting, the preprocessing graph, and encoding by it: one set of codes for every way in."""
+"""Fitting, the preprocessing graph and encoding give the same codes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ ROWS: list[dict[str, Any]] = [
 def samples(
     folder: Path, rows: list[dict[str, Any]] = ROWS, test: list[dict[str, Any]] = ROWS
 ) -> Path:
-    """Write a samples artifact by hand: `rows` for training and validation, `test` for the test."""
+    """Write a samples artifact: `rows` for training and validation, `test` for the test split."""
     out = folder / "samples"
     with write_artifact(out, "samples") as draft:
         for split, part in (("train", rows), ("validation", rows), ("test", test)):
@@ -120,11 +120,11 @@ def samples(
             row["user"] or "?": {n: row[n] for n in ("seen", "age", "income")} for row in everyone
         }
         items = {row["item"] or "?": {n: row[n] for n in ("tags", "price")} for row in everyone}
-        for name, key, found in (("users_train", "user", users), ("items", "item", items)):
+        for name, key, values in (("users_train", "user", users), ("items", "item", items)):
             table = pa.Table.from_pylist(
-                [{key: k, **found[k]} for k in sorted(found)],
+                [{key: k, **values[k]} for k in sorted(values)],
                 pa.schema(
-                    [(key, pa.string()), *((n, TYPES[n]) for n in next(iter(found.values())))]
+                    [(key, pa.string()), *((n, TYPES[n]) for n in next(iter(values.values())))]
                 ),
             )
             pq.write_table(table, draft / f"{name}.parquet")
@@ -137,7 +137,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 
 def run(fitted: Fitted, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Return what the graph makes of raw rows."""
+    """Return the graph's outputs for raw rows."""
     names = [feature.name for feature in FEATURES]
     session = onnxruntime.InferenceSession(build(fitted, names).SerializeToString())
     inputs = rows_to_inputs(CONFIG.schema.columns(), pa.Table.from_pylist(rows, SCHEMA))
@@ -145,17 +145,17 @@ def run(fitted: Fitted, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return dict(zip(names, outputs, strict=True))
 
 
-def test_vocabularies_are_by_falling_count_then_value(fitted: Fitted) -> None:
+def test_vocabularies_are_sorted_by_falling_count_then_value(fitted: Fitted) -> None:
     assert fitted.features["item"].values == ["x", "y", "z"]
     assert fitted.features["seen"].values == ["x", "y", "z"]
     assert fitted.features["tags"].values == [7, 8, 9]
     assert fitted.features["hour"].values == [3, 4]
-    # "?" stands for the rows without a user: it came twice, b once.
+    # "?" is the user of the two rows without one; b occurs once.
     assert fitted.features["user"].values == ["?", "a"]
     assert fitted.sizes == {"user": 4, "item": 5, "tags": 5, "price": 5, "hour": 4, "shop": 12}
 
 
-def test_statistics_are_of_finite_values(fitted: Fitted) -> None:
+def test_statistics_ignore_values_that_are_not_finite(fitted: Fitted) -> None:
     assert fitted.features["age"].statistics["mean"] == 15.0
     assert fitted.features["age"].statistics["deviation"] == 5.0
     logs = [0.0, math.log(4), -math.log(4), math.log(9)]
@@ -191,7 +191,7 @@ def test_unknown_values_have_code_1(fitted: Fitted) -> None:
 
 @given(st.lists(st.integers(-(2**63) + 1, 2**63 - 1), min_size=1, max_size=20))
 @settings(max_examples=50, deadline=None)
-def test_hash_is_what_exact_integers_give(fitted: Fitted, values: list[int]) -> None:
+def test_hashes_equal_those_of_exact_integers(fitted: Fitted, values: list[int]) -> None:
     session = onnxruntime.InferenceSession(build(fitted, ["shop"]).SerializeToString())
     codes = session.run(None, {"shop": np.array(values, np.int64)})[0]
     a, c, b = hash_coefficients("shop", 2)
@@ -234,7 +234,7 @@ raw_rows = st.lists(
 
 @given(raw_rows)
 @settings(max_examples=60, deadline=None)
-def test_encoding_distinct_values_is_running_the_graph_on_rows(
+def test_encoding_distinct_values_equals_running_the_graph_on_rows(
     fitted: Fitted, rows: list[dict[str, Any]]
 ) -> None:
     table = pa.Table.from_pylist(rows, SCHEMA)
@@ -277,7 +277,7 @@ def test_encode_writes_even_shards_and_indices(tmp_path: Path) -> None:
     assert rows["age"].type == pa.float32()
 
 
-def test_the_vocabulary_is_of_the_training_split_alone(tmp_path: Path) -> None:
+def test_the_vocabulary_comes_from_the_training_split_alone(tmp_path: Path) -> None:
     test = [dict(ROWS[0], item="later", hour=23)]
     encode(samples(tmp_path, test=test), tmp_path / "features", CONFIG)
     assert "later" not in Fitted.load(tmp_path / "features").features["item"].values
@@ -286,19 +286,19 @@ def test_the_vocabulary_is_of_the_training_split_alone(tmp_path: Path) -> None:
 
 
 def test_wrong_type_and_missing_column_are_named(tmp_path: Path) -> None:
-    found = samples(tmp_path)
-    part = found / "validation/part-00000.parquet"
+    folder = samples(tmp_path)
+    part = folder / "validation/part-00000.parquet"
     table = pq.read_table(part)
     place = table.column_names.index("hour")
     pq.write_table(table.set_column(place, "hour", table["hour"].cast(pa.string())), part)
-    # The sizes of a manifest are checked first: write it anew.
+    # The manifest's sizes are checked first, so they must fit the new file.
     from hvdrec.storage.artifacts import write_manifest
 
-    write_manifest(found, "samples", {})
+    write_manifest(folder, "samples", {})
     with pytest.raises(UserError, match="column 'hour' is string, its feature needs int64"):
-        encode(found, tmp_path / "features", CONFIG)
+        encode(folder, tmp_path / "features", CONFIG)
     pq.write_table(table.drop(["hour"]), part)
-    write_manifest(found, "samples", {})
+    write_manifest(folder, "samples", {})
     with pytest.raises(UserError, match=r"part-00000.parquet: column 'hour' is missing; .*\[user"):
-        encode(found, tmp_path / "features", CONFIG)
+        encode(folder, tmp_path / "features", CONFIG)
     assert not (tmp_path / "features").exists()

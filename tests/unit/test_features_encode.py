@@ -1,4 +1,4 @@
-"""Encoding samples into shards: what stands in them, how they are cut, and what is refused."""
+"""Encoding samples into shards: contents, sizes, and samples that are refused."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def config(shard_rows: int = 1000, row_group_rows: int = 1000) -> Config:
     return Config(
         name="test",
         features=FEATURES,
-        # The user's key is no feature.
+        # The user key is not a feature.
         samples=Samples(user="user", item="item"),
         encode=Encode(shard_rows=shard_rows, row_group_rows=row_group_rows),
     )
 
 
 def drawn(seed: int, rows: int) -> pa.Table:
-    """Return samples with nulls, missing values, empty and over-long lists; rows are numbered."""
+    """Return random samples with nulls, missing values, empty lists and lists that are too long."""
     random = np.random.default_rng(seed)
 
     def some(values: list[Any], length: int) -> list[Any]:
@@ -95,8 +95,10 @@ def splits(rows: int = 10) -> dict[str, pa.Table]:
     return {split: drawn(n, rows) for n, split in enumerate(SPLITS)}
 
 
-def check_rows(graph: Path, features: tuple[Feature, ...], raw: pa.Table, found: pa.Table) -> None:
-    """Compare encoded rows with what the written graph gives for the raw ones."""
+def check_rows(
+    graph: Path, features: tuple[Feature, ...], raw: pa.Table, encoded: pa.Table
+) -> None:
+    """Compare encoded rows with the output of the written graph for the raw rows."""
     session = onnxruntime.InferenceSession(str(graph))
     for feature in features:
         names = [output_name(feature.name)]
@@ -107,7 +109,7 @@ def check_rows(graph: Path, features: tuple[Feature, ...], raw: pa.Table, found:
             if i.name != feature.name
         }
         [codes] = session.run(names, {**others, **inputs})
-        got = found[feature.name]
+        got = encoded[feature.name]
         if feature.is_list:
             assert got.type.value_type == pa.int32()
             assert not got.type.value_field.nullable
@@ -128,9 +130,9 @@ def _empty(kind: str, rows: int, rank: int) -> np.ndarray:
     shard_rows=st.integers(1, 12),
     row_group_rows=st.integers(1, 12),
 )
-# Without shrinking: an example writes up to 50 files.
+# No shrinking: each example writes up to 50 files.
 @settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
-def test_shards_hold_what_the_graph_gives_in_the_order_of_the_samples(
+def test_shards_contain_the_outputs_of_the_graph_in_the_order_of_the_samples(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: tuple[int, int, int],
     part_rows: int,
@@ -162,13 +164,13 @@ def test_shards_hold_what_the_graph_gives_in_the_order_of_the_samples(
             groups = [facts.row_group(n).num_rows for n in range(facts.num_row_groups)]
             assert len(groups) == max(1, -(-facts.num_rows // row_group_rows))
             assert max(groups) - min(groups) <= 1
-        found = pa.concat_tables([pq.read_table(file) for file in files])
-        check_rows(out / "preprocess.onnx", FEATURES, table, found)
-        assert found["user_index"].to_pylist() == [int(u[1:]) for u in table["user"].to_pylist()]
+        encoded = pa.concat_tables([pq.read_table(file) for file in files])
+        check_rows(out / "preprocess.onnx", FEATURES, table, encoded)
+        assert encoded["user_index"].to_pylist() == [int(u[1:]) for u in table["user"].to_pylist()]
         for name, source in (("item_index", "item"), ("label", "label"), ("weight", "weight")):
-            assert found[name].to_pylist() == table[source].to_pylist()
-        assert found.schema.field("item_index").type == pa.int64()
-        assert not any(found.schema.field(name).nullable for name in found.column_names)
+            assert encoded[name].to_pylist() == table[source].to_pylist()
+        assert encoded.schema.field("item_index").type == pa.int64()
+        assert not any(encoded.schema.field(name).nullable for name in encoded.column_names)
     items = pq.read_table(out / "items.parquet")
     assert items["key"].to_pylist() == list(range(ITEMS))
     train = tables["train"].to_pydict()
@@ -184,7 +186,7 @@ def test_shards_hold_what_the_graph_gives_in_the_order_of_the_samples(
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))
-def test_even_sizes_are_few_and_even(total: int, most: int) -> None:
+def test_even_sizes_are_as_few_as_possible_and_even(total: int, most: int) -> None:
     sizes = even_sizes(total, most)
     assert sum(sizes) == total
     assert max(sizes) <= most
@@ -192,7 +194,7 @@ def test_even_sizes_are_few_and_even(total: int, most: int) -> None:
     assert len(sizes) == max(1, -(-total // most))
 
 
-def test_a_column_in_chunks_and_slices_is_encoded_as_a_whole(tmp_path: Path) -> None:
+def test_chunks_and_slices_of_a_column_do_not_change_its_codes(tmp_path: Path) -> None:
     table = drawn(3, 40)
     encode(samples(tmp_path, {**splits(), "train": table}), tmp_path / "features", config())
     encoder = Encoder(Fitted.load(tmp_path / "features"))
@@ -203,7 +205,7 @@ def test_a_column_in_chunks_and_slices_is_encoded_as_a_whole(tmp_path: Path) -> 
         assert encoder.encode([feature], chunked)[feature.name].equals(expected)
 
 
-def test_entries_under_a_null_list_are_not_read(tmp_path: Path) -> None:
+def test_entries_hidden_under_a_null_list_are_ignored(tmp_path: Path) -> None:
     encode(samples(tmp_path, splits()), tmp_path / "features", config())
     encoder = Encoder(Fitted.load(tmp_path / "features"))
     hidden = pa.ListArray.from_buffers(
@@ -227,7 +229,7 @@ def test_petastorm_reads_the_shards(tmp_path: Path) -> None:
     pairs = pa.array([["a", "b"]] * 20, pa.list_(pa.string()))
     tables["train"] = tables["train"].set_column(4, "words", pairs)
     encode(samples(tmp_path, tables), tmp_path / "features", config(8, 3))
-    # Petastorm's own worker makes a matrix of a list column: rows of one length.
+    # Petastorm's own worker turns a list column into a matrix, so rows need one length.
     names = ["item", "words", "age", "price", "user_index", "item_index", "label", "weight"]
     with make_batch_reader(
         f"file://{tmp_path}/features/train",
@@ -256,20 +258,20 @@ def test_labels_of_tasks_become_columns_of_shards(tmp_path: Path) -> None:
         encode(folder, tmp_path / "features", tasked)
     write_manifest(folder, "samples", {"config": to_dict(tasked)})
     encode(folder, tmp_path / "features", tasked)
-    found = pq.read_table(tmp_path / "features/train")
-    assert found.column_names[-3:] == ["label", "weight", "label_late"]
-    assert found["label_late"].null_count == 0
-    np.testing.assert_array_equal(found["label_late"].to_numpy(), [np.nan, 1.0, 0.0] * 3)
+    encoded = pq.read_table(tmp_path / "features/train")
+    assert encoded.column_names[-3:] == ["label", "weight", "label_late"]
+    assert encoded["label_late"].null_count == 0
+    np.testing.assert_array_equal(encoded["label_late"].to_numpy(), [np.nan, 1.0, 0.0] * 3)
     encode(folder, tmp_path / "plain", config(4, 2))
-    assert pq.read_table(tmp_path / "plain/train").equals(found.drop(["label_late"]))
-    # Another label under the same name is another task.
+    assert pq.read_table(tmp_path / "plain/train").equals(encoded.drop(["label_late"]))
+    # A label with another definition is another task.
     with pytest.raises(UserError, match="has label 't > 3' for task 'late', the config"):
         other = replace(tasked, tasks=(replace(task, label="t > 4"),))
         encode(folder, tmp_path / "features", other, overwrite=True)
 
 
-def spoil(folder: Path, name: str, table: pa.Table) -> None:
-    """Put a table in the place of a file of the samples."""
+def replace_file(folder: Path, name: str, table: pa.Table) -> None:
+    """Replace a file of the samples by a table."""
     pq.write_table(table, folder / name)
     write_manifest(folder, "samples", {})
 
@@ -309,13 +311,13 @@ def spoil(folder: Path, name: str, table: pa.Table) -> None:
         ),
     ],
 )
-def test_samples_that_do_not_fit_together_are_refused(
+def test_inconsistent_samples_are_refused(
     tmp_path: Path, name: str, table: pa.Table, text: str
 ) -> None:
     folder = samples(tmp_path, splits())
     encode(folder, tmp_path / "features", config())
     before = (tmp_path / "features/manifest.json").read_bytes()
-    spoil(folder, name, table)
+    replace_file(folder, name, table)
     with pytest.raises(UserError, match=text):
         encode(folder, tmp_path / "features", config(), overwrite=True)
     assert (tmp_path / "features/manifest.json").read_bytes() == before

@@ -1,4 +1,4 @@
-"""What is learned of the training split: vocabularies, statistics, quantiles."""
+"""What fitting learns from the training split: vocabularies, statistics, quantiles."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def learned(folder: Path, *features: Feature, **columns: pa.Array) -> Fitted:
     return fit(train(folder, columns), Schema((*KEYS, *features), "user", "item"))
 
 
-def test_ties_go_by_the_bytes_of_the_value_and_rare_values_are_left_out(tmp_path: Path) -> None:
+def test_ties_are_sorted_by_the_bytes_of_the_value_and_rare_values_are_left_out(
+    tmp_path: Path,
+) -> None:
     words = ["b", "a", "Z", "é", "b", "a", "Z", "é", "b", "rare", "", None]
     fitted = learned(tmp_path, Feature("word", min_count=2), word=pa.array(words))
     assert fitted.features["word"].values == ["b", "Z", "a", "é"]
     assert fitted.sizes["word"] == FIRST_CODE + 4
 
 
-def test_a_shared_vocabulary_is_that_of_the_owners_own_column(tmp_path: Path) -> None:
+def test_a_shared_vocabulary_comes_from_the_owners_column(tmp_path: Path) -> None:
     fitted = fit(
         train(
             tmp_path,
@@ -68,7 +70,7 @@ def test_a_shared_vocabulary_is_that_of_the_owners_own_column(tmp_path: Path) ->
     assert fitted.sizes == {"user": 3, "item": 4}
 
 
-def test_the_missing_integer_is_in_no_vocabulary_and_no_mean(tmp_path: Path) -> None:
+def test_the_missing_integer_is_ignored(tmp_path: Path) -> None:
     numbers = pa.array([1, 3, MISSING_INT, None])
     fitted = learned(
         tmp_path,
@@ -109,20 +111,20 @@ def test_constant_and_empty_columns_have_deviation_1(tmp_path: Path) -> None:
     st.integers(1, 8),
 )
 @settings(max_examples=25, deadline=None)
-def test_boundaries_are_values_at_their_places_in_order(
+def test_boundaries_are_quantiles_of_the_sorted_values(
     tmp_path_factory: pytest.TempPathFactory, values: list[float], buckets: int
 ) -> None:
     feature = Feature("x", kind="numeric", dtype="float", transform="quantile", buckets=buckets)
     folder = tmp_path_factory.mktemp("quantiles")
     fitted = learned(folder, feature, x=pa.array(values, pa.float64()))
-    # In whole numbers: place ceil(share * n / buckets), counted from 1.
-    places = [-(-share * len(values) // buckets) - 1 for share in range(1, buckets)]
-    expected = sorted({sorted(values)[max(0, place)] for place in places})
+    # Position ceil(share * n / buckets), counted from 1, in integer arithmetic.
+    positions = [-(-share * len(values) // buckets) - 1 for share in range(1, buckets)]
+    expected = sorted({sorted(values)[max(0, position)] for position in positions})
     assert fitted.features["x"].statistics["boundaries"] == expected
     assert fitted.sizes["x"] == FIRST_CODE + len(expected) + 1
 
 
-def test_the_same_rows_give_the_same_bits(tmp_path: Path) -> None:
+def test_fitting_the_same_rows_is_deterministic_bit_for_bit(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     columns = {
         "x": pa.array(random.lognormal(3, 4, 300_000)),
@@ -149,7 +151,7 @@ def test_the_same_rows_give_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run[1]", "all*", "what?", "it's", "{a,b}"])
-def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+def test_wildcards_in_the_name_of_a_directory_are_literal(tmp_path: Path, name: str) -> None:
     fitted = learned(tmp_path / name, Feature("word"), word=pa.array(["a", "b", "a"]))
     assert fitted.features["word"].values == ["a", "b"]
 
@@ -193,7 +195,7 @@ def test_numbers_without_a_finite_mean_are_refused(tmp_path: Path) -> None:
         (Feature("y"), pa.array(["a"]), "column 'y' is missing; the file has [user, item, x]"),
     ],
 )
-def test_columns_of_other_types_are_refused(
+def test_columns_of_wrong_types_are_refused(
     tmp_path: Path, feature: Feature, column: Any, text: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -217,7 +219,7 @@ def test_missing_files_and_files_of_another_format_are_refused(tmp_path: Path) -
         fit(tmp_path, schema)
 
 
-def test_damaged_facts_are_refused(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"fitted.json: is missing; run hvdrec prepare"):
         Fitted.load(tmp_path)
     learned(tmp_path, Feature("word"), word=pa.array(["a"])).save(tmp_path)

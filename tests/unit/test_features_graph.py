@@ -1,4 +1,4 @@
-"""The preprocessing graph against plain Python, for every kind and at the edges of its inputs."""
+"""The preprocessing graph against plain Python, for every kind and for extreme values."""
 
 from __future__ import annotations
 
@@ -150,12 +150,12 @@ def test_codes_are_those_of_plain_python(session: Any, arrays: dict[str, np.ndar
         np.testing.assert_allclose(codes.ravel(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_boundary_belongs_to_the_bucket_above_it() -> None:
+def test_a_value_on_a_boundary_is_in_the_upper_bucket() -> None:
     price = FITTED.schema["price"]
     assert run_one(price, [-9, -1.5, -1.4, 0.0, 2.0, 9.0]).tolist() == [2, 3, 3, 4, 5, 5]
 
 
-def test_standardized_by_hand() -> None:
+def test_standardized_values_by_hand() -> None:
     assert run_one(FITTED.schema["age"], [2, 6, -2, math.nan]).tolist() == [0, 1, -1, 0]
     assert run_one(FITTED.schema["size"], [2, 6, -2, MISSING_INT]).tolist() == [0, 1, -1, 0]
     assert run_one(FITTED.schema["age"], [1e308, -1e308]).tolist() == [LARGEST, -LARGEST]

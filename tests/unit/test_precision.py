@@ -1,4 +1,4 @@
-"""Embeddings as float16 and int8, and a ranker of int8 layers: sizes, rounding, what is refused."""
+"""float16 and int8 embeddings and int8 ranker layers: sizes, rounding, refused values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_rounding_is_within_half_a_step(kind: str, bound: float) -> None:
     assert (error <= np.abs(embeddings).max(axis=1, keepdims=True) * bound * 1.001).all()
 
 
-def test_what_float16_cannot_hold_is_refused() -> None:
+def test_values_too_large_for_float16_are_refused() -> None:
     with pytest.raises(UserError, match="an embedding holds 70000, float16 ends at 65504"):
         compressed(np.array([[7e4]], np.float32), "float16")
 

@@ -1,4 +1,4 @@
-"""The ranker's graph against torch: for every kind of ranker, one request and many."""
+"""The ranker's graph against torch, for all kinds of rankers, with one request and many."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _scores(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_graph_scores_as_torch_does(name: str) -> None:
+def test_the_graph_gives_the_scores_of_torch(name: str) -> None:
     model = small_model(CONFIGS[name]).float().eval()
     graph = core(model)
     onnx.checker.check_model(graph, full_check=True)
@@ -83,11 +83,11 @@ def test_graph_scores_as_torch_does(name: str) -> None:
         np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0)
 
 
-def test_what_a_request_shares_is_computed_once() -> None:
+def test_terms_shared_by_a_request_are_computed_once() -> None:
     model = small_model(CONFIGS["direct"]).float().eval()
     graph = core(model).graph
     weights = {w.name: numpy_helper.to_array(w).shape for w in graph.initializer}
-    # No matrix takes the four parts together; the item's takes its representation alone.
+    # No weight matrix spans all four parts; item_weight takes the item's representation alone.
     width = 3 * 5 + 4 + 4 + 4 + 4
     assert not [shape for shape in weights.values() if width in shape]
     assert weights["item_weight"] == (model.item_width(), 6)

@@ -166,7 +166,7 @@ def test_a_feature_is_found_by_its_name() -> None:
         schema(USER, ITEM)["nobody"]
 
 
-def test_whose_vocabulary_a_feature_uses() -> None:
+def test_the_owner_of_a_features_vocabulary() -> None:
     liked = Feature("liked", kind="categorical_list", shares="genres")
     whole = schema(USER, ITEM, GENRES, HISTORY, liked)
     owners = {feature.name: whole.vocabulary_of(feature) for feature in whole.features}
@@ -190,7 +190,7 @@ def test_whose_vocabulary_a_feature_uses() -> None:
         (SHOP, False, True, False),
     ],
 )
-def test_what_follows_from_a_kind(
+def test_properties_that_follow_from_the_kind(
     feature: Feature, is_list: bool, is_embedded: bool, has_vocabulary: bool
 ) -> None:
     found = (feature.is_list, feature.is_embedded, feature.has_vocabulary)
