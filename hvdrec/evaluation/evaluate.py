@@ -17,7 +17,7 @@ from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import compare
 from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
-from hvdrec.features.checks import check_task_labels
+from hvdrec.features.sample_checks import check_task_labels
 from hvdrec.models.embedding import BatchRows
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks

@@ -78,14 +78,7 @@ def write_catalogue(
 
 @dataclass(frozen=True)
 class _Log:
-    """The samples of all splits.
-
-    Attributes:
-        user: Rows of users, int64 [n].
-        item: Rows of items, int64 [n].
-        is_positive: bool [n].
-        seconds: Times, float64 [n]; None without times.
-    """
+    """The samples of all splits: rows of users and items int64 [n], labels bool, times float64."""
 
     user: Array
     item: Array

@@ -21,31 +21,20 @@ from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import IR_VERSION, OPSET, build, output_name
 from hvdrec.models.recommender import Recommender
 
-Function = Callable[[dict[str, Tensor]], Tensor]
-Functions = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+Function = Callable[[dict[str, Tensor]], Tensor | tuple[Tensor, ...]]
 
 
 class _Core(nn.Module):
     """A part of the model as a function of positional tensors, as the exporter requires."""
 
-    def __init__(self, model: Recommender, function: Functions, names: Sequence[str]) -> None:
+    def __init__(self, model: Recommender, function: Function, names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
         self._function = function
         self._names = list(names)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self._function(dict(zip(self._names, tensors, strict=True)))
-
-
-def user_tower(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
-    """Return the graph from raw user features [N] to ``embedding``; see `stored_width`."""
-    return _tower(model, fitted, "user", model.represent_users)
-
-
-def item_tower(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
-    """Return the graph from raw item features [N] to ``embedding``; see `stored_width`."""
-    return _tower(model, fitted, "item", model.represent_items)
 
 
 def stored_width(model: Recommender, side: Side) -> int:
@@ -58,7 +47,9 @@ def stored_width(model: Recommender, side: Side) -> int:
     return represented + len(model.schema.carried(side))
 
 
-def _tower(model: Recommender, fitted: Fitted, side: Side, represent: Function) -> onnx.ModelProto:
+def tower(model: Recommender, fitted: Fitted, side: Side) -> onnx.ModelProto:
+    """Return the graph from raw user or item columns [N] to ``embedding``; see `stored_width`."""
+    represent = model.represent_users if side == "user" else model.represent_items
     features, carried = model.schema.side(side), model.schema.carried(side)
 
     def embed(inputs: dict[str, Tensor]) -> Tensor:
@@ -67,7 +58,7 @@ def _tower(model: Recommender, fitted: Fitted, side: Side, represent: Function) 
         return torch.cat([vectors, *codes], dim=-1) if codes else vectors
 
     examples = {output_name(feature.name): example(feature) for feature in features}
-    core = export_function(model, embed, examples, "embedding")
+    core = export_function(model, embed, examples, ["embedding"])
     return joined(*preprocessing(fitted, features), core)
 
 
@@ -82,29 +73,18 @@ def export_function(
     model: Recommender,
     function: Function,
     examples: dict[str, Tensor],
-    output: str,
+    outputs: Sequence[str],
     rows: str = "rows",
 ) -> onnx.ModelProto:
     """Export a function of named tensors, for any number of rows and list lengths.
 
     Args:
         model: The model that the function belongs to.
-        function: Maps named tensors to one tensor.
+        function: Maps named tensors to a tensor per output.
         examples: Name -> example of each input.
-        output: Name of the output.
+        outputs: Names of the outputs.
         rows: Name of the number of rows.
     """
-    return export_functions(model, lambda inputs: (function(inputs),), examples, [output], rows)
-
-
-def export_functions(
-    model: Recommender,
-    function: Functions,
-    examples: dict[str, Tensor],
-    outputs: Sequence[str],
-    rows: str = "rows",
-) -> onnx.ModelProto:
-    """Export a function that returns one tensor per output; see `export_function`."""
     row_count = torch.export.Dim(rows, min=1)
     shapes = tuple(
         {0: row_count, 1: torch.export.Dim.DYNAMIC}

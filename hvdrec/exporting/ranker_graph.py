@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdrec.config.schema import Feature
-from hvdrec.exporting.graphs import example, export_function, export_functions, joined, parsed
+from hvdrec.exporting.graphs import example, export_function, joined, parsed
 from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import DnnRanker, Recommender
 from hvdrec.models.tasks import TaskRanker
@@ -176,10 +176,10 @@ def core(model: Recommender) -> onnx.ModelProto:
         model,
         lambda inputs: parts.request(inputs["user_embedding"], _codes(model, inputs)),
         request_examples,
-        "shared",
+        ["shared"],
         rows="requests",
     )
-    rest = export_functions(
+    rest = export_function(
         model,
         lambda inputs: _outputs(model, parts.rest(inputs["first"])),
         {"first": torch.zeros(3, parts.product.shape[1])},
@@ -189,7 +189,7 @@ def core(model: Recommender) -> onnx.ModelProto:
     if parts.pairs is not None:
         to_terms = parts.pairs
         pairs = export_function(
-            model, lambda inputs: to_terms(_codes(model, inputs)), pair_examples, "pair_terms"
+            model, lambda inputs: to_terms(_codes(model, inputs)), pair_examples, ["pair_terms"]
         )
         first = joined(pairs, first)
     return joined(shared, first, rest)
@@ -212,7 +212,7 @@ def _unfactored(
 
     items = {"item_embedding": torch.zeros(3, model.item_width())}
     examples = {**request_examples, **pair_examples, **items}
-    exported = export_functions(model, score, examples, _output_names(model))
+    exported = export_function(model, score, examples, _output_names(model))
     graph = exported.graph
     gathers = []
     for value in graph.input:

@@ -15,7 +15,7 @@ from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file
 from hvdrec.exporting.catalogue import write_catalogue
 from hvdrec.exporting.embed import write_side
-from hvdrec.exporting.graphs import item_tower, stored_width, user_tower
+from hvdrec.exporting.graphs import stored_width, tower
 from hvdrec.exporting.index import require_index_library, write_index
 from hvdrec.exporting.parity import largest_difference
 from hvdrec.exporting.precision import reduce_precision
@@ -66,8 +66,8 @@ def write_bundle(
     meta = _meta(config, model, checkpoint, metrics)
     with write_artifact(out, "bundle", meta, overwrite=overwrite) as draft:
         notify("compiling graphs")
-        _save_graph(user_tower(model, fitted), draft / "user_tower.onnx")
-        _save_graph(item_tower(model, fitted), draft / "item_tower.onnx")
+        _save_graph(tower(model, fitted, "user"), draft / "user_tower.onnx")
+        _save_graph(tower(model, fitted, "item"), draft / "item_tower.onnx")
         _save_graph(ranker(model, fitted), draft / "ranker.onnx")
         notify("embedding users")
         users = pq.read_table(samples / "users_all.parquet")

@@ -26,12 +26,12 @@ from hvdrec.config.schema import Schema, Side
 from hvdrec.config.sections import Encode
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file
-from hvdrec.features.checks import check_columns, check_file, check_task_labels
 from hvdrec.features.encoder import Encoder, KeyRows
 from hvdrec.features.fit import Fitted, fit
 from hvdrec.features.graph import build
 from hvdrec.features.raw import one_chunk
 from hvdrec.features.reading import count_rows, read_tables
+from hvdrec.features.sample_checks import check_columns, check_file, check_task_labels
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
 from hvdrec.storage.artifacts import read_manifest, write_artifact
@@ -43,13 +43,7 @@ SIDE_FILES: dict[Side, str] = {"user": "users_train.parquet", "item": "items.par
 
 @dataclass(frozen=True)
 class _Job:
-    """What all tasks share.
-
-    Attributes:
-        samples: Directory of the samples.
-        draft: Directory to write, with the fitted features.
-        labels: Columns of the tasks' labels.
-    """
+    """What all tasks share: the samples, the draft with the fitted features, label columns."""
 
     samples: Path
     draft: Path

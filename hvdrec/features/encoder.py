@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from hvdrec.config.schema import MISSING, Column, Feature
 from hvdrec.errors import invalid_file
-from hvdrec.features.checks import REMEDY
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import build, output_name
 from hvdrec.features.kinds.kind import kind_of
 from hvdrec.features.raw import flat_to_input, list_lengths, one_chunk
+from hvdrec.features.sample_checks import REMEDY
 
 
 class Encoder:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from hvdrec.config.schema import FIRST_CODE, Schema
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import invalid_file, invalid_value
-from hvdrec.features.checks import check_columns, damaged
 from hvdrec.features.kinds.kind import FittedFeature, TrainingSplit, kind_of
 from hvdrec.features.raw import ARROW_TYPES
+from hvdrec.features.sample_checks import check_columns, damaged
 from hvdrec.storage.urls import Location, read_table
 
 FITTED_FILE = "fitted.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdrec.features.checks import damaged
+from hvdrec.features.sample_checks import damaged
 
 
 def count_rows(files: Sequence[Path]) -> int:

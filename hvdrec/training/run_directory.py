@@ -10,7 +10,7 @@ from hvdrec.config import Config
 from hvdrec.config.schema import Feature
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError, invalid_file
-from hvdrec.features.checks import check_task_labels
+from hvdrec.features.sample_checks import check_task_labels
 from hvdrec.models.losses import retrieval_loss
 from hvdrec.parallel.ranks import World
 from hvdrec.storage.artifacts import read_manifest, write_text

@@ -14,7 +14,7 @@ import pytest
 
 from hvdrec.config.schema import Schema
 from hvdrec.errors import UserError
-from hvdrec.features.checks import check_file
+from hvdrec.features.sample_checks import check_file
 from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import Fitted, fit
 from hvdrec.features.graph import build, output_name
