@@ -123,10 +123,10 @@ def describe_fields(
         table = ".".join(field.path[:-1])
         if table not in groups:
             groups[table] = parser.add_argument_group(f"fields of [{table}]" if table else "fields")
-        shown = "" if field.default is dataclasses.MISSING else f" (default: {_shown(field)})"
+        shown = "" if field.default is dataclasses.MISSING else f" (default: {show_default(field)})"
         groups[table].add_argument(
             _option(field.dotted),
-            metavar=_metavar(field.kind),
+            metavar=show_type(field.kind),
             help=f"{field.doc}{shown}".replace("%", "%%"),
         )
     if "N" in " ".join(groups):
@@ -158,15 +158,17 @@ def _option(dotted: str) -> str:
     return "--" + dotted.replace("_", "-")
 
 
-def _metavar(kind: Any) -> str:
+def show_type(kind: Any) -> str:
+    """Format a field's type for people: ``INT``, ``{a,b}``, ``[TEXT ...]``."""
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"
     if get_origin(kind) is tuple:
-        return f"[{_metavar(type_of(kind, [0]))} ...]"
+        return f"[{show_type(type_of(kind, [0]))} ...]"
     return METAVARS.get(kind, "VALUE")
 
 
-def _shown(field: FieldOption) -> str:
+def show_default(field: FieldOption) -> str:
+    """Format a field's default as the command line takes it."""
     value = field.default
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
