@@ -1,9 +1,8 @@
 """Code blocks of Markdown pages, and a program that runs those of one page in order.
 
-A fenced block counts by its language: ``bash`` and ``python`` blocks run, Python blocks of one page
-share their names; ``toml`` blocks must be valid configuration. A comment ``<!-- not run: REASON -->``
-on the line before a ``bash`` block says why it cannot run in a test; its ``hvdrec`` commands must
-still be commands that the parser accepts.
+``bash`` and ``python`` blocks run; Python blocks of one page share their names. ``toml`` blocks must
+be valid configuration. A comment ``<!-- not run: REASON -->`` on the line before a ``bash`` block
+says why it cannot run in a test; the parser must still accept its ``hvdrec`` commands.
 """
 
 from __future__ import annotations

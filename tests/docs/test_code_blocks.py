@@ -20,7 +20,7 @@ from tests.docs.film_data import write_film_data
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-LANGUAGES = {"bash", "python", "toml", "text", "json"}
+LANGUAGES = {"bash", "python", "toml", "text", "json", "ini"}
 MINUTE = 60.0
 
 
