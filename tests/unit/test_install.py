@@ -42,7 +42,7 @@ def pins() -> dict[str, Version]:
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
 
-def test_the_slim_install_needs_numpy_and_onnxruntime_only() -> None:
+def test_the_slim_install_needs_only_numpy_and_onnxruntime() -> None:
     requirements = [Requirement(line) for line in project()["dependencies"]]
     assert [requirement.name for requirement in requirements] == ["numpy", "onnxruntime"]
     assert requirements[0].specifier.contains("1.26.4")
@@ -56,14 +56,14 @@ def test_every_requirement_has_a_pin_that_satisfies_it() -> None:
         assert requirement.specifier.contains(pins()[name]), requirement
 
 
-def test_the_script_builds_the_horovod_that_is_declared() -> None:
+def test_install_builds_the_declared_horovod() -> None:
     script = (ROOT / "scripts" / "install").read_text()
     (version,) = re.findall(r"^horovod_version=(.+)$", script, re.MULTILINE)
     assert Version(version) == pins()["horovod"]
     assert f"horovod=={version}" in project()["optional-dependencies"]["train"]
 
 
-def test_help_names_every_option(tmp_path: Path) -> None:
+def test_help_of_install_names_every_option(tmp_path: Path) -> None:
     code, out, err = install(tmp_path, "--help")
     assert (code, err) == (0, "")
     for word in ("--extras", "--slim", "--cuda", "PYTHON", "HVDREC_VENV", "HVDREC_CACHE"):
@@ -84,11 +84,12 @@ def test_help_names_every_option(tmp_path: Path) -> None:
         ),
         (
             ["--extras=train,gpu"],
-            "unknown extra 'gpu'; known: [dev, fbgemm, index, redis, s3, serve, spark, train]",
+            "unknown extra 'gpu'; known: [dev, docs, fbgemm, index, redis, s3, "
+            "serve, spark, train]",
         ),
     ],
 )
-def test_wrong_arguments_leave_nothing_behind(
+def test_install_with_wrong_arguments_writes_nothing(
     tmp_path: Path, arguments: list[str], text: str
 ) -> None:
     code, out, err = install(tmp_path, *arguments)
@@ -96,7 +97,7 @@ def test_wrong_arguments_leave_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_python_that_is_none(tmp_path: Path) -> None:
+def test_install_refuses_a_python_that_does_not_run(tmp_path: Path) -> None:
     code, _, err = install(tmp_path, PYTHON="/bin/false")
     assert code == 1
     assert err.splitlines() == [
@@ -105,17 +106,17 @@ def test_a_python_that_is_none(tmp_path: Path) -> None:
     ]
 
 
-def test_no_compiler_is_told_before_anything_is_downloaded(tmp_path: Path) -> None:
+def test_install_reports_a_missing_compiler_before_it_downloads_anything(tmp_path: Path) -> None:
     code, out, err = install(tmp_path, CXX="no-such-compiler")
     assert (code, out) == (1, "")
     assert err.splitlines() == [
-        "scripts/install: no C++ compiler (no-such-compiler) to build Horovod with",
+        "scripts/install: no C++ compiler (no-such-compiler), which builds Horovod",
         "  remedy: apt-get install g++",
         "  remedy: or set CXX to the path of a compiler",
     ]
 
 
-def test_a_compiler_without_cpp17(tmp_path: Path) -> None:
+def test_install_refuses_a_compiler_without_cpp17(tmp_path: Path) -> None:
     compiler = tmp_path / "old-compiler"
     compiler.write_text("#!/bin/sh\necho unrecognized option -std=c++17 >&2\nexit 1\n")
     compiler.chmod(0o755)
@@ -127,19 +128,19 @@ def test_a_compiler_without_cpp17(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+def test_install_does_not_touch_a_directory_that_is_not_an_environment(tmp_path: Path) -> None:
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "thesis.txt").write_text("mine")
     code, _, err = install(tmp_path, "--slim")
     assert code == 1
     assert err.splitlines() == [
-        f"scripts/install: {tmp_path / 'venv'}: holds something that is no virtual environment",
-        "  remedy: set HVDREC_VENV to an empty place",
+        f"scripts/install: {tmp_path / 'venv'}: not empty, and not a virtual environment",
+        "  remedy: set HVDREC_VENV to an empty directory",
     ]
     assert (tmp_path / "venv" / "thesis.txt").read_text() == "mine"
 
 
-def test_the_test_script_refuses_a_step_it_does_not_know() -> None:
+def test_the_test_script_refuses_an_unknown_step() -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "test"), "units"],
         capture_output=True,
@@ -149,8 +150,8 @@ def test_the_test_script_refuses_a_step_it_does_not_know() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "scripts/test: unknown step 'units'; known: lint unit slim parallel integration serving "
-        "two-hosts hosts\n"
+        "scripts/test: unknown step 'units'; known: lint unit slim build docs parallel integration "
+        "serving two-hosts hosts\n"
     )
 
 
