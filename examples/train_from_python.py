@@ -10,8 +10,9 @@ from pathlib import Path
 from shop_logs import write_shop_logs
 
 import hvdrec
+from hvdrec.config.data_sections import Paths, Samples
 from hvdrec.config.schema import Feature
-from hvdrec.config.sections import Model, Paths, Samples, Tower, Train
+from hvdrec.config.sections import Model, Tower, Train
 
 
 def shop_config(directory: Path, *more: Feature) -> hvdrec.Config:

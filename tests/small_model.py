@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Samples, Task
 from hvdrec.config.schema import Feature, Pooling
-from hvdrec.config.sections import Model, Parallel, Ranker, Samples, Task, Tower, Train
+from hvdrec.config.sections import Model, Parallel, Ranker, Tower, Train
 from hvdrec.data.batch import Batch
 from hvdrec.embeddings.setup import row_optimizer, table_groups
 from hvdrec.embeddings.sharded import DistributedTables

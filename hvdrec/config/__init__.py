@@ -1,23 +1,25 @@
 """The configuration of a run: sections, features, loading and overrides."""
 
+from hvdrec.config.data_sections import (
+    Encode,
+    History,
+    Join,
+    Loader,
+    Negatives,
+    Paths,
+    Samples,
+    Split,
+    Task,
+)
 from hvdrec.config.loading import load_config, with_fields
 from hvdrec.config.root import Config
 from hvdrec.config.schema import Feature, Schema
 from hvdrec.config.sections import (
-    Encode,
     Evaluate,
     Export,
-    History,
-    Join,
-    Loader,
     Model,
-    Negatives,
     Parallel,
-    Paths,
     Ranker,
-    Samples,
-    Split,
-    Task,
     Tower,
     Train,
     WarmStart,

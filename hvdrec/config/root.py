@@ -6,20 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import MinLen
 
+from hvdrec.config.data_sections import Encode, Loader, Paths, Samples, Task
 from hvdrec.config.rules import check_rules
 from hvdrec.config.schema import Feature, Schema
-from hvdrec.config.sections import (
-    Encode,
-    Evaluate,
-    Export,
-    Loader,
-    Model,
-    Parallel,
-    Paths,
-    Samples,
-    Task,
-    Train,
-)
+from hvdrec.config.sections import Evaluate, Export, Model, Parallel, Train
 
 if TYPE_CHECKING:
     from dataclasses import dataclass

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Loader
 from hvdrec.config.schema import KEY_COLUMNS, Schema
-from hvdrec.config.sections import Loader
 from hvdrec.data.batch import Batch
 from hvdrec.data.collate import ROW_KEYS, BlockLayout, Blocks, fill
 from hvdrec.data.petastorm import (

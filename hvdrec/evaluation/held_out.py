@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hvdrec.config.sections import Evaluate, Samples
+from hvdrec.config.data_sections import Samples
+from hvdrec.config.sections import Evaluate
 from hvdrec.evaluation.item_item import ItemItemModel
 from hvdrec.evaluation.ranking import ranking_metrics
 from hvdrec.evaluation.retrieval import (

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Encode
 from hvdrec.config.schema import Schema, Side
-from hvdrec.config.sections import Encode
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file
 from hvdrec.features.encoder import Encoder, KeyRows

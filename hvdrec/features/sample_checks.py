@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hvdrec.config.data_sections import Task
 from hvdrec.config.schema import Column, Schema
-from hvdrec.config.sections import Task
 from hvdrec.errors import UserError, choices, invalid_file
 from hvdrec.features.raw import arrow_type
 from hvdrec.storage.artifacts import Manifest

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hvdrec.config.data_sections import Task
 from hvdrec.config.schema import SIDES, Feature, Schema
-from hvdrec.config.sections import Model, Ranker, Task, Tower
+from hvdrec.config.sections import Model, Ranker, Tower
 from hvdrec.models.cpu_layers import Dropout, joined
 from hvdrec.models.embedding import ATTENTION, BatchRows, EmbeddingTables
 from hvdrec.models.layers import (

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdrec.config.sections import Ranker, Task
+from hvdrec.config.data_sections import Task
+from hvdrec.config.sections import Ranker
 from hvdrec.models.cpu_layers import Dropout, joined
 from hvdrec.models.layers import CrossNetwork, Mlp
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Samples
 from hvdrec.config.schema import Side
-from hvdrec.config.sections import Samples
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.parallel.progress import print_line

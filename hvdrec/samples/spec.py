@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from hvdrec.config.data_sections import Samples, Task
 from hvdrec.config.schema import Column, Side
-from hvdrec.config.sections import Samples, Task
 from hvdrec.errors import invalid_value
 from hvdrec.samples.columns import cast
 from hvdrec.samples.split import RANDOM

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdrec.config.sections import Split
+from hvdrec.config.data_sections import Split
 from hvdrec.errors import UserError, invalid_value
 
 Array = NDArray[Any]

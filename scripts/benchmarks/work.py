@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.config import Config, load_config
+from hvdrec.config.data_sections import Encode, Loader, Paths
 from hvdrec.config.schema import FIRST_CODE, Feature
-from hvdrec.config.sections import Encode, Loader, Model, Parallel, Paths, Ranker, Tower, Train
+from hvdrec.config.sections import Model, Parallel, Ranker, Tower, Train
 from hvdrec.features.fit import Fitted
 from hvdrec.features.shards import parquet_writer, shard_types
 

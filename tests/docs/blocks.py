@@ -1,7 +1,7 @@
 """Code blocks of Markdown pages, and a program that runs those of one page in order.
 
-``bash`` and ``python`` blocks run; Python blocks of one page share their names. ``toml`` blocks must
-be valid configuration. A comment ``<!-- not run: REASON -->`` on the line before a ``bash`` block
+``bash`` and ``python`` blocks run; Python blocks of one page share names. ``toml`` blocks must be
+valid configuration. A comment ``<!-- not run: REASON -->`` on the line before a ``bash`` block
 says why it cannot run in a test; the parser must still accept its ``hvdrec`` commands.
 """
 

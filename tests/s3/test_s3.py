@@ -14,7 +14,7 @@ from diskcache import FanoutCache
 from moto.server import ThreadedMotoServer
 
 from hvdrec.config import load_config
-from hvdrec.config.sections import Loader
+from hvdrec.config.data_sections import Loader
 from hvdrec.data.loader import ShardLoader
 from hvdrec.storage.artifacts import MANIFEST, read_manifest, verify_artifact
 from hvdrec.storage.urls import Url

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from hvdrec.config import Config, Feature, load_config, with_fields
-from hvdrec.config.sections import Evaluate, Model, Paths, Ranker, Split, Tower, Train
+from hvdrec.config.data_sections import Paths, Split
+from hvdrec.config.sections import Evaluate, Model, Ranker, Tower, Train
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
 

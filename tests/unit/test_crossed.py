@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Samples
 from hvdrec.config.schema import Feature, Schema
-from hvdrec.config.sections import Export, Model, Ranker, Samples, Tower, Train
+from hvdrec.config.sections import Export, Model, Ranker, Tower, Train
 from hvdrec.errors import UserError
 from hvdrec.exporting.graphs import stored_width
 from hvdrec.exporting.precision import quantize_ranker

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Negatives, Paths, Samples
 from hvdrec.config.schema import Feature
-from hvdrec.config.sections import Export, Negatives, Paths, Samples
+from hvdrec.config.sections import Export
 from hvdrec.exporting.catalogue import write_catalogue
 
 DAY = 86_400

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Encode, Samples
 from hvdrec.config.schema import Feature
-from hvdrec.config.sections import Encode, Samples
 from hvdrec.errors import UserError
 from hvdrec.features.encode import encode
 from hvdrec.features.encoder import Encoder

@@ -15,8 +15,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Encode, Samples, Task
 from hvdrec.config.schema import Feature
-from hvdrec.config.sections import Encode, Samples, Task
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import UserError
 from hvdrec.features.encode import SPLITS, encode, even_sizes

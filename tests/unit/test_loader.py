@@ -22,8 +22,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvdrec.config.data_sections import Loader
 from hvdrec.config.schema import Feature, Schema
-from hvdrec.config.sections import Loader
 from hvdrec.data import loader as loader_module
 from hvdrec.data.batch import Batch
 from hvdrec.data.collate import table_arrays

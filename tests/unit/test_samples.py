@@ -20,7 +20,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hvdrec.config import Config
-from hvdrec.config.sections import Split, Task
+from hvdrec.config.data_sections import Split, Task
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
 from hvdrec.samples import make_samples

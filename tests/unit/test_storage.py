@@ -17,8 +17,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from hvdrec.cli import main
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Loader, Paths
 from hvdrec.config.schema import Feature
-from hvdrec.config.sections import Loader, Paths
 from hvdrec.data.batch import Batch
 from hvdrec.data.loader import ShardLoader
 from hvdrec.errors import UserError

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
-from hvdrec.config.sections import Ranker, Task
+from hvdrec.config.data_sections import Task
+from hvdrec.config.sections import Ranker
 from hvdrec.exporting.precision import quantize_ranker
 from hvdrec.exporting.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
