@@ -59,10 +59,10 @@ def test_unknown_rate_replaces_only_known_single_values() -> None:
     random = np.random.default_rng(0)
     (lookup,) = tables.look_up(drop_to_unknown(config.schema, codes, 0.999999, random))
     weight = tables.table("user_id")[0]
-    rows = tables.kernels[0].fetch(lookup.rows.long())[lookup.values[0].places]
+    rows = tables.kernels[0].fetch(lookup.rows.long())[lookup.values[0].indices]
     assert torch.equal(rows, torch.stack([weight[0], weight[1], weight[1]]))
     (untouched,) = tables.look_up(codes)
-    rows = tables.kernels[0].fetch(untouched.rows.long())[untouched.values[0].places]
+    rows = tables.kernels[0].fetch(untouched.rows.long())[untouched.values[0].indices]
     assert torch.equal(rows, weight[[0, 5, 6]])
     assert len(lookup.rows) == 1 + 1 + 3  # MISSING, UNKNOWN, three genres
 
@@ -73,9 +73,9 @@ def test_a_batch_looks_up_each_row_once() -> None:
     codes = {"user_id": torch.tensor([5, 5, 6, 5]), "hour": torch.tensor([0, 3, 3, 0])}
     (lookup,) = tables.look_up(codes)
     assert len(lookup.rows) == 1 + 2 + 1
-    whole = lookup.values[0].places
+    whole = lookup.values[0].indices
     (in_parts,) = tables.look_up(codes, parts=2)
-    assert [values.places.tolist() for values in in_parts.values] == [
+    assert [values.indices.tolist() for values in in_parts.values] == [
         whole[:4].tolist(),
         whole[4:].tolist(),
     ]

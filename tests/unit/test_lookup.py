@@ -36,9 +36,9 @@ def test_unique_keys_reproduce_the_keys(drawn: list[int], data: st.DataObject) -
     start = data.draw(st.integers(1, len(keys)))
     stop = data.draw(st.integers(start, len(keys)))
     values = unique_keys.values(start, stop)
-    assert values.places.tolist() == unique_keys.rows[start:stop].tolist()
+    assert values.indices.tolist() == unique_keys.rows[start:stop].tolist()
     expected = indices_of(unique_keys.rows[start:stop], len(unique_keys.unique))
-    assert split(values.order, values.row_starts) == expected
+    assert split(values.order, values.row_offsets) == expected
 
 
 @given(KEYS, st.data())
@@ -49,12 +49,12 @@ def test_list_entries_refer_to_their_rows(drawn: list[int], data: st.DataObject)
     ends = np.array(inner)
     lists = unique_keys.lists(ends, root=False)
     lengths = np.diff(ends)
-    assert lists.places.tolist() == unique_keys.rows[ends[0] : ends[-1]].tolist()
-    assert lists.starts.tolist() == (ends[:-1] - ends[0]).tolist()
+    assert lists.indices.tolist() == unique_keys.rows[ends[0] : ends[-1]].tolist()
+    assert lists.offsets.tolist() == (ends[:-1] - ends[0]).tolist()
     assert lists.divisors.flatten().tolist() == np.maximum(lengths, 1).tolist()
     holders = np.repeat(np.arange(len(lengths)), lengths)
     expected = indices_of(unique_keys.rows[ends[0] : ends[-1]], len(unique_keys.unique))
-    held = split(lists.rows, lists.row_starts)
+    held = split(lists.batch_rows, lists.row_offsets)
     assert held == [holders[places].tolist() for places in expected]
 
 
@@ -71,7 +71,7 @@ def test_keys_of_large_tables_do_not_collide() -> None:
             users = {"user_id": torch.tensor(codes, dtype=dtype)}
             (lookup,) = look_up(config.schema, [group], users, {}, is_sent=True)
             assert lookup.rows.tolist() == [key % group.local_rows for key in expected]
-            assert lookup.values[0].places.tolist() == [expected.index(key) for key in keys]
+            assert lookup.values[0].indices.tolist() == [expected.index(key) for key in keys]
 
 
 def test_rows_are_sorted_by_owner_rank() -> None:
