@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ def test_every_stage_gives_the_figures_of_the_command_line(
 ) -> None:
     work = str(tmp_path_factory.mktemp("api") / "work")
     config = small_config(str(small_run.work.parent / "raw"), work)
+    config = replace(config, train=replace(config.train, cpu_layers="fused"))
     expected = str(small_run.work)
 
     samples = hvdrec.make_samples(config, progress=False)
