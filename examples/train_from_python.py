@@ -36,7 +36,7 @@ def shop_config(directory: Path, *more: Feature) -> hvdrec.Config:
             *more,
         ),
         model=Model(dimension=8, tower=Tower(hidden=(), output=16, normalize=True)),
-        train=Train(batch_size=512, epochs=3, warmup_steps=5, embedding_learning_rate=0.3),
+        train=Train(batch_size=512, epochs=10, warmup_steps=5, embedding_learning_rate=0.3),
     )
 
 
