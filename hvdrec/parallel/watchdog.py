@@ -219,9 +219,9 @@ class _Watchdog:
         for rank, writer in self._writers.items():
             if rank not in self._left:
                 writer.write(message)
-        drains = [asyncio.ensure_future(writer.drain()) for writer in self._writers.values()]
-        if drains:
-            await asyncio.wait(drains, timeout=1.0)
+        drains = (writer.drain() for writer in self._writers.values())
+        with suppress(TimeoutError):  # a broken connection is a result of `gather`, not an error
+            await asyncio.wait_for(asyncio.gather(*drains, return_exceptions=True), 1.0)
 
     async def _leave(self) -> None:
         self._is_leaving = True

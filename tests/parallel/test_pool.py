@@ -135,7 +135,7 @@ def test_an_error_in_a_worker_ends_all_workers(
 ) -> None:
     code, output, errors = spread(broken_samples, how, workers)
     assert code == 2, errors
-    assert "user_id 'stranger' of a sample is in no row of" in one_line(errors)
+    assert "has no row for user_id 'stranger'" in one_line(errors)
     assert output == ""
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
 
