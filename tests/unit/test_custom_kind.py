@@ -14,7 +14,6 @@ import pytest
 
 from hvdrec.config.schema import Schema
 from hvdrec.errors import UserError
-from hvdrec.features.sample_checks import check_file
 from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import Fitted, fit
 from hvdrec.features.graph import build, output_name
@@ -28,6 +27,7 @@ from hvdrec.features.kinds import (
     register_kind,
 )
 from hvdrec.features.raw import rows_to_inputs
+from hvdrec.features.sample_checks import check_file
 
 
 class Ratio(Kind):
