@@ -62,13 +62,7 @@ def fit_baselines(
 ) -> Baselines:
     """Fit the baselines on training rows.
 
-    Args:
-        user: User indices below `users`, int64 [n].
-        item: Item indices below `items`, int64 [n].
-        label: 0 or 1, float32 [n].
-        weight: Row weights, float32 [n].
-        users: Number of users.
-        items: Number of items.
+    `user` and `item` are int64 [n], below `users` and `items`; `label`, `weight` are float32 [n].
     """
     weight = weight.astype(np.float64)
     mean = float(np.average(label, weights=weight)) if weight.sum() else 0.5

@@ -47,10 +47,6 @@ class Interactions:
         """Return the rows at which `mask`, bool [n], is true."""
         return Interactions(self.user[mask], self.item[mask], self.label[mask], self.weight[mask])
 
-    def pairs(self, items: int) -> Array:
-        """Return one int64 per row that identifies its (user, item) pair, [n]."""
-        return np.asarray(self.user * items + self.item)
-
 
 @dataclass(frozen=True)
 class ScoredRows(Interactions):
@@ -82,13 +78,7 @@ class ScoredRows(Interactions):
     def task_metrics(
         self, scores: Array, tasks: Sequence[str], options: Evaluate
     ) -> dict[str, dict[str, Any]]:
-        """Return each task's ranking metrics over the rows with a label for it, on every rank.
-
-        Args:
-            scores: Probabilities of each task, [n, T].
-            tasks: Names of the T tasks.
-            options: Threshold and beta of the metrics.
-        """
+        """Return the metrics of each task's scores, [n, T], over the rows that have its label."""
 
         def measure(task: int) -> dict[str, float]:
             known = ~np.isnan(self.task_labels[:, task])
@@ -133,7 +123,8 @@ class RetrievalQueries:
         held_out = read_interactions(features, [split])
         # Seen items are excluded from retrieval, so they cannot be targets.
         count = read_metadata(features / "items.parquet").num_rows
-        again = np.isin(held_out.pairs(count), seen.pairs(count))
+        pairs = [rows.user * count + rows.item for rows in (held_out, seen)]
+        again = np.isin(*pairs)
         hit = (held_out.label > 0) & ~again
         users = np.unique(held_out.user[hit])
         users = users[:: max(1, math.ceil(len(users) / (most_users or math.inf)))]
@@ -147,13 +138,7 @@ class RetrievalQueries:
         )
 
     def metrics(self, users: Array, items: Array, ks: Sequence[int]) -> dict[str, Any]:
-        """Return the retrieval metrics of user and item vectors over all ranks' queries.
-
-        Args:
-            users: Vectors of all users, [users, d].
-            items: Vectors of all items, [items, d].
-            ks: Cut-offs.
-        """
+        """Return the metrics of vectors of all users and items, [n, d], over all ranks' queries."""
         vectors = users[self.users]
         top = ranks.run_on_all(lambda: rank_catalogue(vectors, items, self.seen, max(ks)))
         return self._metrics_of(top, ks)

@@ -32,7 +32,7 @@ def ranking_metrics(
 
     Args:
         score: Probabilities, [n].
-        label: 0 or 1, [n].
+        label: Labels, [n].
         weight: Row weights, [n].
         user: The user of each row, int64 [n].
         threshold: Rows with a score of at least this are predicted positive.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic_core import to_json
 
 Split = Literal["validation", "test"]
 """A split on which a model is measured."""
@@ -41,16 +43,10 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values; NaN becomes None."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {key: jsonable(value) for key, value in plain.items() if value is not None}
+        return as_json(self)
 
 
-def jsonable(value: Any) -> Any:
-    """Return a report with None in place of NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def as_json(result: Any) -> dict[str, Any]:
+    """Return a dataclass as plain JSON values: NaN becomes None, fields of None are absent."""
+    plain: dict[str, Any] = json.loads(to_json(result, inf_nan_mode="null"))
+    return {key: value for key, value in plain.items() if value is not None}

@@ -29,14 +29,7 @@ ScoreItems = Callable[[int, int], ScoreUsers]
 
 
 def user_item_matrix(user: Array, item: Array, users: int, items: int) -> Any:
-    """Return 1 where a user has an item, sparse CSR, float32 [users, items].
-
-    Args:
-        user: Row of each pair, int64 [n]; pairs may come in any order and repeat.
-        item: Column of each pair, int64 [n].
-        users: Number of rows.
-        items: Number of columns.
-    """
+    """Return 1 for each (user, item) pair, sparse CSR, float32 [users, items]; pairs may repeat."""
     ones = np.ones(len(user), dtype=np.float32)
     matrix = sparse.csr_matrix((ones, (user, item)), shape=(users, items))
     matrix.sum_duplicates()

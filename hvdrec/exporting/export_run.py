@@ -10,7 +10,7 @@ from typing import Any
 
 from hvdrec.config import Config, with_fields
 from hvdrec.errors import invalid_value
-from hvdrec.evaluation.result import jsonable
+from hvdrec.evaluation.result import as_json
 from hvdrec.exporting.writer import write_bundle
 from hvdrec.parallel.pool import WorkerPool, open_pool
 from hvdrec.parallel.progress import show_progress
@@ -54,8 +54,7 @@ class ExportResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values; NaN becomes None."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {key: jsonable(value) for key, value in plain.items() if value is not None}
+        return as_json(self)
 
 
 def export(

@@ -8,7 +8,7 @@ from typing import Any
 
 from hvdrec.cli.reports import render_evaluation
 from hvdrec.cli.text_table import MAX_CELL_WIDTH, table
-from hvdrec.evaluation.result import jsonable
+from hvdrec.evaluation.result import EvaluationResult
 
 REPORT: dict[str, Any] = {
     "run": "runs/movielens-1m/run",
@@ -76,11 +76,20 @@ def test_evaluation_table_omits_metrics_that_were_not_measured() -> None:
     assert text == "Ranking\nranking   model\n-------  ------\nauc      0.5000"
 
 
-def test_jsonable_replaces_nan_and_infinity() -> None:
-    plain = jsonable(REPORT | {"extra": (3, [1.0, math.inf], True, "x")})
+def test_an_evaluation_as_json_has_null_for_nan_and_no_absent_parts() -> None:
+    baselines = {"ease": {"ranking": {"auc": 0.1 + 0.2, "log_loss": math.inf}}}
+    result = EvaluationResult(
+        "run", "step-1", "test", {"auc": 0.89512, "gauc": math.nan, "rows": 3}, baselines=baselines
+    )
+    plain = result.to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    assert plain["ranking"] == {"auc": 0.89512, "gauc": None, "rows": 83643}
-    assert plain["extra"] == [3, [1.0, None], True, "x"]
+    assert plain == {
+        "run": "run",
+        "checkpoint": "step-1",
+        "split": "test",
+        "ranking": {"auc": 0.89512, "gauc": None, "rows": 3},
+        "baselines": {"ease": {"ranking": {"auc": 0.1 + 0.2, "log_loss": None}}},
+    }
 
 
 def test_table_aligns_numbers_right_and_words_left() -> None:
