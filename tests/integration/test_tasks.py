@@ -1,4 +1,4 @@
-"""Several labels from the raw table to the served score, by the command line, on small data."""
+"""The command line with several labels, from raw tables to served scores, on small data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ name = "click"
 label = "clicked"
 
 [[tasks]]
-name = "late"                # of clicked rows alone: whether that was in the afternoon
+name = "late"                # for clicked rows only: was it in the afternoon?
 label = "CASE WHEN clicked = 1 THEN hour >= 12 END"
 weight = 0.5
 share = 0.25
@@ -37,33 +37,33 @@ def task_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     text = text.replace("cross_layers = 1", 'sharing = "mmoe"\nexperts = 2')
     config.write_text(text)
     work = folder / "work"
-    succeed("samples", config)
-    succeed("prepare", config)
+    samples = succeed("samples", config)
+    prepare = succeed("prepare", config)
     train = succeed("train", config)
     report = succeed("evaluate", work / "run")
     export = succeed("export", work / "run")
-    return SmallRun(config, work, train, report, export)
+    return SmallRun(config, work, samples, prepare, train, report, export)
 
 
-def test_the_report_tells_of_every_task(task_run: SmallRun) -> None:
+def test_the_report_has_the_metrics_of_every_task(task_run: SmallRun) -> None:
     report = task_run.report
     test = pq.read_table(task_run.work / "samples/test").to_pylist()
     clicked = sum(row["label"] for row in test)
     assert report["tasks"]["click"]["rows"] == len(test)
     assert report["tasks"]["late"]["rows"] == clicked
-    # The hour is in the scene: it says all about this task, and nothing that a baseline knows.
+    # The hour decides this task. The model sees it in the scene; the baselines do not.
     assert report["tasks"]["late"]["auc"] > 0.95
     for name in ("popularity", "item_mean", "user_item_mean"):
-        found = report["baselines"][name]["tasks"]
-        assert abs(found["late"]["auc"] - 0.5) < 0.1
-        # The main label is that of the first task.
-        assert found["click"] == pytest.approx(report["baselines"][name]["ranking"])
+        tasks = report["baselines"][name]["tasks"]
+        assert abs(tasks["late"]["auc"] - 0.5) < 0.1
+        # The main label is the label of the first task.
+        assert tasks["click"] == pytest.approx(report["baselines"][name]["ranking"])
     assert report["tasks"]["click"]["auc"] > report["baselines"]["item_mean"]["ranking"]["auc"]
     text = hvdrec("evaluate", task_run.work / "run").stdout
     assert "Tasks, test split\ntask " in text and "auc of user_item_mean" in text
 
 
-def test_training_and_validation_tell_of_every_task(task_run: SmallRun) -> None:
+def test_training_logs_losses_and_metrics_of_every_task(task_run: SmallRun) -> None:
     lines = (task_run.work / "run/log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     step = next(e for e in events if e["event"] == "step")
@@ -77,7 +77,7 @@ def test_training_and_validation_tell_of_every_task(task_run: SmallRun) -> None:
     assert "task_auc" in task_run.train["validation"]
 
 
-def test_the_bundle_tells_every_task(task_run: SmallRun, tmp_path: Path) -> None:
+def test_the_bundle_scores_every_task(task_run: SmallRun, tmp_path: Path) -> None:
     bundle = task_run.work / "bundle"
     assert task_run.export["parity"]["largest_difference"] <= 1e-5
     meta = json.loads((bundle / "manifest.json").read_text())["meta"]
@@ -85,10 +85,10 @@ def test_the_bundle_tells_every_task(task_run: SmallRun, tmp_path: Path) -> None
     assert (meta["tasks"], meta["combine"]) == (tasks, "product")
     scorer = Scorer.load(bundle, verify=True)
     items = list(range(100, 140))
-    found = scorer.score_tasks("u1", [str(item) for item in items], {"hour": 15})
-    np.testing.assert_allclose(found["score"], found["click"] * found["late"] ** 0.25, rtol=1e-5)
+    scores = scorer.score_tasks("u1", [str(item) for item in items], {"hour": 15})
+    np.testing.assert_allclose(scores["score"], scores["click"] * scores["late"] ** 0.25, rtol=1e-5)
     at_night = scorer.score_tasks("u1", [str(item) for item in items], {"hour": 3})
-    assert (found["late"] > at_night["late"]).all()
+    assert (scores["late"] > at_night["late"]).all()
 
     source = next((task_run.work / "samples/test").glob("*.parquet"))
     succeed("score", bundle, source, tmp_path / "scored.parquet")
@@ -105,33 +105,31 @@ def test_the_bundle_tells_every_task(task_run: SmallRun, tmp_path: Path) -> None
     assert text.splitlines()[0].split() == ["item", "title", "score", "click", "late"]
 
 
-def test_smaller_numbers_are_measured_on_every_task(task_run: SmallRun, tmp_path: Path) -> None:
+def test_the_cost_of_int8_is_measured_for_every_task(task_run: SmallRun, tmp_path: Path) -> None:
     to = tmp_path / "bundle"
     smaller = ("--export.ranker", "int8", "--export.embeddings", "int8")
     refused = hvdrec("export", task_run.work / "run", "--to", to, *smaller)
-    # Experts of one layer behind the first, and heads that are linear: nothing could be int8.
+    # Experts of one inner layer and linear heads leave nothing to store as int8.
     assert refused.returncode == 2 and "the ranker has no inner layer" in refused.stderr
     assert not to.exists()
-    made = succeed("export", task_run.work / "run", "--to", to, *smaller[2:])
+    export = succeed("export", task_run.work / "run", "--to", to, *smaller[2:])
     for name in ("click", "late"):
-        cost = made["precision"]["tasks"][name]
+        cost = export["precision"]["tasks"][name]
         assert cost["auc_loss"] == cost["auc_float32"] - cost["auc"]
         assert abs(cost["auc_loss"]) < 0.01
 
 
-def test_what_the_score_is_made_of_can_be_changed_at_export(
-    task_run: SmallRun, tmp_path: Path
-) -> None:
+def test_shares_and_combination_can_change_at_export(task_run: SmallRun, tmp_path: Path) -> None:
     to = tmp_path / "bundle"
     fields = ("--tasks.1.share", "1", "--model.ranker.combine", "sum")
     succeed("export", task_run.work / "run", "--to", to, *fields)
-    found = Scorer.load(to).score_tasks("u1", ["100", "101"])
-    np.testing.assert_allclose(found["score"], (found["click"] + found["late"]) / 2, rtol=1e-5)
+    scores = Scorer.load(to).score_tasks("u1", ["100", "101"])
+    np.testing.assert_allclose(scores["score"], (scores["click"] + scores["late"]) / 2, rtol=1e-5)
     done = hvdrec("export", task_run.work / "run", "--to", to, "--tasks.1.weight", "2")
     assert done.returncode == 2 and "--tasks.1.weight" in done.stderr
 
 
-def test_a_run_of_fewer_tasks_takes_the_same_shards(task_run: SmallRun, tmp_path: Path) -> None:
+def test_a_run_with_fewer_tasks_reuses_the_shards(task_run: SmallRun, tmp_path: Path) -> None:
     text = task_run.config.read_text()
     config = tmp_path / "click.toml"
     config.write_text(text.replace(TASKS[TASKS.index('[[tasks]]\nname = "late"') :], "\n[model]\n"))
@@ -146,7 +144,7 @@ def test_a_run_of_fewer_tasks_takes_the_same_shards(task_run: SmallRun, tmp_path
     assert "holds the label of task 'late' as 'CASE WHEN clicked = 1 THEN hour >= 12" in done.stderr
 
 
-def test_shards_hold_nan_where_samples_hold_null(task_run: SmallRun) -> None:
+def test_shards_have_nan_for_unknown_labels(task_run: SmallRun) -> None:
     raw = pa.concat_tables([pq.read_table(task_run.work / "samples/train")])
     encoded = pq.read_table(task_run.work / "features/train")
     late = raw["label_late"].to_numpy()

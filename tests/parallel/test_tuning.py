@@ -1,4 +1,4 @@
-"""Tests of a search on several ranks, which train each trial together."""
+"""A search on several ranks, which train each trial together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HVDREC = str(BIN / "hvdrec")
 def test_a_failed_trial_does_not_end_a_search_on_several_ranks(small: Path, tmp_path: Path) -> None:
     features = small.parent / "work/features"
     options = ["tune", str(small), "--paths.features", str(features), "--trials", "3"]
-    # The learning rate of the file, one that diverges, and another one.
+    # The configured learning rate, one that diverges, and another one.
     options += ["--search", "train.learning_rate=0.005,1e30,0.004"]
     searches = []
     for ranks, launcher in ((1, ""), (2, "horovodrun"), (2, "mpirun")):
