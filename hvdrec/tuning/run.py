@@ -6,7 +6,7 @@ import fcntl
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.agreement import digest
 from hvdrec.parallel.progress import print_line
 from hvdrec.parallel.watchdog import watched
-from hvdrec.training.checkpoint import has_checkpoint, latest_meta
+from hvdrec.training.checkpoint import CONFIG_FILE, has_checkpoint, latest_meta, read_config
 from hvdrec.training.run_directory import check_features
 from hvdrec.training.trainer import metric_name, train
 from hvdrec.tuning.search import (
@@ -67,7 +67,7 @@ def tune(
         trials: Number of trials in all, with those of earlier calls.
         prune: Stop a trial that is worse than the median of the complete ones at the same epoch.
         overwrite: Remove an earlier search first.
-        progress: Print a line for each trial on standard error, on the first rank.
+        progress: Show the training of each trial, and a line when it ends, on the first rank.
 
     Raises:
         UserError: The features are missing, a field cannot be searched, or the folder holds a
@@ -88,7 +88,8 @@ def tune(
     with watched(), _locked(folder):
         state = from_dict(Search, ranks.broadcast_object(ranks.run_on_all(begin)))
         while (trial := _next_trial(state, trials)) is not None:
-            trial = _run_trial(state.with_trial(trial), trial, folder, prune=prune)
+            state = state.with_trial(trial)
+            trial = _run_trial(state, trial, folder, prune=prune, progress=progress)
             state = state.with_trial(trial)
             if world.is_first:
                 _drop_checkpoints(state, folder)
@@ -161,17 +162,22 @@ def _next_trial(search: Search, count: int) -> Trial | None:
     return None if plain is None else from_dict(Trial, plain)
 
 
-def _run_trial(search: Search, trial: Trial, folder: Path, *, prune: bool) -> Trial:
+def _run_trial(search: Search, trial: Trial, folder: Path, *, prune: bool, progress: bool) -> Trial:
     """Start or resume a trial on all ranks; return it as it ended."""
-    run = folder / trial.name
-    is_first = ranks.current().is_first
-    step = 0
-    if is_first and has_checkpoint(run):
-        step = int(latest_meta(run)["position"]["step"])
+    run, first = folder / trial.name, folder / search.trials[0].name
+    step, cpu_layers = 0, search.config.train.cpu_layers
+    if ranks.current().is_first:
+        if has_checkpoint(run):
+            step = int(latest_meta(run)["position"]["step"])
+        if (first / CONFIG_FILE).is_file():
+            # A new probe could choose other layers, whose last digits and dropout differ.
+            cpu_layers = read_config(first).train.cpu_layers
+    step, cpu_layers = ranks.broadcast_object([step, cpu_layers])
     recorder = _Recorder(search, folder, trial, prune=prune)
-    recorder.record(trial.started(ranks.broadcast_object(step)))
+    recorder.record(trial.started(step))
     if recorder.trial.state == "running":
-        recorder.record(_train(search, run, recorder))
+        fields = {**trial.values, "paths.run": str(run), "train.cpu_layers": cpu_layers}
+        recorder.record(_train(search.config, fields, recorder, progress=progress))
     return recorder.trial
 
 
@@ -199,16 +205,18 @@ class _Recorder:
         return self.is_pruned
 
 
-def _train(search: Search, run: Path, recorder: _Recorder) -> Trial:
+def _train(
+    config: Config, fields: Mapping[str, Any], recorder: _Recorder, *, progress: bool
+) -> Trial:
     """Train a trial; an error makes it fail and does not end the search."""
-    trial, metric = recorder.trial, search.metric
+    run = Path(fields["paths.run"])
     try:
-        config = with_fields(search.config, {**trial.values, "paths.run": str(run)})
-        result = train(config, resume=True, stop=recorder.stop)
+        trial_config = with_fields(config, fields)
+        result = train(trial_config, resume=True, progress=progress, stop=recorder.stop)
     except (UserError, MemoryError, torch.OutOfMemoryError) as error:
         if not isinstance(error, UserError) and ranks.current().size > 1:
             raise  # the other ranks are still in the trial
-        if trial.number == 0 and not (run / "log.jsonl").is_file():
+        if recorder.trial.number == 0 and not (run / "log.jsonl").is_file():
             # The configuration as it is cannot be trained, so there is no search yet.
             if ranks.current().is_first:
                 (run.parent / FILE).unlink()
@@ -216,7 +224,9 @@ def _train(search: Search, run: Path, recorder: _Recorder) -> Trial:
         reason = " ".join(str(error).split()) or type(error).__name__
         return replace(recorder.trial, state="failed", reason=reason)
     if result.best is None or not math.isfinite(result.best):
-        return replace(recorder.trial, state="failed", reason=f"{metric} is NaN or infinite")
+        return replace(
+            recorder.trial, state="failed", reason=f"{metric_name(config)} is NaN or infinite"
+        )
     state: State = "pruned" if recorder.is_pruned else "complete"
     return replace(recorder.trial, state=state, value=result.best, step=result.best_step)
 

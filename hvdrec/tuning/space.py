@@ -34,6 +34,7 @@ FIXED = {
     "train.keep": "does not change the result",
     "train.device": "belongs to the machine",
     "train.threads": "belongs to the machine",
+    "train.cpu_layers": "belongs to the machine",
 }
 """Fields of `TABLES` that cannot be searched, with the reason."""
 SHARED = ("features", "samples", "encode", "tasks", "paths")

@@ -87,6 +87,21 @@ def test_a_killed_search_resumes_with_the_same_trials(
     ]
 
 
+def test_later_trials_use_the_cpu_layers_of_the_first(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    command = (*options, "--search", *SEARCH, "--train.epochs", "1", "--paths.work", tmp_path)
+    succeed(*command, "--trials", "1")
+    first = tmp_path / "tune/trial-000/config.json"
+    recorded = json.loads(first.read_text())
+    other = "plain" if recorded["train"]["cpu_layers"] != "plain" else "fused"
+    recorded["train"]["cpu_layers"] = other
+    first.write_text(json.dumps(recorded))
+    succeed(*command, "--trials", "2")
+    second = json.loads((tmp_path / "tune/trial-001/config.json").read_text())
+    assert second["train"]["cpu_layers"] == other
+
+
 def test_a_different_search_in_the_same_folder_is_refused(
     tuned: Path, options: tuple[str, ...]
 ) -> None:

@@ -1,4 +1,4 @@
-"""A user's script that trains with the Python API, started by horovodrun and by mpirun."""
+"""A user's script that trains with the Python API, started by horovodrun."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ def _lines(text: str) -> list[dict[str, object]]:
     return [json.loads(line[line.index("{") :]) for line in text.splitlines() if "{" in line]
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
-def test_a_script_of_ten_lines_trains_on_two_ranks(
-    small: Path, tmp_path: Path, launcher: str
-) -> None:
+def test_a_script_of_ten_lines_trains_on_two_ranks(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = run_program("my_train.py", [str(small), str(run)], 2, launcher)
+    done = run_program("my_train.py", [str(small), str(run)], 2)
     first, second = _lines(done.stdout)
     assert first == second
     train, report = first["train"], first["report"]
