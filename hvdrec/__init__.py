@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hvdrec.scoring import Scorer
     from hvdrec.training.evaluate_run import EvaluationResult, evaluate
     from hvdrec.training.trainer import TrainResult, train
-    from hvdrec.tuning.run import TuneResult, tune
+    from hvdrec.tuning.tune import TuneResult, tune
 
 __version__ = "0.1.0"
 
@@ -61,32 +61,24 @@ __all__ = [
     "tune",
 ]
 
-_MODULES = {
-    "Config": "hvdrec.config",
-    "load_config": "hvdrec.config",
-    "UserError": "hvdrec.errors",
-    "make_samples": "hvdrec.samples",
-    "SamplesResult": "hvdrec.samples",
-    "prepare": "hvdrec.features.prepare",
-    "PrepareResult": "hvdrec.features.prepare",
-    "evaluate": "hvdrec.training.evaluate_run",
-    "EvaluationResult": "hvdrec.training.evaluate_run",
-    "export": "hvdrec.exporting.export_run",
-    "ExportResult": "hvdrec.exporting.export_run",
-    "plan": "hvdrec.planner.plan",
-    "PlanResult": "hvdrec.planner.plan",
-    "train": "hvdrec.training.trainer",
-    "TrainResult": "hvdrec.training.trainer",
-    "tune": "hvdrec.tuning.run",
-    "TuneResult": "hvdrec.tuning.run",
-    "Scorer": "hvdrec.scoring",
+_EXPORTS = {
+    "hvdrec.config": ("Config", "load_config"),
+    "hvdrec.errors": ("UserError",),
+    "hvdrec.samples": ("SamplesResult", "make_samples"),
+    "hvdrec.features.prepare": ("PrepareResult", "prepare"),
+    "hvdrec.training.trainer": ("TrainResult", "train"),
+    "hvdrec.training.evaluate_run": ("EvaluationResult", "evaluate"),
+    "hvdrec.exporting.export_run": ("ExportResult", "export"),
+    "hvdrec.tuning.tune": ("TuneResult", "tune"),
+    "hvdrec.planner.plan": ("PlanResult", "plan"),
+    "hvdrec.scoring": ("Scorer",),
 }
-"""The module that defines each public name."""
+"""The public names of each module."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
-    module = _MODULES.get(name)
+    module = next((each for each, names in _EXPORTS.items() if name in names), None)
     if module is None:
         raise AttributeError(f"module 'hvdrec' has no attribute '{name}'")
     try:

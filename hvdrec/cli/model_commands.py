@@ -100,7 +100,7 @@ def train(options: argparse.Namespace) -> Answer:
 def tune(options: argparse.Namespace) -> Answer:
     """Search for the settings with the best validation metric, with Optuna."""
     config = load_config_on_all(options)
-    from hvdrec.tuning.run import tune
+    from hvdrec.tuning.tune import tune
 
     result = tune(
         config,

@@ -25,7 +25,7 @@ from hvdrec.evaluation.item_item import (
     ease,
     ease_bytes,
 )
-from hvdrec.evaluation.ranking import order_metrics
+from hvdrec.evaluation.ranking_metrics import order_metrics
 from hvdrec.evaluation.retrieval import user_item_matrix
 from hvdrec.parallel import ranks
 from hvdrec.storage.urls import read_metadata, read_tables

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hvdrec.config.data_sections import Samples
 from hvdrec.config.sections import Evaluate
 from hvdrec.evaluation.item_item import ItemItemModel
-from hvdrec.evaluation.ranking import ranking_metrics
+from hvdrec.evaluation.ranking_metrics import ranking_metrics
 from hvdrec.evaluation.retrieval import (
     rank_catalogue,
     rank_scores,

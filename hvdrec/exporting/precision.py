@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hvdrec.config import Config
 from hvdrec.config.schema import Column
 from hvdrec.errors import UserError, invalid_value
-from hvdrec.evaluation.ranking import auc
+from hvdrec.evaluation.ranking_metrics import auc
 from hvdrec.features.raw import rows_to_inputs
 
 Array = NDArray[Any]

@@ -16,7 +16,7 @@ from hvdrec.data.batch import Batch
 from hvdrec.embeddings.lookup import part_bounds
 from hvdrec.embeddings.sharded import PendingGradients
 from hvdrec.models.losses import in_batch_loss, in_mixture, retrieval_loss
-from hvdrec.models.losses.ranking import binary_cross_entropy, task_cross_entropies
+from hvdrec.models.losses.cross_entropy import binary_cross_entropy, task_cross_entropies
 from hvdrec.models.recommender import Output, Recommender
 from hvdrec.parallel.gradients import gather_rows, global_sum
 from hvdrec.parallel.ranks import current

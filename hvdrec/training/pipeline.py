@@ -16,7 +16,7 @@ from hvdrec.config import Config
 from hvdrec.data.batch import Batch
 from hvdrec.embeddings.lookup import GroupLookup, drop_to_unknown, part_bounds
 from hvdrec.embeddings.sharded import DistributedTables, RowRequest
-from hvdrec.models.losses.ranking import task_weights
+from hvdrec.models.losses.cross_entropy import task_weights
 from hvdrec.parallel.gradients import PendingSum, start_global_sum
 
 

@@ -19,11 +19,11 @@ from hvdrec.parallel.gradients import global_sum
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import Position
+from hvdrec.training.job import TrainJob, set_up
 from hvdrec.training.log import TrainingLog
 from hvdrec.training.machine import no_gc_pauses
 from hvdrec.training.objective import StepLoss
 from hvdrec.training.pipeline import Prepared, make_preparer, steps
-from hvdrec.training.setup import TrainJob, set_up
 from hvdrec.training.step import take_step
 
 Stop = Callable[[int, float], bool]

@@ -50,7 +50,7 @@ from hvdrec.training.step import take_step
 
 
 def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[TrainState, ShardLoader]:
-    """Set up as hvdrec.training.setup does."""
+    """Set up as hvdrec.training.job does."""
     world = ranks.init()
     set_up_process(threads)
     torch.manual_seed(0)

@@ -14,27 +14,29 @@ from hvdrec.training.cpu_probe import choose_cpu_layers, fastest, probe_cpu_laye
 from tests.small_model import small_config, small_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-FASTER_PLAIN = {"plain": [5.0, 5.2], "fused": [9.0, 9.1], "onednn": [9.0, 9.5]}
+FASTER_PLAIN = {"plain": [5.0, 5.2], "fused": [9.0, 9.1], "onednn": [9.5, 9.3]}
 
 
 @pytest.mark.parametrize(
-    ("times", "expected"),
+    ("timings", "expected"),
     [
         (FASTER_PLAIN, "plain"),
         # 8 % faster is not enough.
         ({"plain": [9.2, 9.2], "fused": [10.0, 10.0]}, "fused"),
-        # Faster in the median, not in the best round: noise.
-        ({"plain": [8.0, 8.0, 8.0], "fused": [8.0, 10.0, 10.0]}, "fused"),
-        ({"plain": [8.0], "fused": [10.0], "onednn": [7.0]}, "onednn"),
+        # Another program slowed the default down: its CPU time is the same.
+        ({"plain": [8.0, 8.0], "fused": [20.0, 8.2]}, "fused"),
+        # Less CPU time, but no faster: it runs on fewer threads.
+        ({"plain": [10.0, 5.0], "fused": [10.0, 10.0]}, "fused"),
+        ({"plain": [8, 8], "fused": [10, 10], "onednn": [7, 7]}, "onednn"),
         # Half the time, but of a tiny model.
-        ({"plain": [0.9], "fused": [1.8]}, "fused"),
+        ({"plain": [2.0, 2.0], "fused": [4.0, 4.0]}, "fused"),
         ({}, "fused"),
     ],
 )
 def test_another_choice_must_be_clearly_faster(
-    times: dict[str, list[float]], expected: str
+    timings: dict[str, list[float]], expected: str
 ) -> None:
-    assert fastest(times, "fused") == expected
+    assert fastest(timings, "fused") == expected
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_the_option_comes_before_the_record_and_the_record_before_the_probe(
     choice, timings = choose_cpu_layers(model, Train(cpu_layers=option), 8, device, stored)
     assert choice == expected
     is_probed = option == "auto" and device is CPU and recorded is None
-    assert timings == ({"plain": 5.1, "fused": 9.05, "onednn": 9.25} if is_probed else {})
+    assert timings == ({"plain": 5.0, "fused": 9.0, "onednn": 9.5} if is_probed else {})
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -73,7 +75,7 @@ def test_a_probe_times_every_choice_and_leaves_no_trace(bf16: bool) -> None:
     generator = torch.get_rng_state()
     times = probe_cpu_layers(model, 8, bf16=bf16)
     assert list(times) == ["plain", "fused"] + ["onednn"] * (not bf16)
-    assert all(len(rounds) >= cpu_probe.MIN_ROUNDS and min(rounds) > 0 for rounds in times.values())
+    assert all(wall > 0 and cpu > 0 for wall, cpu in times.values())
     assert torch.equal(torch.get_rng_state(), generator)
     for parameter, weight in zip(model.parameters(), weights, strict=True):
         assert parameter.grad is None and torch.equal(parameter, weight)

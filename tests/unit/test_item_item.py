@@ -23,7 +23,7 @@ from hvdrec.evaluation.item_item import (
     ease_bytes,
     runs,
 )
-from hvdrec.evaluation.ranking import order_metrics, ranking_metrics
+from hvdrec.evaluation.ranking_metrics import order_metrics, ranking_metrics
 from hvdrec.evaluation.retrieval import rank_scores, user_item_matrix
 
 Array = NDArray[Any]

@@ -10,15 +10,15 @@ import torch
 from hvdrec.errors import UserError
 from hvdrec.models.losses import (
     RetrievalLoss,
+    by_name,
     in_batch_loss,
     in_mixture,
     register_loss,
-    registry,
     retrieval_loss,
 )
 from hvdrec.models.losses.bpr import bpr
+from hvdrec.models.losses.cross_entropy import binary_cross_entropy
 from hvdrec.models.losses.in_batch import hardest, with_logq, without_accidental_hits
-from hvdrec.models.losses.ranking import binary_cross_entropy
 from hvdrec.models.losses.softmax import softmax
 
 
@@ -90,7 +90,7 @@ def test_bpr_of_a_row_without_negatives_is_zero_with_zero_gradient() -> None:
 
 def test_losses_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert retrieval_loss("softmax") is softmax and retrieval_loss("bpr") is bpr
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(by_name, "_LOSSES", dict(by_name._LOSSES))
 
     def hinge(logits_BC: torch.Tensor, positive_B: torch.Tensor) -> torch.Tensor:
         return (1 + logits_BC - logits_BC.gather(1, positive_B.unsqueeze(1))).relu().sum(1)

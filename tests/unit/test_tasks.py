@@ -20,7 +20,7 @@ from hvdrec.config.sections import Ranker
 from hvdrec.exporting.precision import quantize_ranker
 from hvdrec.exporting.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
-from hvdrec.models.losses.ranking import task_cross_entropies, task_weights
+from hvdrec.models.losses.cross_entropy import task_cross_entropies, task_weights
 from hvdrec.models.tasks import TaskRanker, combined_score
 from tests.small_model import small_batch, small_config, small_model, with_tasks
 

@@ -5,8 +5,8 @@ A retrieval loss is a function of masked logits (`RetrievalLoss`), chosen by nam
 """
 
 from hvdrec.models.losses.bpr import bpr
+from hvdrec.models.losses.by_name import RetrievalLoss, register_loss, retrieval_loss
 from hvdrec.models.losses.in_batch import in_batch_loss, in_mixture
-from hvdrec.models.losses.registry import RetrievalLoss, register_loss, retrieval_loss
 from hvdrec.models.losses.softmax import softmax
 
 register_loss("softmax", softmax)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdrec.models.losses.registry import RetrievalLoss
+from hvdrec.models.losses.by_name import RetrievalLoss
 
 BlockLoss = Callable[[Tensor, Tensor, slice], Tensor]
 

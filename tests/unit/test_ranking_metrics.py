@@ -18,8 +18,8 @@ from sklearn.metrics import (
 )
 
 from hvdrec.errors import UserError
-from hvdrec.evaluation import ranking
-from hvdrec.evaluation.ranking import ranking_metrics
+from hvdrec.evaluation import ranking_metrics as ranking
+from hvdrec.evaluation.ranking_metrics import ranking_metrics
 
 Array = NDArray[Any]
 
