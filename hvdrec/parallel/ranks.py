@@ -111,6 +111,7 @@ def _start_horovod(host: str) -> None:
         ) from None
     timeout = max(MIN_GLOO_TIMEOUT, silence_seconds() + 5)
     os.environ.setdefault(GLOO_TIMEOUT_VARIABLE, f"{timeout:.0f}")
+    before = set(os.environ)
     environment.set_horovod_defaults()
     environment.check_gloo_address(host)
     environment.check_rendezvous(host)
@@ -122,6 +123,10 @@ def _start_horovod(host: str) -> None:
             "the hosts, or a rank has ended: see the lines above, and run hvdrec hosts",
             field=host,
         ) from None
+    finally:
+        # A launcher that this process starts later, from a notebook say, must not inherit them.
+        for name in environment.SINGLE_PROCESS_DEFAULTS.keys() - before:
+            os.environ.pop(name, None)
 
 
 def current() -> World:

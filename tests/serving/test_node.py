@@ -17,7 +17,7 @@ from hvdrec.scoring import Scorer
 from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
-EXAMPLE = Path(__file__).parents[2] / "scripts" / "examples" / "node"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "node"
 ULPS = 4
 """Units in the last place by which two builds of onnxruntime may differ; these two agree."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
@@ -161,3 +163,22 @@ def test_horovod_does_not_spin_on_shared_cores(name: str, monkeypatch: pytest.Mo
         "OMPI_MCA_mpi_yield_when_idle": "0",
         "HOROVOD_CYCLE_TIME": "2",
     }
+
+
+def test_horovods_settings_for_one_process_do_not_reach_later_child_processes() -> None:
+    program = (
+        "import os\n"
+        "from hvdrec.parallel import environment, ranks\n"
+        "assert ranks.init().size == 1\n"
+        "print(sorted(environment.SINGLE_PROCESS_DEFAULTS.keys() & os.environ.keys()))\n"
+    )
+    names = {name: value for name, value in os.environ.items() if "HOROVOD" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env=names,
+    )
+    assert done.stdout == "[]\n"
