@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-USERS, ITEMS, ROWS = 100, 50, 8000
+USERS, ITEMS, ROWS = 100, 50, 20_000
 
 
 def write_shop_logs(directory: Path) -> None:

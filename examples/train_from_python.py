@@ -35,8 +35,16 @@ def shop_config(directory: Path, *more: Feature) -> hvdrec.Config:
             Feature("hour", side="scene", dtype="int", default=20),
             *more,
         ),
-        model=Model(dimension=8, tower=Tower(hidden=(), output=16, normalize=True)),
-        train=Train(batch_size=512, epochs=10, warmup_steps=5, embedding_learning_rate=0.3),
+        model=Model(
+            dimension=8, initial_deviation=0.1, tower=Tower(hidden=(), output=16, normalize=True)
+        ),
+        train=Train(
+            batch_size=512,
+            epochs=10,
+            learning_rate=5e-3,
+            warmup_steps=5,
+            embedding_learning_rate=0.3,
+        ),
     )
 
 

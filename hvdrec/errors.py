@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+WRITE_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose a directory on another disk",
+    errno.EDQUOT: "free some space, or choose a directory on another disk",
+    errno.EROFS: "choose a directory on a writable disk",
+    errno.EACCES: "change its permissions, or choose another directory",
+    errno.EPERM: "change its permissions, or choose another directory",
+}
+"""Errors of a write that a user can fix, and how."""
 
 
 class UserError(ValueError):
@@ -68,3 +80,20 @@ def shown(value: object, limit: int = 60) -> str:
         return str(value).lower()
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextmanager
+def write_errors_named(path: object) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into an error that names what is written.
+
+    Raises:
+        UserError: Writing to `path` failed with one of WRITE_REMEDIES.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in WRITE_REMEDIES:
+            raise
+        reason = os.strerror(error.errno)
+        remedy = WRITE_REMEDIES[error.errno]
+        raise invalid_file(path, f"cannot be written ({reason})", remedy) from error

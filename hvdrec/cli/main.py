@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from hvdrec.cli.command import Answer
 from hvdrec.cli.parser import parse
-from hvdrec.errors import SharedError, UserError
+from hvdrec.errors import WRITE_REMEDIES, SharedError, UserError
 from hvdrec.parallel.progress import is_first_rank
 from hvdrec.scoring.errors import ScoringError
 
@@ -29,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         )
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in WRITE_REMEDIES:
+            raise
+        file = f"{error.filename}: " if error.filename else ""
+        _fail(f"{file}{error.strerror}; {WRITE_REMEDIES[error.errno]}")
     except KeyboardInterrupt:
         sys.exit(130)
     if is_first_rank():

@@ -186,7 +186,6 @@ def evaluate(options: argparse.Namespace) -> Answer:
     )
     facts = result.to_dict()
     if options.output is not None and is_first_rank():
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.output, json.dumps(facts, indent=1) + "\n")
     return Answer(facts, render_evaluation(facts))
 

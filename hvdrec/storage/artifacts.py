@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hvdrec import __version__
-from hvdrec.errors import UserError, choices, invalid_file
+from hvdrec.errors import UserError, choices, invalid_file, write_errors_named
 from hvdrec.storage.urls import Location, Url
 
 MANIFEST = "manifest.json"
@@ -81,7 +81,7 @@ def write_artifact(
             write_manifest(Path(folder), kind, meta or {})
             _upload(Path(folder), path)
         return
-    with _drafted(path) as draft:
+    with write_errors_named(path), _drafted(path) as draft:
         yield draft
         write_manifest(draft, kind, meta or {})
 
@@ -147,7 +147,7 @@ def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = F
             verify_artifact(to, kind)
             return False
     _require_free(to, kind, overwrite)
-    with _drafted(to) as draft:
+    with write_errors_named(to), _drafted(to) as draft:
         for name, facts in manifest.files.items():
             file, target = source / name, draft / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,14 +163,23 @@ def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = F
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically: write a draft beside it, sync it, and rename it."""
+    """Write a small file atomically: write a draft beside it, sync it, and rename it.
+
+    Raises:
+        UserError: The disk is full or may not be written.
+    """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync(path.parent)
+    with write_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            _sync(path.parent)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def _read_manifest(path: Location, kind: str) -> bytes:
@@ -289,10 +298,9 @@ def _listed_files(manifest: Url) -> set[str]:
 @contextmanager
 def _drafted(path: Path) -> Iterator[Path]:
     """Yield a directory beside `path` that is synced and renamed to it on a clean exit."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    draft.mkdir()
     try:
+        draft.mkdir(parents=True)
         yield draft
         for entry in (*draft.rglob("*"), draft):
             _sync(entry)

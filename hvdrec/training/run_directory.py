@@ -96,5 +96,4 @@ def create_run_directory(run: Path, config: Config, world: World, *, overwrite: 
         if not (run / CONFIG_FILE).is_file() and any(run.iterdir()):
             raise invalid_file(run, "is not a run of hvdrec", "choose another directory")
         shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG_FILE, json.dumps(to_dict(config), indent=1) + "\n")

@@ -39,7 +39,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_configuration_in_python_trains_a_model_that_ranks(shop: tuple[Path, str]) -> None:
     auc, *items = shop[1].splitlines()
-    assert float(auc.split()[-1]) > 0.55  # chance is 0.5
+    assert float(auc.split()[-1]) > 0.68  # the generator's own probabilities reach 0.74
     scores = [float(line.split()[0]) for line in items]
     assert len(scores) == 5
     assert scores == sorted(scores, reverse=True)

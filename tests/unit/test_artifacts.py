@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -255,3 +256,30 @@ def test_write_text_replaces_a_file_and_leaves_no_draft(tmp_path: Path) -> None:
     write_text(tmp_path / "latest", "step-1\n")
     write_text(tmp_path / "latest", "step-2\n")
     assert contents(tmp_path) == {"latest": b"step-2\n"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_write_that_the_disk_refuses_names_the_artifact_and_keeps_the_old_one(
+    tmp_path: Path, code: int
+) -> None:
+    path = make(tmp_path / "raw")
+    before = contents(path)
+    with (
+        pytest.raises(UserError, match="cannot be written") as caught,
+        write_artifact(path, "raw", overwrite=True),
+    ):
+        raise OSError(code, "refused")
+    assert caught.value.field == str(path)
+    assert contents(path) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_small_file_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("hvdrec.storage.artifacts.os.fsync", full)
+    with pytest.raises(UserError, match="free some space") as caught:
+        write_text(tmp_path / "report.json", "{}")
+    assert caught.value.field == str(tmp_path / "report.json")
+    assert list(tmp_path.iterdir()) == []

@@ -84,14 +84,14 @@ def test_onednn_layers_with_dropout_compute_what_fused_ones_compute(used: list[s
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_fused_layers_take_column_blocks(dtype: torch.dtype, used: list[str]) -> None:
-    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("this CPU has no bf16 products, so the fused layers do not use them")
+    is_bf16 = dtype is torch.bfloat16
+    has_products = not is_bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def run(choice: CpuLayers) -> list[Tensor]:
         network = mlp(choice, (*HIDDEN, 100))
         torch.manual_seed(1)
         vectors = torch.randn(64, WIDTH - 3, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             out = network([vectors[:, :50], torch.randn(64, 3), vectors[:, 50:]])
         assert out.dtype is dtype
         gradient = torch.randn_like(out)
@@ -101,9 +101,10 @@ def test_fused_layers_take_column_blocks(dtype: torch.dtype, used: list[str]) ->
         return [out.detach(), *gradients]
 
     # In bf16, sums in another order round differently, to 8 bits.
-    share, least = (0.02, 0.01) if dtype is torch.bfloat16 else (1e-5, 1e-6)
+    share, least = (0.02, 0.01) if is_bf16 else (1e-5, 1e-6)
     assert_close(run("fused"), run("plain"), share, least)
-    assert used == ["fused"]
+    # A CPU without bf16 products computes with plain layers.
+    assert used == (["fused"] if has_products else [])
 
 
 @pytest.mark.parametrize("choice", ["plain", "fused", "onednn"])
