@@ -1,4 +1,4 @@
-"""Rerun the recipes and print what they come to on the test split, beside what others have."""
+"""Rerun the recipes and print their metrics on the test split beside published figures."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ a mistake in the arguments.
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of the table.
+    """A row of the table.
 
-    config: file in configs/; data: name of the public data; metrics: in the report, with their
-    targets; others: what stands there today, with its source. redraws: the seed divides the samples
-    anew, too. full: the ranker is given every feature, and no towers. without_scene: scene features
-    are left out.
+    config: file in configs/; data: name of the public data set; metrics: names in the report, with
+    their targets; others: figures from elsewhere, with their source; redraws: the seed also redraws
+    the split; full: the ranker gets every feature and there are no towers; without_scene: the scene
+    features are left out.
     """
 
     config: str
@@ -103,13 +103,13 @@ ROWS = {
 
 
 def without_scene(text: str) -> str:
-    """Return a configuration's text without its scene features."""
+    """Remove the scene features from a configuration's text."""
     block = re.compile(r"^\[\[features\]\]\n(?:(?!\[).*\n?)*", re.MULTILINE)
     return block.sub(lambda m: "" if re.search(r'^side = "scene"', m[0], re.M) else m[0], text)
 
 
 def run_row(name: str, row: Row, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the stages of one row and seed that are still missing; return its figures."""
+    """Run the missing stages of one row and seed; return its figures."""
     work: Path = options.work
     raw = work / "data" / row.data
     if not raw.exists():
@@ -176,26 +176,26 @@ def run_peer(
 
 
 def minutes_before(run: Path) -> float:
-    """Return what an interrupted run has taken so far, by its log: each part begins its clock."""
+    """Return the minutes that earlier, interrupted parts of a run took, from its log."""
     lines = logged(run)
     ends = [b for b, a in pairwise(lines) if a["event"] == "start"] + lines[-1:]
     return float(sum(line["seconds"] for line in ends)) / 60
 
 
 def speed(run: Path) -> dict[str, float]:
-    """Return the median of the training speeds that a run's log tells, if there were steps."""
+    """Return the median training speed in a run's log, or None without steps."""
     rates = [line["rows_per_second"] for line in logged(run) if line["event"] == "step"]
     return {"samples_per_second": median(rates)} if rates else {}
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, none if it has not begun."""
+    """Return the lines of a run's log; none if the run has not started."""
     file = run / "log.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def hvdrec(*arguments: str, launcher: Sequence[str] = ()) -> str:
-    """Run a verb and return its standard output; its messages go on."""
+    """Run a command and return its standard output; pass its messages on."""
     print("+ hvdrec", *arguments, file=sys.stderr, flush=True)
     program = str(Path(sys.executable).parent / "hvdrec")
     done = subprocess.run(
@@ -207,7 +207,7 @@ def hvdrec(*arguments: str, launcher: Sequence[str] = ()) -> str:
 
 
 def summary(row: Row, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return mean and deviation over the seeds of each figure."""
+    """Return mean and standard deviation over the seeds of each figure."""
     found: dict[str, Any] = {}
     for metric, target in row.metrics.items():
         values = [run[metric] for run in runs]
@@ -221,7 +221,7 @@ def summary(row: Row, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the rows as lines of text."""
+    """Format the rows as lines of text."""
     lines = [
         f"{'row':26} {'metric':10} {'test split':>18} {'target':>8} {'':12} minutes  samples/s"
     ]
@@ -245,7 +245,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run rows and print what they found."""
+    """Run the chosen rows and print their figures."""
     parser = argparse.ArgumentParser(
         prog="scripts/accuracy",
         description=__doc__,

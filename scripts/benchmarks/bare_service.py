@@ -1,10 +1,10 @@
-"""A bare FastAPI handler with `/v1/score`'s bodies, for serving.py: it parses and returns them.
+"""A FastAPI handler that parses and returns the bodies of `/v1/score`, to compare with.
 
-The request becomes a model of its fields; the answer is a ready list of 500 scores. Nothing is
-looked up or scored. FastAPI has two ways to write the answer:
+The request becomes a model of its fields; the answer is a fixed list of 500 scores. Nothing is
+looked up or scored. FastAPI can serialize the answer in two ways:
 
-  declared    its type is declared, and pydantic writes the JSON
-  undeclared  its type is left out, and FastAPI's encoder walks through it
+declared    the handler declares its return type, and pydantic writes the JSON
+undeclared  it does not, and FastAPI's encoder walks through the answer
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Request(BaseModel):
 
 
 class Answer(BaseModel):
-    """Its answer."""
+    """The answer to a request."""
 
     scores: list[float]
 
 
 def make_app(answer: dict[str, list[float]], *, declared: bool) -> FastAPI:
-    """Return the application."""
+    """Build the application."""
     app = FastAPI()
 
     @app.post("/v1/score", response_model=Answer if declared else None)

@@ -1,4 +1,4 @@
-"""Measure hvdrec's training beside its peers: the same work, each program a process, in turns."""
+"""Measure the training speed of hvdrec and its peers: the same work, one process each, in turns."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ failed (its ratios are null); 2 for a mistake in the arguments.
 
 
 def say(text: str) -> None:
-    """Tell people how far it is, beside the bar."""
+    """Print a progress line beside the bar."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
 class Failed(Exception):
-    """A program that gave no figures, or was not to be had; its text says why, in one line."""
+    """A program failed or could not be installed; the text gives the reason in one line."""
 
 
 def last_line(text: str) -> str:
-    """Return the last line that says something."""
+    """Return the last line that is not empty."""
     return ([line.strip() for line in text.splitlines() if line.strip()] or ["no message"])[-1]
 
 
 def call(*command: str | Path) -> None:
-    """Run a command of the preparation; its output goes to stderr. Raises Failed."""
+    """Run a preparation command with its output on stderr. Raises Failed."""
     words = [str(word) for word in command]
     done = subprocess.run(words, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     sys.stderr.write(done.stderr)
@@ -79,7 +79,7 @@ def call(*command: str | Path) -> None:
 
 
 def once(folder: Path, stamp: str, make: Callable[[], None]) -> None:
-    """Make a folder unless it was made to the end from the same `stamp`."""
+    """Create a folder, unless an earlier call with the same `stamp` completed it."""
     digest, seal = hashlib.sha256(stamp.encode()).hexdigest(), folder / ".made"
     if seal.is_file() and seal.read_text() == digest:
         return
@@ -94,7 +94,7 @@ def once(folder: Path, stamp: str, make: Callable[[], None]) -> None:
 
 
 def make_data(work: Path, name: str) -> None:
-    """Make the data of one folder of the work directory; see work.py."""
+    """Create the data in one folder of the work directory; see work.py."""
     folder, program = work / name, HERE / "work.py"
     sizes: dict[str, tuple[str, ...]] = {
         "work_a": (),
@@ -120,7 +120,7 @@ def make_data(work: Path, name: str) -> None:
 
 
 def make_environment(folder: Path, name: str) -> None:
-    """Make a peer's virtual environment as environments.toml says."""
+    """Create a peer's virtual environment from environments.toml."""
     told = ENVIRONMENTS[name]
 
     def install() -> None:
@@ -151,7 +151,7 @@ def command_of(program: Program, options: argparse.Namespace, meeting: Path) -> 
 
 @contextlib.contextmanager
 def started(command: Sequence[str], threads: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in a session of its own, which ends with the context; output into `log`.*."""
+    """Run a command in its own session until the context ends, with its output in `log`.*."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     environment["PATH"] = f"{BIN}{os.pathsep}{environment.get('PATH', '')}"
     with log.with_suffix(".out").open("wb") as out, log.with_suffix(".err").open("wb") as err:
@@ -202,7 +202,7 @@ def measure(program: Program, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def idle_share(seconds: float = 1.0) -> float:
-    """Return how much of the machine's time was not used."""
+    """Return the fraction of CPU time that was idle."""
 
     def read() -> tuple[int, int]:
         with open("/proc/stat") as file:
@@ -216,7 +216,7 @@ def idle_share(seconds: float = 1.0) -> float:
 
 
 def wait_for_idle(longest: float = 60.0) -> float:
-    """Wait until at least 90% of the machine is idle, or say that it is not; return the share."""
+    """Wait until 90% of the machine is idle, or print that it is not; return the idle fraction."""
     end = time.monotonic() + longest
     while (share := idle_share()) < 0.9:
         if time.monotonic() > end:
@@ -227,18 +227,21 @@ def wait_for_idle(longest: float = 60.0) -> float:
 
 @dataclass
 class Figures:
-    """What came out: the results of every turn, and why a program failed, by program."""
+    """The results of all turns and the failures, by program."""
 
     raw: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def values(self, name: str, figure: str) -> list[float]:
-        """Return one figure of a program over the turns; none if it failed in any of them."""
+        """Return one figure of a program for each turn.
+
+        None if the program failed in any of them.
+        """
         return [] if name in self.failed else [one[figure] for one in self.raw[name]]
 
     def of(self, ratio: Ratio) -> float | None:
-        """Return a ratio of medians; None where a program failed."""
+        """Return a ratio of medians, or None if a program failed."""
         above = self.values(ratio.above, ratio.figure)
         below = self.values(ratio.below, ratio.figure) if ratio.below else [1.0]
         return statistics.median(above) / statistics.median(below) if above and below else None
@@ -266,7 +269,7 @@ def take_turns(chosen: dict[str, Program], options: argparse.Namespace, into: Fi
 
 
 def machine(versions: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Describe the machine and the versions that the figures were measured on."""
     names = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -280,7 +283,7 @@ def machine(versions: dict[str, dict[str, str]]) -> dict[str, Any]:
 
 
 def table(figures: Figures, wanted: Sequence[Ratio]) -> str:
-    """Return the figures as text."""
+    """Format the figures as text."""
     lines = [f"{'':24}{'samples/s: min':>15}{'median':>12}{'max':>12}{'peak MB':>10}"]
     for name in figures.raw:
         if speeds := figures.values(name, SPEED):
@@ -298,7 +301,7 @@ def table(figures: Figures, wanted: Sequence[Ratio]) -> str:
 
 
 def nested(values: dict[str, float | None]) -> dict[str, Any]:
-    """Return dotted keys as nested objects."""
+    """Turn dotted keys into nested objects."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         *levels, last = key.split(".")
@@ -310,7 +313,7 @@ def nested(values: dict[str, float | None]) -> dict[str, Any]:
 
 
 def default_work() -> Path:
-    """Return where data and environments are kept unless told otherwise."""
+    """Return the default directory of data and environments."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "hvdrec" / "benchmarks"
 

@@ -1,8 +1,8 @@
-"""Train on a GPU and on the CPU, compare them step by step, and print samples per second.
+"""Train on a GPU and on the CPU, compare the losses of each step, and print samples per second.
 
-The model is that of configs/movielens-1m.toml over random tables of MovieLens-1M's shape. Weights,
-order and dropout do not depend on the device (dropout is switched off here: its random numbers do),
-so the losses of the two runs may differ by rounding alone. Products are in full float32.
+The model is that of configs/movielens-1m.toml, on random tables of MovieLens-1M's shape. Initial
+weights and row order do not depend on the device, and dropout, which does, is off. So the losses of
+both runs differ by rounding only. Matrix products use full float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 
 
 def main() -> int:
-    """Run the check; 0 where the GPU agrees with the CPU, 1 where not, 2 where there is none."""
+    """Run the check. Exit code 0: GPU and CPU agree; 1: they differ; 2: there is no GPU."""
     parser = argparse.ArgumentParser(prog="scripts/gpu_check", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what to check")
     parser.add_argument("--ranks", type=int, default=0, help="default: one for each GPU")
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Return what is known of the GPUs and of how Horovod reaches them."""
+    """Describe the GPUs and Horovod's access to them."""
     import horovod.torch as hvd
     import torch
 
@@ -97,7 +97,7 @@ def machine() -> dict[str, Any]:
 
 
 def train(folder: Path, device: str, precision: str, ranks: int) -> dict[str, Any]:
-    """Train one epoch, and return the losses of its steps, samples per second, and the AUC."""
+    """Train one epoch; return the losses of its steps, samples per second, and the AUC."""
     run = folder / "run"
     hvdrec(
         "train",
@@ -122,14 +122,14 @@ def train(folder: Path, device: str, precision: str, ranks: int) -> dict[str, An
 
 
 def largest_difference(reference: dict[str, Any], run: dict[str, Any]) -> float:
-    """Return by how much the losses of the same steps differ at most, relatively."""
+    """Return the largest relative difference between the losses of the same steps."""
     pairs = list(zip(reference["losses"], run["losses"], strict=True))
     assert pairs
     return max(abs(there - here) / abs(here) for here, there in pairs)
 
 
 def hvdrec(verb: str, folder: Path, *options: str, ranks: int = 1) -> None:
-    """Run a verb of the command line; its messages go to stderr."""
+    """Run a command with its messages on stderr."""
     command = [str(BIN / "hvdrec"), verb, str(CONFIG)]
     if ranks > 1:
         command = [str(BIN / "horovodrun"), "-np", str(ranks), *command]

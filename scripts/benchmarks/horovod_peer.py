@@ -1,9 +1,11 @@
-"""Work (a) on Horovod's own means, without hvdrec: tables on every rank.
+"""Work (a) with plain Horovod, without hvdrec: every rank holds the whole tables.
 
-``--tables dense``: dense gradients of whole tables, reduced with everything else. ``--tables
-sparse``: torch's sparse gradients through Horovod's DistributedOptimizer, which gathers row numbers
-and values from all ranks. Run it like a training: ``horovodrun -np 4 … python horovod_peer.py …``.
-Prints the line that every program of the benchmarks prints, from the first rank.
+``--tables dense``: dense gradients of whole tables, reduced like all others.
+``--tables sparse``: torch's sparse gradients through Horovod's DistributedOptimizer, which gathers
+row numbers and values from all ranks.
+
+Start it like a training job: ``horovodrun -np 4 … python horovod_peer.py …``. The first rank prints
+the same JSON line as every program of the benchmarks.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ WIDTH = 16
 
 
 class Network(nn.Module):
-    """Tables and an MLP over their vectors and the numbers."""
+    """Embedding tables and an MLP over their vectors and the dense inputs."""
 
     def __init__(self, tables: int, rows: int, numbers: int, *, sparse: bool) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class Network(nn.Module):
 
 
 def mine(data: NDArray[Any], batch: int) -> Tensor:
-    """Return this rank's part of data [batches, rows, ...], cut into batches of other sizes."""
+    """Return this rank's share of data [batches, rows, ...], in batches of the chosen size."""
     rows = data.reshape(-1, *data.shape[2:])
     cut = rows[: len(rows) // batch * batch].reshape(-1, batch, *data.shape[2:])
     size = batch // hvd.size()

@@ -1,4 +1,4 @@
-"""Measure hvdrec on two hosts with a slow network between them, beside Horovod's own ways.
+"""Measure hvdrec on two hosts with a slow network between them, beside plain Horovod.
 
 The hosts are network namespaces of this machine, so all of them share its cores.
 """
@@ -54,7 +54,7 @@ arguments.
 
 
 def launch(hosts: Hosts, launcher: str, count: int, per_host: int, *command: str) -> str:
-    """Run a job on the first `count` hosts and return what it printed; raises Failed."""
+    """Run a job on the first `count` hosts and return its output; raises Failed."""
     names = ",".join(f"hv{i}:{per_host}" for i in range(1, count + 1))
     # There are more ranks than cores.
     shared = ["--oversubscribe", "--bind-to", "none"] if launcher == "mpirun" else []
@@ -83,7 +83,7 @@ def facts_in(output: str, first: str) -> dict[str, Any]:
 
 
 def cap(hosts: Hosts, rate: str) -> None:
-    """Limit what each host sends to a rate as tc takes it; "" for none."""
+    """Limit the send rate of each host, in tc's notation; "" removes the limit."""
     for host in range(1, HOSTS + 1):
         hosts.run(host, ["tc", "qdisc", "del", "dev", "eth0", "root"])
         if rate:
@@ -93,7 +93,7 @@ def cap(hosts: Hosts, rate: str) -> None:
 
 
 def sent(hosts: Hosts) -> int:
-    """Return the bytes that all hosts have sent so far."""
+    """Return the number of bytes that all hosts have sent so far."""
     total = 0
     for host in range(1, HOSTS + 1):
         text = hosts.run(host, ["ip", "-s", "-j", "link", "show", "eth0"]).output
@@ -102,7 +102,7 @@ def sent(hosts: Hosts) -> int:
 
 
 def measure_steps(hosts: Hosts, options: argparse.Namespace) -> dict[str, Any]:
-    """Return seconds of a step by program, their ratios, and hvdrec's bytes."""
+    """Return the seconds per step of each program, their ratios, and hvdrec's bytes."""
     data = str(options.work_dir / "work_a")
     work = ("--data", data, "--batch", str(options.batch), "--precision", options.precision)
     ours = (PYTHON, str(HERE / "ours.py"), "--work", "a", "--threads", "1", *work)
@@ -134,7 +134,7 @@ def measure_steps(hosts: Hosts, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bytes(hosts: Hosts, launcher: str, *command: Any) -> dict[str, float]:
-    """Run hvdrec, one rank on each host; return what the hosts sent and what a step has to."""
+    """Run hvdrec with one rank per host; return the bytes sent and the bytes that must be sent."""
     *start, count = command
     before = sent(hosts)
     steps = ("--placement", "sharded", "--steps", str(count))
@@ -143,7 +143,7 @@ def _bytes(hosts: Hosts, launcher: str, *command: Any) -> dict[str, float]:
 
 
 def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return step times, predicted and measured, over launchers, ranks, placements and caps."""
+    """Return predicted and measured step times over launchers, ranks, placements and rates."""
     found: list[dict[str, Any]] = []
     cases = list(itertools.product(("sharded", "replicated"), LAUNCHERS))
     for placement, launcher in tqdm(cases, "planner", leave=False, file=sys.stderr):
@@ -159,10 +159,11 @@ def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str,
 def _measure_plan(
     hosts: Hosts, options: argparse.Namespace, work: Path, placement: str, launcher: str, count: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield what was predicted and measured on one host, then on two with the capped network.
+    """Yield predictions and measurements on one host, then on two with the capped network.
 
-    Constants are measured on one host, by as many ranks; `work` holds those of fewer ranks before,
-    from which the same is predicted, too: then the cores must be told, which the hosts share.
+    Constants are measured on one host with as many ranks. `work` may also hold the constants of
+    fewer ranks, from which a second prediction is made; that one needs the number of cores, which
+    the hosts share.
     """
     features = str(options.work_dir / "work_b" / "features")
     paths = ("--paths.work", str(work), "--paths.features", features)
@@ -209,7 +210,7 @@ def _predicted(output: str) -> float:
 
 
 def _measured(run: Path) -> float:
-    """Return the mean seconds of a step, but for the first of the run's log lines."""
+    """Return the mean seconds per step, without the first of the run's log lines."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     rates = [line["rows_per_second"] for line in lines if line["event"] == "step"]
     batch = json.loads((run / "config.json").read_text())["train"]["batch_size"]
@@ -217,7 +218,7 @@ def _measured(run: Path) -> float:
 
 
 def shown(figures: dict[str, Any]) -> str:
-    """Return the figures for people."""
+    """Format the figures as text."""
     lines = []
     if "steps" in figures:
         steps = figures["steps"]

@@ -1,8 +1,9 @@
-"""Measure opening a bundle of a million users and items, the import, and many threads at once.
+"""Measure opening a bundle of a million users and items, the import time, and many threads.
 
-The bundle is synthetic but shaped as an export: towers with a vocabulary of every key as strings
-and a row for each, embeddings of 64 dimensions, titles, counts, what users have seen. Each figure
-is of fresh processes, in turns where it is a ratio; bytecode is cached as after an installation.
+The bundle is synthetic but has the shape of an export: towers with a vocabulary of all keys as
+strings and a row for each, 64-dimensional embeddings, titles, counts, and seen items. Each figure
+comes from new processes, and ratios from processes in turns. Bytecode is cached, as after an
+installation.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def measure(turns: int = 5, entries: int = ENTRIES) -> dict[str, Any]:
 
 
 def _imports(folder: Path, turns: int) -> tuple[float, dict[str, float]]:
-    """Return what importing hvdrec.scoring takes over onnxruntime alone, and both in seconds."""
+    """Return the import time of hvdrec.scoring over that of onnxruntime, and both in seconds."""
     names = ("onnxruntime", "hvdrec.scoring")
     took: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(turns + 1):
@@ -130,7 +131,7 @@ def _run(folder: Path, program: str, *arguments: object) -> str:
 
 
 def write_bundle(path: Path, entries: int) -> Path:
-    """Write a bundle of so many users and items and return its path."""
+    """Write a bundle with the given numbers of users and items and return its path."""
     path.mkdir()
     random = np.random.default_rng(0)
     for side in ("user", "item"):
@@ -174,7 +175,7 @@ def _write_catalogue(path: Path, entries: int, random: np.random.Generator) -> N
 
 
 def _tower(name: str, keys: list[str], vectors: np.ndarray) -> onnx.ModelProto:
-    """Return a tower as an export has it: a code for each key, its row, and a layer behind it."""
+    """Build a tower like an exported one: a vocabulary, an embedding table, and a layer."""
     rows = np.concatenate([np.zeros((2, WIDTH), dtype=np.float32), vectors])
     nodes = [
         helper.make_node(
@@ -194,7 +195,7 @@ def _tower(name: str, keys: list[str], vectors: np.ndarray) -> onnx.ModelProto:
 
 
 def _ranker(random: np.random.Generator) -> onnx.ModelProto:
-    """Return a ranker: user and scene once per request, item and product once per candidate."""
+    """Build a ranker: user and scene once per request, item and product once per candidate."""
 
     def weights(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[0]))

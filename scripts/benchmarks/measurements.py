@@ -1,4 +1,4 @@
-"""What is measured: the programs of a turn and the ratios of their figures."""
+"""The programs of a turn and the ratios of their figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONLY = {
 
 @dataclass(frozen=True)
 class Program:
-    """What is measured: `peer` is empty for hvdrec; `data` names a folder of the work directory."""
+    """A program to measure; `peer` is empty for hvdrec, `data` names a folder of the work."""
 
     data: str
     arguments: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure of `above` over that of `below`, or the figure itself."""
+    """A figure of `above` divided by that of `below`, or the figure itself."""
 
     only: str
     key: str
@@ -53,7 +53,7 @@ class Ratio:
 
 
 def programs() -> dict[str, Program]:
-    """Return all programs by name, in the order of a turn: what is compared stands close."""
+    """Return all programs by name, in the order of a turn; compared programs are neighbours."""
     horovodrun = (str(BIN / "horovodrun"), "-np", "2", "--gloo", "--network-interfaces", "lo")
     mpirun = (str(BIN / "mpirun"), "-np", "2", "--bind-to", "none", "--oversubscribe")
     mpirun += ("--allow-run-as-root",)
@@ -104,7 +104,7 @@ def programs() -> dict[str, Program]:
 
 
 def ratios() -> list[Ratio]:
-    """Return what is reported; a key's dots are the levels of the JSON object."""
+    """Return the ratios to report; dots in a key separate levels of the JSON object."""
     ours, ours_bf16 = "work_a.hvdrec", "work_a_bf16.hvdrec"
     peers = (*ENVIRONMENTS, *(f"{peer}_fused" for peer in FUSED))
     a = [Ratio("work_a", f"work_a.ratio.{p}", ours, f"work_a.{p}") for p in peers]

@@ -1,9 +1,9 @@
-"""hvdrec's side of the benchmarks: the training step as `hvdrec train` takes it, reader included.
+"""hvdrec's side of the benchmarks: the training step of `hvdrec train`, with the reader.
 
-Prints one JSON line like the peers' programs; under horovodrun or mpirun the first rank does, for
-all of them. With ``--only-mlp`` the same MLP, optimizer and loss run on ready-made vectors, without
-tables and reader: the most that a step could reach. It computes as torch does, or with
-``--own-layers`` as hvdrec does.
+Prints one JSON line, as the peers' programs do; under horovodrun or mpirun the first rank prints it
+for all ranks. ``--only-mlp`` runs the same MLP, optimizer and loss on vectors in memory, without
+tables and reader: an upper bound on the speed of a step. It uses torch's layers, or hvdrec's with
+``--own-layers``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from hvdrec.training.step import take_step
 
 
 def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[TrainState, ShardLoader]:
-    """Set up as hvdrec.training.job does."""
+    """Set up training as hvdrec.training.job does."""
     world = ranks.init()
     set_up_process(threads)
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[TrainS
 
 
 def endless(state: TrainState, loader: ShardLoader) -> Iterator[Step]:
-    """Yield the steps of one epoch after the other."""
+    """Yield the steps of one epoch after another."""
     prepare = make_preparer(state.tables, state.config, 0)
     for prepared in loader.epochs(0, None, prepare):
         yield from steps(prepared, state.tables, torch.device("cpu"))
@@ -111,13 +111,13 @@ def run(state: TrainState, loader: ShardLoader, options: argparse.Namespace) -> 
 
 
 def dense_bytes(state: TrainState) -> float:
-    """Return what a rank sends of dense gradients in a step: a sum round a ring."""
+    """Return the bytes of dense gradients that a rank sends in a step of ring-allreduce."""
     size = ranks.current().size
     return 8 * sum(p.numel() for p in state.model.parameters()) * (size - 1) / size
 
 
 def meet(folder: Path) -> None:
-    """Wait until another process, which was given the same folder, is as far as this one."""
+    """Wait until another process with the same folder has reached this point."""
     (folder / str(os.getpid())).touch()
     latest = time.monotonic() + 120
     while len(list(folder.iterdir())) < 2:
@@ -127,7 +127,7 @@ def meet(folder: Path) -> None:
 
 
 def run_mlp(options: argparse.Namespace) -> dict[str, Any]:
-    """Train the MLP of work (a) alone on vectors in memory."""
+    """Train only the MLP of work (a), on vectors in memory."""
     set_up_process(options.threads)
     torch.manual_seed(0)
     widths = [FEATURES * WIDTH + NUMBERS, *options.hidden]
@@ -159,7 +159,7 @@ def run_mlp(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def facts(samples: int, count: int, seconds: float, loss: float) -> dict[str, Any]:
-    """Return what every program of the benchmarks prints."""
+    """Return the figures that every program of the benchmarks prints."""
     versions = {"python": platform.python_version()}
     for name in ("torch", "fbgemm-gpu-cpu", "horovod", "numpy", "hvdrec"):
         with contextlib.suppress(PackageNotFoundError):

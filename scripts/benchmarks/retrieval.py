@@ -1,8 +1,9 @@
-"""Measure `Scorer.recommend` over a million items: exactly, and through an index.
+"""Measure `Scorer.recommend` over a million items: exact search, and an index.
 
-The items' vectors are drawn with the structure that trained embeddings have (see `drawn`), or are
-those of a trained bundle, widened (``--bundle``); ``--hard`` takes isotropic Gaussian ones, the
-worst case for an index. All run on one thread, in turns, over the same memory-mapped file.
+Item vectors are drawn with the structure of trained embeddings (see `drawn`), or are those of a
+trained bundle, extended to a million (``--bundle``). ``--hard`` draws isotropic Gaussian vectors,
+the worst case for an index. All measurements run on one thread, in turns, over the same memory-
+mapped file.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Array = np.ndarray[Any, Any]
 def measure(
     turns: int = 5, entries: int = ITEMS, bundle: Path | None = None, hard: bool = False
 ) -> dict[str, Any]:
-    """Return the figures of ``recommend``: medians over turns, each of many calls."""
+    """Return the figures of ``recommend``: medians over turns of many calls each."""
     random = np.random.default_rng(0)
     if bundle is not None:
         items, users, what = widened(random, bundle, entries)
@@ -66,11 +67,11 @@ def measure(
 
 
 def drawn(random: np.random.Generator, rows: int) -> tuple[Array, Array]:
-    """Return item and user vectors [rows, WIDTH] of unit length, as hard as trained ones or harder.
+    """Draw item and user vectors [rows, WIDTH] of unit length, at least as hard as trained ones.
 
-    A mixture of clusters of unequal size over a spectrum in which the k-th direction has 1 / k of
-    the variance: about 18 directions count (`spectrum`). Of the item embeddings of this
-    repository's own models, 8 (MovieLens-1M) and 11 (The Complete Journey) do.
+    They form clusters of unequal size. The k-th direction has 1 / k of the variance, so about 18
+    directions count (`spectrum`). The item embeddings of this repository's own models have 8
+    (MovieLens-1M) and 11 (The Complete Journey).
     """
     deviations = np.arange(1, WIDTH + 1) ** -0.5
     centres = random.normal(size=(CLUSTERS, WIDTH)) * deviations
@@ -86,11 +87,10 @@ def drawn(random: np.random.Generator, rows: int) -> tuple[Array, Array]:
 
 
 def widened(random: np.random.Generator, bundle: Path, rows: int) -> tuple[Array, Array, str]:
-    """Return a trained bundle's item vectors, widened to ``rows``, its users', and what they are.
+    """Extend a bundle's item vectors to ``rows``; return them, its users', and a description.
 
-    A new vector lies between a trained one and one of its NEIGHBOURS nearest, moved along the
-    difference of two such neighbours: so it varies as its surroundings do; its length is the first
-    one's.
+    A new vector is a trained one moved along the difference of two of its nearest neighbours, so it
+    varies as its surroundings do. Its length is that of the trained vector.
     """
     trained = np.unique(np.load(bundle / "items" / "embeddings.npy")[:, :WIDTH], axis=0)
     near = np.empty((len(trained), NEIGHBOURS), np.int64)
@@ -113,7 +113,7 @@ def widened(random: np.random.Generator, bundle: Path, rows: int) -> tuple[Array
 
 
 def spectrum(items: Array) -> dict[str, float]:
-    """Return over how many directions vectors spread: the participation ratio of their spectrum."""
+    """Return the participation ratio of the vectors' spectrum: how many directions count."""
     part = items[:: max(1, len(items) // 50_000)]
     variance = np.linalg.svd(part - part.mean(axis=0), compute_uv=False) ** 2
     return {"directions": float(variance.sum() ** 2 / (variance**2).sum())}
@@ -168,8 +168,8 @@ def _in_turns(
 ) -> dict[str, float]:
     """Return the median, over turns, of each call's median time in milliseconds.
 
-    Short bouts of what goes through all items and of what asks the index take turns, in each the
-    calls one after the other, so that what else the machine does meets all alike.
+    Short series of exact search and of index search alternate, so other load on the machine affects
+    all of them alike.
     """
     kinds = {True: 40, False: 5}
     medians: dict[str, list[float]] = {name: [] for name in calls}
@@ -191,7 +191,7 @@ def _in_turns(
 
 
 def say(text: str) -> None:
-    """Tell people how far it is."""
+    """Print a progress line."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,8 @@
 """Measure `Scorer.score` beside the bare ONNX session and the same model in torch.
 
-The model is that of configs/movielens-1m.toml with random weights, over random tables of
-MovieLens-1M's shape: it goes through every stage to a real bundle. All run on one thread, in turns.
+The model is that of configs/movielens-1m.toml with random weights, on random tables of
+MovieLens-1M's shape, taken through every stage to a real bundle. All measurements run on one
+thread, in turns.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Inputs = dict[str, np.ndarray]
 
 
 def measure(turns: int = 5, seconds: float = 1.0) -> dict[str, Any]:
-    """Return the figures of ``score``: ratios, and microseconds of one call."""
+    """Return the figures of ``score``: ratios, and microseconds per call."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="hvdrec-score-") as folder:
         config, model, fitted = prepared(Path(folder))
@@ -129,7 +130,7 @@ def _in_turns(
 
 
 def prepared(folder: Path) -> tuple[Config, Recommender, Fitted]:
-    """Return a configuration whose samples and features are made, and a model of random weights."""
+    """Return a configuration with samples and features on disk, and a model of random weights."""
     write_tables(folder / "raw")
     config = load_config(CONFIG)
     paths = replace(config.paths, raw=str(folder / "raw"), work=str(folder))
@@ -172,7 +173,7 @@ def _session(graph: Path | bytes) -> Any:
 
 
 def _unfactored(model: Recommender, fitted: Fitted, folder: Path) -> Path:
-    """Write the ranker as it is in torch: user and scene gathered for each candidate."""
+    """Write the ranker as torch computes it: user and scene are gathered for each candidate."""
     factored = ranker_graph.factored
     try:
         ranker_graph.factored = lambda _: None  # type: ignore[assignment]
@@ -183,7 +184,7 @@ def _unfactored(model: Recommender, fitted: Fitted, folder: Path) -> Path:
 
 
 def _item_part_stored(model: Recommender, bundle: Path, inputs: Inputs) -> tuple[Any, Inputs]:
-    """Return a ranker that is given item W_i, made beforehand, and its inputs."""
+    """Return a ranker whose input is the precomputed item W_i, and its inputs."""
     graph = onnx.load(str(bundle / "ranker.onnx"))
     branch = next(n for n in graph.graph.node if n.op_type == "If")
     then = next(a.g for a in branch.attribute if a.name == "then_branch")
@@ -204,7 +205,7 @@ def _item_part_stored(model: Recommender, bundle: Path, inputs: Inputs) -> tuple
 
 
 def _codes(config: Config, fitted: Fitted) -> dict[str, torch.Tensor]:
-    """Return the codes of the scene, as torch takes them, one row."""
+    """Return the scene's codes as torch tensors of one row."""
     scene = config.schema.side("scene")
     session = _session(Path(config.paths.of("features")) / "preprocess.onnx")
     columns = config.schema.columns("scene")

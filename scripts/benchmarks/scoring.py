@@ -1,4 +1,4 @@
-"""Measure the slim module and its service: each part a process of its own, ratios within each."""
+"""Measure the slim module and its service: one process per part, ratios within each."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Exit code: 0; 1 if a part failed (its figures are null); 2 for a mistake in the 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure, and what it should be."""
+    """A figure and its target."""
 
     name: str
     bound: float
     at_most: bool = True
 
     def row(self, found: Mapping[str, Any]) -> str:
-        """Return the line of a figure: found, wanted, and whether it holds."""
+        """Format a figure: its value, its target, and whether it holds."""
         value = lookup(found, self.name)
         wanted = f"{'<=' if self.at_most else '>='} {self.bound:g}"
         if value is None:
@@ -72,7 +72,7 @@ def lookup(found: Mapping[str, Any], name: str) -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts and print what they found."""
+    """Run the parts and print their figures."""
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark_scoring",
         description=__doc__,

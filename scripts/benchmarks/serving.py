@@ -1,17 +1,13 @@
-"""Measure the HTTP service beside a bare FastAPI handler, one worker each, on the same bodies.
+"""Measure the HTTP service beside a bare FastAPI handler, one worker each, with the same bodies.
 
 The bodies are those of `/v1/score` with 500 candidates. The bare handler (bare_service.py) parses
-the request into a model of its fields and returns a ready answer: it looks nothing up and scores
-nothing. It is measured in the two ways that FastAPI has to write an answer, `bare` with its type
-declared, which is several times faster, and `bare_undeclared` without. All run under the same
-server (uvicorn with uvloop and httptools, no access log) and are driven in turns by the same
-client, a process of its own that keeps a few connections busy.
-
-`scorer` is `Scorer.score` for the same request in a loop on one thread, without HTTP: what a
-service could reach at most on one core. `cpu_us` is the server's processor time for a request,
-which other processes on the machine change least. The bundle is that of score.py: the model of
-configs/movielens-1m.toml with random weights; `int8` is the service over the same bundle with an
-int8 ranker.
+the request and returns a fixed answer. It is measured with its return type declared (`bare`), which
+is several times faster, and without (`bare_undeclared`). All servers run under uvicorn with uvloop
+and httptools and without an access log. The same client, a separate process that keeps a few
+connections busy, drives them in turns. `scorer` calls `Scorer.score` for the same request in a loop
+on one thread, without HTTP: the most that a service can reach on one core. `cpu_us` is the server's
+CPU time per request, which other processes affect least. The bundle is that of score.py; `int8` is
+the service over the same bundle with an int8 ranker.
 """
 
 from __future__ import annotations
@@ -40,7 +36,7 @@ Figures = dict[str, float]
 
 
 def measure(turns: int = 5, seconds: float = 2.0) -> dict[str, Any]:
-    """Return the figures of ``http``: shares, and requests a second."""
+    """Return the figures of ``http``: ratios, and requests per second."""
     with tempfile.TemporaryDirectory(prefix="hvdrec-http-") as name:
         folder = Path(name)
         bundles = _bundles(folder)
@@ -121,20 +117,20 @@ def _answer(bundle: Path, asked: dict[str, Any]) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers."""
+    """A running server."""
 
     port: int
     process: psutil.Process
 
     def cpu_seconds(self) -> float:
-        """Return the processor time that it has used."""
+        """Return the CPU time used so far."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
 
 
 @contextlib.contextmanager
 def _running(command: list[str], listening: str) -> Iterator[Server]:
-    """Run a server and yield it; a line of its standard error tells its port."""
+    """Run a server and yield it; its standard error contains the port."""
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -169,7 +165,7 @@ def _bare(answer: Path, written: str) -> Iterator[Server]:
 
 
 def _wait_for(port: int, limit: float = 60.0) -> None:
-    """Wait until a server answers its readiness."""
+    """Wait until a server answers its readiness check."""
     import httpx
 
     end = time.monotonic() + limit
@@ -246,7 +242,7 @@ async def load(port: int, body: bytes, connections: int, seconds: float) -> Figu
 
 
 def score_alone(bundle: Path, body: bytes, seconds: float) -> Figures:
-    """Return how many times a second the scorer answers the request on one thread."""
+    """Return how many requests per second the scorer answers on one thread."""
     from hvdrec.scoring import Scorer
 
     scorer, asked = Scorer.load(bundle), json.loads(body)

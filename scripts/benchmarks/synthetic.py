@@ -1,4 +1,4 @@
-"""Random raw tables for what measures speed, where real ones would only have to be downloaded."""
+"""Random raw tables for speed measurements, which need no real data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ USERS, ITEMS = 6040, 3706
 
 
 def write_tables(folder: Path, ratings: int = 100_000) -> None:
-    """Write random tables of MovieLens-1M's columns and numbers of users and films."""
+    """Write random tables with MovieLens-1M's columns and numbers of users and films."""
     random = np.random.default_rng(0)
     folder.mkdir()
     users, items = np.arange(1, USERS + 1).astype(str), np.arange(1, ITEMS + 1).astype(str)

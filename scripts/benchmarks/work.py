@@ -1,6 +1,6 @@
-"""The work that is measured: its data, its shards and hvdrec's configuration of it.
+"""The measured work: its data, its shards, and hvdrec's configuration for it.
 
-As a program it writes the data: of work (a) from nothing, of work (b) from encoded MovieLens-1M.
+As a program it writes the data: random data for work (a), encoded MovieLens-1M for work (b).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Ids = NDArray[np.int64]
 
 
 def zipf_ids(random: np.random.Generator, rows: int, shape: tuple[int, ...]) -> Ids:
-    """Draw ids in 0..rows-1 with Zipf's frequencies, which id is frequent being random, too."""
+    """Draw ids in 0..rows-1 with Zipf frequencies; which ids are frequent is random, too."""
     weights = np.arange(1, rows + 1, dtype=np.float64) ** -EXPONENT
     ends = np.cumsum(weights) / weights.sum()
     places = np.minimum(np.searchsorted(ends, random.random(shape)), rows - 1)
@@ -52,8 +52,8 @@ def zipf_ids(random: np.random.Generator, rows: int, shape: tuple[int, ...]) -> 
 def write_work_a(folder: Path, rows: int = 1_000_000, distinct_of: int = 0) -> None:
     """Write work (a): arrays for the peers, encoded shards for hvdrec.
 
-    distinct_of: where it is given, ids are drawn as if the tables had so many rows and then spread
-    over all of them at random, so that tables of any size meet the same number of distinct ids.
+    distinct_of: if given, ids are drawn as if the tables had this many rows, then spread over all
+    rows at random. So tables of any size see the same number of distinct ids.
     """
     random = np.random.default_rng(0)
     shape = (BATCHES, BATCH)
@@ -120,7 +120,7 @@ def config_a(folder: Path, hidden: tuple[int, ...] = (400, 400, 400), batch: int
 
 
 def config_b(folder: Path) -> Config:
-    """Return hvdrec's model of work (b): a DNN over MovieLens-1M's features but the histories."""
+    """Return hvdrec's model of work (b): a DNN over MovieLens-1M's features without histories."""
     features = tuple(f for f in load_config(CONFIG_B).features if f.kind != "sequence")
     return Config(
         name="work-b",
@@ -140,7 +140,7 @@ def config_b(folder: Path) -> Config:
 
 
 def table_sizes(folder: Path) -> dict[str, int]:
-    """Return how many codes each table of a folder's shards has."""
+    """Return the number of codes of each table in a folder's shards."""
     told = folder / "features" / "sizes.json"
     if told.is_file():
         sizes: dict[str, int] = json.loads(told.read_text())
@@ -149,7 +149,7 @@ def table_sizes(folder: Path) -> dict[str, int]:
 
 
 def write_work_b(folder: Path) -> None:
-    """Write the encoded training rows of ``folder/features`` as the peers of work (b) read them."""
+    """Write the encoded training rows of ``folder/features`` in the format of the peers."""
     names = [feature.name for feature in config_b(folder).features]
     shards = sorted((folder / "features" / "train").glob("*.parquet"))
     tables = [pq.read_table(shard, columns=[*names, "label"]) for shard in shards]

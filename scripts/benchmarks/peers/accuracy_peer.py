@@ -1,8 +1,9 @@
-"""FuxiCTR's DNN or LightGBM on shards that hvdrec encoded: one line with what they come to.
+"""Train FuxiCTR's DNN or LightGBM on shards that hvdrec encoded and print one line of metrics.
 
-They are given every feature but the histories, early stopping on the validation split, and the test
-split once. FuxiCTR: embeddings of 16, an MLP of 400-400-400, a penalty of 1e-3 on embeddings,
-dropout 0.2. LightGBM: codes as categories, 127 leaves; of a list (which it cannot take) the first.
+They get every feature except histories, stop early on the validation split, and see the test split
+once. FuxiCTR: embeddings of width 16, an MLP of 400-400-400, an L2 penalty of 1e-3 on embeddings,
+dropout 0.2. LightGBM: codes as categories, 127 leaves; of a list, which it cannot take, the first
+entry.
 """
 
 import argparse
@@ -31,7 +32,7 @@ class Data:
 
 
 def read(folder: Path, split: str, lists: dict[str, int], names: list[str]) -> dict[str, Array]:
-    """Return name -> codes [n], of lists [n, longest], padded with 0, and label."""
+    """Return codes by name, [n] or for lists [n, longest] padded with 0, and the label."""
     table = pq.read_table(folder / split, columns=[*names, "label"])
     found = {}
     for name in table.column_names:

@@ -1,6 +1,6 @@
-"""What the peer programs share: arguments, data, the clock and the line of results.
+"""Code that the peer programs share: arguments, data, the clock and the line of results.
 
-It runs inside every peer's own environment, so it imports numpy, pyarrow and torch only.
+It runs in each peer's own environment, so it imports only numpy, pyarrow and torch.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Options:
 
 
 def options(precisions: tuple[str, ...] = ("fp32",), *, distributed: bool = False) -> Options:
-    """The command line; a peer names the precisions it knows and whether it runs on two ranks."""
+    """Parse the command line; a peer names its precisions and whether it supports two ranks."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--work", choices=("a", "b"), required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with work_a.* or work_b.*")
@@ -98,7 +98,7 @@ class WorkB:
     sizes: dict[str, int]
 
     def first(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The first batch: its columns and its labels."""
+        """Return the first batch: its columns and its labels."""
         columns = {name: torch.from_numpy(full[:BATCH_B]) for name, full in self.columns.items()}
         return columns, torch.from_numpy(self.label[:BATCH_B])
 
@@ -152,9 +152,9 @@ def peak_memory_mb() -> float:
 
 
 def report(clock: Clock, loss: float, packages: Iterable[str], **more: Any) -> None:
-    """Prints the line of results; `loss` is of the first batch after training.
+    """Print the line of results; `loss` is that of the first batch after training.
 
-    `more` adds to the line, or replaces what one rank alone does not know.
+    `more` adds to the line, or replaces figures that one rank alone does not know.
     """
     names = ("torch", "numpy", *packages)
     line = {

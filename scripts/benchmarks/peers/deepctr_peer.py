@@ -1,7 +1,7 @@
 """DeepCTR-Torch's side of the training benchmark.
 
-Its plainest network is Wide & Deep; with no columns for the wide part, only the DNN is left.
-`fit` has no step of its own to call, so `fit` itself runs, and the clock sits in its loader.
+Its plainest network is Wide & Deep; without columns for the wide part only the DNN remains. `fit`
+has no public step, so `fit` itself runs, with the clock in its loader.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Timed:
-    """Stands where `fit` makes its DataLoader: the same batches, or given ones, and the clock."""
+    """Replaces the DataLoader of `fit`: the same or prepared batches, with the clock."""
 
     def __init__(self, clock: Clock, ready: Iterable[Any] | None = None) -> None:
         self.clock, self.ready = clock, ready

@@ -1,7 +1,7 @@
 """FuxiCTR's side of the training benchmark.
 
-The wheel has no model zoo: this is the zoo's DNN, written with the wheel's parts and trained by
-`BaseModel.train_epoch`, which clips the norm of all gradients, the tables' too.
+The wheel has no model zoo. This is the zoo's DNN, built from the wheel's parts and trained by
+`BaseModel.train_epoch`, which clips the norm of all gradients, including those of the tables.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """torch-rechub's side of the training benchmark.
 
-Its Wide & Deep cannot do without the wide part, so the DNN is made of its EmbeddingLayer and MLP
-and trained by its CTRTrainer.
+Its Wide & Deep needs the wide part, so the DNN is built from its EmbeddingLayer and MLP and trained
+by its CTRTrainer.
 """
 
 from typing import Any

@@ -34,7 +34,7 @@ def tables(sizes: dict[str, int], width: int, pooling: PoolingType) -> list[Embe
 
 
 def fused(configs: list[EmbeddingBagConfig]) -> FusedEmbeddingBagCollection:
-    """Tables whose backward pass updates the looked-up rows: no gradients, no optimizer step."""
+    """Build tables whose backward pass updates the looked-up rows, without an optimizer step."""
     arguments = {"lr": common.LEARNING_RATE}
     return FusedEmbeddingBagCollection(configs, RowWiseAdagrad, arguments, device=CPU)
 
@@ -59,7 +59,7 @@ class Ranker(nn.Module):
 
 
 class Trainer:
-    """One step: lookup, MLP, backward pass with the tables' updates in it, fused Adam."""
+    """One step: lookup, MLP, backward pass with the tables' updates, fused Adam."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         self.model, self.bf16 = model, precision == "bf16"
@@ -79,7 +79,7 @@ class Trainer:
 
 
 def sharded(configs: list[EmbeddingBagConfig], given: Options) -> nn.Module:
-    """The model of work a with whole tables placed on the ranks.
+    """Build the model of work (a) with whole tables placed on the ranks.
 
     TorchRec's planner refuses row-wise sharding of pooled tables on CPU.
     """
@@ -122,7 +122,7 @@ def run_a(given: Options) -> None:
     calls = itertools.count(1)
 
     def agreed(over: bool) -> bool:
-        """Whether all ranks end: they ask each other once in eight steps."""
+        """Return True if all ranks stop; they ask each other once in eight steps."""
         return over if ranks == 1 else next(calls) % 8 == 0 and total(over, dist.ReduceOp.MAX) > 0
 
     batches = data.batches(rank, ranks)
