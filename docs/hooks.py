@@ -51,14 +51,16 @@ def cell(text: str) -> str:
 
 
 def command_line() -> str:
-    """Return the help text of each verb."""
+    """Return the help text of each command."""
     os.environ["COLUMNS"] = "90"
     parser = make_parser()
-    verbs = next(
+    commands = next(
         action.choices
         for action in parser._actions
         if isinstance(action, argparse._SubParsersAction)
     )
     sections = [f"```text\n{parser.format_help()}```"]
-    sections += [f"## {name}\n\n```text\n{verb.format_help()}```" for name, verb in verbs.items()]
+    sections += [
+        f"## {name}\n\n```text\n{command.format_help()}```" for name, command in commands.items()
+    ]
     return "\n\n".join(sections)

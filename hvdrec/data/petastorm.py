@@ -88,7 +88,7 @@ class RowGroupCache:
 
 @dataclass(frozen=True)
 class ShardStore:
-    """Where shards are read from.
+    """The location of shards, and a local cache for them.
 
     Attributes:
         filesystem: An fsspec file system; None for the local one.

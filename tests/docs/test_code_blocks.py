@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hvdrec.cli.parser import make_parser
+from hvdrec.cli.parser import parse
 from hvdrec.config import load_config
 from tests.docs.blocks import CodeBlock, code_blocks, hvdrec_commands, run_blocks
 from tests.docs.film_data import write_film_data
@@ -86,7 +86,7 @@ def test_commands_of_blocks_that_do_not_run_are_accepted_by_the_parser(page: Pat
     for block in code_blocks(page):
         if block.reason and block.language == "bash":
             for command in hvdrec_commands(block.code):
-                make_parser().parse_known_args(shlex.split(command)[1:])
+                parse(shlex.split(command)[1:])
 
 
 def toml_blocks() -> list[tuple[Path, CodeBlock]]:
