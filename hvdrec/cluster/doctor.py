@@ -21,9 +21,9 @@ Status = Literal["ok", "warning", "problem"]
 INSTALL = "run scripts/install"
 TRAINING_PACKAGES = ("torch", "horovod", "petastorm", "pyarrow")
 PETASTORM_LIMITS = {"pyarrow": 15, "numpy": 2}
-"""The major versions from which petastorm fails."""
+"""Petastorm fails with these major versions and later ones."""
 MIN_MEMORY_GIB = 4.0
-"""With less memory, training with the configurations of hvdrec may run out of it."""
+"""With less memory, training with hvdrec's own recipes may run out of it."""
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -55,7 +55,7 @@ class Report:
 
 
 def diagnose() -> Report:
-    """Check this machine; nothing is changed and nothing raised."""
+    """Check this machine. Changes nothing and raises no error."""
     versions = {name: _version(name) for name in ("numpy", "onnxruntime", *TRAINING_PACKAGES)}
     horovod = versions["horovod"]
     horovod_checks, has_nccl = _horovod(horovod)
@@ -83,7 +83,7 @@ def diagnose() -> Report:
 
 
 def python_check(version: Sequence[int]) -> Check:
-    """Check Python's version; the pinned training packages need 3.11."""
+    """Check Python's version: scoring works from 3.11 on, training needs exactly 3.11."""
     text = ".".join(map(str, version))
     if tuple(version[:2]) < (3, 11):
         return Check("python", text, "problem", "use Python 3.11")
@@ -101,7 +101,7 @@ def scoring_check(name: str, version: str | None) -> Check:
 
 
 def training_checks(versions: Mapping[str, str | None]) -> list[Check]:
-    """Check the packages of training; all may be missing (the slim install), but not some."""
+    """Check the packages that training needs; an install for scoring only has none of them."""
     missing: tuple[Status, str] = ("problem", INSTALL)
     if all(versions[name] is None for name in TRAINING_PACKAGES):
         missing = ("warning", f"scoring does not need it; for training {INSTALL}")
@@ -129,7 +129,7 @@ def petastorm_checks(versions: Mapping[str, str | None]) -> list[Check]:
 
 
 def transport_checks(mpi: bool, gloo: bool, nccl: bool) -> list[Check]:
-    """Check the transports of Horovod's build: it needs MPI or Gloo; NCCL is for GPUs."""
+    """Check the transports that Horovod was built with: MPI or Gloo; NCCL is only for GPUs."""
     status: Status = "warning" if mpi or gloo else "problem"
     checks = []
     for name, is_built, launcher in (("MPI", mpi, "mpirun"), ("Gloo", gloo, "horovodrun --gloo")):
@@ -142,7 +142,13 @@ def transport_checks(mpi: bool, gloo: bool, nccl: bool) -> list[Check]:
 
 
 def mpirun_check(path: str | None, version: str, horovod: str | None) -> Check:
-    """Check the MPI of ``mpirun --version``; ``horovodrun --mpi`` fails with Open MPI 5."""
+    """Check the version of MPI; ``horovodrun --mpi`` fails with Open MPI 5.
+
+    Args:
+        path: Path of mpirun; None if it is not on PATH.
+        version: First line that ``mpirun --version`` prints.
+        horovod: Version of Horovod; None if it is not installed.
+    """
     if path is None:
         if horovod is None:
             return Check("mpirun", "not found (only training needs it)")
@@ -159,7 +165,7 @@ def mpirun_check(path: str | None, version: str, horovod: str | None) -> Check:
 
 
 def root_check(is_root: bool, environment: Mapping[str, str]) -> list[Check]:
-    """Check that root may call mpirun directly; other users need no check."""
+    """Check that root may call mpirun without an option; other users always may."""
     names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
     if not is_root:
         return []
@@ -170,7 +176,13 @@ def root_check(is_root: bool, environment: Mapping[str, str]) -> list[Check]:
 
 
 def horovodrun_check(on_path: str | None, installed: str | None, horovod: str | None) -> Check:
-    """Check that the first horovodrun on PATH is the one installed beside this Python."""
+    """Check that the shell finds the horovodrun of this Python's environment.
+
+    Args:
+        on_path: The first horovodrun on PATH; None if there is none.
+        installed: The horovodrun of this Python's environment; None if there is none.
+        horovod: Version of Horovod; None if it is not installed.
+    """
     name = "horovodrun"
     if on_path is None and installed is not None:
         return Check(name, f"{installed}, not on PATH", "warning", _activate())
@@ -184,7 +196,13 @@ def horovodrun_check(on_path: str | None, installed: str | None, horovod: str | 
 
 
 def gpu_check(names: Sequence[str], is_unused: bool, has_nccl: bool) -> Check:
-    """Check that torch and Horovod use the GPUs; `is_unused` if torch does not see them."""
+    """Check that torch and Horovod can use the GPUs of this machine.
+
+    Args:
+        names: Names of the GPUs that torch sees.
+        is_unused: Whether the machine has GPUs that torch does not see.
+        has_nccl: Whether Horovod was built with NCCL.
+    """
     if names:
         value = ", ".join(f"{index}: {name}" for index, name in enumerate(names))
         if has_nccl:
@@ -200,7 +218,7 @@ def gpu_check(names: Sequence[str], is_unused: bool, has_nccl: bool) -> Check:
 
 
 def memory_check(gib: float | None) -> Check:
-    """Check the memory that this process may use, in GiB; None if it is unknown."""
+    """Check the memory that this process may use, in GiB (None if unknown)."""
     if gib is None:
         return Check("memory", "unknown")
     if gib < MIN_MEMORY_GIB:
@@ -210,7 +228,7 @@ def memory_check(gib: float | None) -> Check:
 
 
 def compiler_check(path: str | None, version: str, horovod: str | None) -> Check:
-    """Check the C++ compiler, which only the build of Horovod needs."""
+    """Check the C++ compiler, which is only needed to build Horovod."""
     if path is not None:
         return Check("C++ compiler", f"{path}: {version}")
     if horovod is not None:
@@ -220,11 +238,11 @@ def compiler_check(path: str | None, version: str, horovod: str | None) -> Check
 
 
 def horovod_transports() -> tuple[bool, bool, bool]:
-    """Return True for each of MPI, Gloo and NCCL that Horovod was built with.
+    """Return three booleans: whether Horovod was built with MPI, Gloo and NCCL.
 
     Raises:
         ImportError: Horovod was not built for the installed torch.
-        OSError: A library that it was linked with is missing.
+        OSError: A library to which Horovod is linked is missing.
     """
     import horovod.torch as hvd
 
@@ -243,7 +261,7 @@ def _horovod(version: str | None) -> tuple[list[Check], bool]:
 
 
 def _gpus(torch_version: str | None) -> tuple[list[str], bool]:
-    """Return the GPUs that torch sees, and True if the machine has some that it does not see."""
+    """Return the names of the GPUs that torch sees, and whether it overlooks the machine's GPUs."""
     has_device = NVIDIA_DEVICE.exists()
     if torch_version is None:
         return [], False

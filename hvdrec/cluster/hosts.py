@@ -1,7 +1,8 @@
 """Check before a launch that hosts can work in a job.
 
-Launchers say little, and late, about a host that does not answer or an ssh that asks for a
-password. `check_hosts` connects to each host by ssh, as launchers do, and compares its probe.
+If a host does not answer or asks for a password, launchers report it late and unclearly.
+`check_hosts` connects to each host by ssh, as launchers do, runs ``hvdrec.cluster.probe`` there and
+compares what it reports with this host.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from hvdrec.parallel import agreement
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 40
 CLOCK_SECONDS = 60
-"""The allowed difference of clocks: stores and file systems compare times."""
+"""The largest allowed difference of two hosts' clocks; object stores and shared file systems
+compare times."""
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
-# A name that starts with a dash would be an option of ssh.
+# A host name must not start with a dash, because ssh would take it as an option.
 HOST_PATTERN, SLOTS_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*", r"([1-9][0-9]*)?"
 
 
 @dataclass(frozen=True)
 class HostCheck:
-    """The problems of a host; empty if it can work in the job."""
+    """A host, its number of slots (ranks), and its problems; without problems it can join a job."""
 
     host: str
     slots: int
@@ -45,7 +47,10 @@ class HostCheck:
 
 
 def parse_hosts(text: str) -> dict[str, int]:
-    """Return the slots of each host in ``hv1:2,hv2:2``, the format of horovodrun and mpirun."""
+    """Return the number of slots of each host.
+
+    `text` is the value of -H for horovodrun and mpirun, such as ``hv1:2,hv2:2``.
+    """
     hosts: dict[str, int] = {}
     for part in text.split(","):
         host, _, slots = part.strip().partition(":")
@@ -60,10 +65,10 @@ def parse_hosts(text: str) -> dict[str, int]:
 
 
 def check_hosts(hosts: Mapping[str, int], paths: Sequence[Path]) -> list[HostCheck]:
-    """Find what keeps hosts from working in a job that is launched here and reads paths.
+    """Check that hosts can work in a job that is launched on this host and reads `paths`.
 
     Every host must accept ssh from this host without a password, have the same Python environment
-    at the same place, see the same content at each path, and reach this host over the network.
+    at the same path, see the same content at each of `paths`, and reach this host over the network.
     """
     local = probe_host(0, [str(path) for path in paths])
     missing = [path for path, seen in local["paths"].items() if seen == agreement.MISSING_FILE]
@@ -78,11 +83,11 @@ def check_hosts(hosts: Mapping[str, int], paths: Sequence[Path]) -> list[HostChe
 def compare_probes(
     local: Mapping[str, Any], remote: Mapping[str, Any], seconds: float
 ) -> list[str]:
-    """Return the problems that a host's probe shows.
+    """Return the problems of another host: differing versions, files or clock, or no network.
 
     Args:
-        local: The probe of this host.
-        remote: The probe of the other host.
+        local: What `probe_host` returned on this host.
+        remote: What `probe_host` returned on the other host.
         seconds: How long the other host took to answer.
     """
     problems = []
@@ -108,7 +113,7 @@ def compare_probes(
 
 
 def explain_ssh(host: str, text: str) -> str:
-    """Return the problem and remedy behind the error output of ssh."""
+    """Return the problem and the remedy for the error output `text` of ssh to `host`."""
     output = " ".join(text.split()) or "no message"
     if "Permission denied" in output:
         return f"ssh asks for a password ({output}); ssh-copy-id {host}"
@@ -118,7 +123,7 @@ def explain_ssh(host: str, text: str) -> str:
 
 
 def _problems(host: str, local: Mapping[str, Any], port: int) -> list[str]:
-    """Probe a host and return its problems."""
+    """Run the probe on a host and return the problems that it shows."""
     command = [sys.executable, "-m", probe_host.__module__]
     paths = list(local["paths"])
     started = time.monotonic()
@@ -167,7 +172,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _is_local(host: str) -> bool:
-    """Return True if a name is that of this host, for which launchers do not use ssh."""
+    """Return True if `host` names this host, which launchers do not reach by ssh."""
     try:
         address = socket.gethostbyname(host)
     except OSError:
@@ -177,7 +182,7 @@ def _is_local(host: str) -> bool:
 
 @contextmanager
 def _listening() -> Iterator[int]:
-    """Yield a port that accepts connections and closes them."""
+    """Listen on a free port, close each connection at once, and yield the port."""
     with socket.create_server(("", 0), backlog=128) as server:
 
         def accept() -> None:

@@ -1,7 +1,7 @@
-"""What a host reports about itself; neither torch nor Horovod is loaded.
+"""The probe: what a host reports about itself before a launch, without torch or Horovod.
 
-``python -m hvdrec.cluster.probe PORT [PATH...]`` prints one JSON object. PORT is the port on which
-the host that asks through ssh listens, or 0.
+``python -m hvdrec.cluster.probe PORT [PATH...]`` prints one JSON object. The probe tries to connect
+to PORT of the host from which ssh came; 0 skips this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ CONNECT_SECONDS = 5.0
 
 
 def probe_host(port: int, paths: Sequence[str]) -> dict[str, Any]:
-    """Return this host's name, versions, clock, digests of paths, and failed connection."""
+    """Return what this host reports, ready for JSON.
+
+    Returns:
+        ``host``: name; ``versions``: of Python and packages; ``time``: seconds since the epoch;
+        ``paths``: a digest of each path; ``unreached``: why the connection to `port` of the host
+        that called by ssh failed, else empty.
+    """
     client = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
     return {
         "host": agreement.host_name(),

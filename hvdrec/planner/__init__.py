@@ -1,1 +1,1 @@
-"""Predict memory, bytes and time of a training step."""
+"""Predict the memory, the network traffic and the time of a training step."""

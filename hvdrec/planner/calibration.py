@@ -1,4 +1,7 @@
-"""Measure the constants of the planner on this machine."""
+"""Measure on this machine the speeds (`Constants`) from which the planner predicts step times.
+
+A *trial* is a short training run whose steps are timed.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +33,20 @@ from hvdrec.training.state import TrainState
 from hvdrec.training.step import take_step
 
 WARM_UP_STEPS, TRIAL_STEPS, TRIAL_SECONDS = 8, 24, 12.0
-"""A trial takes at least TRIAL_STEPS steps after the warm-up. It takes enough steps for three
-shuffle windows or row groups, because those are read at once, unless that exceeds TRIAL_SECONDS."""
+"""A trial takes at least TRIAL_STEPS steps after the warm-up. The loader reads a whole row group or
+shuffle window at once, so a trial is long enough for three of them, up to TRIAL_SECONDS."""
 MAX_TRIAL_ROWS = 1_000_000
-"""The rows of a table in a trial; the time of a step does not depend on them."""
+"""Larger embedding tables are cut to this many rows in a trial, to save memory; the time of a step
+does not depend on the size of a table."""
 SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 1 << 22
 MESSAGE_REPEATS = 15
 
 
 def measure_constants(config: Config) -> Constants:
-    """Measure the speed of this machine, with all ranks of the job at once; takes up to a minute.
+    """Measure the speed of this machine while all ranks of the job work; takes up to a minute.
 
-    Every rank calls this. One rank alone cannot measure messages and takes the defaults for them.
+    Every rank must call this. A job of one rank sends no messages, so the two constants of messages
+    keep their defaults.
     """
     world = ranks.init()
     set_threads(config.train.threads, world)
@@ -73,10 +78,10 @@ def _correct_messages(
     device: torch.device,
     rows: int,
 ) -> Constants:
-    """Correct the time of a message so that the predicted step takes as long as a real one.
+    """Correct the time of a message so that the predicted time of a step is the measured time.
 
-    A message in a step does not cost what it costs alone: ranks wait for the slowest one, and some
-    messages travel while ranks compute.
+    A message takes another time within a training step than when it is sent alone: ranks wait for
+    the slowest one, and some messages travel while ranks compute.
     """
     cost = predict(config, Cluster(world.size, world.local_size), constants)
     predicted = cost.total_seconds
@@ -88,7 +93,8 @@ def _correct_messages(
     message = max(constants.message_seconds + (measured - predicted) / messages, 0.0)
     if message > 0:
         return replace(constants, message_seconds=message)
-    # Ranks that wait leave cores to the others, so steps can be faster than those of a rank alone.
+    # The step was faster than predicted even if messages took no time: a rank that waits leaves its
+    # core to the others. So the time of the computation is corrected instead.
     share = measured / cost.seconds["compute"]
     return replace(
         constants,
@@ -99,21 +105,22 @@ def _correct_messages(
 
 
 def _trial_steps(config: Config, rows: int) -> int:
-    """Return the number of steps of a trial on `rows` rows a step, unless steps are slow."""
+    """Return how many steps of `rows` rows a trial takes if it does not reach TRIAL_SECONDS."""
     loader = ShardLoader.from_config(config, "train", rows, 0, 1, shuffle=True)
     read_together = max(_shuffle_rows(config, rows), loader.largest_row_group)
     return 3 * max(TRIAL_STEPS // 3, math.ceil(read_together / rows))
 
 
 def _shuffle_rows(config: Config, rows: int) -> int:
-    """Return the size of a trial's shuffle window: small, so that the loader reads all the time."""
+    """Return the rows of a trial's shuffle window: few, so that the loader reads in most steps."""
     return min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
 
 
 def _time_alone(config: Config, sizes: Mapping[str, int], device: torch.device, rows: int) -> float:
-    """Return the time of a step on `rows` rows with its loader but without messages.
+    """Return the seconds of a step on `rows` rows, including the loader but no messages.
 
-    All ranks take such steps at the same time, each by itself, because they may share cores.
+    All ranks take such steps at the same time, because they may share cores, but no rank
+    communicates with another.
     """
     ranks.barrier()
     with ranks.single_rank() as world:
@@ -128,10 +135,10 @@ def _time_step(
     rows: int,
     count: int,
 ) -> float:
-    """Return the time of a step on `rows` rows a rank, from `count` steps; one rank may stop early.
+    """Take `count` training steps with `rows` rows per rank and return the seconds per step.
 
-    The steps are split into thirds, and the median of their means is returned, so that a short
-    disturbance of the machine does not count.
+    A job of one rank stops after TRIAL_SECONDS. Each third of the steps gives a mean time; the
+    median of the three means is returned, so that a short load on the machine does not count.
     """
     torch.manual_seed(0)
     config = replace(
@@ -167,7 +174,7 @@ def _time_step(
 
 
 def _fold_codes(batch: Batch, config: Config, sizes: Mapping[str, int]) -> Batch:
-    """Return a batch whose codes fit the smaller tables of a trial."""
+    """Return the batch with each code taken modulo the size of its table, which a trial may cut."""
     features = dict(batch.features)
     for feature in config.schema.features:
         if feature.is_embedded:
@@ -177,9 +184,9 @@ def _fold_codes(batch: Batch, config: Config, sizes: Mapping[str, int]) -> Batch
 
 
 def time_messages(size: int) -> tuple[float, float]:
-    """Return the seconds of an empty collective, and of each byte that a rank sends.
+    """Return the seconds that a collective takes without data, and the seconds per byte sent.
 
-    Every rank of a job of `size` > 1 ranks must call this together.
+    All ranks of a job must call this together; `size` > 1 is their number.
     """
     import horovod.torch as hvd
 
@@ -198,7 +205,10 @@ def time_messages(size: int) -> tuple[float, float]:
 
 
 def _median(collective: Callable[[int], None], count: int) -> float:
-    """Return the median time of a collective after the first few calls."""
+    """Call a collective on `count` elements several times; return its median seconds.
+
+    The first three calls do not count.
+    """
     times = []
     for _ in range(MESSAGE_REPEATS):
         started = time.perf_counter()

@@ -1,10 +1,16 @@
-"""Predict the memory, traffic and time of a training step from what its batches look up.
+"""Predict the memory, traffic and time of a training step from the rows that its batches look up.
 
-The formulas count the bytes that each of N ranks sends. For U unique rows in its batch, a sharded
-table of width w takes U (N - 1) / N * (4 + 8 w) bytes: row indices, vectors and gradients. For a
-replicated table, row indices go around a ring once, and the gradients of the V rows that any rank
-looked up are reduced over a ring: 4 U (N - 1) + 8 w V (N - 1) / N. Dense gradients are reduced over
-the ring as well, most of them during the backward pass. Times follow from `Constants`.
+The formulas count the bytes that each of N ranks sends for an embedding table of width w. U is the
+number of unique rows of the table that a rank looks up in its batch.
+
+- A table that is sharded over the ranks takes U (N - 1) / N * (4 + 8 w) bytes: row indices,
+  vectors and gradients.
+- A table that is replicated on every rank takes 4 U (N - 1) + 8 w V (N - 1) / N bytes: row indices
+  are gathered over a ring, and gradients are reduced over a ring. V is the number of unique rows
+  that all ranks together look up.
+
+Gradients of dense parameters are also reduced over a ring, most of them during the backward pass.
+`Constants` gives the time per byte and per message.
 """
 
 from __future__ import annotations
@@ -28,33 +34,38 @@ class Cluster:
     ranks: int
     ranks_per_host: int = 1
     memory: float = 0.0
-    """Bytes for each rank; 0: no limit."""
+    """The memory of each rank in bytes; 0 means no limit."""
     bandwidth: float = 0.0
-    """Bits per second that leave a host; 0: no limit."""
+    """The bits per second that a host can send; 0 means no limit."""
     cores: int = 0
-    """CPU cores of a host, shared by its ranks; 0: each rank is as fast as the measured one."""
+    """The CPU cores of a host, which its ranks share; 0 means that each rank has as many cores as
+    it had in the measurement."""
 
 
 @dataclass(frozen=True)
 class Constants:
-    """The speed of a machine, in seconds; the defaults are guesses.
+    """The speed of a machine; the defaults are guesses.
 
-    A step on R rows without other ranks takes ``step_seconds + row_seconds * R`` if the rank has
-    `cores` cores of its own.
+    A training step with a batch of R rows, on one rank that has `cores` cores for itself, takes
+    ``step_seconds + row_seconds * R`` seconds.
     """
 
     step_seconds: float = 2e-3
     row_seconds: float = 1e-5
     cores: float = 1.0
     message_seconds: float = 1.5e-3
-    """What a collective adds to a step, apart from its bytes."""
+    """The seconds that each collective adds to a step, whatever its size."""
     byte_seconds: float = 1e-9
-    """The time to send a byte to another rank on the same host."""
+    """The seconds to send one byte to another rank on the same host."""
     is_measured: bool = False
 
     @staticmethod
     def load(file: Path) -> Constants:
-        """Read the file that `save` wrote; raises UserError for any other content."""
+        """Read a file that `save` wrote.
+
+        Raises:
+            UserError: The file cannot be read or holds something else.
+        """
         try:
             return Constants(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -69,16 +80,17 @@ class Constants:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step does on each rank."""
+    """The work of each rank in one training step; a group is a group of embedding tables."""
 
     rows: int
-    """The rows of a rank's batch."""
+    """The number of rows in a rank's batch."""
     unique: Mapping[str, float]
-    """By group: the unique rows that a rank looks up, including the row of MISSING."""
+    """For each group, the number of unique embedding rows that a rank looks up, including the row
+    for missing values."""
     union: Mapping[str, float]
-    """By group: the unique rows that all ranks together look up."""
+    """For each group, the number of unique embedding rows that all ranks together look up."""
     table_rows: Mapping[str, float]
-    """By table: the unique rows that a rank looks up."""
+    """For each embedding table, the number of its unique rows that a rank looks up."""
     dense: int
     """The number of dense parameters."""
     softmax_bytes: float = 0.0
@@ -87,7 +99,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class TableCost:
-    """One table: its placement, bytes on each rank, and unique rows in a rank's step."""
+    """The placement and the cost of one embedding table [rows, width].
+
+    Attributes:
+        table: Name of the table.
+        rows: Number of rows.
+        width: Number of columns.
+        placement: ``sharded``, ``replicated``, or ``whole`` in a job of one rank.
+        memory: Bytes of weights and optimizer state on each rank.
+        distinct: Number of unique rows that a rank looks up in a step.
+    """
 
     table: str
     rows: int
@@ -99,7 +120,14 @@ class TableCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The cost of a step: bytes that each rank sends and seconds, by part; memory of each rank."""
+    """The predicted cost of a training step on each rank.
+
+    Attributes:
+        tables: The cost of each embedding table.
+        bytes_sent: Bytes that a rank sends, for each kind of message.
+        seconds: Seconds of the computation and of each kind of message.
+        memory: Bytes of weights, optimizer state and gradients.
+    """
 
     tables: tuple[TableCost, ...]
     bytes_sent: Mapping[str, float]
@@ -108,7 +136,7 @@ class StepCost:
 
     @property
     def total_seconds(self) -> float:
-        """The time of the step."""
+        """The time of the whole step in seconds."""
         return sum(self.seconds.values())
 
 
@@ -119,13 +147,17 @@ def predict_step(
     constants: Constants,
     state_widths: Mapping[int, int],
 ) -> StepCost:
-    """Predict the cost of a step.
+    """Predict the cost of a training step.
 
-    The `groups` are placed on the ranks of the cluster; `state_widths` gives the numbers of
-    optimizer state per row, by width of the table.
+    Args:
+        groups: The embedding tables, placed on the ranks of the cluster.
+        work: The work of each rank.
+        cluster: The ranks and hosts.
+        constants: The speed of the machine.
+        state_widths: For each table width, how many numbers of optimizer state a row has.
     """
     tables = _table_costs(groups, work, cluster.ranks, state_widths)
-    # Adam stores two numbers for each dense weight; the gradient is another one.
+    # A dense parameter takes four float32 numbers: weight, gradient, and Adam's two moments.
     memory = sum(table.memory for table in tables) + 16 * work.dense
     seconds = {"compute": _compute(work, cluster, constants)}
     if cluster.ranks == 1:
@@ -161,7 +193,7 @@ def _table_costs(
 def _bytes_sent(
     groups: Sequence[TableGroup], work: Workload, ranks: int
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Return the bytes that a rank sends as row indices, over the ring, and to all other ranks."""
+    """Return the bytes that a rank sends: as row indices, over a ring, and by alltoall."""
     share = (ranks - 1) / ranks
     indices: dict[str, float] = {}
     ring = {"dense gradients": 8 * work.dense * share}
@@ -192,16 +224,20 @@ def _compute(work: Workload, cluster: Cluster, constants: Constants) -> float:
 
 
 def _message(sent: float, leaves_host: float, cluster: Cluster, constants: Constants) -> float:
-    """Return the time of a collective, given the bytes that a rank sends and a host sends out."""
+    """Return the seconds of a collective.
+
+    A rank sends `sent` bytes; `leaves_host` bytes leave its host over the network.
+    """
     hosts = math.ceil(cluster.ranks / cluster.ranks_per_host)
     network = 8 * leaves_host / cluster.bandwidth if hosts > 1 and cluster.bandwidth else 0.0
     return constants.message_seconds + max(sent * constants.byte_seconds, network)
 
 
 def _hidden(sent: float, work: Workload, cluster: Cluster, constants: Constants) -> float:
-    """Return the time in which dense gradients travel during the backward pass.
+    """Return the seconds in which dense gradients travel while the backward pass still computes.
 
-    All buckets but the last one can, and the backward pass takes at least half of a step.
+    All gradient buckets but the last one can travel then. The backward pass is taken to be half of
+    the computation.
     """
     travel = _message(sent, sent, cluster, constants) - constants.message_seconds
     last = min(1.0, bucket_bytes(4 * work.dense) / max(1, 4 * work.dense))

@@ -1,4 +1,4 @@
-"""Plan a training job: predict a step of a run on any cluster from its encoded shards."""
+"""Plan a training job: predict the training step of a run on any cluster."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class PlanResult:
     constants: Constants
     tables: tuple[TableCost, ...]
     memory_per_rank: int
-    """Bytes for weights and optimizer state."""
+    """The bytes of weights, gradients and optimizer state on each rank."""
     fits: bool
-    """False if the memory exceeds that of the cluster's ranks."""
+    """Whether `memory_per_rank` is within the memory of a rank of the cluster."""
     smallest_ranks: int | None
-    """The number of ranks on which the tables fit, if any does."""
+    """The planned number of ranks if it fits, else the smallest power of two that does; None if no
+    number does."""
     bytes_sent_per_step: Mapping[str, float]
-    """The bytes that each rank sends, by part of a step and in ``total``."""
+    """The bytes that each rank sends, for each kind of message and in ``total``."""
     seconds_per_step: Mapping[str, float]
-    """The time by part of a step and in ``total``."""
+    """The seconds of the computation, of each kind of message and in ``total``."""
     rows_per_second: float
 
 
@@ -52,17 +53,17 @@ def plan(
     calibrate: bool = False,
     constants: Path | None = None,
 ) -> PlanResult:
-    """Predict memory, traffic and time of a training step.
+    """Predict the memory, network traffic and time of a training step.
 
     Args:
-        config: The run, whose features are encoded.
-        ranks: The number of ranks; 0: those of this job.
-        ranks_per_host: The ranks on each host; 0: all ranks on one host.
-        memory: The memory of each rank, such as ``80GB``; empty: no limit.
-        bandwidth: What a host can send, such as ``10Gbit``; empty: no limit.
-        cores: The CPU cores of each host; 0: each rank has as many cores as it uses.
+        config: The configuration of the run; `prepare` must have encoded its features.
+        ranks: The number of ranks; 0 takes the number of ranks of this job.
+        ranks_per_host: The number of ranks on each host; 0 puts all ranks on one host.
+        memory: The memory of each rank, such as ``80GB``; empty for no limit.
+        bandwidth: What a host can send per second, such as ``10Gbit``; empty for no limit.
+        cores: The CPU cores of each host; 0 gives each rank as many cores as it uses.
         calibrate: Measure this machine first, with all ranks of this job, and save the constants.
-        constants: A file of constants measured on another machine.
+        constants: A file of constants that ``--calibrate`` wrote, perhaps on another machine.
 
     Raises:
         UserError: An option is invalid, or the features are missing.
@@ -92,7 +93,7 @@ def plan(
 
 
 def parse_quantity(option: str, text: str, units: Mapping[str, float]) -> float:
-    """Return a number with its unit: ``parse_quantity("memory", "80GB", {"GB": 1e9})`` is 8e10."""
+    """Read a number with a unit: ``parse_quantity("memory", "80GB", {"GB": 1e9})`` is 8e10."""
     number = text.rstrip("".join(set("".join(units)))).strip()
     unit = text[len(number) :].strip()
     try:
@@ -107,9 +108,12 @@ def parse_quantity(option: str, text: str, units: Mapping[str, float]) -> float:
 def smallest_ranks(
     groups_by_ranks: Mapping[int, Sequence[TableGroup]], widths: Mapping[int, int], memory: float
 ) -> int | None:
-    """Return the smallest number of ranks whose tables fit into `memory` bytes each, or None.
+    """Return the smallest number of ranks on which the embedding tables fit, or None.
 
-    `widths` gives the numbers of optimizer state per row, by width of the table.
+    Args:
+        groups_by_ranks: For each number of ranks to try, the tables placed on them.
+        widths: For each table width, how many numbers of optimizer state a row has.
+        memory: The memory of each rank in bytes.
     """
     fitting = (
         ranks
@@ -136,7 +140,7 @@ def _calibrated(config: Config) -> Constants:
 
 
 def _constants(config: Config, file: Path | None) -> Constants:
-    """Return the constants in a file or of this run; the defaults if none were measured."""
+    """Read the constants from `file`, or from the run's own file; defaults if that is missing."""
     if file is None:
         file = Path(config.paths.work) / CONSTANTS_FILE
         if not file.is_file():

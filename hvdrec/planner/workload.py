@@ -1,4 +1,4 @@
-"""Measure what the batches of a run look up, and predict its step from that."""
+"""Count the embedding rows that a run's batches look up, and predict its training step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLED_BATCHES = 6
 
 
 def predict(config: Config, cluster: Cluster, constants: Constants) -> StepCost:
-    """Predict a run's step on a cluster from its encoded shards."""
+    """Predict a run's training step on a cluster; the encoded shards must exist."""
     sizes = Fitted.load(config.paths.of("features")).sizes
     groups = place_tables(config, sizes, cluster.ranks)
     work = measure_workload(config, sizes, groups, cluster.ranks)
@@ -32,12 +32,12 @@ def predict(config: Config, cluster: Cluster, constants: Constants) -> StepCost:
 
 
 def place_tables(config: Config, sizes: Mapping[str, int], ranks: int) -> tuple[TableGroup, ...]:
-    """Return the placement of a run's tables on a number of ranks."""
+    """Return a run's embedding tables in groups, placed on a number of ranks."""
     return table_groups(config.schema, config.model.dimension, sizes, ranks, config.parallel)
 
 
 def state_widths(config: Config, groups: Sequence[TableGroup]) -> dict[int, int]:
-    """Return, by width of the tables, the numbers of optimizer state per row."""
+    """Return, for each table width, how many numbers of optimizer state a row has."""
     optimizer = row_optimizer(config.train)
     return {group.width: optimizer.state_width(group.width) for group in groups}
 
@@ -45,7 +45,7 @@ def state_widths(config: Config, groups: Sequence[TableGroup]) -> dict[int, int]
 def measure_workload(
     config: Config, sizes: Mapping[str, int], groups: Sequence[TableGroup], ranks: int
 ) -> Workload:
-    """Count what some batches of the training split look up in `groups`, placed on the ranks."""
+    """Count the rows of `groups` that some batches of the training split look up."""
     schema = config.schema
     widths = dimensions(schema, config.model.dimension)
     single_tables = [TableGroup(widths[name], 1, {name: sizes[name]}) for name in widths]
@@ -63,7 +63,8 @@ def measure_workload(
     softmax = 0.0
     if config.train.objective != "ranking":
         positive = float(np.mean([int((b.label * b.weight > 0).sum()) for b in local]))
-        # Embeddings and item indices go to all other ranks, gradients of all rows around the ring.
+        # Item embeddings and indices are gathered from all ranks; the gradients of all ranks' items
+        # are reduced over a ring.
         softmax = (ranks - 1) * positive * (12 * config.model.tower.output + 8)
     names = [group.name for group in groups]
     model = build_model(config, sizes, with_tables=False)
@@ -71,7 +72,7 @@ def measure_workload(
         rows,
         dict(zip(names, unique_rows(local, groups), strict=True)),
         dict(zip(names, unique_rows(everyone, groups), strict=True)),
-        # Each lookup contains the row of MISSING.
+        # Each lookup also fetches the row of code MISSING, which does not belong to one table.
         {n: count - 1 for n, count in zip(widths, unique_rows(local, single_tables), strict=True)},
         sum(parameter.numel() for parameter in model.parameters()),
         softmax,
