@@ -142,13 +142,7 @@ def transport_checks(mpi: bool, gloo: bool, nccl: bool) -> list[Check]:
 
 
 def mpirun_check(path: str | None, version: str, horovod: str | None) -> Check:
-    """Check the version of MPI; ``horovodrun --mpi`` fails with Open MPI 5.
-
-    Args:
-        path: Path of mpirun; None if it is not on PATH.
-        version: First line that ``mpirun --version`` prints.
-        horovod: Version of Horovod; None if it is not installed.
-    """
+    """Check mpirun, given the first line of ``mpirun --version``; Open MPI 5 does not work."""
     if path is None:
         if horovod is None:
             return Check("mpirun", "not found (only training needs it)")
@@ -176,13 +170,7 @@ def root_check(is_root: bool, environment: Mapping[str, str]) -> list[Check]:
 
 
 def horovodrun_check(on_path: str | None, installed: str | None, horovod: str | None) -> Check:
-    """Check that the shell finds the horovodrun of this Python's environment.
-
-    Args:
-        on_path: The first horovodrun on PATH; None if there is none.
-        installed: The horovodrun of this Python's environment; None if there is none.
-        horovod: Version of Horovod; None if it is not installed.
-    """
+    """Check that the first horovodrun on PATH is the one installed beside this Python."""
     name = "horovodrun"
     if on_path is None and installed is not None:
         return Check(name, f"{installed}, not on PATH", "warning", _activate())
@@ -196,13 +184,7 @@ def horovodrun_check(on_path: str | None, installed: str | None, horovod: str | 
 
 
 def gpu_check(names: Sequence[str], is_unused: bool, has_nccl: bool) -> Check:
-    """Check that torch and Horovod can use the GPUs of this machine.
-
-    Args:
-        names: Names of the GPUs that torch sees.
-        is_unused: Whether the machine has GPUs that torch does not see.
-        has_nccl: Whether Horovod was built with NCCL.
-    """
+    """Check that torch and Horovod can use the GPUs; `is_unused` if torch sees none of them."""
     if names:
         value = ", ".join(f"{index}: {name}" for index, name in enumerate(names))
         if has_nccl:

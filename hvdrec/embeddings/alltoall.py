@@ -1,8 +1,9 @@
-"""Alltoall of a varying number of rows, in messages that hit Horovod's response cache.
+"""Alltoall of a varying number of rows that hits Horovod's response cache in most steps.
 
-Horovod caches collectives by name and tensor shape. For any other collective, all ranks negotiate
-with rank 0 first, which is most expensive with Gloo. The number of rows changes in each step, so
-send buffers are padded to a fixed shape; the padding is not sent.
+Horovod caches its plan for a collective by name and tensor shape. If a name comes with a new shape,
+all ranks first negotiate with rank 0, which is slow, most of all with Gloo. The number of rows
+changes in each step, so send buffers are padded to a shape that rarely changes. The padding is not
+sent.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 from torch import Tensor
 
 _capacities: dict[str, int] = {}
-"""The rows of the send buffer for each name of a collective; names belong to the process."""
+"""The number of rows of the send buffer for each collective's name, for the whole process."""
 
 
 def start_alltoall(rows: Tensor, counts: Tensor, name: str) -> int:
-    """Start to send rows to each rank; every rank must call this together.
+    """Start to send some rows to each rank; all ranks must call this together.
 
     Args:
-        rows: The rows for all ranks [n, ...], in rank order.
-        counts: The number of rows for each rank, int32 [ranks] on the CPU.
+        rows: [n, ...], first the rows for rank 0, then those for rank 1, and so on.
+        counts: int32 [ranks] on the CPU, the number of rows for each rank.
         name: The name of the collective, the same in each step.
 
     Returns:
-        A handle; `ranks.wait` returns the received rows in rank order, and their count by rank.
+        A handle. `ranks.wait` turns it into the received rows, ordered by sending rank, and the
+        number of rows from each rank.
     """
     import horovod.torch as hvd
 
@@ -34,7 +36,7 @@ def start_alltoall(rows: Tensor, counts: Tensor, name: str) -> int:
 
 
 def padded_rows(name: str, count: int) -> int:
-    """Return the size of a send buffer for `count` rows; it stays the same for similar counts."""
+    """Return the rows of the send buffer for `count` rows; similar counts give the same size."""
     capacity = _capacities.get(name, 0)
     if not count <= capacity <= 2 * count:
         capacity = _capacities[name] = count + count // 8 + 1

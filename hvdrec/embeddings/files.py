@@ -1,8 +1,10 @@
-"""Embedding tables in a checkpoint: a file per rank for sharded tables, one file for the others.
+"""Embedding tables in a checkpoint: a file per rank for sharded tables, one for replicated tables.
 
-``tables-RRRRR-of-NNNNN.safetensors`` holds rows R, R + N, R + 2N, … of each sharded table.
-``tables.safetensors`` holds the replicated tables. A tensor is named ``TABLE/weight`` or
-``TABLE/STATE``. Tables can be read into any placement on any number of ranks.
+In a job of N ranks, rank R writes rows R, R + N, R + 2N, … of each sharded table to
+``tables-RRRRR-of-NNNNN.safetensors``, where RRRRR and NNNNN are R and N in five digits.
+``tables.safetensors`` holds the replicated tables. Tensors are named ``TABLE/weight``, or
+``TABLE/STATE`` for a state of the optimizer such as ``accumulator``. Tables can be read into any
+placement on any number of ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ WEIGHT = "weight"
 
 
 def table_meta(tables: DistributedTables) -> dict[str, Any]:
-    """Return the entry about the tables for a checkpoint's manifest."""
+    """Return what a checkpoint's manifest says about the embedding tables, ready for JSON."""
     return {
         "ranks": tables.world.size,
         "sharded": [t for group in tables.groups if group.is_sharded for t in group.sizes],
@@ -35,7 +37,7 @@ def table_meta(tables: DistributedTables) -> dict[str, Any]:
             for group, kernel in zip(tables.groups, tables.kernels, strict=True)
         },
         "step": tables.step,
-        # Whether moving averages of the rows are stored; then they are evaluated and served.
+        # If moving averages of the rows are stored, evaluation and export read those.
         "averaged": any(AVERAGE in kernel.state for kernel in tables.kernels),
     }
 
@@ -62,13 +64,16 @@ def write_tables(directory: Path, tables: DistributedTables) -> None:
 def read_tables(
     directory: Path, meta: Mapping[str, Any], tables: DistributedTables, *, served: bool = False
 ) -> None:
-    """Fill this rank's tables and their optimizer state from a checkpoint.
+    """Read this rank's rows and their optimizer state from a checkpoint into `tables`.
 
-    `meta` is the result of `table_meta`. With `served`, the moving averages of the rows are read
-    instead of the rows, if they are stored.
+    Args:
+        directory: The checkpoint.
+        meta: The result of `table_meta`, from the checkpoint's manifest.
+        tables: The tables to fill.
+        served: Whether to read the moving averages of the rows, if stored, instead of the rows.
 
     Raises:
-        UserError: A file is damaged, or a table does not have the shape of the features.
+        UserError: A file is damaged, or the features now give a table another shape.
     """
     for group in tables.groups:
         for table in group.sizes:
@@ -85,7 +90,7 @@ def read_tables(
 
 
 def read_into_model(directory: Path, meta: Mapping[str, Any], tables: EmbeddingTables) -> None:
-    """Fill the tables that a model holds itself with the rows that are served."""
+    """Read a checkpoint's rows, or their moving averages if stored, into a model's own tables."""
     for table, size in tables.sizes.items():
         weight = tables.weight(table)
         rows = _rows(directory, meta, f"{table}/{served_key(meta)}", size, 0, 1)
@@ -96,14 +101,14 @@ def read_into_model(directory: Path, meta: Mapping[str, Any], tables: EmbeddingT
 
 
 def served_key(meta: Mapping[str, Any]) -> str:
-    """Return the stored name of the rows that are evaluated and served."""
+    """Return the tensor name of the rows to evaluate and serve: ``average`` or ``weight``."""
     return AVERAGE if meta.get("averaged") else WEIGHT
 
 
 def _rows(
     directory: Path, meta: Mapping[str, Any], name: str, total: int, start: int, step: int
 ) -> Tensor:
-    """Return rows start, start + step, … of a stored tensor with `total` rows."""
+    """Read rows start, start + step, … of a tensor that has `total` rows over all files."""
     if name.split("/", maxsplit=1)[0] not in meta["sharded"]:
         return _tensor(directory / REPLICATED, name)[start::step]
     parts = int(meta["ranks"])

@@ -20,7 +20,10 @@ BLOCK_ROWS = 1 << 18
 def fill_initial_rows(
     group: TableGroup, weight: Tensor, rank: int, seed: int, deviation: float
 ) -> None:
-    """Write the initial values of a rank's rows into `weight` [local_rows, width]."""
+    """Write the initial values of a group's rows on a rank into `weight` [local_rows, width].
+
+    `deviation` is the standard deviation of the values.
+    """
     with torch.no_grad():
         for table, offset in group.offsets.items():
             ids = group.local_ids(table, rank)
@@ -34,11 +37,11 @@ def fill_initial_rows(
 def initial_rows(table: str, ids: Array, width: int, seed: int, deviation: float) -> Array:
     """Return the initial values of rows, float64 [n, width], uniform around zero.
 
-    A value is a function of (seed, table, row, column) alone, so each rank can compute its own
-    rows. The rows of MISSING and UNKNOWN are zero. Source of the mixing function: Steele et al.,
-    "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64).
+    A value depends only on (seed, table, row, column), so each rank can compute the rows that it
+    holds. Row 0 (missing values) and row 1 (unknown values) are zero. Source of the random numbers:
+    Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014 (SplitMix64).
 
-    `ids` are int64 [n]; `deviation` is the standard deviation of the values.
+    `ids` are row numbers, int64 [n]; `deviation` is the standard deviation of the values.
     """
     key = np.uint64((zlib.crc32(table.encode()) << 32) ^ (seed & 0xFFFFFFFF))
     columns = np.arange(width, dtype=np.uint64)

@@ -1,15 +1,17 @@
-"""Kernels: read and update rows of one rank's part of the embedding tables, and no other rows.
+"""Kernels hold one rank's rows of the embedding tables; they read and update chosen rows.
 
 `TorchKernel` is the reference, for any floating dtype and device. `FbgemmKernel` uses FBGEMM's
-table-batched embeddings (float32). For a looked-up row w with summed gradient g, the optimizers
-compute (weight decay first adds weight_decay * w to g, only in steps that look the row up):
+table-batched embeddings (float32). A step updates only the rows that its batch looks up. Let w be
+such a row, g the sum of its gradients, lr the learning rate. Weight decay first adds
+weight_decay * w to g. Then the optimizers compute:
 
 - sgd: w -= lr * g
-- adagrad: s += g^2; w -= lr * g / (sqrt(s) + eps)      (Duchi et al., JMLR 2011); s starts at
-  initial_accumulator, which keeps the first steps of rare rows small
-- rowwise-adagrad: the same with one s per row, updated by the mean of g^2 over the row (Gupta et
-  al., 2014; the default of DLRM and FBGEMM)
-- adam: Kingma and Ba, ICLR 2015, with the global step in the bias corrections ("lazy")
+- adagrad: s += g^2; w -= lr * g / (sqrt(s) + eps)      (Duchi et al., JMLR 2011). The state s
+  starts at initial_accumulator; a positive value keeps the first steps of rare rows small.
+- rowwise-adagrad: like adagrad, but with one number s per row, to which the mean of g^2 over the
+  row is added (Gupta et al., 2014; the default of DLRM and FBGEMM).
+- adam: Kingma and Ba, ICLR 2015. The moments of a row change only in steps that look it up
+  ("lazy"), but the bias correction counts all steps.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class RowOptimizer:
-    """The optimizer of looked-up rows; the kernel holds the learning rate."""
+    """The optimizer of embedding rows and its settings, except the learning rate."""
 
     name: OptimizerName = "rowwise-adagrad"
     weight_decay: float = 0.0
@@ -46,7 +48,7 @@ class RowOptimizer:
     beta2: float = 0.999
 
     def state_shapes(self, rows: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each state tensor of a table [rows, width]."""
+        """Return the name and shape of each tensor of optimizer state of a table [rows, width]."""
         match self.name:
             case "sgd":
                 return {}
@@ -58,23 +60,24 @@ class RowOptimizer:
                 return {"mean": (rows, width), "variance": (rows, width)}
 
     def initial_state(self, name: str) -> float:
-        """Return the initial value of a state."""
+        """Return the value with which the state tensor `name` is filled at first."""
         return self.initial_accumulator if name == "accumulator" else 0.0
 
     def state_width(self, width: int) -> int:
-        """Return the numbers of state per row of this width."""
+        """Return how many numbers of optimizer state one row of `width` columns has."""
         return sum(math.prod(shape) for shape in self.state_shapes(1, width).values())
 
 
 class Kernel(Protocol):
-    """One rank's rows of a group of tables.
+    """One rank's rows of a group of embedding tables; a group has tables of one width.
 
     Attributes:
-        weight: [rows, width].
-        state: [rows, ...] by name.
-        learning_rate: Set it before the rows of a step are updated.
-        needs_rate_to_fetch: Whether the learning rate must be set before the rows are fetched.
-        sums_duplicates: Whether `update` accepts a row several times and sums its gradients.
+        name: The name of the kernel in ``parallel.kernel``.
+        weight: [rows, width], the rows of all tables of the group.
+        state: The optimizer state of the rows: name -> [rows] or [rows, width].
+        learning_rate: The learning rate of `update`; it must be set before each step's `update`.
+        needs_rate_to_fetch: Whether the learning rate must be set even before `fetch`.
+        sums_duplicates: Whether `update` accepts the same row several times and sums its gradients.
     """
 
     name: KernelName
@@ -85,25 +88,28 @@ class Kernel(Protocol):
     learning_rate: float
 
     def fetch(self, rows: Tensor) -> Tensor:
-        """Return copies of rows: int64 [n] -> [n, width]."""
+        """Return copies of the rows with indices int64 [n], as [n, width]."""
         ...
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
-        """Take optimizer step `step` (from 1) on rows int64 [n] with gradients [n, width]."""
+        """Update the rows with indices int64 [n] by their gradients [n, width].
+
+        `step` is the number of this optimizer step, counted from 1.
+        """
         ...
 
 
 HUGE_BYTES = 64 << 20
-"""The size from which tensors are allocated in huge pages."""
+"""Tensors of at least this size are allocated in huge pages of memory."""
 
 
 def allocate_zeros(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """Return zeros; a large tensor on a CPU is allocated in huge pages where the system has them.
+    """Return a tensor of zeros; a large one on a CPU is in huge pages where the system has them.
 
-    Rows are read at random, and with small pages nearly every read misses the TLB: to read and
-    write 16,000 of 8,000,000 rows took a third longer.
+    Rows are read in random order, and with small pages nearly every read misses the TLB (the CPU's
+    cache of page addresses). Reading and writing 16,000 of 8,000,000 rows took a third longer.
     """
     count = math.prod(shape)
     if torch.device(device).type != "cpu" or count * dtype.itemsize < HUGE_BYTES:
@@ -115,7 +121,7 @@ def allocate_zeros(
 
 
 class TorchKernel:
-    """The reference kernel."""
+    """The reference kernel, in plain PyTorch; see `Kernel` for its attributes."""
 
     name: KernelName = "torch"
     sums_duplicates = False
@@ -140,14 +146,14 @@ class TorchKernel:
         }
 
     def fetch(self, rows: Tensor) -> Tensor:
-        """See Kernel."""
+        """Return copies of the rows with indices int64 [n], as [n, width]."""
         vectors = _read(self.weight, rows)
         if torch.is_grad_enabled():
             self._fetched = (rows, vectors.detach())
         return vectors
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
-        """See Kernel; rows must be unique."""
+        """Update the rows with indices int64 [n], which must be unique; see `Kernel.update`."""
         options, rate = self.optimizer, self.learning_rate
         fetched, self._fetched = self._fetched, None
         is_fetched = fetched is not None and fetched[0] is rows
@@ -172,25 +178,25 @@ class TorchKernel:
         _write(self.weight, rows, updated)
 
     def _add(self, key: str, rows: Tensor, value: Tensor) -> Tensor:
-        """Add to the state of rows and return its new values."""
+        """Add `value` to the state of some rows and return the new state of these rows."""
         total = _read(self.state[key], rows).add_(value)
         _write(self.state[key], rows, total)
         return total
 
     def _decay(self, key: str, rows: Tensor, value: Tensor, beta: float) -> Tensor:
-        """Update a moving average of rows and return its new values."""
+        """Update the moving averages of some rows and return the new ones."""
         updated = _read(self.state[key], rows).lerp_(value, 1 - beta)
         _write(self.state[key], rows, updated)
         return updated
 
 
 def _read(source: Tensor, rows: Tensor) -> Tensor:
-    """Return copies of rows."""
+    """Return copies of the rows with these indices."""
     return _as_doubles(source).index_select(0, rows).view(source.dtype)
 
 
 def _write(target: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Overwrite rows, which must be unique."""
+    """Overwrite the rows with these indices, which must be unique."""
     if target.dim() == 1:
         target.index_put_((rows,), values)  # index_copy_ took three times as long
     else:
@@ -198,7 +204,7 @@ def _write(target: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _as_doubles(values: Tensor) -> Tensor:
-    """View float32 [n, width] on a CPU as half as many doubles, which are copied faster."""
+    """View float32 [n, width] on a CPU as float64 [n, width / 2], which is copied faster."""
     is_even = values.dim() == 2 and values.shape[1] % 2 == 0 and values.is_contiguous()
     if is_even and values.dtype is torch.float32 and values.device.type == "cpu":
         return values.view(torch.float64)
@@ -261,7 +267,7 @@ class FbgemmKernel:
             device=None if on_cpu else torch.device(device),
         )
         self.learning_rate = 0.0
-        # FBGEMM's weight decay differs between its optimizers, so it is added here, once per row.
+        # FBGEMM's optimizers differ in their weight decay, so `update` adds it to the gradient.
         self._weight_decay = optimizer.weight_decay
         self.sums_duplicates = optimizer.weight_decay == 0
         self.weight: Tensor = self._tables.split_embedding_weights()[0].detach()
@@ -274,7 +280,7 @@ class FbgemmKernel:
         self._fetched: tuple[Tensor, Tensor] | None = None
 
     def fetch(self, rows: Tensor) -> Tensor:
-        """See Kernel."""
+        """Return copies of the rows with indices int64 [n], as [n, width]."""
         if not torch.is_grad_enabled():
             return self.weight.index_select(0, rows)
         out = self._look_up(rows)
@@ -282,7 +288,7 @@ class FbgemmKernel:
         return out.detach()
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
-        """See Kernel."""
+        """Update the rows with indices int64 [n] by their gradients; see `Kernel.update`."""
         fetched = self._fetched
         out = fetched[1] if fetched is not None and fetched[0] is rows else self._look_up(rows)
         self._fetched = None
@@ -291,7 +297,7 @@ class FbgemmKernel:
         out.backward(gradient)  # type: ignore[no-untyped-call]
 
     def _look_up(self, rows: Tensor) -> Tensor:
-        """Return each row as the sum of a bag of one row."""
+        """Look up rows; to FBGEMM, each is the sum of a bag that holds one row."""
         starts = torch.arange(rows.shape[0] + 1, device=rows.device, dtype=rows.dtype)
         with torch.enable_grad():
             self._tables.set_learning_rate(self.learning_rate)

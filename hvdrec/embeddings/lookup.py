@@ -1,4 +1,9 @@
-"""The unique table rows of a batch and the lookup indices of its features, on the CPU."""
+"""Find the unique embedding rows that a batch needs and where its features use them, on the CPU.
+
+A *code* is the row number of a value in the embedding table of its feature. The tables of one width
+and placement form a *group*, whose rows are stored in one array. The *key* of a row is its position
+in the arrays of all ranks, placed one after the other.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +26,17 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class GroupLookup:
-    """A batch's unique rows of one group of tables, and where its features use them.
+    """The unique rows of one group of embedding tables that a batch needs, and their uses.
 
     Attributes:
-        rows: int64 [R], or int32 if they are sent to other ranks and fit: indices into the arrays
-            of the ranks that hold the rows, ordered by rank. The first is the row of MISSING.
-        counts: int32 [ranks], the number of rows that each rank holds.
-        single, values, lists: As in `models.embedding.RowBlock`, for each part of the batch.
+        rows: [R], the index of each row in the array of the rank that holds it, ordered by rank.
+            int64, or int32 if the indices are sent to other ranks and fit. The first is the zero
+            row for missing values.
+        counts: int32 [ranks], how many of these rows each rank holds.
+        single: The names of the features that have one value per batch row; see
+            `models.embedding.RowBlock`.
+        values: The lookups of these features, for each part of the batch.
+        lists: The lookups of the pooled list features by name, for each part of the batch.
     """
 
     rows: Tensor
@@ -40,9 +49,10 @@ class GroupLookup:
 def drop_to_unknown(
     schema: Schema, codes: Mapping[str, Tensor], rate: float, random: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Replace a random share `rate` of the single values of categorical features by UNKNOWN.
+    """Replace a random share of the values of categorical features by code UNKNOWN.
 
-    `codes` holds int64 [N] or [N, L] by feature name; MISSING stays.
+    `codes` maps feature names to int64 codes [N] or [N, L]. Lists and missing values stay as they
+    are. `rate` is the share to replace, from 0 to 1.
     """
     dropped = dict(codes)
     for feature in schema.features:
@@ -62,18 +72,18 @@ def look_up(
     parts: int = 1,
     is_sent: bool = False,
 ) -> tuple[GroupLookup, ...]:
-    """Find the unique rows of a batch in each group of tables. No rank waits for another here.
+    """Find, without communication, the unique embedding rows that a batch needs from each group.
 
     Args:
         schema: The features.
-        groups: The placed tables.
-        codes: int64 [N] or [N, L] by feature name, for all or some embedded features.
-        pooling: The pooling of list features, as in `config.model.pooling`.
+        groups: The embedding tables, placed on ranks.
+        codes: Feature name -> int64 codes [N] or [N, L], for all embedded features or some.
+        pooling: How lists are pooled, by feature name, as in ``[model.pooling]``.
         parts: The number of equal parts in which the model processes the batch.
-        is_sent: Whether the rows are requested from other ranks.
+        is_sent: Whether the row indices will be sent to other ranks.
 
     Raises:
-        UserError: A code is outside its table.
+        UserError: A code is not below the number of rows of its table.
     """
     embedded = [f for f in schema.features if f.is_embedded and f.name in codes]
     arrays = {feature.name: codes[feature.name].numpy() for feature in embedded}
@@ -81,18 +91,22 @@ def look_up(
 
 
 def part_bounds(rows: int, parts: int) -> list[tuple[int, int]]:
-    """Return the start and end of each of the equal parts of a batch."""
+    """Cut a batch of `rows` rows into equal parts and return the start and end of each."""
     return [(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
 
 
 @dataclass
 class _GroupKeys:
-    """The keys of a group's features: of single values in columns, of lists joined row by row."""
+    """The keys of a batch's codes in one group, collected feature by feature."""
 
     single: list[str] = field(default_factory=list)
+    """The feature name of each column."""
     columns: list[Array] = field(default_factory=list)
+    """Keys [N] of each column; a list that the model pools by attention has a column per entry."""
     list_masks: dict[str, Array] = field(default_factory=dict)
+    """For each other list feature, bool [N, L]: True where there is an entry."""
     list_keys: list[Array] = field(default_factory=list)
+    """For each other list feature, the keys of its entries, row after row."""
 
     def add(
         self, group: TableGroup, table: str, feature: Feature, code: Array, pooling: Pooling | None
@@ -110,7 +124,10 @@ class _GroupKeys:
             self.columns.append(group.keys(table, code))
 
     def joined(self, rows: int, dtype: type[np.uint32] | type[np.int64]) -> tuple[Array, int]:
-        """Return key 0 of MISSING, the columns by row and the lists, and where the lists start."""
+        """Join all keys into one array and return it with the index of the first list's keys.
+
+        The order is: key 0 (missing), the keys of the columns by batch row, the keys of the lists.
+        """
         width = len(self.columns)
         first = 1 + rows * width
         keys = np.empty(first + sum(map(len, self.list_keys)), dtype)
@@ -164,7 +181,7 @@ def _look_up(
 def _features_of(
     schema: Schema, group: TableGroup, codes: Mapping[str, Array]
 ) -> Iterator[tuple[Feature, str]]:
-    """Yield a group's features and their tables, in the order in which models concatenate them."""
+    """Yield the features of a group, in the order of the model's inputs, and each one's table."""
     for side in SIDES:
         for feature in schema.side(side):
             if feature.name in codes and schema.vocabulary_of(feature) in group.sizes:
@@ -172,7 +189,7 @@ def _features_of(
 
 
 def _check_codes(feature: Feature, table: str, code: Array, size: int) -> None:
-    # As unsigned integers, negative codes are the largest: one comparison finds both mistakes.
+    # Negative codes become huge unsigned integers, so one comparison finds both mistakes.
     if code.size and code.astype(np.uint64).max() >= size:
         worst = int(code.min() if code.min() < 0 else code.max())
         raise UserError(
@@ -185,13 +202,13 @@ def _check_codes(feature: Feature, table: str, code: Array, size: int) -> None:
 
 @dataclass(frozen=True)
 class _UniqueKeys:
-    """E keys and their unique values.
+    """An array of E keys and its R unique values.
 
     Attributes:
-        unique: [R] of the keys' dtype, ascending.
+        unique: [R], the unique keys in ascending order, with the keys' dtype.
         rows: int32 [E], the index of each key in `unique`.
-        order: int32 [E], the indices that sort the keys, stable.
-        starts: int32 [R], where the run of each unique key starts in `order`.
+        order: int32 [E], the indices that sort the keys; equal keys keep their order.
+        starts: int32 [R], where the indices of each unique key start in `order`.
     """
 
     unique: Array
@@ -201,7 +218,7 @@ class _UniqueKeys:
 
     @classmethod
     def of(cls, keys: Array) -> _UniqueKeys:
-        """Find the unique values of keys, uint32 or int64 [E], none negative, the first one 0."""
+        """Find the unique values of keys, uint32 or int64 [E], none below 0 and the first one 0."""
         order = _stable_argsort(keys)
         in_order = np.take(keys, order)
         is_other = in_order[1:] != in_order[:-1]
@@ -213,7 +230,7 @@ class _UniqueKeys:
         return cls(np.take(in_order, starts), rows, order.astype(np.int32), starts)
 
     def values(self, start: int, stop: int) -> SingleIndices:
-        """Return the lookup of keys `start` to `stop`; `start` is at least 1."""
+        """Return the lookup indices for keys `start` to `stop` (exclusive); `start` is above 0."""
         order, starts = self._sorted(start, stop)
         rows = self.rows[start:stop]
         return SingleIndices(
@@ -221,9 +238,9 @@ class _UniqueKeys:
         )
 
     def lists(self, ends: Array, *, root: bool) -> ListIndices:
-        """Return the lookup of N lists, of the keys between consecutive `ends` [N + 1].
+        """Return the lookup indices for N lists; list i has the keys ``ends[i]:ends[i + 1]``.
 
-        With `root`, sums are divided by the square root of the number of entries.
+        Pooling divides the sum over a list by its length, or with `root` by the length's root.
         """
         lengths = np.diff(ends)
         divisors = np.maximum(lengths, 1).astype(np.float64)
@@ -237,7 +254,7 @@ class _UniqueKeys:
         )
 
     def _sorted(self, start: int, stop: int) -> tuple[Array, Array]:
-        """Return `order` and `starts` of the keys `start` to `stop`, relative to `start`."""
+        """Return `order` and `starts` for keys `start` to `stop` only, counted from `start`."""
         if (start, stop) == (1, len(self.order)):
             return self.order[1:] - np.int32(1), np.maximum(self.starts - np.int32(1), np.int32(0))
         order = self.order[(self.order >= start) & (self.order < stop)]
@@ -247,8 +264,9 @@ class _UniqueKeys:
 
 
 def _stable_argsort(keys: Array) -> Array:
-    """Return the stable order that sorts keys, int64 [E]."""
-    # numpy sorts 16-bit integers by radix, which is faster on any CPU than its other sorts.
+    """Return the indices int64 [E] that sort the keys; equal keys keep their order."""
+    # Keys are sorted by 16 bits at a time: numpy uses radix sort for 16-bit integers, which is
+    # faster than its other sorts on any CPU.
     order = np.argsort(keys.astype(np.uint16), kind="stable")
     for shift in range(16, 8 * keys.itemsize, 16):
         digits = (keys >> keys.dtype.type(shift)).astype(np.uint16)

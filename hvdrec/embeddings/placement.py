@@ -1,8 +1,9 @@
 """Placement: which rank holds which row of which embedding table.
 
-Tables of one width and placement form a group. Their rows are stored in one array, travel in one
-exchange and are updated together. Row ``id`` of a sharded table is stored on rank ``id % N`` at
-``id // N``; a replicated table is stored completely on every rank.
+Tables of one width and placement form a group. On each rank, the rows of a group are stored in one
+array, exchanged in one message and updated together. In a job of N ranks, row ``id`` of a sharded
+table is stored on rank ``id % N`` at position ``id // N`` of the table's part of the array. A
+replicated table is stored completely on every rank.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ Placement = Literal["auto", "replicated", "sharded"]
 
 @dataclass(frozen=True)
 class TableGroup:
-    """Tables of one width and placement."""
+    """Embedding tables that have the same width and are all sharded or all replicated."""
 
     width: int
     ranks: int
-    """The number of ranks that share the rows; 1 for replicated tables."""
+    """The number of ranks over which the rows are divided; 1 for replicated tables."""
     sizes: Mapping[str, int]
     """The number of rows of each table."""
 
     @property
     def is_sharded(self) -> bool:
-        """True if each rank holds a part of the rows."""
+        """Whether each rank holds only a part of the rows."""
         return self.ranks > 1
 
     @property
@@ -42,7 +43,7 @@ class TableGroup:
 
     @property
     def offsets(self) -> dict[str, int]:
-        """The first row of each table in a rank's array, the same on every rank."""
+        """The position of each table's first row in the array; it is the same on every rank."""
         offsets, offset = {}, 0
         for table, size in self.sizes.items():
             offsets[table] = offset
@@ -51,23 +52,23 @@ class TableGroup:
 
     @property
     def local_rows(self) -> int:
-        """The number of rows in a rank's array."""
+        """The number of rows of the array on each rank."""
         return sum(-(-size // self.ranks) for size in self.sizes.values())
 
     @property
     def key_type(self) -> type[np.uint32] | type[np.int64]:
-        """The smallest dtype that holds all keys, see `keys`."""
+        """The smaller dtype that can hold all results of `keys`."""
         return np.uint32 if self.ranks * self.local_rows <= 2**32 else np.int64
 
     def local_ids(self, table: str, rank: int) -> Array:
-        """Return the ids of a table's rows on a rank, int64, in the order of its array."""
+        """Return the ids, int64, of the rows of a table that a rank holds, in array order."""
         return np.arange(rank if self.is_sharded else 0, self.sizes[table], self.ranks)
 
     def keys(self, table: str, codes: Array) -> Array:
-        """Return ``owner rank * local_rows + index in its array`` for each code.
+        """Return the key of each code: ``rank that holds the row * local_rows + index there``.
 
-        Keys have dtype `key_type` and the shape of `codes`. The rows of MISSING of all tables,
-        which are zero, share key 0.
+        A code is the row number of a value in its table. Keys have dtype `key_type` and the shape
+        of `codes`. Code 0 (missing) gives key 0 for all tables, because its row is always zero.
         """
         offset = self.offsets[table]
         codes = codes.astype(self.key_type)  # the dtype of the codes may be too small for keys
@@ -88,9 +89,10 @@ def group_tables(
     placement: Placement = "auto",
     shard_from_bytes: int = 0,
 ) -> tuple[TableGroup, ...]:
-    """Choose the placement of tables, given the rows and the width of each, and group them.
+    """Decide which tables are sharded, and group the tables by width and placement.
 
-    ``auto`` shards tables of at least `shard_from_bytes` (float32). One rank shards nothing.
+    `sizes` and `widths` are the rows and columns of each table. ``auto`` shards tables that take at
+    least `shard_from_bytes` as float32. On one rank, nothing is sharded.
     """
     groups: dict[tuple[int, bool], dict[str, int]] = {}
     for table, size in sizes.items():
@@ -104,8 +106,8 @@ def group_tables(
 
 
 def bytes_per_rank(groups: Sequence[TableGroup], state_widths: Mapping[int, int]) -> int:
-    """Return the bytes of a rank's rows with their optimizer state, all float32.
+    """Return the bytes that embedding rows and their optimizer state take on a rank, as float32.
 
-    `state_widths` gives the numbers of optimizer state per row, by width of the table.
+    `state_widths` says for each table width how many numbers of optimizer state a row has.
     """
     return sum(4 * g.local_rows * (g.width + state_widths[g.width]) for g in groups)

@@ -1,4 +1,4 @@
-"""Create this rank's tables from a configuration: optimizer, placement, kernels, memory check."""
+"""Create this rank's embedding tables as the configuration says, and check that they fit memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def row_optimizer(train: Train) -> RowOptimizer:
-    """Return the optimizer of table rows."""
+    """Return the optimizer of embedding rows that the ``[train]`` section describes."""
     return RowOptimizer(
         train.embedding_optimizer,
         train.embedding_weight_decay,
@@ -35,9 +35,9 @@ def row_optimizer(train: Train) -> RowOptimizer:
 def table_groups(
     schema: Schema, dimension: int, sizes: Mapping[str, int], ranks: int, parallel: Parallel
 ) -> tuple[TableGroup, ...]:
-    """Return the placement of the tables, with `sizes` rows each, on a number of ranks.
+    """Return the embedding tables in groups, placed on a number of ranks.
 
-    `dimension` is the default width of a table, `config.model.dimension`.
+    `sizes` are the rows of each table; `dimension` is the width of a table whose feature sets none.
     """
     widths = dimensions(schema, dimension)
     shard_from = int(1e6 * parallel.shard_from_mb)
@@ -54,15 +54,15 @@ def make_tables(
     kernels: Mapping[int, KernelName] | None = None,
     is_new: bool = True,
 ) -> DistributedTables:
-    """Create this rank's tables; every rank must call this together.
+    """Create this rank's embedding tables; all ranks must call this together.
 
     Args:
         config: The run's configuration.
         sizes: The number of rows of each table.
-        world: This rank's position in the job.
-        device: Where the rows are stored.
-        kernels: The kernels of an interrupted run by width; a resumed run keeps them.
-        is_new: Whether to create initial values; otherwise the rows are zero.
+        world: This rank's number and the number of ranks.
+        device: The device that stores the rows.
+        kernels: To resume a run: the kernel that it used for each table width.
+        is_new: Whether to fill the rows with initial values; otherwise they are zero.
 
     Raises:
         UserError: The tables do not fit into memory, or the configured kernel cannot hold them.
@@ -104,14 +104,15 @@ def _choose_kernels(
             chosen[str(width)] = "torch" if problem else previous[width]
         elif str(width) not in chosen:
             chosen[str(width)] = fastest_kernel(width, optimizer, torch.float32, device)
-    # Trials may differ between ranks, and results of the kernels differ in the last digit.
+    # Each rank timed the kernels itself. All take rank 0's choice, because the results of two
+    # kernels differ in the last digit.
     return {int(width): name for width, name in ranks.broadcast_object(chosen).items()}
 
 
 def check_memory(
     groups: tuple[TableGroup, ...], optimizer: RowOptimizer, world: World, device: torch.device
 ) -> None:
-    """Raise UserError, which names the largest table, if the tables do not fit into memory."""
+    """Raise UserError if the tables and optimizer state of this host's ranks exceed free memory."""
     need = bytes_per_rank(groups, {g.width: optimizer.state_width(g.width) for g in groups})
     if device.type == "cuda":
         free, local_ranks, where = torch.cuda.mem_get_info(device)[0], 1, "this rank's GPU"
@@ -136,13 +137,13 @@ def check_memory(
 
 
 def free_memory() -> int:
-    """Return the bytes of memory available on this host, within the limit of its control group."""
+    """Return the bytes of free memory on this host, or in this container if that is less."""
     free = int(psutil.virtual_memory().available)
     limit = CONTROL_GROUP / "memory.max"
     if limit.is_file() and limit.read_text().strip() != "max":
         lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
         stat = dict(line.split() for line in lines)
-        # The page cache of files counts as used but can be reclaimed.
+        # The page cache counts as used, but the system frees it when memory is needed.
         used = int((CONTROL_GROUP / "memory.current").read_text()) - int(stat["inactive_file"])
         free = min(free, int(limit.read_text()) - used)
     return free

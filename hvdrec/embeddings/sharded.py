@@ -1,15 +1,17 @@
-"""Embedding tables outside the model, replicated or sharded over the ranks.
+"""Embedding tables outside the model, replicated on all ranks or sharded over them.
 
-The order of a step:
+For each batch, the methods of `DistributedTables` run in this order:
 
-1. `look_up` finds the batch's unique rows, on the loader's thread.
-2. `request_rows` sends their indices to the ranks that hold them, while the step before computes.
-3. `start_fetch` starts to send the rows, once the step before has updated its own.
-4. `fetch` waits for the rows, and the model runs forward and backward.
-5. `send_gradients` and `wait_gradients` bring the gradients to the rows.
-6. `update` takes the optimizer step.
+1. `look_up` finds the unique embedding rows of the batch, on the loader's thread.
+2. `request_rows` sends the row indices to the ranks that hold the rows, while the previous step
+   still computes.
+3. `start_fetch` starts to send the rows, as soon as the previous step has updated its rows.
+4. `fetch` waits for the rows. Then the model runs forward and backward.
+5. `send_gradients` and `wait_gradients` send the gradients to the ranks that hold the rows.
+6. `update` takes the optimizer step on these rows.
 
-The cost of a step does not depend on the size of the vocabularies.
+Only rows that a batch looks up are sent, so the cost of a step does not depend on the number of
+rows of the tables.
 """
 
 from __future__ import annotations
@@ -39,47 +41,54 @@ Indices = TypeVar("Indices", SingleIndices, ListIndices)
 
 @dataclass
 class _GroupRequest:
-    """The pending rows of one group, and what is needed to send their gradients back."""
+    """A batch's request for rows of one group of tables, and what sending gradients back needs."""
 
     lookup: GroupLookup
     handle: int | None = None
-    """The collective that sends the row indices."""
+    """The handle of the collective that sends the row indices."""
     rows: Tensor | None = None
-    """int64: the rows read and updated on this rank, unique if the kernel needs that."""
+    """int64: the indices of the rows that this rank reads and updates; they are unique unless the
+    kernel sums duplicates."""
     order: Tensor | None = None
-    """The index in `rows` of each requested row (sharded) or of each own row (replicated)."""
+    """Positions in `rows`: of each row that any rank requests from this one (sharded tables), or of
+    each row that this rank looks up (replicated tables)."""
     counts: Tensor | None = None
-    """int32 [ranks]: the number of rows that each rank requested."""
+    """int32 [ranks]: how many rows each rank requests from this one."""
     is_started: bool = False
-    """True if the vectors are being sent, or need not be sent."""
+    """Whether the vectors are on their way, or need not be sent."""
     vectors_handle: int | None = None
     vectors: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class RowRequest:
-    """The pending rows of a batch; `DistributedTables.fetch` waits for them."""
+    """The embedding rows that a batch has requested; `DistributedTables.fetch` waits for them."""
 
     groups: tuple[_GroupRequest, ...]
 
 
 @dataclass(frozen=True)
 class PendingGradients:
-    """A batch's row gradients while they are sent: by group, this rank's own and a handle."""
+    """The gradients of a batch's embedding rows while they are sent.
+
+    `gradients` has for each group this rank's gradients and the handle of the collective, if any.
+    """
 
     request: RowRequest
     gradients: tuple[tuple[Tensor, int | None], ...]
 
 
 class DistributedTables:
-    """The embedding tables of a model, over the ranks of a job. One rank exchanges nothing.
+    """The embedding tables of a model, stored on all ranks of a job.
+
+    A job of one rank sends nothing.
 
     Attributes:
-        groups: The groups of tables.
-        kernels: This rank's rows of each group.
+        groups: The tables, grouped by width and placement.
+        kernels: For each group, the kernel that holds this rank's rows.
         step: The number of optimizer steps taken.
-        sent_bytes: The bytes this rank has sent in training (row indices, vectors and gradients,
-            without message overhead).
+        sent_bytes: The bytes of row indices, vectors and gradients that this rank has sent in
+            training, without the overhead of messages.
     """
 
     def __init__(
@@ -100,15 +109,15 @@ class DistributedTables:
 
         Args:
             schema: The features.
-            groups: The tables, as placed on `world.size` ranks.
+            groups: The tables, placed on `world.size` ranks.
             optimizer: The optimizer of the rows.
-            world: This rank's position in the job.
-            kernels: The kernel for each width.
+            world: This rank's number and the number of ranks.
+            kernels: The name of the kernel for each table width.
             seed: The seed of the initial values; None fills the tables with zeros.
             deviation: The standard deviation of the initial values.
             dtype: The dtype of rows and optimizer state.
-            device: Where the rows are stored.
-            pooling: The pooling of list features, as in `config.model.pooling`.
+            device: The device that stores the rows.
+            pooling: How lists are pooled, by feature name, as in ``[model.pooling]``.
         """
         self.schema, self.groups, self.optimizer = schema, tuple(groups), optimizer
         self.pooling = pooling or {}
@@ -129,7 +138,7 @@ class DistributedTables:
             kernel.learning_rate = rate
 
     def table(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return views of this rank's rows of a table and of their optimizer state."""
+        """Return this rank's rows of a table and their optimizer state by name, without a copy."""
         for group, kernel in zip(self.groups, self.kernels, strict=True):
             if name in group.sizes:
                 start = group.offsets[name]
@@ -139,16 +148,16 @@ class DistributedTables:
         raise KeyError(name)
 
     def look_up(self, codes: Mapping[str, Tensor], parts: int = 1) -> tuple[GroupLookup, ...]:
-        """Find the unique rows of a batch, see `lookup.look_up`."""
+        """Find the unique embedding rows that a batch needs; see `lookup.look_up`."""
         is_sent = self.world.size > 1
         return look_up(self.schema, self.groups, codes, self.pooling, parts=parts, is_sent=is_sent)
 
     def request_rows(self, lookups: Sequence[GroupLookup]) -> RowRequest:
         """Start to send row indices to the ranks that hold the rows, without waiting.
 
-        Every rank must call this, and then `fetch`, for each of its batches in order.
+        All ranks must call this for each batch, in the same order, and `fetch` for each request.
         """
-        # Requests of two batches can be pending at a time, so two names alternate.
+        # Two batches can have a pending request at the same time, so two names alternate.
         self._requests += 1
         return RowRequest(tuple(map(self._request, self.groups, lookups)))
 
@@ -166,10 +175,10 @@ class DistributedTables:
         return request
 
     def start_fetch(self, request: RowRequest) -> None:
-        """Start to send the rows of a later step, once this step has updated its own.
+        """Start to send the rows for the next step, after `update` of the current step.
 
-        Every rank must call this together. It does nothing if a kernel needs the learning rate
-        before it reads: the rate of the later step is not known yet.
+        All ranks must call this together. If a kernel must know the learning rate to read rows,
+        nothing happens, because the next rate is not set yet; `fetch` then sends the rows.
         """
         if not any(kernel.needs_rate_to_fetch for kernel in self.kernels):
             self._start_fetch(request)
@@ -181,14 +190,15 @@ class DistributedTables:
                 pending.is_started = True
 
     def _serve_rows(self, group: TableGroup, kernel: Kernel, pending: _GroupRequest) -> int | None:
-        """Wait for the requests to this rank; start to send sharded rows and return the handle."""
+        """Wait until this rank knows which rows to read; start to send them if they are sharded."""
         if self.world.size == 1:
             return None
         assert pending.handle is not None
         own = pending.lookup
         is_training = torch.is_grad_enabled()
         if not group.is_sharded:
-            # All ranks use the same rows in the same order, so their gradients can be summed.
+            # Each rank takes the rows that any rank looks up, in ascending order, so the gradients
+            # of all ranks can be summed element by element.
             union = np.unique(wait(pending.handle).numpy())
             pending.rows = self._from_numpy(union.astype(np.int64))
             pending.order = self._from_numpy(np.searchsorted(union, own.rows.numpy()))
@@ -214,9 +224,9 @@ class DistributedTables:
         return start_alltoall(vectors, pending.counts, f"vectors/{group.name}")
 
     def fetch(self, request: RowRequest) -> tuple[BatchRows, ...]:
-        """Wait for the requested rows and return them for each part of the batch.
+        """Wait for the requested rows and return them, once for each part of the batch.
 
-        If gradients are enabled, the vectors require gradients.
+        If gradients are enabled, the returned vectors require gradients.
         """
         self._start_fetch(request)
         blocks = []
@@ -244,7 +254,7 @@ class DistributedTables:
         return tuple(BatchRows(tuple(part)) for part in zip(*blocks, strict=True))
 
     def fetch_rows(self, codes: Mapping[str, Tensor]) -> BatchRows:
-        """Look up a batch outside of training; every rank must call this together."""
+        """Look up and fetch a batch's rows outside of training; all ranks call this together."""
         # Horovod's thread cannot write into tensors that were created in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             lookups = self.look_up({name: code.cpu() for name, code in codes.items()})
@@ -252,7 +262,7 @@ class DistributedTables:
         return rows
 
     def send_gradients(self, request: RowRequest) -> PendingGradients:
-        """Start to send the gradients of a batch's rows to the ranks that hold the rows."""
+        """Start to send the gradients of a batch's rows to the ranks that hold these rows."""
         sent = []
         for group, _, pending in self._each(request):
             assert pending.vectors is not None
@@ -280,10 +290,11 @@ class DistributedTables:
         return handle
 
     def wait_gradients(self, pending: PendingGradients) -> tuple[Tensor, ...]:
-        """Wait for the gradients of the rows that this rank updates, summed over all ranks.
+        """Wait for the gradients of the rows that this rank updates.
 
         Returns:
-            For each group [R, width], with unique rows if the kernel needs that.
+            For each group, the gradients [R, width] of all ranks. Gradients of the same row are
+            already summed, unless the kernel sums them itself.
         """
         sums = []
         pairs = zip(pending.request.groups, pending.gradients, strict=True)
@@ -297,7 +308,7 @@ class DistributedTables:
         return tuple(sums)
 
     def update(self, request: RowRequest, gradients: Sequence[Tensor]) -> None:
-        """Take an optimizer step on the rows of a batch with the result of `wait_gradients`."""
+        """Take an optimizer step on the rows of a batch; `wait_gradients` returns `gradients`."""
         self.step += 1
         for (_, kernel, pending), gradient in zip(self._each(request), gradients, strict=True):
             assert pending.rows is not None
@@ -306,7 +317,11 @@ class DistributedTables:
     def squared_norms(
         self, request: RowRequest, gradients: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return the sums of squared gradients of sharded rows here, and of replicated rows."""
+        """Return two sums of squared gradients, float64 scalars.
+
+        The first is over the sharded rows that this rank holds, the second over replicated rows,
+        which is the same on every rank. `gradients` is the result of `wait_gradients`.
+        """
         sharded = torch.zeros((), device=self.device, dtype=torch.float64)
         replicated = torch.zeros_like(sharded)
         for (group, kernel, pending), gradient in zip(self._each(request), gradients, strict=True):
@@ -323,7 +338,7 @@ class DistributedTables:
         return list(zip(self.groups, self.kernels, request.groups, strict=True))
 
     def _move(self, indices: Indices) -> Indices:
-        """Return lookup indices with their tensors on the device."""
+        """Return the same lookup indices with their tensors on the device of the tables."""
         if self.device.type == "cpu":
             return indices
         moved = {f.name: self._to_device(getattr(indices, f.name)) for f in fields(indices)}
@@ -331,7 +346,7 @@ class DistributedTables:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
-            return tensor  # even a `to` without effect would yield the GIL to the loader's thread
+            return tensor  # even a `to` that copies nothing would give the loader's thread the GIL
         return tensor.to(self.device, non_blocking=True)
 
     def _from_numpy(self, array: Array) -> Tensor:
@@ -341,14 +356,14 @@ class DistributedTables:
 def replicated_bytes(unique: int, union: int, width: int, ranks: int) -> int:
     """Return the bytes that a rank sends in a step for replicated tables of one width.
 
-    The rank looks up `unique` rows, all ranks together `union` rows. Row indices travel around a
-    ring once; gradients are reduced over a ring.
+    The rank looks up `unique` rows, all ranks together `union` rows. Row indices are gathered over
+    a ring of ranks, and gradients are reduced over it.
     """
     return 4 * unique * (ranks - 1) + 2 * 4 * union * width * (ranks - 1) // ranks
 
 
 def _received(handle: int) -> Tensor:
-    """Wait for an exchange and return its tensor, without the counts of an alltoall."""
+    """Wait for a collective and return its tensor only; alltoall also returns counts."""
     result = wait(handle)
     tensor: Tensor = result[0] if isinstance(result, tuple) else result
     return tensor

@@ -1,1 +1,1 @@
-"""Towers, ranker and losses in plain torch."""
+"""The model in plain PyTorch: user tower, item tower, ranker, and their losses."""

@@ -1,8 +1,8 @@
 """Faster CPU versions of the model's layers for training, and the switch between them.
 
-The switch is `use_cpu_layers`. "plain" computes with torch's public layers everywhere; the other
-choices need private torch operators, which are used in this module only. Without training, and on
-other devices, all choices are "plain".
+The switch is `use_cpu_layers`. "plain" computes with torch's public layers. The other choices use
+private torch operators, which no other module uses. They apply only to training on a CPU;
+evaluation and GPUs always use plain layers.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CpuLayers = Literal["plain", "fused", "onednn"]
-"""fused: `_LinearRelu` in MLPs without dropout. onednn: MLPs with large float32 batches run in
-oneDNN's tensor layout. Both draw dropout masks from 16 random bits per element."""
+"""plain: torch's public layers. fused: linear layers that include bias and ReLU, in MLPs without
+dropout. onednn: oneDNN's tensor layout, in MLPs with large float32 batches. fused and onednn draw
+dropout masks from 16 random bits per element."""
 
 MIN_ONEDNN_WORK = 100_000_000
-"""Multiplications of a forward pass from which the conversion to oneDNN's layout pays."""
+"""An MLP whose forward pass takes fewer multiplications gains nothing from oneDNN's layout."""
 
 ALIGNMENT = 16
-"""Input widths are padded to a multiple of this: odd widths make the products a fifth slower."""
+"""Input widths are padded to a multiple of this; other widths slow matrix products by a fifth."""
 
 DROPOUT_STEPS = 1 << 16
-"""Fast dropout rounds a rate to a multiple of 1 / DROPOUT_STEPS."""
+"""Fast dropout rounds its rate to a multiple of 1 / DROPOUT_STEPS."""
 
 
 class HasCpuLayers(nn.Module):
-    """A module with a faster CPU version."""
+    """A module with a faster version for CPUs; `cpu_layers` chooses it."""
 
     cpu_layers: CpuLayers = "plain"
 
 
 def use_cpu_layers(model: nn.Module, choice: CpuLayers) -> None:
-    """Choose how a CPU computes the layers of a model in training."""
+    """Choose for all layers of a model how a CPU computes them in training."""
     for module in model.modules():
         if isinstance(module, HasCpuLayers):
             module.cpu_layers = choice
@@ -49,10 +50,10 @@ def use_cpu_layers(model: nn.Module, choice: CpuLayers) -> None:
 
 
 def vendor_cpu_layers(*, bf16: bool) -> CpuLayers:
-    """Return the choice that measurements on CPUs of this vendor suggest.
+    """Return the layers that were fastest on CPUs of this vendor in our measurements.
 
-    MKL keeps its fastest float32 products for Intel's CPUs. On AMD's Zen 4, oneDNN's products are a
-    fifth faster than MKL's.
+    MKL uses its fastest float32 matrix products on Intel's CPUs only. On AMD's Zen 4, the products
+    of oneDNN are a fifth faster than MKL's.
     """
     return "fused" if bf16 or _is_intel() else "onednn"
 
@@ -67,7 +68,7 @@ def _is_intel() -> bool:
 
 @cache
 def _has_fused_operator() -> bool:
-    """Return True if this torch has the operator of the fused layers; log a line if not."""
+    """Return True if this torch has the operator of the fused layers; log a warning if not."""
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return True
     logging.getLogger(__name__).warning(
@@ -127,13 +128,13 @@ def _run_fused(linear: list[nn.Linear], dtype: torch.dtype, parts: Sequence[Tens
 
 
 class _LinearRelu(torch.autograd.Function):
-    """relu(x W^T + b) in bf16 or float32, with x in column blocks: -> [N, out].
+    """relu(x W^T + b) in bf16 or float32, where x is given as column blocks: -> [N, out].
 
-    Weights [out, width], biases [out] and their gradients are float32. The blocks are copied in the
-    product's dtype to where it reads them. Bias and ReLU are part of the product: as a separate
+    Weights [out, width], biases [out] and their gradients are float32. The blocks of x are copied
+    into one matrix of dtype `dtype`. One operator computes product, bias and ReLU: as a separate
     pass, ReLU took a sixth of the forward pass in bf16 on a CPU with matrix units (AMX).
-    is_inner: the gradient comes from another such layer, which made it for this one alone, so it
-    can be overwritten.
+    `is_inner` says that another such layer follows; nobody else reads the gradient that it returns,
+    so the backward pass overwrites it.
     """
 
     @staticmethod
@@ -188,7 +189,7 @@ def _suits_onednn(linear: list[nn.Linear], inputs: Tensor) -> bool:
 
 def _run_onednn(layers: nn.Sequential, inputs: Tensor) -> Tensor:
     if any(isinstance(layer, nn.Dropout) for layer in layers):
-        # Dropout has no oneDNN kernel: only the linear layers run in its layout.
+        # Dropout has no oneDNN kernel, so only the linear layers run in oneDNN's layout.
         hidden = inputs
         for layer in layers:
             is_linear = isinstance(layer, nn.Linear)
@@ -204,9 +205,9 @@ def _run_onednn(layers: nn.Sequential, inputs: Tensor) -> Tensor:
 class Dropout(HasCpuLayers, nn.Dropout):
     """nn.Dropout that can draw its masks faster on a CPU.
 
-    torch draws one number per element on a CPU, one after the other, which took a fifth of a
-    ranking model's step. The fast masks take 16 random bits per element; they follow torch's
-    default generator, too.
+    On a CPU, torch draws one random number after the other, which took a fifth of a ranking model's
+    step. A fast mask takes 16 random bits per element. Its seed comes from torch's default
+    generator, so ``torch.manual_seed`` fixes both masks.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ class Dropout(HasCpuLayers, nn.Dropout):
 
 
 class ReluDropout(Dropout):
-    """ReLU followed by dropout. The fast version needs only its output in the backward pass."""
+    """ReLU followed by dropout; the fast version stores only its output for the backward pass."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply ReLU and drop elements of an input of any shape."""
@@ -242,14 +243,14 @@ class _ReluDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # The output is positive exactly where the input was and the mask kept it.
+        # The output is positive exactly where the input is positive and the mask keeps it.
         (out,) = ctx.saved_tensors
         gradient: Tensor = torch.ops.aten.threshold_backward(gradients[0], out, 0)
         return gradient.mul_(ctx.scale), None
 
 
 def _dropout_mask(like: Tensor, rate: float) -> tuple[Tensor, float]:
-    """Draw the bool mask of the elements that stay, and return it with their scale."""
+    """Draw a bool mask of the elements to keep, and return it with the factor that scales them."""
     dropped = min(round(rate * DROPOUT_STEPS), DROPOUT_STEPS - 1)
     count = math.prod(like.shape)
     seed = int(torch.randint(2**62, ()))
@@ -261,14 +262,14 @@ def _dropout_mask(like: Tensor, rate: float) -> tuple[Tensor, float]:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate column blocks [N, width_i] into [N, sum of widths], without a copy if possible.
 
-    Blocks that are together all columns of one matrix, in order, are that matrix.
+    No copy is needed if the blocks are views of all columns of one matrix, in order.
     """
     merged = pieces(parts)
     return torch.cat(merged, dim=-1) if len(merged) > 1 else merged[0]
 
 
 def pieces(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Replace blocks that are together one matrix by that matrix, and drop empty blocks."""
+    """Replace blocks that are views of all columns of one matrix by it; drop empty blocks."""
     blocks = [part for part in parts if part.shape[1]] or list(parts[:1])
     if torch.compiler.is_compiling():
         return blocks
@@ -282,7 +283,7 @@ def pieces(parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _whole_matrix(blocks: list[Tensor], start: int) -> tuple[Tensor, int] | None:
-    """Return the matrix that the next blocks make up, and their number; None if there is none."""
+    """Return the matrix whose columns the next blocks are, and how many blocks; None if none."""
     matrix: Tensor | None = getattr(blocks[start], "_base", None)
     if matrix is None or matrix.dim() != 2 or matrix.shape[0] != blocks[start].shape[0]:
         return None

@@ -1,7 +1,8 @@
-"""Embedding tables: codes in, one vector per feature and row out.
+"""Embedding tables: from the codes of a batch to one vector per feature and batch row.
 
-Outside of training, the model holds its tables. In training `hvdrec.embeddings.sharded` holds them,
-replicated or sharded, and each forward pass gets the table rows of its batch (`BatchRows`).
+A code is the row number of a value in its table. Outside of training, the model holds the tables.
+In training, `hvdrec.embeddings.sharded` holds them, replicated on all ranks or sharded over them,
+and each forward pass gets only the table rows that its batch needs (`BatchRows`).
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from torch.nn import functional
 from hvdrec.config.schema import MISSING, Feature, Pooling, Schema
 
 ATTENTION: tuple[Pooling, ...] = ("attention", "self-attention")
-"""Pooling in the model, which gets the vector of each list entry."""
+"""Poolings with learned weights. Lookups return the vector of each list entry; the model pools."""
 
 
 @dataclass(frozen=True)
 class SingleIndices:
-    """Lookup indices of E single values, and their inverse for the backward pass.
+    """Which of R embedding rows each of E values uses, and the inverse for the backward pass.
 
     Attributes:
-        indices: int32 [E], the table row of each value.
-        order: int32 [E], the values sorted by table row.
-        row_offsets: int32 [R], the start of each table row's values in `order`.
+        indices: int32 [E], the embedding row of each value.
+        order: int32 [E], the positions of the values, sorted by embedding row.
+        row_offsets: int32 [R], where the positions of each embedding row start in `order`.
     """
 
     indices: Tensor
@@ -38,14 +39,14 @@ class SingleIndices:
 
 @dataclass(frozen=True)
 class ListIndices:
-    """Lookup indices of a list feature's E entries in N rows, and their inverse.
+    """Which of R embedding rows the lists of a feature use in N batch rows, and the inverse.
 
     Attributes:
-        indices: int32 [E], the table row of each entry, row by row, without padding.
-        offsets: int32 [N], the start of each row's entries in `indices`.
-        divisors: [N, 1], divisors of the sums over the rows' entries.
-        batch_rows: int32 [E], the batch rows of the entries, sorted by table row.
-        row_offsets: int32 [R], the start of each table row's entries in `batch_rows`.
+        indices: int32 [E], the embedding row of each list entry, list after list, without padding.
+        offsets: int32 [N], where the entries of each list start in `indices`.
+        divisors: [N, 1], what the sum over each list is divided by.
+        batch_rows: int32 [E], the batch row of each entry, sorted by embedding row.
+        row_offsets: int32 [R], where the entries of each embedding row start in `batch_rows`.
     """
 
     indices: Tensor
@@ -57,13 +58,13 @@ class ListIndices:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """The unique table rows of one width that a batch needs, and the lookups of its features.
+    """The unique embedding rows of one width that a batch of N rows needs, and where it uses them.
 
     Attributes:
-        vectors: [R, width]; row 0 is zero and stands for MISSING.
-        single: The names of F features with one value per row. A name that occurs L times in
-            sequence is a list feature whose entries are not pooled.
-        values: The lookups of F values for each of N rows, row by row.
+        vectors: [R, width], the embedding rows; the first is zero and stands for missing values.
+        single: The names of F features with one value per batch row. A name that is repeated L
+            times is a list feature with L entries, each looked up like a single value.
+        values: The lookups of N * F values, ordered by batch row.
         lists: The lookups of the pooled list features, by name.
     """
 
@@ -94,19 +95,19 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """The table rows of a batch, in one block for each width (and placement) of tables."""
+    """The embedding rows of a batch, in one block for each width and placement of tables."""
 
     blocks: tuple[RowBlock, ...]
 
     def features(self) -> dict[str, Tensor]:
-        """Look up all embedded features, see `RowBlock.features`."""
+        """Look up all embedded features; see `RowBlock.features`."""
         return {name: v for block in self.blocks for name, v in block.features().items()}
 
 
 class _TakeRows(torch.autograd.Function):
-    """Rows of a matrix, `times` of them side by side in each row of the result.
+    """Take rows of a matrix and put `times` of them side by side in each row of the result.
 
-    The backward pass is a pooled sum, which is faster than adding row by row.
+    The backward pass sums by embedding_bag, which is faster than adding row by row.
     """
 
     @staticmethod
@@ -127,7 +128,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 class _PoolRows(torch.autograd.Function):
-    """Sums of rows of a matrix over lists, divided; the backward pass is such a sum, too."""
+    """Sum rows of a matrix over each list and divide the sum; both passes use embedding_bag."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, lists: ListIndices) -> Tensor:
@@ -146,14 +147,15 @@ class _PoolRows(torch.autograd.Function):
 class EmbeddingTables(nn.Module):
     """The embedding tables of a model, shared by towers and ranker.
 
-    The row of code MISSING is and stays zero, so missing values and padding add nothing.
+    A table has the name of the feature whose vocabulary it holds. Its row 0, for missing values and
+    padding, is always zero.
 
     Args:
         schema: The features.
-        sizes: Number of rows of each table, by the name of the feature that owns the vocabulary.
-        default_dimension: Width of a table whose feature names none.
+        sizes: Number of rows of each table.
+        default_dimension: Width of a table whose feature sets none.
         pooling: How a list becomes one vector, by feature name; the mean by default.
-        with_weights: False if each call brings the rows that it needs.
+        with_weights: Whether the module holds the tables; if not, `forward` needs `rows`.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class EmbeddingTables(nn.Module):
         return embedding.weight
 
     def width(self, feature: Feature) -> int:
-        """Return the width of a feature's vector: its table's, or 1 for a number."""
+        """Return the width of a feature's vector: that of its table, or 1 for a plain number."""
         return self.dimensions[self.schema.vocabulary_of(feature)] if feature.is_embedded else 1
 
     def forward(
@@ -198,12 +200,13 @@ class EmbeddingTables(nn.Module):
 
         Args:
             features: The features to look up.
-            codes: int64 [N] or [N, L] (lists, padded with 0) by feature name, or float [N].
-            rows: The table rows of the batch; None if the tables are here.
+            codes: Feature name -> int64 codes [N], codes [N, L] of lists padded with 0, or plain
+                numbers, float [N].
+            rows: The embedding rows that the batch needs; None if this module holds the tables.
 
         Returns:
-            Name -> [N, width]. A list is pooled, and zero if it has no entries. A list for
-            attention pooling is [N, L, width], zero at padding.
+            Feature name -> vectors [N, width]. Lists are pooled; one without entries gives zeros.
+            Lists for attention pooling are not pooled yet: [N, L, width], zero at padding.
         """
         looked_up = rows.features() if rows is not None else {}
         return {
@@ -224,19 +227,19 @@ class EmbeddingTables(nn.Module):
 
 
 def dimensions(schema: Schema, default: int) -> dict[str, int]:
-    """Return the width of each table, by the name of the feature that owns the vocabulary."""
+    """Return the width of each embedding table; `default` if its feature sets none."""
     embedded = (feature for feature in schema.features if feature.is_embedded)
     owners = dict.fromkeys(schema.vocabulary_of(feature) for feature in embedded)
     return {name: schema[name].dimension or default for name in owners}
 
 
 def pooled(codes: Tensor, weight: Tensor, *, root: bool = False) -> Tensor:
-    """Pool the rows ``weight[codes]`` of each list, without padding: -> [N, width].
+    """Pool the embeddings of each of N lists into one vector: -> [N, width].
 
     Args:
-        codes: int64 [N, L]; 0 is padding.
-        weight: [rows, width].
-        root: Divide the sum by the square root of the number of entries, instead of the number.
+        codes: int64 [N, L], the rows of `weight` that each list names; 0 is padding.
+        weight: [rows, width], the embedding table.
+        root: Divide the sum over a list by the square root of its length, not by its length.
     """
     if not (root or torch.compiler.is_exporting()):
         return functional.embedding_bag(codes, weight, mode="mean", padding_idx=MISSING)

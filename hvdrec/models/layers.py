@@ -1,4 +1,4 @@
-"""Layers that towers and ranker are made of, in plain torch."""
+"""The layers of towers and ranker, in plain torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from hvdrec.models.cpu_layers import HasCpuLayers, ReluDropout, run_mlp
 
 MASKED = -1e9
-"""Score of an absent list entry. With -inf, softmax over a list without entries gives NaN."""
+"""The attention score of padding. With -inf, softmax over a list without entries gives NaN."""
 
 
 class Mlp(HasCpuLayers, nn.Sequential):
-    """Linear-ReLU(-dropout) layers: [N, width] -> [N, last of hidden]."""
+    """Linear layers, each with ReLU and dropout: [N, width] -> [N, hidden[-1]]."""
 
     def __init__(self, width: int, hidden: Sequence[int], dropout: float) -> None:
         layers: list[nn.Module] = []
@@ -23,7 +23,7 @@ class Mlp(HasCpuLayers, nn.Sequential):
         for inputs, outputs in pairwise(widths):
             layers.append(nn.Linear(inputs, outputs))
             if dropout > 0:
-                # Checkpoints name parameters by position, as if ReLU and dropout were two layers.
+                # Checkpoints name parameters by layer number and count ReLU and dropout as two.
                 layers += [nn.Identity(), ReluDropout(dropout)]
             else:
                 layers.append(nn.ReLU(inplace=True))
@@ -31,7 +31,7 @@ class Mlp(HasCpuLayers, nn.Sequential):
         self.input_width, self.output_width = width, widths[-1]
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
-        """Map inputs [N, width], whole or as a sequence of column blocks [N, width_i]."""
+        """Map inputs [N, width], or column blocks [N, width_i] of them, to [N, hidden[-1]]."""
         parts = [inputs] if isinstance(inputs, Tensor) else inputs
         return run_mlp(self, self.cpu_layers, parts)
 
@@ -55,15 +55,15 @@ class CrossNetwork(nn.Module):
 
 
 def head_products(user: Tensor, item: Tensor, heads: int) -> Tensor:
-    """Compute the inner products of every head of the user with every head of the item.
+    """Compute the inner product of every head of the user with every head of the item.
 
-    Source: the multi-head bilinear fusion of Mao et al., "FinalMLP", AAAI 2023, section 3.3. The
-    towers learn its weight matrices.
+    A head is one of `heads` equal slices of an embedding. Source: the multi-head bilinear fusion of
+    Mao et al., "FinalMLP", AAAI 2023, section 3.3; its weight matrices are left to the towers.
 
     Args:
-        user: [N, D] embeddings.
-        item: [N, D] embeddings.
-        heads: Number of equal parts into which D is cut.
+        user: [N, D] embeddings of users.
+        item: [N, D] embeddings of items.
+        heads: Number of slices into which the D columns are cut.
 
     Returns:
         [N, heads^2]
@@ -73,10 +73,11 @@ def head_products(user: Tensor, item: Tensor, heads: int) -> Tensor:
 
 
 class AttentionPooling(nn.Module):
-    """A mean of list entries with learned weights: softmax over v . tanh(W x + p).
+    """Pool a list by a weighted mean; an entry x has weight softmax(v . tanh(W x + p)).
 
-    x is an entry's vector, zero for padding; p depends on its position, counted from the list's
-    end. Maps [N, L, width] with L <= length to [N, width], zero for an empty list.
+    v, W and p are learned; p depends on the entry's position, counted from the end of the list.
+    Padding is zero and does not count. Maps [N, L, width] with L <= length to [N, width], zero for
+    an empty list.
     Source: Yang et al., "Hierarchical attention networks", NAACL 2016, equations 5 to 7.
     """
 
@@ -96,7 +97,7 @@ class AttentionPooling(nn.Module):
 
 
 class SelfAttentionPooling(nn.Module):
-    """One layer of self-attention among list entries, with a residual, then AttentionPooling.
+    """One layer of self-attention over list entries, added to them, then `AttentionPooling`.
 
     Maps [N, L, width] with L <= length to [N, width], zero for an empty list.
     Source: Vaswani et al., "Attention is all you need", 2017, equation 1, with one head.

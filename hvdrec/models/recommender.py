@@ -1,6 +1,9 @@
-"""Two towers and a ranker on top of them.
+"""The model: a user tower, an item tower, and a ranker on top of them.
 
-Shapes: N rows, D the towers' output width (``model.tower.output``), T tasks.
+The *scene* is the context of a request: time, place, device, placement. It enters only the ranker.
+A *side* is user, item or scene. *Direct* features feed the ranker as well as a tower.
+Shapes: N batch rows, L list entries, D columns of a tower's output (``model.tower.output``), T
+tasks, which are labels to predict.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from hvdrec.models.layers import (
 from hvdrec.models.tasks import TaskRanker, combined_score
 
 Codes = Mapping[str, Tensor]
-"""Feature name -> int64 codes [N] or [N, L], or float values [N]."""
+"""Feature name -> int64 codes [N], codes [N, L] of lists padded with 0, or plain numbers [N]."""
 POOLS = {"attention": AttentionPooling, "self-attention": SelfAttentionPooling}
 
 
@@ -39,7 +42,7 @@ class Output:
     Attributes:
         user: [N, D] embeddings of the rows' users.
         item: [N, D] embeddings of the rows' items.
-        logit: [N], or [N, T] of a model with tasks.
+        logit: [N] logits of the label, or [N, T] if the model has tasks.
     """
 
     user: Tensor
@@ -49,12 +52,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Match:
-    """A user feature and an item feature that share a table.
+    """A direct user feature and a direct item feature that share an embedding table.
+
+    The ranker gets the inner product of their vectors.
 
     Attributes:
-        user: First column of the feature in the user's representation.
-        item: First column of the feature in the item's representation.
-        width: Number of columns of each.
+        user: First column of the user feature's vector in a user's representation.
+        item: First column of the item feature's vector in an item's representation.
+        width: Number of columns of each vector.
     """
 
     user: int
@@ -63,7 +68,7 @@ class Match:
 
 
 class TowerNetwork(nn.Module):
-    """An MLP over the concatenated vectors of one side's features: [N, width] -> [N, D]."""
+    """A tower: an MLP over the joined vectors of all user (or item) features: -> [N, D]."""
 
     def __init__(self, width: int, shape: Tower) -> None:
         super().__init__()
@@ -73,13 +78,13 @@ class TowerNetwork(nn.Module):
         self.head = nn.Linear(self.hidden.output_width, shape.output)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Map vectors [N, width] to embeddings [N, D]."""
+        """Map the joined vectors [N, width] of a side's features to embeddings [N, D]."""
         out: Tensor = self.head(self.hidden(self.input_dropout(vectors)))
         return functional.normalize(out, dim=-1) if self.normalize else out
 
 
 class DnnRanker(nn.Module):
-    """A DNN, with optional cross layers beside it: [N, width] -> [N] logits."""
+    """The ranker for one label: an MLP and optional cross layers: [N, width] -> logits [N]."""
 
     def __init__(self, width: int, shape: Ranker) -> None:
         super().__init__()
@@ -90,7 +95,7 @@ class DnnRanker(nn.Module):
         )
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """Map column blocks [N, width_i] to logits [N]."""
+        """Map inputs, as column blocks [N, width_i], to logits [N]."""
         deep = self.hidden(parts)
         if self.cross is not None:
             deep = torch.cat([self.cross(joined(parts)), deep], dim=-1)
@@ -99,12 +104,13 @@ class DnnRanker(nn.Module):
 
 
 class Recommender(nn.Module):
-    """Two towers and a ranker.
+    """A user tower, an item tower and a ranker.
 
-    The *representation* of a user (or an item) is what is stored and served: the tower's embedding
-    [N, D], followed by the vectors of the features that feed the ranker directly.
-    Without a ranker, the logit is the inner product of the embeddings divided by the temperature.
-    With an output width of 0 there are no towers: the ranker reads the vectors of all features.
+    The *representation* of a user (or item) is the row that a bundle stores: the tower's output,
+    followed by the vectors of the user's (or item's) direct features.
+    Without a ranker, the logit is the inner product of the towers' outputs divided by the
+    temperature. If ``model.tower.output`` is 0, there are no towers, and a representation holds
+    only the vectors of the direct features.
 
     Args:
         schema: The features and the keys of users and items.
@@ -113,7 +119,8 @@ class Recommender(nn.Module):
         tasks: The labels to predict; empty for one label.
         with_ranker: False for a pure retrieval model.
         temperature: Divisor of the logit of a model without a ranker.
-        with_tables: False if each forward pass brings the table rows that it needs (training).
+        with_tables: Whether the model holds its embedding tables. In training it does not, and
+            each forward pass gets the rows that it needs.
     """
 
     def __init__(
@@ -165,32 +172,38 @@ class Recommender(nn.Module):
         return self.output_width + self._width(self.item_direct)
 
     def represent_users(self, codes: Codes, rows: BatchRows | None = None) -> Tensor:
-        """Compute the representations [N, user_width] of users from their features."""
+        """Compute representations [N, user_width] from the codes of all user features.
+
+        `rows` are the embedding rows that the codes need; None if the model holds its tables.
+        """
         vectors = self._pooled(self.tables(self.schema.side("user"), codes, rows))
         return joined(self._parts(self.user_tower, vectors, self.user_direct))
 
     def represent_items(self, codes: Codes, rows: BatchRows | None = None) -> Tensor:
-        """Compute the representations [N, item_width] of items from their features."""
+        """Compute representations [N, item_width] from the codes of all item features.
+
+        `rows` are the embedding rows that the codes need; None if the model holds its tables.
+        """
         vectors = self._pooled(self.tables(self.schema.side("item"), codes, rows))
         return joined(self._parts(self.item_tower, vectors, self.item_direct))
 
     def scene_vectors(
         self, codes: Codes, features: Iterable[Feature] | None = None
     ) -> dict[str, Tensor]:
-        """Look up the features of the scene, or some of them: name -> [N, width]."""
+        """Look up some features of the scene, by default all: name -> vectors [N, width]."""
         scene = self.schema.side("scene") if features is None else features
         return self._pooled(self.tables(scene, codes))
 
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
-        """Compute the logits of user-item pairs in scenes.
+        """Compute the logits of N user-item pairs, each in a scene of its own.
 
         Args:
-            user: [N, user_width] representations.
-            item: [N, item_width] representations.
-            codes: The scene's features.
+            user: [N, user_width] representations of the users.
+            item: [N, item_width] representations of the items.
+            codes: The codes of all scene features.
 
         Returns:
-            [N], or [N, T] of a model with tasks.
+            Logits [N], or [N, T] if the model has tasks.
         """
         scene = self.scene_vectors(codes)
         return self._logit([user], [item], list(scene.values()))
@@ -206,8 +219,8 @@ class Recommender(nn.Module):
         """Compute embeddings and logits of a batch.
 
         Args:
-            codes: Every feature.
-            rows: The table rows that the batch needs; None if the model holds its tables.
+            codes: The codes of all features, by feature name.
+            rows: The embedding rows that the codes need; None if the model holds its tables.
         """
         return self.combine(self.tables(self.schema.features, codes, rows))
 
@@ -215,7 +228,7 @@ class Recommender(nn.Module):
         """Compute embeddings and logits of a batch from the vectors of all features.
 
         Args:
-            vectors: What `EmbeddingTables.forward` returns.
+            vectors: Feature name -> vectors, as `EmbeddingTables.forward` returns them.
         """
         vectors = self._pooled(vectors)
         users, items, scene = (
@@ -230,7 +243,7 @@ class Recommender(nn.Module):
         return Output(embeddings[0], embeddings[1], logit)
 
     def _pooled(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pool list entries [N, L, width] by attention; leave other vectors [N, width] alone."""
+        """Pool lists [N, L, width] by attention to [N, width]; keep the vectors of all others."""
         return {
             name: self.pools[name](vector) if name in self.pools else vector
             for name, vector in vectors.items()
@@ -239,12 +252,12 @@ class Recommender(nn.Module):
     def _parts(
         self, tower: TowerNetwork | None, vectors: Mapping[str, Tensor], direct: tuple[Feature, ...]
     ) -> list[Tensor]:
-        """Return the column blocks of a representation."""
+        """Return a representation as column blocks: the tower's output, then direct features."""
         parts = [vectors[feature.name] for feature in direct]
         return parts if tower is None else [tower(joined(list(vectors.values()))), *parts]
 
     def _matches(self) -> tuple[Match, ...]:
-        """Find the direct features of users and items that share a table."""
+        """Find the pairs of a direct user and a direct item feature that share a table."""
         users, items = (
             {feature.name: start for feature, start in zip(side, self._starts(side), strict=True)}
             for side in (self.user_direct, self.item_direct)
@@ -255,12 +268,12 @@ class Recommender(nn.Module):
         )
 
     def _starts(self, direct: tuple[Feature, ...]) -> list[int]:
-        """Return the first column of each direct feature in a representation."""
+        """Return the first column of each direct feature's vector in a representation."""
         widths = (self.output_width, *(self.tables.width(feature) for feature in direct))
         return list(accumulate(widths))[:-1]
 
     def _logit(self, user: list[Tensor], item: list[Tensor], scene: list[Tensor]) -> Tensor:
-        """Compute logits from the column blocks of representations and scenes."""
+        """Compute logits from the column blocks of users, items and scenes."""
         of_user, of_item = (parts[0][:, : self.output_width] for parts in (user, item))
         product = of_user * of_item
         if self.ranker is None:
@@ -271,7 +284,7 @@ class Recommender(nn.Module):
         return logit
 
     def _match_products(self, user: Tensor, item: Tensor) -> list[Tensor]:
-        """Compute the inner product [N, 1] of each match of two representations."""
+        """Compute the inner product [N, 1] of the two vectors of each match."""
         return [
             (user.narrow(1, m.user, m.width) * item.narrow(1, m.item, m.width)).sum(1, keepdim=True)
             for m in self.matches

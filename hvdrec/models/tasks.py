@@ -1,6 +1,6 @@
-"""A ranker for several labels: shared layers, layers of each task, and the combined score.
+"""A ranker that predicts several labels, and the score that combines its predictions.
 
-Shapes: N rows, T tasks, E experts, H width of a layer.
+A *task* is one label to predict. Shapes: N batch rows, T tasks, H outputs of the first layer.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from hvdrec.models.layers import CrossNetwork, Mlp
 class TaskRanker(nn.Module):
     """A DNN with one logit per task: [N, width] -> [N, T].
 
-    With sharing "bottom", all tasks share the hidden layers. With "mmoe", each of E experts has its
-    own hidden layers, and task t reads the experts' outputs weighted by softmax(gate_t(inputs)).
-    Behind them, every task has its own layers and a linear head. Cross layers, if any, are shared
-    and feed every task's own layers.
-
-    The first layer of all experts and the gates are one linear map, ``first``.
+    With sharing "bottom", all tasks share the hidden layers. With "mmoe", there are several experts
+    with their own hidden layers, and task t reads the mean of the experts' outputs weighted by
+    softmax(gate_t(inputs)). The result goes through layers and a linear head of each task's own.
+    Cross layers, if any, are shared by the tasks; their output is joined to the input of each
+    task's own layers. One linear layer, ``first``, computes the first layer of all experts and all
+    gates.
 
     Source: Ma et al., "Modeling task relationships in multi-task learning with multi-gate
     mixture-of-experts", KDD 2018, equations 6 and 7; these gates have a bias.
 
     Args:
-        width: Width of the inputs.
+        width: Number of input columns.
         shape: The ``[model.ranker]`` section.
         tasks: Number of tasks.
     """
@@ -59,7 +59,7 @@ class TaskRanker(nn.Module):
             self.heads.append(nn.Sequential(*own, nn.Linear(own.output_width, 1)))
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """Map column blocks [N, width_i] to logits [N, T]."""
+        """Map inputs, as column blocks [N, width_i], to logits [N, T]."""
         vectors = joined(parts)
         crossed = None if self.cross is None else self.cross(vectors)
         return self.after_first(self.first(vectors), crossed)
@@ -68,8 +68,8 @@ class TaskRanker(nn.Module):
         """Compute logits [N, T] from the outputs of the first layer and of the cross layers.
 
         Args:
-            first: [N, H] output of ``first``.
-            crossed: [N, width] output of the cross layers; None without them.
+            first: [N, H] output of the layer ``first``.
+            crossed: [N, width] output of the cross layers; None if there are none.
         """
         parts = torch.split(first, self.widths, dim=-1)
         outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=False)]
@@ -89,10 +89,10 @@ def combined_score(probabilities: Tensor, tasks: Sequence[Task], combine: str) -
     """Combine the tasks' probabilities [N, T] into the served score [N], in [0, 1].
 
     Args:
-        probabilities: [N, T] of the tasks.
-        tasks: Their shares in the score.
-        combine: "product" of p ** share, so that shares of 1 multiply probabilities, as in P(click)
-            * P(long view | click); "sum" for the mean weighted by the shares.
+        probabilities: [N, T], what the model predicts for each task.
+        tasks: The tasks; ``share`` is the weight of each in the score.
+        combine: "product" for the product of p ** share. With shares of 1 this is a plain product,
+            as in P(click) * P(long view | click). "sum" for the mean of p weighted by the shares.
     """
     shares = probabilities.new_tensor([task.share for task in tasks])
     if combine == "product":

@@ -1,16 +1,11 @@
 """Predict the memory, traffic and time of a training step from the rows that its batches look up.
 
-The formulas count the bytes that each of N ranks sends for an embedding table of width w. U is the
-number of unique rows of the table that a rank looks up in its batch.
-
-- A table that is sharded over the ranks takes U (N - 1) / N * (4 + 8 w) bytes: row indices,
-  vectors and gradients.
-- A table that is replicated on every rank takes 4 U (N - 1) + 8 w V (N - 1) / N bytes: row indices
-  are gathered over a ring, and gradients are reduced over a ring. V is the number of unique rows
-  that all ranks together look up.
-
-Gradients of dense parameters are also reduced over a ring, most of them during the backward pass.
-`Constants` gives the time per byte and per message.
+The formulas count the bytes that each of N ranks sends for an embedding table of width w. A rank
+looks up U unique rows in its batch, all ranks together V. A sharded table takes
+U (N - 1) / N * (4 + 8 w) bytes: row indices, vectors and gradients. A replicated table takes
+4 U (N - 1) + 8 w V (N - 1) / N bytes: row indices are gathered over a ring, and gradients are
+reduced over a ring. Dense gradients are reduced over a ring as well, most of them during the
+backward pass. `Constants` gives the time per byte and per message.
 """
 
 from __future__ import annotations
@@ -61,11 +56,7 @@ class Constants:
 
     @staticmethod
     def load(file: Path) -> Constants:
-        """Read a file that `save` wrote.
-
-        Raises:
-            UserError: The file cannot be read or holds something else.
-        """
+        """Read a file that `save` wrote; raises UserError if that fails."""
         try:
             return Constants(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -85,8 +76,7 @@ class Workload:
     rows: int
     """The number of rows in a rank's batch."""
     unique: Mapping[str, float]
-    """For each group, the number of unique embedding rows that a rank looks up, including the row
-    for missing values."""
+    """For each group, the number of unique rows that a rank looks up, with the one for MISSING."""
     union: Mapping[str, float]
     """For each group, the number of unique embedding rows that all ranks together look up."""
     table_rows: Mapping[str, float]
@@ -99,34 +89,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class TableCost:
-    """The placement and the cost of one embedding table [rows, width].
-
-    Attributes:
-        table: Name of the table.
-        rows: Number of rows.
-        width: Number of columns.
-        placement: ``sharded``, ``replicated``, or ``whole`` in a job of one rank.
-        memory: Bytes of weights and optimizer state on each rank.
-        distinct: Number of unique rows that a rank looks up in a step.
-    """
+    """The placement and the cost of one embedding table [rows, width]."""
 
     table: str
     rows: int
     width: int
     placement: str
     memory: int
+    """The bytes of weights and optimizer state on each rank."""
     distinct: float
+    """The number of unique rows that a rank looks up in a step."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """The predicted cost of a training step on each rank.
+    """The predicted cost of a training step on each rank: bytes sent, seconds, bytes of memory.
 
-    Attributes:
-        tables: The cost of each embedding table.
-        bytes_sent: Bytes that a rank sends, for each kind of message.
-        seconds: Seconds of the computation and of each kind of message.
-        memory: Bytes of weights, optimizer state and gradients.
+    `bytes_sent` has an entry for each kind of message, `seconds` one for the computation as well.
     """
 
     tables: tuple[TableCost, ...]
@@ -149,12 +128,8 @@ def predict_step(
 ) -> StepCost:
     """Predict the cost of a training step.
 
-    Args:
-        groups: The embedding tables, placed on the ranks of the cluster.
-        work: The work of each rank.
-        cluster: The ranks and hosts.
-        constants: The speed of the machine.
-        state_widths: For each table width, how many numbers of optimizer state a row has.
+    `groups` are the embedding tables, placed on the ranks of the cluster. `state_widths` says for
+    each table width how many numbers of optimizer state a row has.
     """
     tables = _table_costs(groups, work, cluster.ranks, state_widths)
     # A dense parameter takes four float32 numbers: weight, gradient, and Adam's two moments.

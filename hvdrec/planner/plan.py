@@ -110,10 +110,8 @@ def smallest_ranks(
 ) -> int | None:
     """Return the smallest number of ranks on which the embedding tables fit, or None.
 
-    Args:
-        groups_by_ranks: For each number of ranks to try, the tables placed on them.
-        widths: For each table width, how many numbers of optimizer state a row has.
-        memory: The memory of each rank in bytes.
+    `groups_by_ranks` has the placed tables for each number of ranks to try, `widths` the numbers of
+    optimizer state per row for each table width. `memory` is the bytes of each rank.
     """
     fitting = (
         ranks

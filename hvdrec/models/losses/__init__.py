@@ -1,7 +1,7 @@
-"""Losses as weighted sums over a rank's rows, ready to be divided by the global weight.
+"""The losses of ranker and towers, each summed over a rank's rows with their weights.
 
-A retrieval loss is a function of masked logits (`RetrievalLoss`), chosen by name with
-``train.retrieval_loss``. To add one, write it in a file of its own and register it here.
+The caller divides by the total weight over all ranks. ``train.retrieval_loss`` chooses the loss of
+the towers by name (`RetrievalLoss`). To add one, write it in a new file and register it here.
 """
 
 from hvdrec.models.losses.bpr import bpr

@@ -1,4 +1,4 @@
-"""Retrieval losses by name."""
+"""The registry of retrieval losses (losses of the two towers) by name."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from hvdrec.errors import unknown_name
 
 
 class RetrievalLoss(Protocol):
-    """The loss of each positive row against the candidate items of the batch."""
+    """A loss that compares each positive row's own item with the other items of the batch."""
 
     def __call__(self, logits_BC: Tensor, positive_B: Tensor) -> Tensor:
-        """Compute the losses of a block of rows.
+        """Compute the losses of a block of B rows against C candidate items.
 
-        Temperature, logQ correction, removal of accidental hits and choice of hard negatives are
-        already applied. A loss must not depend on how the rows are cut into blocks.
+        The logits already include the options of ``[train]``: temperature, logQ correction,
+        removal of accidental hits, hard negatives. The losses must not depend on how the rows of a
+        batch are cut into blocks.
 
         Args:
-            logits_BC: [B, C] logits of each row's candidates; -inf where a candidate does not
-                count. The positive is always finite.
+            logits_BC: [B, C] logits of each row's candidates, -inf for candidates that do not
+                count. The logit of the positive item is always finite.
             positive_B: int64 [B], the column of each row's positive item.
 
         Returns:
@@ -33,16 +34,16 @@ _LOSSES: dict[str, RetrievalLoss] = {}
 
 
 def register_loss(name: str, loss: RetrievalLoss) -> None:
-    """Make a loss known under a name for ``train.retrieval_loss``.
+    """Let ``train.retrieval_loss = name`` choose a loss.
 
-    A later registration of the same name replaces the earlier one. In a job of several ranks,
+    If the name is registered already, the new loss replaces the old one. In a job of several ranks,
     every rank must register the loss before it calls `hvdrec.train`.
     """
     _LOSSES[name] = loss
 
 
 def retrieval_loss(name: str) -> RetrievalLoss:
-    """Return the loss with a name.
+    """Return the loss that is registered under a name.
 
     Raises:
         UserError: No loss of this name is registered.

@@ -1,6 +1,6 @@
-"""Losses of the ranker.
+"""The losses of the ranker.
 
-Shapes: B rows of this rank, T tasks.
+Shapes: B batch rows of this rank, T tasks (labels to predict).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def binary_cross_entropy(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Compute the weighted sum of the log losses of logits [B] against labels [B] in [0, 1]."""
+    """Sum the log losses of logits [B] for labels [B] in [0, 1], times the row weights [B]."""
     return functional.binary_cross_entropy_with_logits(logit, label, weight=weight, reduction="sum")
 
 
@@ -20,7 +20,7 @@ def task_weights(labels_BT: Tensor, weight_B: Tensor) -> Tensor:
 
 
 def task_cross_entropies(logits_BT: Tensor, labels_BT: Tensor, weight_B: Tensor) -> Tensor:
-    """Compute each task's weighted sum of log losses over the rows with a known label, [T].
+    """Sum for each task the weighted log losses over the rows whose label is known: -> [T].
 
     Args:
         logits_BT: [B, T] logits.

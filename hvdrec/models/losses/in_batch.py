@@ -1,6 +1,7 @@
-"""Retrieval losses over in-batch negatives, in blocks of rows.
+"""Compute retrieval losses in blocks of rows. The negatives of a row are other rows' items.
 
-Shapes: B rows of this rank, C candidate items of all ranks, D width of the embeddings.
+Shapes: B positive rows of this rank; C candidate items, which are the items of the positive rows of
+all ranks and any items drawn in addition; D columns of the embeddings.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from hvdrec.models.losses.by_name import RetrievalLoss
 BlockLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
 CPU_LOGITS, GPU_LOGITS = 1 << 20, 1 << 26
-"""Most logits held at a time: on a CPU, what fits into its caches."""
+"""The largest number of logits in memory at a time; on a CPU, so many fit into its caches."""
 
 
 def without_accidental_hits(
     logits_BC: Tensor, own_B: Tensor, item_B: Tensor, item_C: Tensor
 ) -> Tensor:
-    """Mask (-inf) candidates that are the row's own item, except the one in the row's own column.
+    """Set the logits of negatives that are the row's own item to -inf.
 
     Args:
         logits_BC: [B, C] logits.
-        own_B: int64 [B], the column of each row's own item.
-        item_B: int64 [B], item indices of the rows.
-        item_C: int64 [C], item indices of the candidates.
+        own_B: int64 [B], the column of each row's positive, which keeps its logit.
+        item_B: int64 [B], the item of each row, as a number.
+        item_C: int64 [C], the item of each candidate, as a number.
     """
     same = item_B.unsqueeze(1) == item_C.unsqueeze(0)
     same.scatter_(1, own_B.unsqueeze(1), False)
@@ -36,7 +37,7 @@ def without_accidental_hits(
 
 
 def with_logq(logits_BC: Tensor, log_probability_C: Tensor) -> Tensor:
-    """Subtract the log of each candidate's probability of being drawn into the batch.
+    """Subtract from the logits [B, C] the log probability [C] that a candidate is in the batch.
 
     Source: Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019, equation 4.
     """
@@ -44,7 +45,10 @@ def with_logq(logits_BC: Tensor, log_probability_C: Tensor) -> Tensor:
 
 
 def hardest(logits_BC: Tensor, own_B: Tensor, count: int) -> Tensor:
-    """Mask (-inf) all but each row's own column and its `count` highest negatives."""
+    """Keep the logits of each row's positive (column `own_B`) and of its `count` highest negatives.
+
+    All other logits become -inf.
+    """
     if count >= logits_BC.shape[1] - 1:
         return logits_BC
     negatives = logits_BC.detach().scatter(1, own_B.unsqueeze(1), -torch.inf)
@@ -55,15 +59,15 @@ def hardest(logits_BC: Tensor, own_B: Tensor, count: int) -> Tensor:
 
 
 def in_mixture(log_probability: Tensor, in_batch: int, uniform: int, items: int) -> Tensor:
-    """Compute the log probability of items among negatives from two sources.
+    """Compute the log probability of items among negatives that come from two sources.
 
     Source: Yang et al., "Mixed negative sampling", WWW 2020 companion, section 3.2.
 
     Args:
-        log_probability: Log probability of each item among the in-batch negatives.
-        in_batch: Number of negatives from the batch.
-        uniform: Number of negatives drawn uniformly from the catalogue.
-        items: Size of the catalogue.
+        log_probability: The log probability of each item among the in-batch negatives.
+        in_batch: Number of in-batch negatives.
+        uniform: Number of negatives that are drawn uniformly from the catalogue.
+        items: Number of items of the catalogue.
     """
     share = in_batch * log_probability.exp() + uniform / items
     return (share / max(in_batch + uniform, 1)).log()
@@ -84,24 +88,24 @@ def in_batch_loss(
     hard_negatives: int = 0,
     max_logits: int = 0,
 ) -> Tensor:
-    """Compute the weighted sum of the retrieval losses of B positive rows (a scalar).
+    """Sum the retrieval losses of B positive rows, times the weights of the rows; a scalar.
 
-    The rows are cut into blocks, so memory grows with C and not with B * C.
+    The rows are processed in blocks, so memory grows with C and not with B * C.
 
     Args:
         loss: The loss of a block of rows.
         user_BD: [B, D] embeddings of the rows' users.
-        item_CD: [C, D] embeddings of the items of all ranks' positive rows, which are each other's
-            negatives, and of further negatives.
+        item_CD: [C, D] embeddings of the candidate items.
         weight_B: [B] weights of the rows.
-        own_B: int64 [B], each row's own column among the C.
-        item_B: int64 [B], item indices of the rows.
-        item_C: int64 [C], item indices of the candidates.
+        own_B: int64 [B], the column of each row's positive item among the candidates.
+        item_B: int64 [B], the item of each row, as a number.
+        item_C: int64 [C], the item of each candidate, as a number.
         temperature: Divisor of the logits.
-        log_probability_C: [C] log sampling probabilities for the logQ correction; None without it.
-        remove_accidental_hits: Whether candidates that are the row's own item do not count.
-        hard_negatives: Number of negatives that count, those with the highest logits; 0 for all.
-        max_logits: Most logits held at a time; 0 for what suits the device.
+        log_probability_C: [C] log probabilities that the candidates are in the batch, for the logQ
+            correction; None without it.
+        remove_accidental_hits: Whether to ignore negatives that are the row's own item.
+        hard_negatives: How many negatives of a row count, those with the highest logits; 0 for all.
+        max_logits: The largest number of logits in memory at a time; 0 for what suits the device.
     """
 
     def block_loss(user: Tensor, item: Tensor, rows: slice) -> Tensor:
@@ -124,9 +128,9 @@ def in_batch_loss(
 
 
 class _InBlocks(torch.autograd.Function):
-    """A sum over blocks of rows that computes each block's gradients in the forward pass.
+    """Sum a loss over blocks of rows; the forward pass already computes each block's gradients.
 
-    Only a block's loss and gradients outlive it, so the logits of all rows never exist at once.
+    Of a block, only loss and gradients are kept, so the logits of all rows never exist at once.
     """
 
     @staticmethod

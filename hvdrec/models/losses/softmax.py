@@ -7,5 +7,5 @@ from torch.nn import functional
 
 
 def softmax(logits_BC: Tensor, positive_B: Tensor) -> Tensor:
-    """Compute the cross-entropy of each row's positive among its candidates, [B]."""
+    """Compute for each row the cross-entropy of its positive among all candidates: -> [B]."""
     return functional.cross_entropy(logits_BC, positive_B, reduction="none")
