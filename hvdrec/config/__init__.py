@@ -1,4 +1,4 @@
-"""The configuration of a run: sections, features, loading and overrides."""
+"""The configuration of a run: its sections and features, how it is loaded, and overrides."""
 
 from hvdrec.config.data_sections import (
     Encode,

@@ -23,21 +23,22 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 class Paths:
     """Directories of a run, relative to the current directory.
 
-    features and bundle may be URLs of a store that fsspec knows: s3://bucket/features.
+    features and bundle may be URLs of a store that the library fsspec supports:
+    s3://bucket/features.
     """
 
     raw: str = "data"
-    """Directory of the raw tables."""
+    """Directory with the raw tables."""
     work: str = "runs/default"
-    """Directory in which the stages write samples/, features/, run/ and bundle/."""
+    """WORK, the directory in which the stages write samples/, features/, run/ and bundle/."""
     samples: str = ""
-    """Labelled samples (default WORK/samples)."""
+    """Directory of the labelled samples (default WORK/samples)."""
     features: str = ""
-    """Fitted graph and encoded shards (default WORK/features)."""
+    """Directory of the fitted feature graph and the encoded shards (default WORK/features)."""
     run: str = ""
-    """Checkpoints and logs of training (default WORK/run)."""
+    """Directory of the checkpoints and logs of training (default WORK/run)."""
     bundle: str = ""
-    """The bundle to serve (default WORK/bundle)."""
+    """Directory of the bundle to serve (default WORK/bundle)."""
 
     @overload
     def of(self, stage: Literal["samples", "run"]) -> Path: ...
@@ -55,38 +56,40 @@ class Split:
     """How samples are divided into train, validation and test."""
 
     method: Literal["temporal", "random", "random-per-user", "leave-last-out"] = "temporal"
-    """temporal: train strictly before validation strictly before test. random: over all rows.
-    random-per-user: over the rows of each user. leave-last-out: the last row of each user is test,
-    the one before it validation."""
+    """temporal: all training rows are older than all validation rows, and those older than all test
+    rows. random: rows are drawn at random. random-per-user: the rows of each user are drawn at
+    random. leave-last-out: the last row of each user is test, the one before it validation."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Fractions of train, validation and test. leave-last-out and boundaries ignore them."""
+    """Fractions of rows in train, validation and test. Ignored with leave-last-out and with
+    boundaries."""
     column: str = ""
-    """temporal: the column that orders rows. Empty: samples.time."""
+    """temporal: the column that orders the rows. Empty: samples.time."""
     boundaries: tuple[float, ...] = ()
-    """temporal: the last value of train and of validation in that column. Empty: use fractions."""
+    """temporal: the largest value of that column in train and in validation. Empty: use
+    fractions."""
     seed: int = 0
-    """Seed of the random methods."""
+    """Seed of the two random methods."""
 
 
 @dataclass(frozen=True)
 class History:
-    """A sequence feature built from the other events of the user."""
+    """A history: for each sample, a list of items from other interactions of the same user."""
 
     name: str
-    """Name of the column. A feature of kind 'sequence' reads it."""
+    """Name of the new column. A feature of kind 'sequence' reads it."""
     where: str = ""
-    """SQL predicate that selects the interactions. Empty: those with label 1."""
+    """SQL predicate that selects the interactions to list. Empty: those with label 1."""
     length: PositiveInt = 50
-    """Maximum length. The events nearest in time are kept."""
+    """Maximum length of the list. The interactions nearest in time to the sample are kept."""
     scope: Literal["before", "others"] = "before"
-    """before: events strictly before the sample. others: all other training rows of the user,
+    """before: interactions strictly before the sample. others: all other training rows of the user,
     before and after the sample; allowed only with a random split."""
     column: str = ""
-    """The feature that the list holds, such as the item's category. Empty: the item key. The
+    """The feature whose values are listed, such as the item's category. Empty: the item key. The
     sequence feature must set `shares` to the same feature, to use its vocabulary and table."""
     repeats: bool = True
-    """Whether repeated items (or values of `column`) are kept. false: only the latest occurrence is
-    kept, which leaves room for more distinct items."""
+    """Whether an item (or value of `column`) may occur several times in the list. false: only its
+    latest occurrence is kept, which leaves room for other items."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +99,26 @@ class Negatives:
     per_positive: NonNegativeInt = 0
     """Number of negatives per positive row."""
     within: tuple[str, ...] = ()
-    """Columns whose values a negative copies from its positive. Candidates are the items that occur
-    with the same values and that the user did not choose with them."""
+    """Columns whose values a negative row copies from its positive row, such as store and week. Its
+    item is drawn from the items that occur in the log with these values, without those that the
+    user chose with these values."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the random draws."""
 
 
 @dataclass(frozen=True)
 class Join:
-    """A further table whose columns are joined to the samples and the sampled negatives."""
+    """A further table whose columns are added to the samples and to the sampled negatives."""
 
     table: str
     """CSV or Parquet file, relative to paths.raw."""
     on: tuple[str, ...]
-    """Columns to join on. A sample without a matching row gets nulls."""
+    """Columns that must be equal in both tables. A sample without a matching row gets nulls."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """How raw tables become labelled samples. SQL is DuckDB's."""
+    """How raw tables become labelled samples. Fields that hold SQL use DuckDB's dialect."""
 
     interactions: str = ""
     """Table of exposures or actions (CSV or Parquet, globs allowed), relative to paths.raw."""
@@ -131,46 +135,47 @@ class Samples:
     title: str = ""
     """Column of the item table with a name for display. Optional."""
     label: str = "label"
-    """SQL expression that gives 0 or 1 (or a boolean). With [[tasks]] it stays the main label: the
-    one of retrieval, histories, popularity and the metrics of the served score."""
+    """SQL expression that gives 0 or 1 (or a boolean). Retrieval, histories, popularity and the
+    metrics of the served score use this label even if there are [[tasks]]."""
     weight: str = ""
     """SQL expression of the sample weight, which must not be negative. Empty: 1."""
     drop: str = ""
-    """SQL predicate of rows to drop."""
+    """SQL predicate that selects the rows to drop."""
     derive: dict[str, str] = field(default_factory=dict)
     """New columns: name = SQL expression over the interactions and the joined tables."""
     joins: tuple[Join, ...] = ()
     """Further tables, joined in this order."""
     negatives: Negatives = Negatives()
-    """Sampled negatives."""
+    """Sampling of negative rows."""
     history: tuple[History, ...] = ()
-    """Sequences of the user's other events."""
+    """Lists of the items that a user acted on."""
     split: Split = Split()
-    """Train, validation and test."""
+    """Division into train, validation and test."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of several labels that one ranker predicts, with a head of its own."""
+    """One of several labels that one ranker predicts, each by an output layer of its own."""
 
     name: str
-    """Name in reports and at scoring time. The output 'score_NAME' holds its probability."""
+    """Name in reports and at scoring time. The output 'score_NAME' is the task's probability."""
     label: str
-    """SQL expression that gives 0 or 1 (or a boolean), or NULL for unknown: such a row does not
-    count for this task. Sampled negatives are 0."""
+    """SQL expression that gives 0 or 1 (or a boolean), or NULL for unknown. A row with NULL does
+    not count for this task. Sampled negatives have label 0."""
     weight: PositiveFloat = 1.0
     """Factor of the task's loss, which is the mean over the rows with a known label."""
     share: NonNegativeFloat = 1.0
-    """Share in the served score, see model.ranker.combine. 0: the task is trained, not served."""
+    """Share in the served score, see model.ranker.combine. With 0, the task is trained, but does
+    not influence the score."""
 
     @property
     def column(self) -> str:
-        """Column of samples and shards that holds its label."""
+        """Name of the column that holds the task's label in samples and shards."""
         return f"label_{self.name}"
 
     @property
     def output(self) -> str:
-        """Output of the ranker's graph that holds its probability."""
+        """Name of the ranker graph's output that holds the task's probability."""
         return f"score_{self.name}"
 
 
@@ -189,11 +194,11 @@ class Loader:
     """How shards are read."""
 
     shuffle_rows: PositiveInt = 262_144
-    """Rows of the shuffle buffer of a rank. It mixes several row groups."""
+    """Rows of the buffer in which a rank shuffles the rows of several row groups."""
     workers: PositiveInt = 2
-    """Reading threads of a rank."""
+    """Number of threads with which a rank reads shards."""
     prefetch: PositiveInt = 4
-    """Batches prepared ahead."""
+    """Number of batches that a rank prepares ahead of training."""
     cache_dir: str = ""
     """Directory on a local disk of each host in which Petastorm caches row groups for later epochs
     and runs. Useful for remote shards. Only trusted users may write there. Empty: no cache."""

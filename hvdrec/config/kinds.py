@@ -1,7 +1,7 @@
-"""The registry of feature kinds: names in a configuration to classes that are loaded on first use.
+"""The registry of feature kinds: it maps the names in a configuration to classes.
 
-The classes live in `hvdrec.features.kinds`. They are named here by their import path, so that
-reading a configuration imports no more than the kinds that it uses.
+The classes are in `hvdrec.features.kinds`. The registry holds their import paths, so that reading a
+configuration imports only the kinds that it uses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _kinds: dict[str, Any] = {}
 
 
 def register_kind(name: str, kind: Any) -> None:
-    """Make a feature kind available to configurations.
+    """Let configurations use a feature kind under a name.
 
     Worker processes import the module that defines a kind again, so call this at the top level of
     a module, not under ``if __name__ == "__main__"``.
@@ -45,7 +45,7 @@ def kind_names() -> tuple[str, ...]:
 
 
 def find_kind(name: str) -> Any:
-    """Return the kind of a registered name.
+    """Return the kind that is registered under a name.
 
     Raises:
         KeyError: No kind has this name.

@@ -16,11 +16,11 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
 
     Args:
         path: The TOML file of a run.
-        overrides: Values that replace those of the file, by dotted field, such as
+        overrides: Dotted field -> value that replaces the one in the file, such as
             ``{"train.epochs": 3, "tasks.0.share": 2.0}``.
 
     Raises:
-        UserError: The file cannot be read, a key is unknown, or a value is not allowed. The text
+        UserError: The file cannot be read, a key is unknown, or a value is not allowed. The message
             starts with the file's name.
     """
     try:
@@ -43,8 +43,8 @@ def with_fields(config: Config, overrides: Mapping[str, object]) -> Config:
 
     Args:
         config: The configuration to start from.
-        overrides: Values by dotted field, such as ``{"model.ranker.hidden": [256, 128]}``; all of
-            them are set before the rules between fields are checked.
+        overrides: Dotted field -> new value, such as ``{"model.ranker.hidden": [256, 128]}``. All
+            values are set before the rules between fields are checked.
 
     Raises:
         UserError: There is no such field, or the value is not allowed.

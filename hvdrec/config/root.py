@@ -19,10 +19,10 @@ else:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, from raw tables to a bundle.
+    """The configuration of one run, from raw tables to a bundle.
 
     Raises:
-        UserError: A value has the wrong type, is out of range or does not fit another one.
+        UserError: A value has the wrong type, is out of range or contradicts another value.
     """
 
     name: str
@@ -32,25 +32,25 @@ class Config:
     seed: int = 0
     """Seed of initial weights, row order and dropout."""
     paths: Paths = Paths()
-    """Directories."""
+    """Directories that the stages read and write."""
     samples: Samples = Samples()
-    """Raw tables to samples."""
+    """How raw tables become labelled samples."""
     tasks: tuple[Task, ...] = ()
-    """Several labels for the ranker. Empty: samples.label alone."""
+    """The labels that the ranker predicts. Empty: only samples.label."""
     encode: Encode = Encode()
-    """Samples to shards."""
+    """How samples become shards."""
     loader: Loader = Loader()
-    """Shards to batches."""
+    """How shards become batches."""
     model: Model = Model()
-    """The model."""
+    """Shape of the model."""
     train: Train = Train()
-    """Training."""
+    """How the model is trained."""
     parallel: Parallel = Parallel()
-    """Ranks."""
+    """How ranks share the work."""
     evaluate: Evaluate = Evaluate()
-    """Evaluation."""
+    """What evaluation reports."""
     export: Export = Export()
-    """Export."""
+    """How the bundle is made."""
 
     def __post_init__(self) -> None:
         """Check the rules between fields."""
@@ -58,7 +58,7 @@ class Config:
 
     @property
     def schema(self) -> Schema:
-        """The features with the keys of users and items."""
+        """The features, and which of them are the keys of users and items."""
         return Schema(self.features, self.samples.user, self.samples.item)
 
     @property

@@ -1,6 +1,6 @@
-"""The rules between fields of a configuration; the fields themselves declare their own ranges.
+"""The rules between fields of a configuration; the range of a single field is declared with it.
 
-Each rule is a generator over the mistakes in one topic.
+Each rule is a generator that yields the mistakes of one topic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def check_rules(config: Config) -> None:
     """Check the rules between fields.
 
     Raises:
-        UserError: The first mistake.
+        UserError: A rule is broken; the error describes the first mistake.
     """
     _ = config.schema  # checks the features
     for rule in RULES:

@@ -1,4 +1,9 @@
-"""Features and the schema they form: name, side, kind and raw columns."""
+"""Features and their schema.
+
+A *side* is what a feature describes: the user, the item or the *scene*, which is the context of a
+request (time, place, device, placement). A *code* is the row number of a value in an embedding
+table.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +30,14 @@ Pooling = Literal["mean", "sqrt", "attention", "self-attention"]
 Transform = Literal["standardize", "log", "quantile"]
 
 MISSING = 0
-"""Code of a missing, null, NaN or empty value, and of padding in lists (which is ignored)."""
+"""Code of a missing, null, NaN or empty value, and of padding in lists."""
 UNKNOWN = 1
 """Code of a value that is not in the fitted vocabulary."""
 FIRST_CODE = 2
 """Code of the first value of a vocabulary, or of the first hash or quantile bucket."""
 
 MISSING_INT = -(2**63)
-"""A missing int64 in the preprocessing graph (a missing string is "", a missing float NaN)."""
+"""The int64 input of the preprocessing graph for missing; strings use "" and floats NaN."""
 
 KEY_COLUMNS = ("user_index", "item_index", "label", "weight")
 """Columns of an encoded shard that are not features."""
@@ -45,15 +50,15 @@ class Column:
     name: str
     """Name of the column and of the field."""
     side: Side
-    """Side it describes."""
+    """Side that the column describes."""
     dtype: RawType
     """Type of a value, or of a list's entries."""
     kind: ColumnKind = "categorical"
-    """Form of the value. categorical, hashed and numeric: one value. categorical_list: a list of
-    which the first max_length entries count. sequence: a list in time order of which the last
-    max_length entries count."""
+    """Form of the value. categorical, hashed and numeric: one value. categorical_list: a list whose
+    first max_length entries count. sequence: a list in time order whose last max_length entries
+    count."""
     max_length: int = 50
-    """Number of entries of a list that count."""
+    """Maximum number of entries of a list that count."""
     default: str | int | float | None = None
     """Value of a scene field that a request leaves out; None means missing."""
 
@@ -69,9 +74,9 @@ class Column:
 
 
 class FeatureKind(ABC):  # noqa: B024 (the abstract methods are in hvdrec.features.kinds.Kind)
-    """What a kind of feature declares to the configuration; `hvdrec.features.kinds.Kind` adds code.
+    """A kind of feature, as the configuration sees it; `hvdrec.features.kinds.Kind` does the work.
 
-    A kind is stateless: every method takes the feature that it is asked about.
+    A kind has no state: every method takes the feature as an argument.
     """
 
     column_kind: ClassVar[ColumnKind] = "categorical"
@@ -93,7 +98,7 @@ class FeatureKind(ABC):  # noqa: B024 (the abstract methods are in hvdrec.featur
             raise feature.invalid("columns", f"{feature.kind} reads the column of its own name")
 
     def columns(self, feature: Feature) -> tuple[Column, ...]:
-        """Return the raw columns that the feature reads itself."""
+        """Return the raw columns that the feature reads."""
         return (feature.column(feature.name, self.column_kind),)
 
     def sources(self, feature: Feature) -> tuple[str, ...]:
@@ -101,7 +106,7 @@ class FeatureKind(ABC):  # noqa: B024 (the abstract methods are in hvdrec.featur
         return ()
 
     def is_embedded(self, feature: Feature) -> bool:
-        """True if the feature is encoded as codes of an embedding table, not as a float32."""
+        """True if the feature is encoded as codes, False if as a float32 number."""
         return True
 
     def vocabulary(self, feature: Feature, item_key: str) -> str:
@@ -113,41 +118,43 @@ class FeatureKind(ABC):  # noqa: B024 (the abstract methods are in hvdrec.featur
 class Feature:
     """One feature of a user, an item or the scene.
 
-    Every step asks each feature what follows from its kind, so those answers are cached.
+    What follows from its kind is cached, because every training step asks for it.
     """
 
     name: str
     """Name of the feature; most kinds read the column of this name."""
     side: Side = "user"
-    """user, item or scene. Scene features are inputs of the ranker alone."""
+    """user, item, or scene (the context of a request). Only the ranker reads scene features."""
     kind: str = "categorical"
     """categorical: one value with a vocabulary. categorical_list: several values, pooled. sequence:
     item keys in time order, which share the vocabulary and table of the item key. numeric: one
     number. hashed: one integer, hashed into buckets, without a vocabulary. crossed: a hashed
     combination of several features. Python code can register more kinds."""
     dtype: RawType = "string"
-    """Type of the raw value. A string feature also accepts an integer column; there are no other
-    casts."""
+    """Type of the raw value. A string feature also accepts an integer column; no other types are
+    converted."""
     dimension: NonNegativeInt = 0
-    """Width of the embedding; 0 means model.dimension. Features that share a table must agree."""
+    """Width of the embedding; 0 means model.dimension. Features that share a table must have the
+    same width."""
     min_count: PositiveInt = 1
     """Values seen less often in the training split share the unknown code."""
     max_length: PositiveInt = 50
-    """Lists keep their first max_length values, sequences their last."""
+    """Maximum length. Longer lists keep their first values, longer sequences their last."""
     transform: Transform = "standardize"
     """numeric only. standardize: (x - mean) / deviation. log: sign(x) log(1 + |x|), then
     standardized. quantile: one code per quantile bucket, embedded."""
     buckets: PositiveInt = 32
     """Number of quantile or hash buckets."""
     shares: str = ""
-    """Name of the feature whose vocabulary and table to use; a sequence uses the item key's."""
+    """Name of the feature whose vocabulary and embedding table to use. Empty: its own; a sequence
+    uses those of the item key."""
     columns: tuple[str, ...] = ()
     """crossed: the features to combine. Kinds of your own: the raw columns to read."""
     default: str | int | float | None = None
     """Value of a scene field that a request leaves out. Without it, the value is missing."""
 
     def __post_init__(self) -> None:
-        """Check the name, and the fields against the kind."""
+        """Check the name, and that the other fields fit the kind."""
         """Raise UserError if a field does not fit the others."""
         if not self.name.isidentifier():
             raise self.invalid("name", "use letters, digits and underscores")
@@ -168,7 +175,7 @@ class Feature:
 
     @cached_property
     def definition(self) -> FeatureKind:
-        """The kind's object, from the registry."""
+        """The object of the feature's kind, from the registry."""
         kind: FeatureKind = find_kind(self.kind)
         return kind
 
@@ -193,7 +200,7 @@ class Feature:
 
     @cached_property
     def is_embedded(self) -> bool:
-        """True if the graph outputs int64 codes for a table, False if it outputs a float32."""
+        """True if the feature is encoded as int64 codes, False if as a float32 number."""
         return self.definition.is_embedded(self)
 
     @cached_property
@@ -298,7 +305,7 @@ class Schema:
         return tuple(feature for feature in self.features if feature.side == side)
 
     def columns(self, side: Side | None = None) -> tuple[Column, ...]:
-        """Return the raw columns of all features, or of one side's, each once."""
+        """Return the raw columns of all features, or of one side's features, each once."""
         features = self.features if side is None else self.side(side)
         columns: dict[str, Column] = {}
         for feature in features:
@@ -307,9 +314,10 @@ class Schema:
         return tuple(columns.values())
 
     def carried(self, side: Side) -> tuple[Feature, ...]:
-        """Return the user or item features whose codes scene features combine.
+        """Return the user (or item) features that scene features combine (`crossed`).
 
-        A stored user or item has no raw values, so its codes travel with its embedding.
+        A bundle does not store the raw values of users and items, so it stores the codes of these
+        features with the embeddings.
         """
         read = {name for feature in self.side("scene") for name in feature.sources}
         return tuple(feature for feature in self.side(side) if feature.name in read)
@@ -319,7 +327,7 @@ class Schema:
         return feature.definition.vocabulary(feature, self.item_key)
 
     def matched(self, names: Iterable[str]) -> list[tuple[str, str]]:
-        """Return the pairs of a user and an item feature, among `names`, that share a table."""
+        """Return the pairs of a user and an item feature in `names` that share a table."""
         tables = {n: self.vocabulary_of(self[n]) for n in names if self[n].is_embedded}
         users, items = ([n for n in tables if self[n].side == side] for side in ("user", "item"))
         return [(u, i) for u in users for i in items if tables[u] == tables[i]]

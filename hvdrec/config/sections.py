@@ -25,46 +25,46 @@ class Tower:
     hidden: tuple[PositiveInt, ...] = (128,)
     """Widths of the hidden layers. Empty: a linear tower."""
     output: NonNegativeInt = 64
-    """Width of the user and item embeddings that are stored and served. 0: no towers; the ranker
-    then reads every feature directly (model.ranker.direct)."""
+    """Width of a tower's output. 0: no towers; the ranker then reads every feature directly
+    (model.ranker.direct)."""
     normalize: bool = False
     """Whether the output is scaled to L2 norm 1."""
     dropout: Fraction = 0.0
-    """Dropout after each hidden layer."""
+    """Dropout rate after each hidden layer."""
     input_dropout: Fraction = 0.0
-    """Dropout on the concatenated inputs."""
+    """Dropout rate of the tower's input."""
 
 
 @dataclass(frozen=True)
 class Ranker:
-    """Shape of the ranker. Its input: user and item embedding, their product, and the scene."""
+    """Shape of the ranker. It reads the towers' outputs, their product, and the scene features."""
 
     hidden: tuple[PositiveInt, ...] = (256, 128)
     """Widths of the hidden layers."""
     dropout: Fraction = 0.0
-    """Dropout after each hidden layer."""
+    """Dropout rate after each hidden layer."""
     cross_layers: NonNegativeInt = 0
-    """Number of DCN-V2 cross layers over the input, parallel to the MLP."""
+    """Number of DCN-V2 cross layers, which read the ranker's input in parallel to the MLP."""
     heads: NonNegativeInt = 0
-    """Number of equal parts of each tower embedding. The ranker also reads the inner products of
-    every part of the user's with every part of the item's. 0: no inner products."""
+    """Number of equal slices (heads) into which each tower's output is cut. The ranker also reads
+    the inner product of every user slice with every item slice. 0: no inner products."""
     direct: tuple[str, ...] = ()
     """User and item features whose embeddings the ranker reads in addition to the towers'
-    output."""
+    outputs."""
     matches: bool = False
-    """Whether the ranker also reads the inner product of each user feature of `direct` with each
-    item feature there that shares its table, such as a history and the item key: it measures how
-    well the item matches the user's list."""
+    """Whether the ranker also reads the inner product of each user feature in `direct` with each
+    item feature in `direct` that shares its table. The product of a history with the item key, for
+    example, measures how well the item matches the user's list."""
     sharing: Literal["bottom", "mmoe"] = "bottom"
-    """What the [[tasks]] share. bottom: the hidden layers. mmoe: experts with these hidden layers,
-    mixed by one gate per task (multi-gate mixture-of-experts)."""
+    """What the [[tasks]] share. bottom: the hidden layers. mmoe: several experts, each with such
+    hidden layers; a gate per task weights them (multi-gate mixture-of-experts)."""
     experts: PositiveInt = 4
-    """mmoe: number of experts."""
+    """mmoe: the number of experts."""
     task_hidden: tuple[PositiveInt, ...] = ()
     """Widths of the hidden layers of each task's own head, after the shared layers."""
     combine: Literal["product", "sum"] = "product"
-    """How the tasks' probabilities p form the served score. product: of p ** share. sum: mean of p,
-    weighted by share."""
+    """How the tasks' probabilities p form the served score. product: the product of p ** share.
+    sum: the mean of p weighted by share."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,16 @@ class Model:
     dimension: PositiveInt = 16
     """Embedding width of features that do not set their own."""
     pooling: dict[str, Pooling] = field(default_factory=dict)
-    """Pooling of list and sequence features, by feature name. mean: the default. sqrt: the sum over
-    the square root of the length, so longer lists weigh more. attention: a mean with learned
-    weights, by vector and position. self-attention: attention after one self-attention layer."""
+    """How the entries of a list become one vector, by feature name. mean: the default. sqrt: their
+    sum divided by the square root of the length, so that longer lists weigh more. attention: a mean
+    whose weights are learned from vector and position. self-attention: one self-attention layer,
+    then attention."""
     initial_deviation: PositiveFloat = 0.01
-    """Standard deviation of the initial embeddings. Larger values (0.1) keep the entries of a list
-    distinct from the start, which inner products with long histories need."""
+    """Standard deviation of the initial embeddings. With larger values such as 0.1, the entries of
+    a list differ from the start, which inner products with long histories need."""
     unknown_rate: Fraction = 0.0
-    """Fraction of known categorical values that training replaces by the unknown code, so that the
-    unknown embedding is trained."""
+    """Fraction of known categorical values that training replaces by the code for unknown values,
+    so that its embedding is trained."""
     tower: Tower = Tower()
     """The two towers."""
     ranker: Ranker = Ranker()
@@ -91,25 +92,26 @@ class Model:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Start from a linear autoencoder in closed form. Needs linear towers.
+    """Start training from a linear autoencoder that is solved in closed form. Needs linear towers.
 
-    An item-item model of the training positives is computed and factored into two towers: the user
-    embedding is the mean over a history, the item embedding a row of a table. On small data it is
-    hard to beat. Training continues from there.
+    The item-item matrix of the autoencoder is computed from the positive training rows and factored
+    into the two towers. Then a user's vector is the mean over a history, and an item's vector is a
+    row of a table. On small data this model is hard to beat; training continues from it.
     """
 
     history: str = ""
-    """Sequence feature that the user embedding is computed from. Empty: no warm start."""
+    """The sequence feature from which a user's vector is computed. Empty: no warm start."""
     l2: NonNegativeFloat = 200.0
     """L2 penalty on the item-item weights."""
     dropout: Fraction = 0.5
-    """Fraction of a history that is dropped in the closed form (a penalty on frequent items)."""
+    """Dropout rate of a history's items in the closed form; it acts as a penalty on frequent
+    items."""
     user_power: NonNegativeFloat = 0.75
-    """Each positive of a user with n positives weighs n^-user_power: 0 counts positives, 1 counts
-    users."""
+    """Each positive row of a user with n positive rows has weight n^-user_power. With 0 all rows
+    count equally, with 1 all users."""
     max_items: int = 20_000
-    """Largest vocabulary for which a warm start is computed: memory grows with its square (16 bytes
-    per pair), time with its cube."""
+    """Largest number of items for which a warm start is computed. Memory grows with its square (16
+    bytes per pair), time with its cube."""
 
 
 @dataclass(frozen=True)
@@ -117,65 +119,66 @@ class Train:
     """How the model is trained."""
 
     objective: Literal["retrieval", "ranking", "joint"] = "joint"
-    """retrieval: the retrieval loss. ranking: binary cross-entropy. joint: their weighted sum."""
+    """What is trained. retrieval: the two towers, by the retrieval loss. ranking: the ranker, by
+    binary cross-entropy. joint: both, by the weighted sum of the losses."""
     retrieval_loss: str = "softmax"
-    """Loss of a positive row against the other items of the batch. softmax: cross-entropy over all
-    of them. bpr: pairwise logistic loss, the mean over the negatives (Bayesian personalized
+    """Loss that compares a positive row's item with the other items of the batch. softmax:
+    cross-entropy over all of them. bpr: the mean pairwise logistic loss (Bayesian personalized
     ranking). Or a loss that your program registered (hvdrec.models.losses.register_loss)."""
     retrieval_weight: NonNegativeFloat = 0.1
     """joint: factor of the retrieval loss."""
     batch_size: PositiveInt = 8192
-    """Rows of a step over all ranks together."""
+    """Rows of a training step on all ranks together."""
     epochs: NonNegativeInt = 10
-    """Maximum passes over the training split. 0: keep a warm start untrained."""
+    """Maximum number of passes over the training split. 0: keep a warm start as it is."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
     embedding_optimizer: Literal["rowwise-adagrad", "adagrad", "adam", "sgd"] = "rowwise-adagrad"
-    """Optimizer of the embedding tables. A step updates only the rows that it looked up."""
+    """Optimizer of the embedding tables. A step updates only the rows that its batch looks up."""
     embedding_learning_rate: PositiveFloat = 0.1
-    """Peak learning rate of the embedding tables. Rows are updated rarely and need larger steps
-    than dense weights."""
+    """Peak learning rate of the embedding tables. A row is updated in few steps, so it needs larger
+    steps than dense weights."""
     embedding_initial_accumulator: NonNegativeFloat = 0.0
-    """adagrad, rowwise-adagrad: initial sum of squared gradients of a row. At 0 the first update of
-    a row has the full learning rate however small the gradient, so rare rows memorize their first
-    samples; typical squared gradients (1e-8 to 1e-6) prevent this."""
+    """adagrad, rowwise-adagrad: initial sum of squared gradients of a row. With 0, the first update
+    of a row is as large as the learning rate even if the gradient is small, so rare rows memorize
+    their first samples. A typical squared gradient (1e-8 to 1e-6) prevents this."""
     embedding_weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty on embedding rows: a step adds this factor times the row to the gradient of each
-    row that it looks up."""
+    """L2 penalty on embedding rows. A step adds this factor times the row to the gradient of each
+    row that its batch looks up."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of dense weights (not of embeddings and biases)."""
     warmup_steps: NonNegativeInt = 100
-    """Steps over which the learning rate rises linearly."""
+    """Number of steps in which the learning rate rises linearly to its peak."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay of the learning rate from the end of the warm-up to the last step."""
+    """How the learning rate falls from the end of the warm-up to the last step."""
     schedule_end: Fraction = 0.0
     """linear, cosine: final learning rate, as a fraction of the peak."""
     clip_norm: NonNegativeFloat = 0.0
-    """Maximum global gradient norm. 0: no clipping."""
+    """Maximum norm of the gradients of all weights together. 0: no clipping."""
     temperature: PositiveFloat = 0.1
     """Divisor of the retrieval logits."""
     logq: bool = True
-    """Whether to subtract the log of the sampling probability from the logits of in-batch
-    negatives."""
+    """Whether to subtract from an item's retrieval logit the log of the probability that the item
+    is in a batch. This corrects for popular items being negatives more often."""
     remove_accidental_hits: bool = True
-    """Whether to remove negatives that equal the row's own item."""
+    """Whether to ignore negatives that are the row's own item."""
     uniform_negatives: NonNegativeInt = 0
-    """Additional negatives per step, over all ranks together, drawn uniformly from the catalogue
-    and used by every row. They cover rare items, which batches hardly ever contain."""
+    """Number of additional negatives per step, on all ranks together. They are drawn uniformly from
+    the catalogue, so they cover rare items, and every row uses them."""
     hard_negatives: NonNegativeInt = 0
-    """Number of negatives per row that count: those with the highest scores. 0: all."""
+    """Number of negatives per row that count, those with the highest logits. 0: all."""
     teacher: str = ""
-    """Directory of a run over the same features whose ranker teaches this one (distillation), such
-    as one that reads all features directly. Every rank holds the teacher's tables whole."""
+    """Directory of another run on the same features whose ranker teaches this one (distillation),
+    such as one that reads all features directly. Every rank loads all of the teacher's tables."""
     teacher_weight: Fraction = 0.5
-    """Fraction of the ranking loss that uses the teacher's probabilities as labels."""
+    """Fraction of the ranking loss whose labels are the teacher's probabilities."""
     warm_start: WarmStart = WarmStart()
     """Initial weights of the towers."""
     average_decay: Fraction = 0.0
-    """Decay of the exponential moving averages of all weights, such as 0.999. The averages are
-    validated, exported and served. 0: no averages."""
+    """Decay of the exponential moving averages of all weights, such as 0.999. Validation, export
+    and serving use the averages instead of the weights. 0: no averages."""
     average_steps: PositiveInt = 10
-    """Steps between two updates of the averages. Each update reads all table rows."""
+    """Steps between two updates of the averages. Each update reads all rows of all tables."""
     metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
     """Validation metric of early stopping. auto: auc; recall for objective 'retrieval'; with
     [[tasks]] task_auc, the mean of the tasks' AUCs weighted by their shares."""
@@ -186,41 +189,42 @@ class Train:
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints. 0: only at the end of each epoch."""
     keep: PositiveInt = 2
-    """Number of checkpoints to keep besides the best."""
+    """Number of checkpoints to keep in addition to the best one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the model. auto: the rank's own GPU if there is one."""
+    """Device that trains the model. auto: the rank's own GPU if there is one, else the CPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the MLPs (autocast)."""
     accumulate: PositiveInt = 1
-    """Number of parts of a rank's batch. Their gradients are added before the step, so that larger
-    batches fit into memory. In-batch negatives come from the same part."""
+    """Number of parts into which a rank's batch is cut. The gradients of the parts are added before
+    the optimizer step, so that larger batches fit into memory. In-batch negatives come from the
+    same part."""
     cpu_layers: Literal["auto", "plain", "fused", "onednn"] = "auto"
     """How a CPU computes the layers of towers and ranker in training. plain: torch's own layers.
-    fused: linear layer and ReLU in one operation, and faster dropout. onednn: large float32 steps
-    in oneDNN's tensor layout, and faster dropout. auto: the fastest one by a short probe at the
-    start; the run records it, and a resumed run keeps it. Results differ in the last digits only,
-    except for dropout, whose masks differ between plain and the others."""
+    fused: linear layer and ReLU in one operation, and faster dropout. onednn: large float32 batches
+    in oneDNN's tensor layout, and faster dropout. auto: the fastest of them, which is measured at
+    the start; a resumed run keeps the choice. Results differ only in the last digits, except that
+    plain draws other dropout masks than fused and onednn."""
     threads: NonNegativeInt = 0
     """CPU threads of a rank. 0: the cores of the host divided by its ranks."""
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """How the work is spread over ranks."""
+    """How the work is divided among ranks."""
 
     placement: Literal["auto", "replicated", "sharded"] = "auto"
-    """Whether each rank holds every embedding table whole, or only some of its rows. auto: large
-    tables are sharded."""
+    """replicated: each rank stores all rows of every embedding table. sharded: each rank stores a
+    part of the rows. auto: large tables are sharded, others replicated."""
     shard_from_mb: NonNegativeFloat = 16.0
-    """auto: smallest table to shard (10^6 bytes of float32)."""
+    """auto: tables of at least this size (10^6 bytes of float32) are sharded."""
     kernel: Literal["auto", "torch", "fbgemm"] = "auto"
     """Implementation of table lookups and updates. auto: the fastest installed one that supports
     the table, by a short trial."""
     synchronization: Literal["step", "adasum", "average"] = "step"
-    """How dense weights stay in sync. step: gradients are summed in every step, as on one rank.
-    adasum: Adasum combines gradients, for batches so large that a sum overshoots. average: each
-    rank steps alone and weights are averaged periodically, for slow networks. Embedding gradients
-    are always summed in every step."""
+    """How dense weights stay equal on all ranks. step: gradients are summed in every step, which
+    gives the same result as one rank. adasum: Adasum combines the gradients, for batches so large
+    that a sum overshoots. average: each rank updates its own weights, and weights are averaged
+    periodically, for slow networks. Embedding gradients are always summed in every step."""
     average_every: PositiveInt = 8
     """average: steps between two averages."""
 
@@ -230,9 +234,9 @@ class Evaluate:
     """What evaluation reports."""
 
     k: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (10, 50)
-    """Cut-offs of the retrieval metrics. Early stopping uses the first."""
+    """Cut-offs K of the retrieval metrics, such as Recall@K. Early stopping uses the first."""
     threshold: Annotated[float, Interval(ge=0, le=1)] = 0.5
-    """Score from which a sample counts as predicted positive."""
+    """A sample with at least this score counts as predicted positive."""
     beta: PositiveFloat = 1.0
     """Weight of recall in F-beta."""
     batch_size: PositiveInt = 32_768
@@ -244,18 +248,21 @@ class Export:
     """How the bundle is made."""
 
     parity_rows: PositiveInt = 10_000
-    """Held-out rows whose scores from raw values must equal those of torch."""
+    """Number of test rows that the bundle scores from raw values, to compare it with torch."""
     tolerance: float = 1e-5
-    """Maximum difference of a score."""
+    """Maximum difference between a score of the bundle and of torch."""
     embeddings: Literal["float32", "float16", "int8"] = "float32"
-    """Type of stored embeddings. Export measures the AUC that a smaller type loses."""
+    """Type of stored embeddings. Export measures how much AUC a smaller type costs."""
     ranker: Literal["float32", "int8"] = "float32"
-    """Type of the weights of the ranker's inner layers. Export measures the AUC that int8 loses."""
+    """Type of the weights of the ranker's inner layers. Export measures how much AUC int8 costs."""
     index: Literal["none", "hnsw"] = "none"
-    """Approximate index over the items, for large catalogues. Export measures its recall."""
+    """Approximate index for the search of candidates in large catalogues. Export measures its
+    recall."""
     filters: tuple[str, ...] = ()
     """Item features that a request may filter by: recommend(..., allowed={"genres": ["Drama"]})."""
     seen: bool = True
-    """Whether to store each user's items of the log, which recommend(..., skip_seen=True) omits."""
+    """Whether to store which items of the log a user has seen, so that
+    recommend(..., skip_seen=True) can leave them out."""
     trending_days: PositiveFloat = 30.0
-    """Last days of the log whose most liked items answer a request without any user data."""
+    """A request without any user data is answered with the items that have the most positive rows
+    in so many last days of the log."""

@@ -1,4 +1,4 @@
-"""Read a configuration that an artifact stores: an earlier version may have written it."""
+"""Read a configuration from an artifact, which an earlier version of hvdrec may have written."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ RETIRED: Mapping[str, object] = {
     "train.embedding_penalty": 0.0,
     "train.validate_every": 1,
 }
-"""Options that earlier versions had: dotted key and the default of that version.
+"""Options that only earlier versions have: dotted key -> default value in that version.
 
-A stored configuration may hold such a key at its default. In a TOML file it is an unknown key.
+A stored configuration may hold such a key with this value. In a TOML file it is an unknown key.
 """
 
 
 def from_stored(raw: Mapping[str, Any]) -> Config:
-    """Build the configuration that a run, features or a bundle was made with.
+    """Build the configuration with which a run, features or a bundle was made.
 
     Args:
         raw: The stored configuration, as `to_dict` wrote it.
 
     Raises:
-        UserError: A key is unknown, a value is not allowed, or an option that no longer exists was
-            in use.
+        UserError: A key is unknown, a value is not allowed, or an option that no longer exists has
+            another value than its default.
     """
     return from_dict(Config, without_retired(raw))
 

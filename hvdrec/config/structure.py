@@ -1,4 +1,4 @@
-"""Checked, nested, frozen dataclasses: from plain values and back."""
+"""Convert nested frozen dataclasses from plain values and back, with checks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 else:
 
     def dataclass(*, frozen: bool) -> Callable[[type], type]:
-        """Make a dataclass that checks types and the constraints on its fields.
+        """Make a dataclass that checks the types and constraints of its fields when it is built.
 
-        Types are strict: only an int becomes a float. A wrong value is a UserError.
+        No value is converted, except an int to a float. A wrong value raises UserError.
         """
 
         def decorate(cls: type) -> type:
@@ -56,10 +56,10 @@ def from_dict(kind: type[T], raw: Any) -> T:
     """Build a dataclass from plain values.
 
     Raises:
-        UserError: Names the key (dotted, from the root), the value and what is allowed.
+        UserError: A key is unknown or a value is not allowed; the error names the dotted key.
     """
     try:
-        # Strict validation takes a list for a tuple and a table for a dataclass only from JSON.
+        # Strict validation accepts lists for tuples and dicts for dataclasses only in JSON.
         return TypeAdapter(kind).validate_json(to_json(raw, fallback=str))
     except ValidationError as error:
         raise _user_error(error, kind) from None
@@ -78,7 +78,7 @@ def from_text(kind: Any, text: str | list[str] | dict[str, str], field: str) -> 
 
 
 def field_docs(kind: Any) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass, on one line."""
+    """Return for each field of a dataclass the docstring under it, on one line."""
     fields = kind.__pydantic_fields__
     return {name: " ".join((info.description or "").split()) for name, info in fields.items()}
 
@@ -107,7 +107,10 @@ def type_of(kind: Any, path: Sequence[str | int]) -> Any:
 
 
 def _user_error(error: ValidationError, kind: Any, root: str = "") -> UserError:
-    """Return the first mistake, or an unknown key, which explains others that are missing."""
+    """Return the error about an unknown key, if there is one, else about the first mistake.
+
+    A key with a typo is both unknown and missing; the unknown one explains the mistake.
+    """
     details = error.errors(include_url=False)
     first = min(details, key=lambda each: each["type"] != "unexpected_keyword_argument")
     cause = first.get("ctx", {}).get("error")
@@ -131,7 +134,7 @@ def _user_error(error: ValidationError, kind: Any, root: str = "") -> UserError:
 
 
 def _path(kind: Any, location: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Return a location without the library's names for the types of a union."""
+    """Remove the names that the library inserts for the types of a union from a location."""
     for end in range(len(location), 0, -1):
         try:
             type_of(kind, location[:end])

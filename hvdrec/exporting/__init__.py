@@ -1,1 +1,1 @@
-"""From a checkpoint to a bundle, with a comparison of their scores."""
+"""Write a bundle from a checkpoint, and check that both give the same scores."""

@@ -1,4 +1,4 @@
-"""The stored embeddings of all users and items, computed by the bundle's own towers."""
+"""Compute the embeddings of all users and items with the towers of the bundle that stores them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BLOCK = 8192
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows to embed: raw columns, as an Arrow stream."""
+    """A block of users (items) to embed: their raw columns as an Arrow stream."""
 
     tower: Path
     columns: tuple[Column, ...]
@@ -35,14 +35,14 @@ class _Block:
 def write_side(
     draft: Path, side: Side, table: pa.Table, schema: Schema, workers: WorkerPool
 ) -> int:
-    """Embed all users (items) and write their sorted keys and their embeddings.
+    """Compute the embeddings of all users (items); write the sorted keys and the embeddings.
 
     Args:
-        draft: The bundle's directory with the towers, which all workers must see.
+        draft: The bundle's directory, which already holds the towers; all workers must see it.
         side: ``user`` or ``item``.
         table: The keys and raw columns of all users (items).
         schema: The features.
-        workers: Processes that share the work; each of them loads the tower with its tables.
+        workers: Processes that share the work; each loads the tower with its embedding tables.
 
     Returns:
         Number of users (items).
@@ -65,7 +65,7 @@ def write_side(
 
 
 def key_array(column: pa.ChunkedArray) -> NDArray[Any]:
-    """Return keys as they are stored: UTF-8 in a fixed-width byte array, or int64."""
+    """Convert keys to the array that a bundle stores: UTF-8 bytes of a fixed width, or int64."""
     if pa.types.is_integer(column.type):
         return np.asarray(column.to_numpy(), dtype=np.int64)
     return np.array([key.encode() for key in column.to_pylist()], dtype=np.bytes_)
@@ -94,6 +94,6 @@ def _session(tower: Path) -> Any:
         problem = f"not visible on host {socket.gethostname()}"
         raise invalid_file(tower, problem, "all hosts must share the directory of the bundle")
     options = onnxruntime.SessionOptions()
-    # The order of sums, and so the last bits, may depend on the number of threads.
+    # With one thread, the order of sums and so the last bits do not depend on the machine.
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(tower), options, providers=["CPUExecutionProvider"])

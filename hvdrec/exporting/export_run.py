@@ -21,7 +21,7 @@ __all__ = ["ExportResult", "export"]
 
 ALLOWED = "fields of [export], tasks.N.share, model.ranker.combine and paths.bundle can"
 UNTRAINED = re.compile(r"export\.\w+|tasks\.\d+\.share|model\.ranker\.combine|paths\.bundle")
-"""Fields that do not influence training, so that export may change them."""
+"""The fields that export may change, because training does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class ExportResult:
     Attributes:
         path: Directory or URL of the bundle.
         name: Name of the run.
-        checkpoint: Name of the checkpoint.
+        checkpoint: Name of the exported checkpoint.
         users: Number of users with stored embeddings.
         items: Number of items.
-        user_width: Width of a user's representation.
-        item_width: Width of an item's representation.
+        user_width: Number of entries of a user's stored embedding.
+        item_width: Number of entries of an item's stored embedding.
         parity: ``rows``, the number of scores compared with torch, and ``largest_difference``.
         metrics: The validation metrics of the checkpoint.
-        precision: The cost of int8 or float16 in validation AUC; None for a float32 bundle.
+        precision: How much validation AUC int8 or float16 costs; None for a float32 bundle.
     """
 
     path: str
@@ -67,20 +67,20 @@ def export(
     workers: int = 0,
     progress: bool = True,
 ) -> ExportResult:
-    """Write the bundle of a run, after proving that it scores as torch does.
+    """Write the bundle of a run, if it gives the same scores as the PyTorch model.
 
-    Under mpirun the ranks share the work, and each of them returns the same result.
+    Under mpirun the ranks share the work, and all of them return the same result.
 
     Args:
         run: Directory of the run.
         to: Directory or URL of the bundle; by default ``paths.bundle`` of the run.
-        checkpoint: The checkpoint with the best validation metric, or the latest one.
-        overrides: Values of configuration fields that need no training:
+        checkpoint: ``best`` for the checkpoint with the best validation metric, or ``latest``.
+        overrides: New values of fields that do not influence training:
             ``{"export.embeddings": "int8", "tasks.0.share": 2.0, "model.ranker.combine": "sum"}``.
         overwrite: Replace a bundle that is already there.
-        workers: Processes that share the work outside mpirun; 0: one per core, at most 8. The
-            bundle does not depend on it.
-        progress: Print the steps on standard error, on the first rank.
+        workers: Number of processes that share the work, except under mpirun; 0 for one per core,
+            at most 8. The bundle does not depend on it.
+        progress: Whether the first rank prints the steps on standard error.
 
     Raises:
         UserError: The run cannot be read, a field cannot be overridden, a bundle is already there,
@@ -99,7 +99,7 @@ def export(
                 overwrite=overwrite,
                 progress=progress,
             )
-    # The first rank of the MPI job has finished the bundle, which all ranks see.
+    # The first rank of the MPI job has written the bundle; all ranks can read it.
     config = _with_untrained_fields(read_config(Path(run)), changes)
     return _result(config, read_manifest(config.paths.of("bundle"), "bundle").meta)
 
@@ -113,7 +113,7 @@ def export_with(
     overwrite: bool = False,
     progress: bool = True,
 ) -> ExportResult:
-    """Do what `export` does, with an open pool of workers and the resolved configuration."""
+    """Do what `export` does, with a pool of workers and the complete configuration."""
     model, name = load_model(run, config, checkpoint)
     with show_progress(progress) as display:
         meta = write_bundle(
@@ -129,7 +129,7 @@ def export_with(
 
 
 def _with_untrained_fields(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Return the configuration with other values of fields that need no training."""
+    """Change fields of a configuration, which must be fields that do not influence training."""
     for name, value in changes.items():
         if not UNTRAINED.fullmatch(name):
             raise invalid_value(name, value, "cannot change after training", ALLOWED)

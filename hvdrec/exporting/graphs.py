@@ -1,4 +1,4 @@
-"""ONNX graphs of the towers, with preprocessing, and the export of functions from torch."""
+"""Build the towers' ONNX graphs with preprocessing in front; export torch functions as graphs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Function = Callable[[dict[str, Tensor]], Tensor | tuple[Tensor, ...]]
 
 
 class _Core(nn.Module):
-    """A part of the model as a function of positional tensors, as the exporter requires."""
+    """A part of the model as a module with positional inputs, which torch's exporter requires."""
 
     def __init__(self, model: Recommender, function: Function, names: Sequence[str]) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class _Core(nn.Module):
 
 
 def stored_width(model: Recommender, side: Side) -> int:
-    """Return the width of a stored embedding.
+    """Return the number of columns of the stored embeddings of users or items.
 
-    It is the width of the model's representation, plus one column for the code of each feature
-    that scene features combine. Codes are whole numbers below 2^24, which float32 holds exactly.
+    These are the columns of the model's representation, and one for the code of each feature that a
+    scene feature combines (`crossed`). Codes are whole numbers below 2^24, exact in float32.
     """
     represented = model.user_width() if side == "user" else model.item_width()
     return represented + len(model.schema.carried(side))
 
 
 def tower(model: Recommender, fitted: Fitted, side: Side) -> onnx.ModelProto:
-    """Return the graph from raw user or item columns [N] to ``embedding``; see `stored_width`."""
+    """Return the graph that computes embeddings [N, `stored_width`] from raw columns of a side."""
     represent = model.represent_users if side == "user" else model.represent_items
     features, carried = model.schema.side(side), model.schema.carried(side)
 
@@ -63,7 +63,7 @@ def tower(model: Recommender, fitted: Fitted, side: Side) -> onnx.ModelProto:
 
 
 def example(feature: Feature) -> Tensor:
-    """Return codes of three rows, for the exporter to trace a function with."""
+    """Return example codes of three rows, with which the exporter traces a function."""
     if not feature.is_embedded:
         return torch.zeros(3)
     return torch.zeros((3, 4) if feature.is_list else (3,), dtype=torch.int64)
@@ -76,14 +76,14 @@ def export_function(
     outputs: Sequence[str],
     rows: str = "rows",
 ) -> onnx.ModelProto:
-    """Export a function of named tensors, for any number of rows and list lengths.
+    """Export a function as an ONNX graph that takes any number of rows and any list lengths.
 
     Args:
-        model: The model that the function belongs to.
-        function: Maps named tensors to a tensor per output.
+        model: The model whose parameters the function uses.
+        function: Maps a dict of named input tensors to one tensor per output.
         examples: Name -> example of each input.
         outputs: Names of the outputs.
-        rows: Name of the number of rows.
+        rows: Name of the dimension that counts rows.
     """
     row_count = torch.export.Dim(rows, min=1)
     shapes = tuple(
@@ -113,13 +113,13 @@ def export_function(
 
 
 def _named(core: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
-    """Rename the outputs and prefix all other names, which the exporter may use for both."""
+    """Rename the outputs of a graph, and prefix all other names so that none equals an output."""
     core = compose.add_prefix(core, f"{outputs[0]}/", rename_inputs=False, rename_outputs=False)
     final = {f"{output}/exported": output for output in outputs}
     for node in core.graph.node:
         node.input[:] = [final.get(name, name) for name in node.input]
         node.output[:] = [final.get(name, name) for name in node.output]
-        # Stack traces with paths of the exporting machine.
+        # The exporter stores stack traces here, with paths of this machine.
         del node.metadata_props[:]
     for value in (*core.graph.input, *core.graph.output):
         del value.metadata_props[:]
@@ -129,12 +129,10 @@ def _named(core: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
 
 
 def joined(*models: onnx.ModelProto) -> onnx.ModelProto:
-    """Join graphs in order: an input named like an output of an earlier graph reads that output.
+    """Join graphs into one, which has the outputs of the last graph.
 
-    Inputs of the same name are one input. All other names must differ between the graphs.
-
-    Returns:
-        A graph with the last graph's outputs.
+    An input with the name of an earlier graph's output reads that output. Inputs of the same name
+    become one input. All other names must differ between the graphs.
     """
     inputs: dict[str, onnx.ValueInfoProto] = {}
     outputs: set[str] = set()
@@ -169,10 +167,10 @@ def parsed(
 
     Args:
         name: Name of the graph.
-        inputs: Declarations such as ``float[rows, 8] item_embedding``.
-        outputs: The same of outputs.
-        nodes: Lines such as ``sum = Add (left, right)``.
-        constants: Values of the constants that nodes read.
+        inputs: Declarations of the inputs, such as ``float[rows, 8] item_embedding``.
+        outputs: Declarations of the outputs.
+        nodes: The nodes, such as ``sum = Add (left, right)``.
+        constants: Name -> value of the constants that the nodes read.
     """
     signature = f"{name} ({', '.join(inputs)}) => ({', '.join(outputs)})"
     header = f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>'
@@ -185,14 +183,14 @@ def parsed(
 def preprocessing(
     fitted: Fitted, features: Sequence[Feature], prefix: str = "front", rows: str = "rows"
 ) -> tuple[onnx.ModelProto, ...]:
-    """Return the preprocessing graph of some features, ready to be joined; nothing without any.
+    """Return the preprocessing graph of some features in a tuple, for `joined`; empty if none.
 
     Args:
         fitted: The fitted features.
         features: The features to compile.
-        prefix: Prefix of names inside the graph.
-        rows: Name of the number of rows. Dimensions of one name must have one size, because the
-            runtime plans memory by it.
+        prefix: Prefix of the names inside the graph.
+        rows: Name of the dimension that counts rows. Dimensions with the same name must have the
+            same size at run time, because ONNX Runtime plans memory by name.
     """
     if not features:
         return ()

@@ -1,4 +1,4 @@
-"""Builds a bundle's approximate index and measures its recall."""
+"""Build a bundle's approximate (HNSW) index over item embeddings, and measure its recall."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from hvdrec.scoring.hnsw import COST, INDEX, INDEX_ROWS, HnswSearch
 Array = NDArray[Any]
 Notify = Callable[[str], None]
 LINKS = 16
-"""Links of an item in each layer; the lowest layer has twice as many."""
+"""Number of links of an item in each layer of the index; the lowest layer has twice as many."""
 BUILD_EFFORT = 256
-"""Number of items compared to choose the links of a new one."""
+"""Number of items that are compared to choose the links of a new item."""
 SEARCH_EFFORTS = (100, 140, 200, 280, 400, 560, 800, 1130, 1600, 2260, 3200)
 GOAL = 0.99
 AT = 100
 QUERIES = 1000
 PARTS = 10
 EQUAL_LENGTHS = 1e-3
-"""Relative difference up to which vector lengths count as equal."""
+"""Vector lengths count as equal up to this relative difference."""
 
 
 def require_index_library(export: Export) -> None:
@@ -44,20 +44,20 @@ def require_index_library(export: Export) -> None:
 
 
 def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dict[str, Any] | None:
-    """Build the index of a draft's items, unless an exact search is faster anyway.
+    """Build the index over the items of a bundle, unless an exact search is faster anyway.
 
-    The search effort is the smallest whose results contain on average GOAL of the exact search's
-    first AT items, for up to QUERIES stored users. If none does, it is the largest that is faster
-    than an exact search. The same embeddings give the same file with the same version of faiss
-    (from 1.15 on), for any number of threads.
+    The search effort is tuned on up to QUERIES stored users. It is the smallest with which the
+    index finds on average GOAL of the first AT items of an exact search. If there is none, it is
+    the largest that is faster than an exact search. With the same version of faiss (from 1.15 on),
+    the same embeddings give the same file, for any number of threads.
 
     Args:
-        draft: The bundle's directory.
+        draft: The bundle's directory before it is published.
         width: Number of leading entries of an embedding that retrieval compares.
-        notify: Called with lines of progress.
+        notify: Called with lines about the progress.
 
     Returns:
-        The manifest's entry on the index; None if none was written.
+        What the manifest says about the index; None if no index was written.
     """
     exact = ExactSearch(*_stored(draft / "items"))
     if len(exact) < SEARCH_EFFORTS[0] * COST:
@@ -95,7 +95,10 @@ def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dic
 
 
 def lengths_differ(vectors: Array) -> bool:
-    """Return True if the nearest vector may not be the one with the largest inner product."""
+    """Return True if the vectors' lengths differ.
+
+    The vector nearest to a query may then not be the one with the largest inner product.
+    """
     lengths = np.linalg.norm(vectors, axis=1)
     least, most = lengths.min(initial=np.inf), lengths.max(initial=0.0)
     return bool(most - least > EQUAL_LENGTHS * most)
@@ -144,7 +147,7 @@ def _stored(folder: Path) -> tuple[Array, Array | None]:
 
 
 def _build(vectors: Array, notify: Notify) -> tuple[Any, Array]:
-    """Return an index and, for each of its entries, the row int32 of `vectors`."""
+    """Return an index, and for each of its entries the row of `vectors` (int32)."""
     import faiss
 
     quantizer: Any = faiss.ScalarQuantizer.QT_8bit
@@ -155,14 +158,14 @@ def _build(vectors: Array, notify: Notify) -> tuple[Any, Array]:
         notify(f"index: {number * 100 // PARTS} % of {len(vectors)} items")
         if len(part):
             index.add(part)
-    # Neighbours close together in memory make the search faster.
+    # A search is faster if neighbours are close together in memory.
     order = breadth_first(_lowest_links(index), index.hnsw.entry_point)
     index.permute_entries(order.astype(np.int64))
     return index, order
 
 
 def _lowest_links(index: Any) -> Array:
-    """Return the links int32 [n, 2 LINKS] of the lowest layer, which has all items."""
+    """Return the links of the lowest layer, which has all n items: int32 [n, 2 * LINKS]."""
     import faiss
 
     library: Any = faiss

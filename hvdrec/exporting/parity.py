@@ -1,4 +1,4 @@
-"""Comparison of a bundle's scores from raw values with the torch model's."""
+"""Compare a bundle's scores from raw values with those of the PyTorch model."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ UNSEEN_KEY = {"string": "\N{NO-BREAK SPACE}never seen", "int": 2**62}
 def largest_difference(
     bundle: Path, config: Config, model: Recommender, fitted: Fitted
 ) -> tuple[int, float]:
-    """Score held-out rows with the bundle and with torch, and compare.
+    """Score rows of the test split with the bundle and with torch, and compare the scores.
 
-    Rows are spread evenly over the test split. They go through `Scorer.score` one by one, three
-    times: as they are (torch reads the encoded shards); with the item given by its key (torch reads
-    the encoded catalogue); and with some values unknown, missing or NaN (torch reads what the
-    preprocessing graph makes of them). With tasks, each task's probability is compared too.
+    The rows are spread evenly over the split. `Scorer.score` scores each of them three times: with
+    its raw values, where torch reads the encoded shards; with the item's key instead of its values,
+    where torch reads the encoded catalogue; and with some values unknown, missing or NaN, where
+    torch reads the output of the preprocessing graph. If the model has tasks (several labels), the
+    probability of each is compared too.
 
     Args:
         bundle: The bundle's directory.
-        config: The run; ``paths`` and ``export.parity_rows`` are used.
+        config: The configuration of the run.
         model: The trained model on the CPU.
         fitted: The fitted features.
 
@@ -74,7 +75,7 @@ def largest_difference(
         ),
     )
     differences = [np.abs(scores - _torch_scores(model, codes)) for scores, codes in comparisons]
-    # max() would ignore a NaN, depending on its position.
+    # Plain max() would ignore a NaN, depending on its position.
     largest = max(
         float(np.max(d, initial=0.0)) if not np.isnan(d).any() else np.inf for d in differences
     )
@@ -82,7 +83,7 @@ def largest_difference(
 
 
 def _scores(scorer: Scorer, schema: Schema, rows: Sequence[Row], *, by_key: bool) -> NDArray[Any]:
-    """Score raw rows one by one, as a service does; float64 [n, 1 + T] with T tasks."""
+    """Score n raw rows one by one, as a service does; float64 [n, 1 + T] for T tasks."""
     users, items, scene = ([column.name for column in schema.columns(side)] for side in SIDES)
     scores = np.empty((len(rows), 1 + len(scorer.tasks)), dtype=np.float64)
     for number, row in enumerate(rows):
@@ -100,7 +101,7 @@ def _scores(scorer: Scorer, schema: Schema, rows: Sequence[Row], *, by_key: bool
 
 
 def _torch_scores(model: Recommender, codes: Arrays, block: int = 4096) -> NDArray[Any]:
-    """Score encoded rows with torch; float64 [n, 1 + T] with T tasks."""
+    """Score n encoded rows with torch; float64 [n, 1 + T] for T tasks."""
     count = len(next(iter(codes.values())))
     scores = [np.empty((0, 1 + len(model.tasks)))]
     with torch.inference_mode():
@@ -116,7 +117,7 @@ def _torch_scores(model: Recommender, codes: Arrays, block: int = 4096) -> NDArr
 
 
 def _corrupted(schema: Schema, number: int, row: Row) -> Row:
-    """Return a copy of a row in which some values, by the row's number, are unknown or missing."""
+    """Make some values of a row unknown or missing; its number decides which ones."""
     corrupted = dict(row)
     dtypes = {column.name: column.dtype for column in schema.columns()}
     for key, every in ((schema.user_key, 2), (schema.item_key, 3)):
@@ -133,12 +134,12 @@ def _corrupted(schema: Schema, number: int, row: Row) -> Row:
 
 
 def _encoded(graph: bytes, schema: Schema, table: pa.Table) -> Arrays:
-    """Run a preprocessing graph of all features over raw rows."""
+    """Encode raw rows with the preprocessing graph of all features."""
     return _run(graph, schema.features, rows_to_inputs(schema.columns(), table))
 
 
 def _combined(fitted: Fitted, codes: Arrays) -> Arrays:
-    """Compute the scene features that combine other features from the codes of these."""
+    """Compute the scene features that combine other features, from the codes of those."""
     features = [feature for feature in fitted.schema.side("scene") if feature.sources]
     if not features:
         return {}

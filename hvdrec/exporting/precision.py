@@ -1,8 +1,8 @@
-"""float16 and int8 in a bundle, and the AUC that they cost.
+"""Store a bundle's numbers as float16 or int8, and measure how much AUC this costs.
 
-Embeddings are stored as float16, or as int8 with one scale per row (the row's largest magnitude
-over 127). The ranker's inner layers become int8 with one scale per output; their inputs are
-quantized at run time (ONNX Runtime's dynamic quantization).
+Embeddings become float16, or int8 with one scale per row: the row's largest absolute value divided
+by 127. The weights of the ranker's inner layers become int8 with one scale per output; the inputs
+of these layers are quantized at run time (ONNX Runtime's dynamic quantization).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ MEASURED_ROWS = 200_000
 
 
 def reduce_precision(draft: Path, config: Config) -> dict[str, Any]:
-    """Rewrite a draft's embeddings and ranker as ``export`` says, and measure the cost.
+    """Rewrite a bundle's embeddings and ranker as ``[export]`` says, and measure the cost.
 
-    The bundle's own graphs score raw rows of the validation split before and after.
+    The bundle's graphs score rows of the validation split before and after the change.
 
     Args:
-        draft: The bundle's directory, with float32 embeddings and graphs.
-        config: The run; ``export``, ``tasks``, ``paths.samples`` and the schema are used.
+        draft: The bundle's directory before it is published, all in float32.
+        config: The configuration of the run.
 
     Returns:
-        ``auc_float32``, ``auc`` and ``auc_loss`` over ``rows`` of the validation split; under
-        ``tasks`` the same for the probability and label of each task.
+        ``auc_float32``, ``auc`` and ``auc_loss`` over ``rows`` rows of the validation split; under
+        ``tasks`` the same for each task.
 
     Raises:
-        UserError: There are no validation rows, a value exceeds float16, or the ranker has no layer
-            that can be int8.
+        UserError: There are no validation rows, a value is too large for float16, or the ranker has
+            no layer that can be int8.
     """
     export = config.export
     rows = _validation_rows(config)
@@ -84,10 +84,10 @@ def compressed(embeddings: Array, dtype: str) -> tuple[Array, Array | None]:
         dtype: ``float32``, ``float16`` or ``int8``.
 
     Returns:
-        The embeddings; the scales float32 [n] of int8, else None.
+        The converted embeddings; the scales float32 [n] for int8, else None.
 
     Raises:
-        UserError: A value exceeds float16.
+        UserError: A value is too large for float16.
     """
     if dtype == "float32":
         return embeddings, None
@@ -110,7 +110,7 @@ def restored(stored: Array, scales: Array | None) -> Array:
 
 
 def quantize_ranker(file: Path) -> None:
-    """Rewrite a ranker's graph with int8 weights after its first layer.
+    """Rewrite a ranker's graph so that the layers after the first have int8 weights.
 
     Raises:
         UserError: There is no such layer.
@@ -118,7 +118,7 @@ def quantize_ranker(file: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.onnx_model import ONNXModel
 
-    # Only MatMul is quantized, Gemm (a product with a bias) is not.
+    # The library quantizes only MatMul, not Gemm (a product with a bias).
     model = ONNXModel(onnx.load(str(file)))
     model.replace_gemm_with_matmul()
     model.topological_sort()
@@ -143,10 +143,11 @@ def quantize_ranker(file: Path) -> None:
 
 
 def _inner_layers(graph: onnx.GraphProto) -> list[str]:
-    """Return the names of MatMul nodes with constant weights that run per item, in order.
+    """Return the names of the MatMul nodes of the ranker's inner layers, in order.
 
-    The first layer is left out: its parts are added up and count as its input. So are the last
-    layers, which no other follows: they are small, and errors in logits do not average out.
+    Their weights are constants, and they run once per item. The first layer is left out, because
+    its sum of several products is the input of the others. The last layer of each output is left
+    out too: it is small, and errors in logits do not average out.
     """
     constants = {weight.name for weight in graph.initializer}
     before: dict[str, frozenset[str]] = {"item_embedding": frozenset(), "first": frozenset()}
@@ -166,7 +167,7 @@ def _inner_layers(graph: onnx.GraphProto) -> list[str]:
 
 
 class _ValidationRows:
-    """Validation rows with their embeddings, computed by the bundle's towers."""
+    """Rows of the validation split with the embeddings that the bundle's towers compute."""
 
     def __init__(self, draft: Path, config: Config, rows: pa.Table) -> None:
         schema = config.schema
@@ -176,7 +177,7 @@ class _ValidationRows:
         self._tasks = config.tasks
 
     def scores(self, ranker: Path, dtype: str) -> Array:
-        """Score the rows from embeddings that went through `dtype`; float32 [1 + T, n]."""
+        """Score the n rows, with embeddings rounded to `dtype`; float32 [1 + T, n] for T tasks."""
         session = onnxruntime.InferenceSession(str(ranker), providers=["CPUExecutionProvider"])
         users, items = (restored(*compressed(part, dtype)) for part in (self._users, self._items))
         scores = []
@@ -192,7 +193,7 @@ class _ValidationRows:
         return np.concatenate(scores, axis=1)
 
     def aucs(self, scores: Array) -> list[float]:
-        """Return the AUC of each row of scores [1 + T, n] against its label, with weights."""
+        """Return the weighted AUC of each row of scores [1 + T, n], with the label of its task."""
         weight = self._rows["weight"].to_numpy()
         aucs = []
         columns = ("label", *(task.column for task in self._tasks))

@@ -1,17 +1,19 @@
-"""The ranker's ONNX graph, which computes once per request what all its candidates share.
+"""The ranker's ONNX graph, which computes once per request what does not depend on the item.
 
-The ranker's first linear layer reads [user, item, user * item, matches, scene, pairs]. Split into
-these parts, its output for one request is
+The scene is the context of a request: time, place, device, placement. The ranker's first layer is
+linear. Its input consists of the embeddings of user and item, their element-wise product, matches,
+the scene, and pairs. So its output for an item is
 
     user W_u + scene W_s + b  +  item (W_i + diag(user) W_p)  +  pairs W_x.
 
-User and scene enter once per request, and an item costs one product with a matrix built for the
-request, at most a fourth of the unfactored layer. A match is an inner product of columns of user
-and item: each of these columns adds the match's row of weights to W_p. Pairs are scene features
-that combine item features (`crossed`); they are looked up per item.
+The first three terms and the matrix in parentheses are computed once per request. An item then
+costs one product with this matrix, at most a fourth of the whole layer. A match is the inner
+product of some columns of user and item: in W_p, each of these columns has the match's row of
+weights. Pairs are scene features that combine item features (`crossed`); they differ per item.
 
-Shapes: R requests, N items, U and I widths of representations, H of the first layer, P pairs of
-columns that are multiplied: the D of the towers' embeddings, then those of matches.
+Shapes: R requests, N items, U and I columns of a user's and an item's representation, H outputs of
+the first layer, P products of a user column and an item column: those of the D columns of the
+towers' outputs, then those of matches.
 """
 
 from __future__ import annotations
@@ -38,16 +40,17 @@ Codes = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Factored:
-    """A ranker as its first linear layer, in parts, and the rest.
+    """A ranker whose first layer is split into terms; see the module's formula.
 
     Attributes:
-        request: user_embedding [R, U] and codes [R] of `request_features` -> what all items of a
-            request share, [R, H].
-        item: [I, H], weights of an item's representation.
-        product: [P, H], weights of the products of user and item columns.
-        columns: [P] each, the columns of user and item that are multiplied.
-        pairs: Codes [N] of `pair_features` -> their part of the output, [N, H]; None without any.
-        rest: The first layer's output [N, H] -> logits [N], or [N, T] with T tasks.
+        request: Computes ``user W_u + scene W_s + b`` [R, H] from user representations [R, U] and
+            the codes [R] of `request_features`.
+        item: [I, H], the weights W_i of an item's representation.
+        product: [P, H], the weights W_p of the products of a user and an item column.
+        columns: The user columns [P] and the item columns [P] of these products.
+        pairs: Computes ``pairs W_x`` [N, H] from the codes [N] of `pair_features`; None if there
+            are none.
+        rest: Computes logits [N], or [N, T] with T tasks, from the first layer's output [N, H].
     """
 
     request: Callable[[Tensor, Codes], Tensor]
@@ -59,24 +62,24 @@ class Factored:
 
 
 def pair_features(model: Recommender) -> tuple[Feature, ...]:
-    """Return the scene features whose codes differ between the items of a request."""
+    """Return the scene features that combine item features, so they differ between items."""
     if model.ranker is None:
         return ()
     return tuple(f for f in model.schema.side("scene") if f not in request_features(model))
 
 
 def request_features(model: Recommender) -> tuple[Feature, ...]:
-    """Return the scene features that all items of a request share."""
+    """Return the scene features that are the same for all items of a request."""
     items = {feature.name for feature in model.schema.carried("item")}
     return tuple(f for f in model.schema.side("scene") if items.isdisjoint(f.sources))
 
 
 def factored(model: Recommender) -> Factored | None:
-    """Split a model's ranker into parts.
+    """Split the first layer of a model's ranker into terms of user, scene, item and pairs.
 
     Returns:
-        The parts, or None if the first layer is not linear in each of them: with cross layers or
-        head products.
+        The split ranker, or None if the ranker has cross layers or products of heads, which these
+        terms cannot express.
     """
     if model.ranker is None:
         return _inner_product(model)
@@ -119,12 +122,12 @@ def factored(model: Recommender) -> Factored | None:
 
 
 def _columns(ranges: list[tuple[int, int]]) -> NDArray[np.int64]:
-    """Return the column numbers in ranges of (start, width)."""
+    """Return the numbers of the columns in ranges (start, width), one range after the other."""
     return np.concatenate([np.arange(start, start + width) for start, width in ranges])
 
 
 def _split_ranker(ranker: DnnRanker | TaskRanker) -> tuple[nn.Linear, Callable[[Tensor], Tensor]]:
-    """Return the first linear layer, and the function from its output to logits."""
+    """Return a ranker's first linear layer, and the function that maps its output to logits."""
     if isinstance(ranker, TaskRanker):
         return ranker.first, ranker.after_first
     first, *after = [*ranker.hidden, ranker.head]
@@ -134,7 +137,7 @@ def _split_ranker(ranker: DnnRanker | TaskRanker) -> tuple[nn.Linear, Callable[[
 
 
 def _outputs(model: Recommender, logit: Tensor) -> tuple[Tensor, ...]:
-    """Return the served score and, with tasks, the probability of each."""
+    """Compute the served score, and the probability of each task if the model has tasks."""
     return model.score(logit), *(logit.sigmoid().unbind(dim=-1) if model.tasks else ())
 
 
@@ -143,7 +146,7 @@ def _output_names(model: Recommender) -> list[str]:
 
 
 def _inner_product(model: Recommender) -> Factored:
-    """Return the parts of a model without a ranker: the towers' inner product / temperature."""
+    """Write a model without a ranker as `Factored`: the towers' inner product / temperature."""
     weight = np.full((model.output_width, 1), 1 / model.temperature, dtype=np.float32)
     columns = _columns([(0, model.output_width)])
     return Factored(
@@ -157,12 +160,12 @@ def _inner_product(model: Recommender) -> Factored:
 
 
 def core(model: Recommender) -> onnx.ModelProto:
-    """Return the ranker's graph over codes, without preprocessing.
+    """Return the ranker's graph without preprocessing: its scene inputs are codes.
 
     Inputs: ``user_embedding`` float32 [R, U], ``item_embedding`` float32 [N, I], codes [R] of
-    `request_features`, codes [N] of `pair_features`, and ``request`` int64 [N], the row of the user
-    and the scene that each item is scored for. Outputs: ``score`` float32 [N], a probability, and
-    with tasks ``score_NAME`` of each.
+    `request_features`, codes [N] of `pair_features`, and ``request`` int64 [N], the number of the
+    request (0 to R - 1) to which each item belongs. Outputs: ``score`` float32 [N], a probability,
+    and ``score_NAME`` float32 [N] for each task.
     """
     request_examples = {
         "user_embedding": torch.zeros(3, model.user_width()),
@@ -203,7 +206,7 @@ def _codes(model: Recommender, inputs: Mapping[str, Tensor]) -> Codes:
 def _unfactored(
     model: Recommender, request_examples: dict[str, Tensor], pair_examples: dict[str, Tensor]
 ) -> onnx.ModelProto:
-    """Return the whole ranker over users and scenes that are gathered for each item."""
+    """Return the ranker's graph without the split: users and scenes are repeated for each item."""
 
     def score(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         codes = _codes(model, inputs)
@@ -230,7 +233,7 @@ def _unfactored(
 
 
 def rename_input(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Let the nodes of a graph read another tensor."""
+    """Let all nodes of a graph that read the tensor `old` read the tensor `new` instead."""
     for node in graph.node:
         node.input[:] = [new if name == old else name for name in node.input]
         for attribute in node.attribute:
@@ -261,11 +264,14 @@ is_one = Equal (requests, one)
         first_of_many = Sum (product_terms, item_terms, paired_shared)
     }}
 >"""
-"""The first layer without pairs, in ONNX's text format."""
+"""The first layer without pairs, in ONNX's text format, for one request and for many."""
 
 
 def _first_layer(parts: Factored, user_width: int) -> onnx.ModelProto:
-    """Return the graph of the first layer, after `Factored.request` and `Factored.pairs`."""
+    """Return the graph that adds the terms of the first layer.
+
+    Graphs of `Factored.request` and `Factored.pairs` compute its inputs.
+    """
     item_width, hidden = parts.item.shape
     inputs = [
         f"float[requests, {user_width}] user_embedding",

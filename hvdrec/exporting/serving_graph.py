@@ -1,4 +1,4 @@
-"""The ranker's graph as a bundle contains it: over stored embeddings and raw scene values."""
+"""The ranker's graph in a bundle, whose inputs are stored embeddings and raw scene values."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import Recommender
 
 PAIRED = "paired/"
-"""Prefix of the codes of a request that are repeated for each of its items."""
+"""Prefix of the names of a request's codes after they are repeated for each of its items."""
 
 
 def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
-    """Return the graph that scores pairs of stored embeddings in the scenes of requests.
+    """Return the graph that scores N items for R requests, each with one user and one scene.
 
-    Inputs: ``user_embedding`` float32 [R, `stored_width`], raw scene columns [R],
-    ``item_embedding`` float32 [N, `stored_width`], and ``request`` int64 [N], the row of the user
-    and the scene that each item is scored for. Outputs: ``score`` float32 [N], a probability, and
-    with tasks ``score_NAME`` of each.
+    Inputs: ``user_embedding`` float32 [R, `stored_width`], raw scene columns [R] or [R, L] (lists),
+    ``item_embedding`` float32 [N, `stored_width`], and ``request`` int64 [N], the number of the
+    request (0 to R - 1) to which each item belongs. Outputs: ``score`` float32 [N], a probability,
+    and ``score_NAME`` float32 [N] for each task.
     """
     pairs = pair_features(model)
     parts = [core(model)]
@@ -51,7 +51,7 @@ def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
 
 
 def _repeated(names: Sequence[str]) -> onnx.ModelProto:
-    """Return the graph that gathers codes [R] by ``request`` into codes [N]."""
+    """Return the graph that gives each of N items the codes of its request: [R] -> [N]."""
     inputs = ["int64[rows] request", *(f"int64[requests] {name}" for name in names)]
     outputs = [f'int64[rows] "{PAIRED}{name}"' for name in names]
     nodes = [f'"{PAIRED}{name}" = Gather ({name}, request)' for name in names]
@@ -59,7 +59,7 @@ def _repeated(names: Sequence[str]) -> onnx.ModelProto:
 
 
 def _unpacked(model: Recommender, side: Side, prefix: str, rows: str) -> onnx.ModelProto:
-    """Return the graph that splits stored embeddings into representations and codes."""
+    """Return the graph that splits stored embeddings into the model's representation and codes."""
     name, stored = f"{side}_embedding", stored_width(model, side)
     codes = [output_name(feature.name) for feature in model.schema.carried(side)]
     width = stored - len(codes)
