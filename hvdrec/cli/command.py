@@ -66,6 +66,12 @@ def argument(*names: str, **settings: Any) -> AddArgument:
 ALL_FIELDS = ("",)
 BUNDLE = argument("bundle", type=Path, help="directory of the bundle")
 CONFIG = argument("config", type=Path, help="TOML file of the run")
+NO_VERIFY = argument(
+    "--no-verify",
+    dest="verify",
+    action="store_false",
+    help="do not compare the bundle's files with their checksums",
+)
 RUN = argument("run", type=Path, help="directory of a run (WORK/run)")
 OVERWRITE = argument("--overwrite", action="store_true", help="replace existing output")
 CHECKPOINT = argument(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from hvdrec.cli.command import BUNDLE, OVERWRITE, Answer, argument, command
+from hvdrec.cli.command import BUNDLE, NO_VERIFY, OVERWRITE, Answer, argument, command
 from hvdrec.cli.text_table import table
 from hvdrec.errors import UserError
 from hvdrec.serving import add_arguments as add_serve_arguments
@@ -58,6 +58,7 @@ def fetch(options: argparse.Namespace) -> Answer:
         default=0.0,
         help="from 0 (off) to below 1: prefer items unlike those ranked before them",
     ),
+    NO_VERIFY,
     example="hvdrec recommend runs/movielens-1m/bundle --user 1 --scene hour=21 weekday=4 -k 10",
 )
 def recommend(options: argparse.Namespace) -> Answer:
@@ -65,7 +66,7 @@ def recommend(options: argparse.Namespace) -> Answer:
     from hvdrec.cli.request_text import parse_allowed, parse_key, parse_scene, parse_user
     from hvdrec.scoring import Scorer
 
-    scorer = Scorer.load(options.bundle)
+    scorer = Scorer.load(options.bundle, verify=options.verify)
     user, scene = parse_user(scorer, options.user), parse_scene(scorer, options.scene)
     items = scorer.recommend(
         user=user,
@@ -97,13 +98,14 @@ def recommend(options: argparse.Namespace) -> Answer:
     BUNDLE,
     argument("input", type=Path, help="Parquet file with raw user, item and scene columns"),
     argument("output", type=Path, help="Parquet file to write: columns of the input and `score`"),
+    NO_VERIFY,
     example="hvdrec score runs/movielens-1m/bundle pairs.parquet scored.parquet",
 )
 def score(options: argparse.Namespace) -> Answer:
     """Score the rows of a Parquet file of raw values and write them to another file."""
     from hvdrec.exporting.score_file import score_table
 
-    facts = score_table(options.bundle, options.input, options.output)
+    facts = score_table(options.bundle, options.input, options.output, verify=options.verify)
     return Answer(facts, f"scored {facts['rows']} rows\nwrote {options.output}")
 
 

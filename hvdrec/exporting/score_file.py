@@ -18,7 +18,7 @@ from hvdrec.scoring import Scorer
 BATCH_ROWS = 65_536
 
 
-def score_table(bundle: Path, source: Path, target: Path) -> dict[str, Any]:
+def score_table(bundle: Path, source: Path, target: Path, *, verify: bool = True) -> dict[str, Any]:
     """Score every row of a Parquet file and write its columns with ``score`` added.
 
     A bundle with tasks also adds ``score_NAME`` of each.
@@ -29,6 +29,7 @@ def score_table(bundle: Path, source: Path, target: Path) -> dict[str, Any]:
             other raw user (item) features, these are used, otherwise the key's stored embedding.
             Missing scene columns take their defaults.
         target: File to write, as a whole or not at all.
+        verify: False to skip the comparison of the bundle's files with their checksums.
 
     Returns:
         ``rows`` and ``output``.
@@ -36,7 +37,7 @@ def score_table(bundle: Path, source: Path, target: Path) -> dict[str, Any]:
     Raises:
         UserError: The source is not a Parquet file or lacks a key.
     """
-    scorer = Scorer.load(bundle)
+    scorer = Scorer.load(bundle, verify=verify)
     try:
         file = pq.ParquetFile(source)
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvdrec.scoring.checksums import FileFacts, check_files, check_manifest
 from hvdrec.scoring.errors import (
     BundleError,
     ReplacedError,
@@ -114,13 +115,14 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
 
     Args:
         path: Directory of the bundle, or a link to it.
-        verify: True to compare the SHA-256 of each file as well as its size.
+        verify: True to compare the checksum of each file as well as its size.
 
     Returns:
         The contents of the manifest.
 
     Raises:
         BundleError: The bundle is missing, damaged or of another format.
+        ReplacedError: Another bundle replaced it meanwhile.
     """
     try:
         path = path.resolve()
@@ -128,12 +130,10 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
         raise _not_a_bundle(path) from None
     raw, stamp = _read_manifest(path)
     manifest = _parse_manifest(path, raw)
+    stamps = {MANIFEST: stamp}
     try:
-        files = {
-            str(name): (int(file["bytes"]), str(file["sha256"]))
-            for name, file in manifest["files"].items()
-        }
-        stamps = {MANIFEST: stamp}
+        check_manifest(manifest)
+        files = {str(name): _parse_file(file) for name, file in manifest["files"].items()}
         version = hashlib.sha256(raw).hexdigest()[:12]
         info = _parse_info(path, manifest, version, _model_digest(files), stamps)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -142,10 +142,14 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
     for name in REQUIRED:
         if name not in files:
             raise missing_file(info, name)
-    for name, (size, _) in files.items():
-        stamps[name] = _check_size(path, name, size)
-    for name, (_, sha256) in files.items() if verify else ():
-        _check_sha256(path / name, sha256)
+    try:
+        for name, facts in files.items():
+            stamps[name] = _check_size(path, name, facts.size)
+        if verify:
+            check_files(path, files)
+    except BundleError:
+        check_unchanged(info)  # a file of the bundle that replaces this one is not damage
+        raise
     return info
 
 
@@ -251,9 +255,13 @@ def _parse_manifest(path: Path, raw: bytes) -> Mapping[str, Any]:
     return manifest
 
 
-def _model_digest(files: Mapping[str, tuple[int, str]]) -> str:
+def _parse_file(raw: Mapping[str, Any]) -> FileFacts:
+    return FileFacts(int(raw["bytes"]), str(raw["sha256"]), str(raw.get("tree", "")))
+
+
+def _model_digest(files: Mapping[str, FileFacts]) -> str:
     """Return the digest of the checksums of the graphs and of their external data."""
-    parts = [files[name][1] for name in sorted(files) if name.startswith(GRAPHS)]
+    parts = [files[name].sha256 for name in sorted(files) if name.startswith(GRAPHS)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
@@ -322,14 +330,3 @@ def _check_size(path: Path, name: str, size: int) -> Stamp:
         problem = f"has {status.st_size} bytes, the manifest says {size}"
         raise invalid_bundle(path / name, problem, "export it again")
     return stamp_of(status)
-
-
-def _check_sha256(file: Path, expected: str) -> None:
-    try:
-        with file.open("rb") as opened:
-            actual = hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        problem = f"cannot be read ({first_line(error)})"
-        raise invalid_bundle(file, problem, "check its permissions") from None
-    if actual != expected:
-        raise invalid_bundle(file, "contents differ from the manifest")

@@ -32,7 +32,7 @@ from hvdrec.scoring.graph_inputs import as_list, check_count, check_share
 from hvdrec.scoring.ranking import PairRanker
 from hvdrec.scoring.stores import Store
 from hvdrec.scoring.verify import verify_arrays
-from hvdrec.scoring.watch import BundleWatcher
+from hvdrec.scoring.watch import BundleWatcher, load_unreplaced
 
 Stores = Callable[[BundleInfo], tuple[Store | None, Store | None]]
 P = ParamSpec("P")
@@ -71,7 +71,7 @@ class Scorer:
         path: str | Path,
         *,
         threads: int = 1,
-        verify: bool = False,
+        verify: bool = True,
         users: Store | None = None,
         items: Store | None = None,
     ) -> Scorer:
@@ -82,20 +82,20 @@ class Scorer:
         Args:
             path: Directory of the bundle.
             threads: Number of threads of one graph run; 1 suits a service with many threads.
-            verify: True to compare the checksum of each file and to check the arrays' contents.
+            verify: True to compare the checksum of each file and to check the arrays' contents,
+                which reads every file once; False to compare only sizes, types and shapes.
             users: Source of the users' embeddings in place of the bundle's own arrays.
             items: The same for items. Retrieval always uses the bundle's arrays.
 
         Raises:
             BundleError: The bundle is missing, damaged or of another format.
+            ReplacedError: Other bundles replaced it at each of three tries.
         """
         check_count("threads", threads)
-        info = read_bundle(Path(path), verify=verify)
-        scorer = cls(info, int(threads), users, items)
-        if verify:
-            verify_arrays(info)
-        check_unchanged(info)
-        return scorer
+        load = partial(
+            cls._load, threads=int(threads), verify=verify, stores=lambda _: (users, items)
+        )
+        return load_unreplaced(lambda: load(Path(path)))
 
     @classmethod
     def watch(
@@ -104,6 +104,7 @@ class Scorer:
         *,
         interval: float = 1.0,
         threads: int = 1,
+        verify: bool = True,
         stores: Stores | None = None,
         on_reload: Callable[[Scorer], object] | None = None,
         on_refused: Callable[[ScoringError], object] | None = None,
@@ -118,6 +119,7 @@ class Scorer:
             path: Directory of the bundle, or a link to it.
             interval: Seconds between two checks of the path.
             threads: As in `load`.
+            verify: As in `load`, for the first bundle and for each reload.
             stores: Opens the stores of users and items for a bundle; called for each bundle, since
                 every model has its own embeddings.
             on_reload: Called with the new scorer after a swap.
@@ -128,20 +130,32 @@ class Scorer:
             StoreError: The first bundle's stores cannot answer.
         """
         check_count("threads", threads)
-        load = partial(cls._load_and_try, threads=int(threads), stores=stores)
+        load = partial(
+            cls._load, threads=int(threads), verify=verify, stores=stores, try_graphs=True
+        )
         return WatchedScorer(
             Path(path), load, interval=interval, on_reload=on_reload, on_refused=on_refused
         )
 
     @classmethod
-    def _load_and_try(cls, path: Path, *, threads: int, stores: Stores | None) -> Scorer:
-        """Open, verify and try a bundle; ReplacedError if another one replaces it meanwhile."""
-        info = read_bundle(path, verify=True)
+    def _load(
+        cls,
+        path: Path,
+        *,
+        threads: int,
+        verify: bool,
+        stores: Stores | None,
+        try_graphs: bool = False,
+    ) -> Scorer:
+        """Open a bundle; ReplacedError if another one replaces it meanwhile."""
+        info = read_bundle(path, verify=verify)
         users, items = stores(info) if stores else (None, None)
         try:
             scorer = cls(info, threads, users, items)
-            verify_arrays(info)
-            scorer._try()
+            if verify:
+                verify_arrays(info)
+            if try_graphs:
+                scorer._try()
         except BundleError:
             check_unchanged(info)  # files of two bundles do not fit each other
             raise

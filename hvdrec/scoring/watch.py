@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LISTED_FILES = 4096
 """Number of files of a refused bundle that are checked for changes."""
 FIRST_TRIES = 3
+RETRY_SECONDS = 0.05
+"""Pause before another try: a replacement by two renames leaves the path empty for a moment."""
 PAUSES = 10.0
 """If a store does not answer, the bundle is loaded again after this many times the loading time."""
 STOP_SECONDS = 10.0
@@ -78,7 +80,7 @@ class BundleWatcher(Generic[T]):
         self._refused: str | None = None
         self._is_gone = False
         self._retry_time = math.inf
-        self._seen: object = _manifest_stamp(self._path)
+        self._seen: object = None
         self._current = self._load_first()
         self._stop = threading.Event()
         arguments = (weakref.ref(self), self._stop, float(interval))
@@ -173,12 +175,12 @@ class BundleWatcher(Generic[T]):
 
     def _load_first(self) -> T:
         """Load the first bundle; load it again if it is replaced meanwhile."""
-        for _ in range(FIRST_TRIES - 1):
-            try:
-                return self._loaded()
-            except ReplacedError:
-                self._seen = _manifest_stamp(self._path)
-        return self._loaded()
+
+        def load() -> T:
+            self._seen = _manifest_stamp(self._path)
+            return self._loaded()
+
+        return load_unreplaced(load)
 
     def _loaded(self) -> T:
         try:
@@ -209,6 +211,16 @@ class BundleWatcher(Generic[T]):
             callback(argument)
         except Exception:
             _log().exception("%s: the callback failed", self._path)
+
+
+def load_unreplaced(load: Callable[[], T]) -> T:
+    """Load a bundle; load again, at most `FIRST_TRIES` times, if another one replaces it."""
+    for _ in range(FIRST_TRIES - 1):
+        try:
+            return load()
+        except ReplacedError:
+            time.sleep(RETRY_SECONDS)
+    return load()
 
 
 def _follow(

@@ -43,6 +43,7 @@ class Options:
         10_000, "items that a request may score or rank; more get 422", 1, 10_000_000
     )
     watch: bool = True
+    verify: bool = True
     store: str | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="watch",
         action="store_false",
         help="do not reload when another bundle replaces this one",
+    )
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not compare the bundle's files with their checksums, at the start and at reloads",
     )
     parser.add_argument(
         "--store",

@@ -38,6 +38,7 @@ class ServedBundle:
         if self._options.watch:
             self._watched = Scorer.watch(
                 self._options.bundle,
+                verify=self._options.verify,
                 stores=stores_from(self._options.store),
                 on_reload=self._reloaded,
                 on_refused=self._refused,
@@ -64,9 +65,9 @@ class ServedBundle:
 def open_scorer(options: Options) -> Scorer:
     """Open the bundle without watching it; raises ScoringError."""
     if options.store is None:
-        return Scorer.load(options.bundle)
+        return Scorer.load(options.bundle, verify=options.verify)
     users, items = open_stores(options.store, read_bundle(options.bundle, verify=False))
-    return Scorer.load(options.bundle, users=users, items=items)
+    return Scorer.load(options.bundle, verify=options.verify, users=users, items=items)
 
 
 def stores_from(url: str | None) -> Stores | None:

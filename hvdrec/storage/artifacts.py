@@ -26,6 +26,7 @@ from typing import Any
 
 from hvdrec import __version__
 from hvdrec.errors import UserError, choices, invalid_file, write_errors_named
+from hvdrec.storage.tree_checksum import tree_facts
 from hvdrec.storage.urls import Location, Url
 
 MANIFEST = "manifest.json"
@@ -92,6 +93,7 @@ def write_manifest(directory: Path, kind: str, meta: Mapping[str, Any]) -> None:
         file.relative_to(directory).as_posix(): {
             "sha256": sha256(file),
             "bytes": file.stat().st_size,
+            **tree_facts(file, kind),
         }
         for file in sorted(directory.rglob("*"))
         if file.is_file() and file != directory / MANIFEST

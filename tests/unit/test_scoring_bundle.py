@@ -11,7 +11,10 @@ import numpy as np
 import onnx
 import pytest
 
-from hvdrec.scoring import BundleError, RequestError, Scorer, ScoringError
+from hvdrec.scoring import BundleError, RequestError, Scorer, ScoringError, checksums
+from hvdrec.scoring import bundle as bundle_module
+from hvdrec.scoring.bundle import read_bundle
+from hvdrec.storage import tree_checksum
 from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
@@ -145,13 +148,76 @@ def test_a_missing_or_truncated_file_is_refused(bundle: Path) -> None:
     check(bundle, "items/embeddings.npy", "is missing")
 
 
-def test_verify_detects_changed_contents(bundle: Path) -> None:
+def test_every_flipped_bit_is_detected_by_default(bundle: Path) -> None:
+    """One bit in each of 15 stretches of every file; the towers' weights and keys among them."""
+    names = json.loads((bundle / "manifest.json").read_text())["files"]
+    for name in names:
+        file = bundle / name
+        whole = file.read_bytes()
+        for position in range(0, len(whole), len(whole) // 15 + 1):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << position % 8
+            file.write_bytes(flipped)
+            with pytest.raises(BundleError) as caught:
+                read_bundle(bundle, verify=True)
+            assert caught.value.field == str(file)
+        check(bundle, name, "contents differ from the manifest")
+        file.write_bytes(whole)
+    Scorer.load(bundle)
+
+
+def test_verification_can_be_switched_off(bundle: Path) -> None:
     embeddings = bundle / "users" / "embeddings.npy"
     contents = bytearray(embeddings.read_bytes())
     contents[-1] ^= 1
     embeddings.write_bytes(contents)
+    Scorer.load(bundle, verify=False)
+    with Scorer.watch(bundle, verify=False) as watched:
+        assert watched.current.items == 4
+    check(bundle, "users/embeddings.npy", "contents differ from the manifest")
+
+
+def test_a_checksum_that_fails_during_a_replacement_is_not_damage(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes agree in both bundles, so only a checksum shows that a file is of the other one."""
+    plain, calls = checksums.check_files, []
+
+    def replaced_meanwhile(folder: Path, files: Any) -> None:
+        if not calls:
+            other = write_bundle(tmp_path / "other", key_dtype="string")
+            embeddings = other / "users" / "embeddings.npy"
+            np.save(embeddings, np.load(embeddings) + 1)
+            rewrite(other)
+            bundle.rename(tmp_path / "old")
+            other.rename(bundle)
+        calls.append(folder)
+        plain(folder, files)
+
+    monkeypatch.setattr(bundle_module, "check_files", replaced_meanwhile)
+    scorer = Scorer.load(bundle)
+    assert len(calls) == 2
+    assert scorer.version == read_bundle(bundle, verify=True).version
+
+
+def test_a_tree_checksum_is_compared_block_by_block(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tree_checksum, "BLOCK_BYTES", 64)
+    rewrite(bundle)
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    assert {name for name, facts in files.items() if "tree" in facts} == {
+        name for name, facts in files.items() if facts["bytes"] > 64
+    }
     Scorer.load(bundle)
-    check(bundle, "users/embeddings.npy", "contents differ from the manifest", verify=True)
+    file = bundle / "items" / "keys.npy"
+    whole = file.read_bytes()
+    for position in (0, 63, 64, len(whole) - 1):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        file.write_bytes(flipped)
+        check(bundle, "items/keys.npy", "contents differ from the manifest")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+"""Compare a bundle's files with the checksums in its manifest, on several threads.
+
+A file of more than `BLOCK_BYTES` has a tree checksum beside its SHA-256: the SHA-256 of the digests
+of its blocks. Threads hash the blocks of one file at the same time; hashlib and `readinto` release
+Python's global lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvdrec.scoring.errors import BundleError, first_line, invalid_bundle
+
+BLOCK_BYTES = 4 << 20
+READ_BYTES = 1 << 18
+"""Bytes of one read; they stay in the processor's cache until they are hashed."""
+MOST_THREADS = 8
+CHECKSUM = "checksum"
+"""Key of the manifest's own checksum."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest says about a file."""
+
+    size: int
+    """Size in bytes."""
+    sha256: str
+    """Hexadecimal SHA-256 of the contents."""
+    tree: str = ""
+    """Tree checksum, hexadecimal; empty for a small file and in bundles of earlier versions."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Bytes that one thread hashes: a block of a file, or all of it."""
+
+    name: str
+    start: int
+    size: int
+
+
+def check_files(folder: Path, files: Mapping[str, FileFacts]) -> None:
+    """Read every file once and compare its checksum.
+
+    The files are read through the page cache, so arrays that are memory-mapped afterwards are
+    already in memory.
+
+    Raises:
+        BundleError: A file cannot be read or its contents differ.
+    """
+    parts = [part for name, facts in files.items() for part in _parts(name, facts)]
+    digests = _digests(folder, parts)
+    by_name: dict[str, list[bytes]] = {name: [] for name in files}
+    for part in parts:
+        by_name[part.name].append(digests[part])
+    for name, facts in files.items():
+        blocks = by_name[name]
+        actual = hashlib.sha256(b"".join(blocks)).hexdigest() if facts.tree else blocks[0].hex()
+        if actual != (facts.tree or facts.sha256):
+            raise invalid_bundle(folder / name, "contents differ from the manifest")
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Compare a parsed manifest with its own checksum, which earlier versions did not write.
+
+    Raises:
+        ValueError: The checksum differs.
+    """
+    if CHECKSUM not in manifest:
+        return
+    plain = {key: value for key, value in manifest.items() if key != CHECKSUM}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    if hashlib.sha256(text.encode()).hexdigest() != manifest[CHECKSUM]:
+        raise ValueError("its contents differ from its checksum")
+
+
+def _parts(name: str, facts: FileFacts) -> Iterator[_Part]:
+    step = BLOCK_BYTES if facts.tree else max(facts.size, 1)
+    for start in range(0, max(facts.size, 1), step):
+        yield _Part(name, start, min(step, facts.size - start))
+
+
+def _digests(folder: Path, parts: list[_Part]) -> dict[_Part, bytes]:
+    """Return the digest of each part; raises what reading the parts raised first."""
+    digests: dict[_Part, bytes] = {}
+    errors: list[BundleError] = []
+    waiting = deque(parts)
+
+    def work() -> None:
+        with suppress(IndexError):
+            while not errors:
+                part = waiting.popleft()
+                try:
+                    digests[part] = _digest(folder, part)
+                except BundleError as error:
+                    errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, name="hvdrec-hash")
+        for _ in range(min(MOST_THREADS, os.cpu_count() or 1, len(parts)) - 1)
+    ]
+    started = []
+    with suppress(RuntimeError):  # the interpreter is ending: this thread does all the work
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    work()
+    for thread in started:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return digests
+
+
+def _digest(folder: Path, part: _Part) -> bytes:
+    file = folder / part.name
+    digest, left = hashlib.sha256(), part.size
+    buffer = memoryview(bytearray(min(READ_BYTES, max(left, 1))))
+    try:
+        with file.open("rb", buffering=0) as opened:
+            opened.seek(part.start)
+            while left and (size := opened.readinto(buffer[: min(left, READ_BYTES)])):
+                digest.update(buffer[:size])
+                left -= size
+    except OSError as error:
+        problem = f"cannot be read ({first_line(error)})"
+        raise invalid_bundle(file, problem, "check its permissions") from None
+    return digest.digest()
