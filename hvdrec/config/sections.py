@@ -130,7 +130,7 @@ class Train:
     batch_size: PositiveInt = 8192
     """Rows of a training step on all ranks together."""
     epochs: NonNegativeInt = 10
-    """Maximum number of passes over the training split. 0: keep a warm start as it is."""
+    """Maximum passes over the training split. 0: keep a warm start as it is."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
     embedding_optimizer: Literal["rowwise-adagrad", "adagrad", "adam", "sgd"] = "rowwise-adagrad"

@@ -1,1 +1,1 @@
-"""Horovod: ranks, collectives, gradient sums, watchdog, environment, and worker pools."""
+"""What concerns Horovod: ranks, collectives, gradient sums, environment, watchdog, worker pools."""

@@ -1,4 +1,4 @@
-"""Compare what the processes of a job must have in common, and name the hosts that differ."""
+"""Compare what must be equal on all ranks of a job, and name the ranks and hosts that differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hvdrec.storage.urls import Location
 MISSING_FILE = "missing"
 """The digest of a path that does not exist."""
 MAX_HOSTS, MAX_FIELDS = 4, 4
-"""How many hosts and fields a message names; it counts the rest."""
+"""A message names at most so many hosts and fields, and says how many more there are."""
 
 
 def host_name() -> str:
@@ -29,10 +29,10 @@ def host_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that every host must share, by display name.
+    """Return the versions that must be equal on every host: name to show -> version.
 
-    hvdrec's version includes the start of a hash of its source, because two checkouts of one
-    version may differ.
+    hvdrec's version includes the start of a hash of its source code, because two checkouts of the
+    same version may differ.
     """
     return {
         "hvdrec": f"{hvdrec.__version__} (source {_source_hash()})",
@@ -43,10 +43,10 @@ def versions() -> dict[str, str]:
 
 
 def digest(path: Location) -> str:
-    """Return a short string that differs if two hosts see different content at a path.
+    """Return a short text that differs between two hosts if they see different content at a path.
 
-    It is the start of the SHA-256 of a file, or of the manifest of an artifact, which holds the
-    hash of each of its files. Any other directory gives a fixed string.
+    For a file it is the start of its SHA-256. For an artifact it is that of its manifest, which
+    holds the hash of each file. All other directories give the same text.
     """
     for file in (path / MANIFEST, path):
         try:
@@ -61,9 +61,9 @@ def digest(path: Location) -> str:
 
 
 def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Return ascending ranks with their hosts, such as ``ranks 1, 2 on hv2 and 4 on hv3``.
+    """Format ascending ranks with their hosts, such as ``ranks 1, 2 on hv2 and 4 on hv3``.
 
-    `hosts` holds the host of every rank of the job, here and below.
+    `hosts` is the host of every rank of the job.
     """
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
@@ -76,9 +76,10 @@ def describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def describe_difference(values: Sequence[str], hosts: Sequence[str]) -> str | None:
-    """Return the ranks that have each value, or None if the values of all ranks are equal.
+    """Say which ranks have which value; None if the values of all ranks are equal.
 
-    The text is like ``2.13.0 (rank 0 on hv1), 2.12.1 (ranks 1, 2 on hv2)``.
+    An example is ``2.13.0 (rank 0 on hv1), 2.12.1 (ranks 1, 2 on hv2)``. `values` and `hosts` have
+    an entry for every rank.
     """
     by_value: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
@@ -91,7 +92,7 @@ def describe_difference(values: Sequence[str], hosts: Sequence[str]) -> str | No
 def version_differences(
     rank_versions: Sequence[Mapping[str, str]], hosts: Sequence[str]
 ) -> str | None:
-    """Return an error message that names each version in which the ranks differ, or None."""
+    """Return an error message that names the versions that differ between ranks, or None."""
     lines = _differences(rank_versions, hosts, "unknown")
     if not lines:
         return None
@@ -99,7 +100,7 @@ def version_differences(
 
 
 def config_differences(configs: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str | None:
-    """Return an error message that names the fields in which the configurations differ, or None."""
+    """Return an error message that names the fields that differ between ranks, or None."""
     flat = [{name: json.dumps(value) for name, value in _flatten(each)} for each in configs]
     lines = _differences(flat, hosts, "null")
     if not lines:
@@ -124,7 +125,7 @@ def _differences(
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """Format ascending ranks; runs of three and more are shortened: ``0, 2-5``."""
+    """Format ascending ranks such as ``0, 2-5``; three or more in sequence are shortened."""
     runs = [
         [rank for _, rank in run]
         for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])
@@ -134,7 +135,7 @@ def _ranges(ranks: Sequence[int]) -> str:
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the scalars of nested mappings and lists with their dotted names."""
+    """Yield the dotted name and the value of each scalar in nested mappings and lists."""
     if isinstance(value, Mapping | list):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, item in pairs:

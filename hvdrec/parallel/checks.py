@@ -19,7 +19,10 @@ VISIBILITY_SECONDS = 5.0
 
 
 def require_same_config(config: Mapping[str, Any]) -> None:
-    """Raise SharedError, which names fields and hosts, unless all ranks have this configuration."""
+    """Raise SharedError if the ranks' configurations differ; it names the fields and hosts.
+
+    All ranks must call this together.
+    """
     text = json.dumps(config, sort_keys=True)
     if len(set(ranks.gather_objects(hashlib.sha256(text.encode()).hexdigest()))) > 1:
         configs = ranks.gather_objects(json.loads(text))
@@ -29,7 +32,10 @@ def require_same_config(config: Mapping[str, Any]) -> None:
 
 
 def require_same_files(path: Location, remedy: str) -> None:
-    """Raise SharedError, which names the hosts, unless all ranks see the same file or artifact."""
+    """Raise SharedError if ranks see different content at a path; it names the hosts.
+
+    All ranks must call this together. The message ends with `remedy`.
+    """
     digests = ranks.gather_objects(ranks.run_on_all(lambda: agreement.digest(path)))
     difference = agreement.describe_difference(digests, ranks.current().hosts)
     if difference is not None:
@@ -37,11 +43,11 @@ def require_same_files(path: Location, remedy: str) -> None:
 
 
 def require_shared_directory(path: Path, reason: str) -> None:
-    """Raise SharedError, which names ranks and hosts, unless all ranks see rank 0's directory.
+    """Raise SharedError if a rank does not see rank 0's directory; it names ranks and hosts.
 
-    Every rank calls this. Rank 0 creates a file in the directory, or in the nearest parent that
-    exists, and all ranks look for it: a host with its own directory at this path does not see it.
-    `reason` says in the message why the directory must be shared.
+    All ranks must call this together. Rank 0 creates a file in the directory, or in the nearest
+    parent that exists, and all ranks look for it. A host that has a directory of its own at this
+    path does not see the file. The message says with `reason` why the directory must be shared.
     """
     world = ranks.current()
     if world.size == 1:
@@ -72,7 +78,7 @@ def _look_for(file: Path, path: Path, remedy: str) -> None:
 
 
 def _is_listed(file: Path) -> bool:
-    # A network file system answers `exists` from its cache, but lists a directory on the server.
+    # On a network file system, `exists` may read a cache, but a listing comes from the server.
     try:
         return any(entry.name == file.name for entry in file.parent.iterdir())
     except OSError:

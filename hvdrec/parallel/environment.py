@@ -1,4 +1,4 @@
-"""The environment variables that launchers set and Horovod reads, and the checks they allow."""
+"""The environment variables that launchers set and that Horovod reads, and checks of them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ import psutil
 from hvdrec.errors import UserError
 
 LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Set by horovodrun, Open MPI and other MPI launchers; only their presence is reliable."""
+"""One of these is set if horovodrun or an MPI launcher started the process; values may be wrong."""
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
-"""The number of started processes; used only to check the size that Horovod reports."""
+"""The number of processes that the launcher started; used only to check Horovod's world size."""
 BACKEND_VARIABLES = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
 LOCAL_SIZE_VARIABLES = ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-"""The number of processes started on this host."""
+"""The number of processes that the launcher started on this host."""
 
 DEFAULTS = {"HOROVOD_FUSION_THRESHOLD": "0"}
-"""No tensor fusion: it depends on timing, so sums over three and more ranks would differ between
-runs in the last bit."""
+"""Tensor fusion is off: which tensors it joins depends on timing, so sums over three or more ranks
+would differ in the last bit from run to run."""
 SHARED_CORE_DEFAULTS = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-"""Used when Horovod's thread has no core of its own: Open MPI otherwise spins while it waits. Two
-ranks on two hyperthreads of a core rose from 0.70 to 0.92 of the speed of two single processes."""
+"""Set if Horovod's thread has no core of its own. Without it, Open MPI keeps the core busy while it
+waits: two ranks on two hyperthreads of a core reached 0.70 of the speed of two independent
+processes, with it 0.92."""
 GLOO_SHARED_CORE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "2"}
-"""The same for Gloo, in ms. Gloo's transport nearly fills a core if Horovod looks for work every
-millisecond, its default: from 0.72 to 0.76. With MPI this made steps 2 % longer."""
+"""Set in the same case with Gloo. By default Horovod looks for work every millisecond, and Gloo's
+transport then nearly fills a core. With 2 ms, the speed rose from 0.72 to 0.76 of that of
+independent processes. With MPI, steps became 2 % longer."""
 SINGLE_PROCESS_DEFAULTS = {
     "HOROVOD_CYCLE_TIME": "20",  # ms; Horovod's thread has nothing to do, so it should rarely wake
-    # MPI would need its daemon on the path.
+    # With MPI as the controller, Open MPI's daemon would have to be on PATH.
     "HOROVOD_CONTROLLER": "gloo",
     "HOROVOD_CPU_OPERATIONS": "gloo",
 }
@@ -40,14 +42,14 @@ RENDEZVOUS_SECONDS = 10.0
 
 
 def is_launched() -> bool:
-    """Return True if a launcher started this process, possibly as one of several."""
+    """Return True if horovodrun or an MPI launcher started this process."""
     return any(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
 def set_horovod_defaults() -> None:
-    """Set the variables that Horovod reads when it starts, unless they are set already.
+    """Set the variables that Horovod reads when it starts, unless the user has set them.
 
-    If a host has fewer than two cores per rank, Horovod is told not to spin while it waits.
+    If this host has fewer than two cores per rank, they let Horovod's thread sleep while it waits.
     """
     settings = DEFAULTS | ({} if is_launched() else SINGLE_PROCESS_DEFAULTS)
     ranks = next((os.environ[name] for name in LOCAL_SIZE_VARIABLES if name in os.environ), "1")
@@ -73,10 +75,10 @@ def check_process_count(host: str, size: int) -> None:
 
 
 def check_gloo_address(host: str) -> None:
-    """Check that Gloo, if it is used, can listen on this host's addresses; it crashes if it cannot.
+    """Check that Gloo, if it is used, can listen on this host's addresses; else it would crash.
 
-    Some of Gloo's connections use the interface in HOROVOD_GLOO_IFACE. Others always use the
-    address of the host's name, which other hosts must be able to reach.
+    Gloo uses the network interface in HOROVOD_GLOO_IFACE for some connections. For others it uses
+    the address to which the host's name resolves, which other hosts must be able to reach.
 
     Raises:
         UserError: The interface does not exist, or the host's name has no usable address.
@@ -112,9 +114,9 @@ def check_gloo_address(host: str) -> None:
 
 
 def check_rendezvous(host: str) -> None:
-    """Check that this host reaches the launcher's key-value store, through which Gloo's ranks meet.
+    """Check that this host can reach the launcher's key-value store, in which Gloo's ranks meet.
 
-    Horovod waits for that store without a timeout, and exits silently on a wrong answer.
+    Without this check, Horovod waits for the store forever, or exits silently on a wrong answer.
 
     Raises:
         UserError: The store does not answer, or another program listens on its port.
@@ -145,7 +147,7 @@ def _uses_gloo() -> bool:
 
 
 def _can_bind(family: int, address: Any) -> bool:
-    """Return True if an address belongs to this host; Gloo tests it in the same way."""
+    """Return True if a socket can listen on an address; Gloo tests its address in the same way."""
     try:
         with socket.socket(family) as trial:
             trial.bind(address)

@@ -1,9 +1,9 @@
-"""Gradient sums that make N ranks equal to one rank on the same global batch.
+"""Sum gradients over the ranks, so that N ranks train as one rank with the same global batch.
 
-Every collective has its own name, the same in each step, so Horovod's response cache hits and ranks
-do not negotiate again. Tensors that travel together are concatenated here instead of by Horovod's
-tensor fusion, whose choice depends on timing: the order of a sum over three and more ranks, and so
-its last bit, would change from run to run (see `environment.DEFAULTS`).
+Each collective has the same name in each step, so Horovod's response cache hits and ranks do not
+negotiate. Small tensors are concatenated here into one message. Horovod's tensor fusion could do
+it too, but which tensors it joins depends on timing. The last bit of a sum over three or more ranks
+would then change from run to run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hvdrec.parallel.ranks import World, current, wait
 
 
 def global_sum(value: Tensor) -> Tensor:
-    """Return the sum of a small tensor over the ranks, detached."""
+    """Return the sum of a small tensor over the ranks, without gradient."""
     if current().size == 1:
         return value.detach()
     import horovod.torch as hvd
@@ -36,7 +36,7 @@ _started_sums = 0
 
 @dataclass(frozen=True)
 class PendingSum:
-    """A sum over the ranks that has been started."""
+    """A sum over the ranks that has been started and may not be complete."""
 
     value: Tensor
     handle: int | None
@@ -50,7 +50,7 @@ class PendingSum:
 
 
 def start_global_sum(value: Tensor) -> PendingSum:
-    """Start to sum a small tensor [n] over the ranks; at most two sums may be pending."""
+    """Start to sum a small tensor [n] over the ranks; wait for it before you start a third one."""
     global _started_sums  # noqa: PLW0603 -- names of collectives belong to the process
     if current().size == 1:
         return PendingSum(value, None)
@@ -64,7 +64,7 @@ def start_global_sum(value: Tensor) -> PendingSum:
 class _Gather(torch.autograd.Function):
     """Gather the rows of all ranks; the backward pass sums each row's gradient over the ranks.
 
-    The backward pass of Horovod's own allgather averages instead, which is 1/N of that sum.
+    The backward pass of Horovod's own allgather computes the mean over the ranks, not the sum.
     """
 
     @staticmethod
@@ -85,15 +85,16 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Concatenate the rows of all ranks, with gradient.
+    """Concatenate the rows of all ranks; gradients flow back to the rank that gave a row.
 
-    Every rank must call this and run the backward pass through it.
+    All ranks must call this together, and all must run the backward pass.
 
     Args:
         rows: This rank's rows [n_r, ...]; n_r may differ between ranks.
 
     Returns:
-        The rows of all ranks [sum of n_r, ...] in rank order, and the index of this rank's first.
+        The rows of all ranks [sum of n_r, ...] in rank order, and the index of this rank's first
+        row.
     """
     if current().size == 1:
         return rows, 0
@@ -109,18 +110,18 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
 
 SumMode = Literal["step", "adasum", "average"]
 BUCKETS, MIN_BUCKET_BYTES = 4, 1 << 18
-"""The most messages that dense gradients are sent in, and the least size of a message."""
+"""The largest number of messages for small dense gradients, and the smallest size of a message."""
 
 
 class DenseGradients:
     """Sums the gradients of dense parameters over the ranks during the backward pass.
 
-    The backward pass reaches a model's last parameters first. Starting from those, gradients fill a
-    few buckets, and a bucket is sent as one message as soon as all its gradients are ready. A large
-    gradient is a bucket of its own and is not copied.
+    Parameters are divided into a few buckets, starting with the model's last ones, because the
+    backward pass reaches them first. As soon as all gradients of a bucket are ready, they are sent
+    as one message. A large gradient has a bucket of its own and is not copied.
 
-    Every rank must pass the same parameters in the same order, and make the same calls. A model has
-    one `DenseGradients`.
+    All ranks must pass the same parameters in the same order, and make the same calls. Create only
+    one `DenseGradients` for a model.
     """
 
     def __init__(
@@ -132,9 +133,9 @@ class DenseGradients:
 
         Args:
             parameters: The dense parameters of a model.
-            mode: ``step`` sums each gradient over the ranks. ``adasum`` applies Adasum to the
-                gradients of the ranks' mean losses (Maleki et al., MLSys 2021). ``average`` sends
-                nothing: each rank keeps its gradient.
+            mode: ``step`` sums each gradient over the ranks. ``adasum`` combines the gradients of
+                the ranks' mean losses by Adasum (Maleki et al., MLSys 2021). ``average`` sends
+                nothing, so each rank keeps its own gradient.
         """
         self._parameters, self._mode, self._size = list(parameters), mode, current().size
         self._buckets = _buckets(self._parameters)
@@ -147,13 +148,13 @@ class DenseGradients:
                     parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def expect_last_backward(self) -> None:
-        """Announce that the next backward pass is the last one before the optimizer step."""
+        """Let the next backward pass send gradients; it must be the step's last backward pass."""
         self._missing = [len(bucket) for bucket in self._buckets]
 
     def send_rest(self) -> None:
-        """Send the buckets that have not been sent, without waiting for the sums.
+        """Send the buckets that have not been sent yet, without waiting for the sums.
 
-        A parameter without a gradient is sent as zeros: the other ranks wait for every rank.
+        A gradient that does not exist is sent as zeros, because the other ranks wait for it.
         """
         self._missing = []
         for parameter in self._parameters:
@@ -164,7 +165,7 @@ class DenseGradients:
                 self._send(number)
 
     def wait(self) -> None:
-        """Wait for the sums and store them as the parameters' gradients."""
+        """Wait for the sums and store them in the parameters' ``grad``."""
         for bucket, message in self._sent.items():
             for parameter, gradient in zip(self._buckets[bucket], message.wait(), strict=True):
                 parameter.grad = gradient
@@ -181,8 +182,8 @@ class DenseGradients:
             return
         gradients = [p.grad for p in self._buckets[bucket] if p.grad is not None]
         if self._mode != "step":
-            # A rank's gradient is its share of a sum; the gradient of its own mean is about `size`
-            # times that.
+            # The gradient of the global mean loss is a sum over the ranks. Adasum needs the one of
+            # each rank's own mean loss, which is about `size` times the rank's term of the sum.
             torch._foreach_mul_(gradients, self._size)
         if self._mode != "average":
             self._sent[bucket] = _Message.send(gradients, self._mode, f"gradients/{bucket}")
@@ -194,8 +195,8 @@ class _Message:
 
     tensors: Sequence[Tensor]
     buffer: Tensor | None
-    """What is sent: a copy of several tensors, or a view of one. None with Adasum, which sends each
-    tensor by itself."""
+    """The sent data: a copy of several tensors, or a view of one. None with Adasum, which sends the
+    tensors themselves."""
     handle: int
 
     @staticmethod
@@ -203,7 +204,7 @@ class _Message:
         import horovod.torch as hvd
 
         if mode == "adasum":
-            # Adasum's coefficients are computed per tensor.
+            # Adasum computes its coefficients for each tensor, so tensors are not concatenated.
             handle = hvd.grouped_allreduce_async_(list(tensors), op=hvd.Adasum, name=name)
             return _Message(tensors, None, handle)
         flat = [tensor.reshape(-1) for tensor in tensors]
@@ -211,7 +212,7 @@ class _Message:
         return _Message(tensors, buffer, hvd.allreduce_async_(buffer, op=hvd.Sum, name=name))
 
     def wait(self) -> Sequence[Tensor]:
-        """Wait for the sums and return them in the shapes of the tensors."""
+        """Wait for the sums and return them, each in the shape of its tensor."""
         wait(self.handle)
         if self.buffer is None:
             return self.tensors
@@ -220,12 +221,12 @@ class _Message:
 
 
 def bucket_bytes(total: int) -> int:
-    """Return the size of a bucket if all gradients take `total` bytes."""
+    """Return how many bytes a bucket holds if all gradients together take `total` bytes."""
     return max(MIN_BUCKET_BYTES, total // BUCKETS)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Split parameters, the last first, into large ones and buckets of similar size."""
+    """Divide parameters, from last to first, into buckets of similar size; large ones are alone."""
     enough = bucket_bytes(sum(p.nbytes for p in parameters))
     buckets = [[p] for p in reversed(parameters) if p.nbytes >= enough]
     small: list[list[nn.Parameter]] = []
@@ -254,7 +255,7 @@ def broadcast_state(tensors: dict[str, Tensor]) -> None:
 
 
 def check_synchronization(mode: SumMode, world: World, device: torch.device) -> None:
-    """Raise UserError if this job cannot run ``parallel.synchronization = mode``."""
+    """Raise UserError if this job cannot train with ``parallel.synchronization = mode``."""
     if mode != "adasum" or world.size == 1:
         return
     import horovod.torch as hvd

@@ -1,9 +1,9 @@
-"""Run pure tasks on several processes and return their results in order.
+"""Run tasks on several processes and return their results in the order of the tasks.
 
-The processes are a pool on this machine (`local_pool`) or the ranks of an MPI job (`open_pool`).
-A task is a module-level function with small arguments: where its inputs are and which part of them
-to process. Its result depends on these arguments alone, so any number of workers gives the same
-results.
+The processes are started on this machine (`local_pool`) or are the ranks of an MPI job
+(`open_pool`). A task is a module-level function with small arguments, such as the path of its
+input and the part to process. Its result must depend only on these arguments, so that any number of
+workers gives the same results.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 TASKS_PER_HELPER = 2
-"""Tasks submitted to each helper at a time: one runs, the others are ready to start."""
+"""How many tasks each helper process has at a time: one runs, the others are ready to start."""
 RESULTS_PER_WORKER = 4
-"""Results per worker that may wait until earlier results are consumed."""
+"""How many finished results per worker may wait until earlier results are consumed."""
 DEFAULT_WORKERS, HEAD_START_SECONDS = 8, 1.0
-"""The most workers started by default, and how long this process works alone before it starts them.
-Each worker needs a second to start and memory of its own."""
+"""The largest number of workers by default, and how long this process works alone before it starts
+others. Each worker needs a second to start, and memory of its own."""
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """Set by MPI launchers, `horovodrun --mpi` included. Their values differ between launchers."""
 FOLLOW_SECONDS = 10.0
-"""How long other ranks wait so that rank 0 reports a mistake first and the launcher stops them."""
+"""After an error, the other ranks wait so long, so that rank 0 reports it and the launcher then
+stops them."""
 
 _rank = 0
 
 
 class WorkerPool:
-    """This process and `helpers` other processes, reached through an executor.
+    """This process and its helpers: other processes that an executor reaches.
 
     Attributes:
         helpers: The number of other processes.
-        is_broken: Set when helpers may have ended, so that nothing waits for them.
+        is_broken: Whether helpers may have ended; then nothing waits for them.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class WorkerPool:
     ) -> Generator[Result, None, None]:
         """Yield the result of each task, in the order of the tasks.
 
-        Tasks are taken from the iterable as workers become free. This process runs tasks itself
-        where it would otherwise wait. When a task fails or the generator is closed, tasks that have
-        not started are cancelled and running tasks are awaited, so no helper is at work afterwards.
+        Tasks are taken from the iterable when a worker is free. Instead of waiting, this process
+        runs tasks itself. If a task fails or the generator is closed, tasks that have not started
+        are cancelled and running ones are awaited, so that no helper works afterwards.
 
         Raises:
             UserError: A helper process has died.
-            Exception: The error of the first task, by order, that failed.
+            Exception: The error of a task; if several fail, of the first one in their order.
         """
         remaining = iter(tasks)
         none = object()
@@ -114,21 +115,21 @@ class WorkerPool:
 
 
 THIS_PROCESS = WorkerPool()
-"""A pool without helpers."""
+"""A pool without helpers: this process runs all tasks."""
 
 
 def is_first_rank() -> bool:
-    """Return True if this process is rank 0 of the job whose ranks are the workers, or alone."""
+    """Return True on rank 0 of an MPI job, and in a process that is not part of one."""
     return _rank == 0
 
 
 @contextmanager
 def local_pool(count: int = 0) -> Iterator[WorkerPool]:
-    """Start processes on this machine, so that `count` workers run, including this process.
+    """Yield a pool of `count` workers on this machine, which includes this process.
 
-    0 starts one worker per core, at most DEFAULT_WORKERS, and only if the work takes a while.
-    Processes are spawned: a fork would copy the locks of DuckDB's, Arrow's and onnxruntime's
-    threads without the threads that hold them.
+    With 0 there is one worker per core, at most DEFAULT_WORKERS; the others start only if the work
+    takes a while. Processes are spawned, not forked: a fork would copy locks that threads of
+    DuckDB, Arrow or onnxruntime hold, but not these threads.
     """
     head_start = 0.0 if count else HEAD_START_SECONDS
     count = count or min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)
@@ -142,11 +143,12 @@ def local_pool(count: int = 0) -> Iterator[WorkerPool]:
 
 @contextmanager
 def open_pool(count: int) -> Iterator[WorkerPool | None]:
-    """Yield the workers of this job, or None on the other ranks of an MPI job.
+    """Yield a pool of workers, or None on all ranks of an MPI job but rank 0.
 
-    In an MPI job of several ranks, the ranks are the workers: rank 0 hands out tasks through
-    `mpi4py.futures`, and the block starts on the other ranks once all tasks are done. Otherwise
-    `count` processes on this machine are the workers (see `local_pool`). Horovod is not started.
+    In an MPI job of several ranks, the ranks are the workers. Rank 0 runs the ``with`` block and
+    gives tasks to the others through `mpi4py.futures`. The others run their block, with None, when
+    rank 0 has finished. Without an MPI job, `count` processes on this machine are the workers (see
+    `local_pool`). Horovod is not started.
 
     Raises:
         UserError: `count` is negative.
@@ -178,7 +180,7 @@ def _mpi_world() -> Intracomm | None:
 
         return MPI.COMM_WORLD
     if os.environ.get("HOROVOD_SIZE", "1") != "1":
-        # The launcher is horovodrun --gloo, whose variables are reliable enough to refuse it.
+        # The launcher is horovodrun --gloo, which sets this variable reliably.
         _rank = int(os.environ["HOROVOD_RANK"])
         if _rank:
             time.sleep(FOLLOW_SECONDS)
@@ -191,7 +193,7 @@ def _mpi_world() -> Intracomm | None:
 
 @contextmanager
 def _leading(world: Intracomm) -> Iterator[WorkerPool]:
-    """Yield the other ranks as workers; broadcast the error, if any, when the block ends."""
+    """Yield a pool whose helpers are the other ranks; tell them at the end if the block failed."""
     from mpi4py.futures import MPICommExecutor
 
     message: str | None = "rank 0 failed"
@@ -210,7 +212,7 @@ def _leading(world: Intracomm) -> Iterator[WorkerPool]:
 
 @contextmanager
 def _exit_on_sigterm(workers: WorkerPool) -> Iterator[None]:
-    """Let the block clean up when the launcher ends the job, as if the block had failed."""
+    """Raise SystemExit in the block on SIGTERM, so that it cleans up when the launcher ends it."""
 
     def end(number: int, frame: object) -> None:
         workers.is_broken = True
@@ -222,12 +224,12 @@ def _exit_on_sigterm(workers: WorkerPool) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         if workers.is_broken:
-            # Other ranks may have ended already, so MPI must not be finalized.
+            # MPI must not be finalized, because this waits for ranks that may have ended.
             os._exit(128 + signal.SIGTERM)
 
 
 def _follow(world: Intracomm) -> None:
-    """Run tasks for rank 0 until it ends; raise SharedError if it ends with an error."""
+    """Run tasks for rank 0 until its block ends; raise SharedError if that failed."""
     from mpi4py.futures import MPICommExecutor
 
     with MPICommExecutor(world, root=0):
@@ -238,7 +240,7 @@ def _follow(world: Intracomm) -> None:
 
 
 def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the first process."""
+    """Ignore Ctrl-C in a helper, because the first process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal or in a notebook, lines elsewhere, on rank 0 only."""
+"""Show progress on rank 0: a bar on a terminal or in a notebook, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def is_first_rank() -> bool:
-    """Return True if this process reports for its job: it is rank 0, or runs alone.
+    """Return True if this process prints for its job: it is rank 0, or the only process.
 
-    The modules that know the rank are slow to import, so they are asked only if they are loaded.
+    The modules that know the rank are slow to import, so this uses them only if they are loaded.
     """
     ranks = sys.modules.get("hvdrec.parallel.ranks")
     workers = sys.modules.get("hvdrec.parallel.pool")
@@ -27,31 +27,31 @@ def print_line(line: str) -> None:
 
 
 class ProgressDisplay:
-    """Shows the current step and the rows that are done."""
+    """Shows the current step of the work and how many rows are done."""
 
     def __init__(self, bar: Any = None, *, is_silent: bool = False) -> None:
         """Show a tqdm bar; without one, print each step as a line, or nothing if `is_silent`."""
         self._bar, self._is_silent = bar, is_silent
 
     def describe(self, step: str) -> None:
-        """Show the name of the next step."""
+        """Show the name of the step that starts now."""
         if self._bar is not None:
             self._bar.set_description(step)
         elif not self._is_silent:
             print_line(step)
 
     def advance(self, rows: int) -> None:
-        """Add rows that are done."""
+        """Add to the number of rows that are done."""
         if self._bar is not None:
             self._bar.update(rows)
 
 
 @contextmanager
 def show_progress(shown: bool = True) -> Iterator[ProgressDisplay]:
-    """Yield a display: a bar of rows on a terminal or in a notebook, else lines.
+    """Yield a display: a bar on a terminal or in a notebook, lines elsewhere.
 
     Args:
-        shown: False shows nothing.
+        shown: Whether to show anything.
     """
     if not shown or not is_first_rank():
         yield ProgressDisplay(is_silent=True)
@@ -65,5 +65,5 @@ def show_progress(shown: bool = True) -> Iterator[ProgressDisplay]:
 
 
 def can_show_bar() -> bool:
-    """Return True on a terminal and in a notebook, whose standard error is not a terminal."""
+    """Return True if a progress bar can be shown: on a terminal or in a notebook."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -1,4 +1,4 @@
-"""The ranks of a job, and collectives outside the gradient."""
+"""The ranks of a job, and collectives for everything but gradients."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from hvdrec.parallel import agreement, environment
 T = TypeVar("T")
 
 SILENCE_VARIABLE = "HVDREC_SILENCE_SECONDS"
-"""Seconds after which a rank without a sign of life counts as lost; 0 disables the check."""
+"""A rank counts as lost if it sends no sign of life for so many seconds; 0 disables the check."""
 DEFAULT_SILENCE = 25.0
 GLOO_TIMEOUT_VARIABLE = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 MIN_GLOO_TIMEOUT = 30.0
-"""Gloo's own timeout for a message. It does not name the lost rank, so it must not come first."""
+"""The smallest timeout of Gloo for a message. Gloo's error does not name the lost rank, so the
+watchdog must report the loss first."""
 
 SPIN_SECONDS, SLEEP_SECONDS = 5e-5, 1e-4
-"""How long `wait` polls without a pause, and its pause between polls after that."""
+"""How long `wait` polls without a pause, and how long it then sleeps between polls."""
 FIRST_RANK_LEAD_SECONDS = 1.0
-"""Time for rank 0 to report an error: launchers stop all ranks when the first one ends."""
+"""The other ranks give rank 0 so much time to report an error, because launchers stop all ranks
+when the first one ends."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class World:
-    """The position of this process in the job.
+    """The rank of this process, and the size of the job.
 
     Attributes:
-        rank: This rank, from 0 to `size` - 1.
-        size: The number of ranks.
-        local_rank: This rank among the `local_size` ranks of its host.
+        rank: The number of this process, from 0 to `size` - 1.
+        size: The number of ranks of the job (the world size).
+        local_rank: The number of this process among the `local_size` ranks of its host.
         local_size: The number of ranks on this host.
         hosts: The host name of every rank.
     """
@@ -55,11 +57,11 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """True on rank 0, which writes files and prints."""
+        """True on rank 0, which writes files and prints for the job."""
         return self.rank == 0
 
     def describe(self, *ranks: int) -> str:
-        """Return ranks with their hosts, such as ``rank 1 on hv2``."""
+        """Format ranks with their hosts, such as ``rank 1 on hv2``."""
         return agreement.describe_ranks(ranks, self.hosts)
 
 
@@ -67,7 +69,7 @@ _world: World | None = None
 
 
 def silence_seconds() -> float:
-    """Return the seconds after which a silent rank counts as lost; 0 means never."""
+    """Return after how many seconds without a sign of life a rank counts as lost; 0 means never."""
     text = os.environ.get(SILENCE_VARIABLE, str(DEFAULT_SILENCE))
     try:
         seconds = float(text)
@@ -79,7 +81,7 @@ def silence_seconds() -> float:
 
 
 def init() -> World:
-    """Start Horovod on the first call and return this process's position in the job.
+    """Start Horovod on the first call, and return this process's rank and the size of the job.
 
     Raises:
         UserError: Horovod is not installed or does not start.
@@ -124,19 +126,19 @@ def _start_horovod(host: str) -> None:
             field=host,
         ) from None
     finally:
-        # A launcher that this process starts later, from a notebook say, must not inherit them.
+        # This process (a notebook, say) may later start a launcher, which must not inherit them.
         for name in environment.SINGLE_PROCESS_DEFAULTS.keys() - before:
             os.environ.pop(name, None)
 
 
 def current() -> World:
-    """Return this process's position in the job; before `init`, that of a single process."""
+    """Return this process's rank and the size of the job; before `init`, those of one process."""
     return _world or World()
 
 
 @contextmanager
 def single_rank() -> Iterator[World]:
-    """Let this process work as if it were the only rank; all ranks may do so at the same time."""
+    """Let this process work as if it were the only rank: `current` returns a job of one rank."""
     global _world  # noqa: PLW0603 -- see init
     before, _world = _world, None
     try:
@@ -148,8 +150,9 @@ def single_rank() -> Iterator[World]:
 def wait(handle: int) -> Any:
     """Wait for a collective and return its result, as ``hvd.synchronize`` does.
 
-    ``hvd.synchronize`` spins on a core that Horovod's own thread and other ranks of the host may
-    need: with two ranks per core, steps took ten times longer. This function sleeps between polls.
+    ``hvd.synchronize`` keeps a core busy while it waits. Horovod's own thread and other ranks of
+    the host may need that core: with two ranks per core, steps took ten times as long. This
+    function sleeps between polls.
     """
     import horovod.torch as hvd
 
@@ -175,14 +178,14 @@ def sum_arrays(array: Array) -> Array:
     import horovod.torch as hvd
 
     wide = np.ascontiguousarray(array, dtype=np.int64 if array.dtype.kind in "iub" else np.float64)
-    # Not every transport of Horovod supports zero-dimensional tensors, so send one dimension.
+    # Not every transport of Horovod supports tensors without dimensions, so one is added.
     mine = torch.from_numpy(wide.reshape(-1).copy())
     total = wait(hvd.allreduce_async(mine, op=hvd.Sum, name="sum_arrays"))
     return np.asarray(total.numpy()).reshape(array.shape)
 
 
 def gather_arrays(array: Array) -> Array:
-    """Return the ranks' arrays, of any lengths, concatenated in rank order, on every rank."""
+    """Concatenate the arrays of all ranks in rank order; they may have different lengths."""
     if current().size == 1:
         return array
     import horovod.torch as hvd
@@ -194,7 +197,7 @@ def gather_arrays(array: Array) -> Array:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the JSON value of every rank, in rank order, on every rank."""
+    """Return a list of the values of all ranks, in rank order; a value must be valid JSON."""
     if current().size == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
@@ -205,16 +208,17 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's JSON value on every rank."""
+    """Return rank 0's value on every rank; it must be valid JSON."""
     if current().size == 1:
         return value
     return gather_objects(value if current().is_first else None)[0]
 
 
 def run_on_all(action: Callable[[], T]) -> T:
-    """Run an action on every rank; if it fails on any rank, raise on all of them.
+    """Run an action on every rank; if it fails on one rank, raise an error on all of them.
 
-    Otherwise a rank that fails alone would leave the others waiting in their next collective.
+    All ranks must call this together. Without it, if one rank failed, the others would wait for it
+    in their next collective.
 
     Raises:
         SharedError: The action raised UserError on at least one rank.
@@ -236,7 +240,7 @@ def run_on_all(action: Callable[[], T]) -> T:
 
 
 def raise_shared(text: str, field: str = "") -> NoReturn:
-    """Raise SharedError on every rank; rank 0 goes first, because it prints the error."""
+    """Raise SharedError; all ranks call this, and the others wait until rank 0 has printed it."""
     if not current().is_first:
         time.sleep(FIRST_RANK_LEAD_SECONDS)
     raise SharedError(text, field=field)

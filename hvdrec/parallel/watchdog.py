@@ -1,13 +1,13 @@
-"""End a job as a whole when one rank fails, dies, is stopped or loses its host or network.
+"""End all ranks of a job when one rank fails, dies, is suspended or loses its host or network.
 
-The other ranks would wait for that rank in their next collective, with MPI forever. Therefore each
-rank keeps a TCP connection to rank 0 and sends a sign of life over it every few seconds. A rank
-that fails says so. A rank whose connection breaks has ended. A rank that is silent for too long is
-stopped or unreachable. The rank that notices reports the problem in one line and ends; the others
-follow.
+Without this, the other ranks would wait for that rank in their next collective, with MPI forever.
+So each rank keeps a TCP connection to rank 0 and sends a sign of life over it every few seconds. A
+rank that fails says so. If its connection breaks, it has ended. If it is silent for too long, it is
+suspended or unreachable. The rank that notices the problem reports it in one line and ends; then
+all others end.
 
-Horovod's stall shutdown does not cover this: with a rank that is stopped (SIGSTOP), jobs with Gloo
-and with MPI hung on, because the coordinator itself waits for that rank.
+Horovod's stall shutdown does not help here: if a rank was suspended (SIGSTOP), jobs with Gloo and
+with MPI hung, because Horovod's coordinator itself waits for that rank.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ from hvdrec.parallel.ranks import World
 T = TypeVar("T")
 
 BEATS = 10
-"""Signs of life within the silence limit."""
+"""How many signs of life a rank sends within the time after which it counts as lost."""
 CONNECT_SECONDS = LEAVE_SECONDS = 3.0
 FOLLOW_SECONDS = 3.0
-"""How long a rank without a report waits before it ends: launchers show the first end."""
+"""A rank that has nothing to report waits so long before it ends, because launchers name the rank
+that ends first."""
 REPORT_SECONDS, MAX_REPORTS = 5.0, 4
 LOOPBACK = "127.0.0.1"
 ALIVE, LEAVING, FAILED, END = b"alive\n", b"leaving\n", b"failed\n", b"end\n"
 SILENT = b"?"
-"""Stands for the message of a rank that sends none."""
+"""Used in place of a message if a rank sends none in time."""
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Run a block to its end on all ranks of the job, or end the job.
+    """Run a block on all ranks of the job; if it fails on one rank, end all of them.
 
-    Every rank enters the block. If it fails on one rank, that rank prints the error and exits, with
-    code 2 for a UserError and 1 otherwise, and all other ranks end soon after. SharedError is
-    raised as usual, because every rank has it, and so is every error in a single process.
+    All ranks must enter the block. If it fails on one rank, that rank prints the error and exits,
+    with code 2 for a UserError and 1 otherwise, and all other ranks end soon after. SharedError is
+    raised as usual, because all ranks raise it. In a job of one rank, all errors are raised.
     """
     world = ranks.current()
     if world.size == 1:
@@ -74,7 +75,7 @@ def watched() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Endpoint:
-    """Where rank 0 listens, and the token that a rank must know to connect."""
+    """The addresses and port where rank 0 listens, and the secret that a rank sends to connect."""
 
     addresses: list[str]
     port: int
@@ -97,7 +98,10 @@ class _Watchdog:
         self._thread.start()
 
     def listen(self, address: str, token: str) -> int:
-        """Accept the other ranks at an address (empty: all of this host) and return the port."""
+        """Accept connections of the other ranks and return the port.
+
+        An empty address accepts them on all addresses of this host.
+        """
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await self._accept(reader, writer, token)
@@ -111,7 +115,7 @@ class _Watchdog:
         return self._call(serve())
 
     def connect(self, endpoint: _Endpoint) -> bool:
-        """Connect to the first address of rank 0 that answers; return False if none does."""
+        """Connect to the first address of rank 0 that answers; return False if no address does."""
 
         async def try_all() -> bool:
             for address in endpoint.addresses:
@@ -123,7 +127,7 @@ class _Watchdog:
         return self._call(try_all())
 
     def leave(self) -> None:
-        """Tell the other ranks that this rank ends normally, wait for theirs, and stop."""
+        """Tell the other ranks that this rank ends normally, wait until they do, and stop."""
         with suppress(OSError):
             self._call(self._leave())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -131,7 +135,7 @@ class _Watchdog:
         self._loop.close()
 
     def end_others(self) -> None:
-        """Tell the other ranks to end; this rank has reported why."""
+        """Tell the other ranks to end, after this rank has reported why."""
         with suppress(OSError):
             self._call(self._send(END if self._world.is_first else FAILED))
 
@@ -177,17 +181,17 @@ class _Watchdog:
                 writer.write(ALIVE)
 
     def _was_silent(self) -> bool:
-        """Return True if this rank itself was silent until just now, so the others have ended."""
+        """Return True if this rank was suspended until just now; then the others have ended."""
         now = self._loop.time()
         return now - self._last_beat > 0.9 * self._silence or now - self._woke < FOLLOW_SECONDS
 
     async def _listen_to(self, rank: int, reader: asyncio.StreamReader) -> None:
-        """Read a rank's messages until it leaves; end the job if it fails, ends or is silent."""
+        """Read a rank's messages until it leaves; end the job if it fails, ends or falls silent."""
         message = ALIVE
         while message == ALIVE:
             message = await self._receive(reader)
         if message not in (LEAVING, FAILED, END, SILENT):
-            # If a launcher ends all ranks at once, let it end this rank before it reports.
+            # A launcher may be ending all ranks; then it ends this one before it reports.
             await asyncio.sleep(0.1)
         where = self._world.describe(rank)
         if message == LEAVING or self._is_leaving:
@@ -203,8 +207,8 @@ class _Watchdog:
             await self._end(f"{where}: ended without an error message; it was killed or it crashed")
 
     async def _receive(self, reader: asyncio.StreamReader) -> bytes:
-        """Return the next message, or b"" if the connection has ended."""
-        for _ in range(2):  # twice, because a rank that was stopped itself has not read in time
+        """Return the next message; b"" if the connection has ended, SILENT if none came in time."""
+        for _ in range(2):  # twice, because this rank may have been suspended and not have read
             try:
                 return await asyncio.wait_for(reader.readline(), self._silence / 2)
             except TimeoutError as error:
@@ -215,7 +219,7 @@ class _Watchdog:
         return SILENT
 
     async def _send(self, message: bytes) -> None:
-        """Send a message to all ranks that have not left, without waiting long for slow ones."""
+        """Send a message to all ranks that have not left; wait at most a second for slow ones."""
         for rank, writer in self._writers.items():
             if rank not in self._left:
                 writer.write(message)
@@ -237,7 +241,7 @@ class _Watchdog:
             writer.close()
 
     async def _end(self, report: str | None) -> NoReturn:
-        """End this process, after its report if it has one; rank 0 also ends the others."""
+        """Print the report, if there is one, and end this process; rank 0 also ends the others."""
         if report is not None:
             if not self._world.is_first:
                 await asyncio.sleep(report_delay(self._world))
@@ -250,10 +254,10 @@ class _Watchdog:
 
 
 def report_delay(world: World) -> float:
-    """Return the seconds that a rank waits before it reports the loss of rank 0.
+    """Return how many seconds a rank waits before it reports the loss of rank 0.
 
-    One rank of each host would report, one host after the other. The launcher ends the job before
-    the next host's turn, so only one line appears.
+    Each host would report it, one after the other. The launcher ends the job before the second host
+    reports, so only one line appears.
     """
     reporters = [world.hosts.index(host, 1) for host in dict.fromkeys(world.hosts[1:])]
     turn = reporters.index(world.rank) if world.rank in reporters else MAX_REPORTS
@@ -261,7 +265,7 @@ def report_delay(world: World) -> float:
 
 
 def _start(world: World) -> _Watchdog | None:
-    """Connect all ranks to rank 0; return None if the silence limit is 0."""
+    """Connect all ranks to rank 0; return None if the watchdog is disabled."""
     silence = float(ranks.broadcast_object(ranks.silence_seconds()))
     if silence == 0:
         return None
@@ -288,7 +292,7 @@ def _start(world: World) -> _Watchdog | None:
 
 
 def _addresses() -> list[str]:
-    """Return this host's addresses, that of Horovod's interface first and the loopback last."""
+    """Return this host's addresses: first that of Horovod's network interface, loopback last."""
     preferred = os.environ.get("HOROVOD_GLOO_IFACE", "")
     keyed = [
         (name != preferred, address.address == LOOPBACK, address.address)
@@ -301,7 +305,7 @@ def _addresses() -> list[str]:
 
 @contextmanager
 def _report_sigterm(watchdog: _Watchdog | None) -> Iterator[None]:
-    """Tell the other ranks when the launcher ends this rank, so that none reports it as lost."""
+    """On SIGTERM, tell the other ranks that the launcher ends this one, so none reports it lost."""
 
     def end(number: int, frame: Any) -> None:
         if watchdog is not None:
@@ -321,7 +325,7 @@ def _report_sigterm(watchdog: _Watchdog | None) -> Iterator[None]:
 def _fail(error: Exception, world: World, watchdog: _Watchdog | None) -> NoReturn:
     """Report an error of this rank, and end this rank and all others."""
     if type(error).__name__ == "HorovodInternalError" and watchdog is not None:
-        # A collective fails if another rank has ended; the watchdog knows which one, and why.
+        # A collective fails if another rank has ended. The watchdog knows which one and why.
         time.sleep(FOLLOW_SECONDS)
     is_mistake = isinstance(error, UserError)
     if not is_mistake:
@@ -334,5 +338,5 @@ def _fail(error: Exception, world: World, watchdog: _Watchdog | None) -> NoRetur
 
 
 def _report(line: str) -> None:
-    # Not through sys.stderr, whose lock another thread may hold.
+    # sys.stderr is not used, because another thread may hold its lock.
     os.write(2, f"hvdrec: error: {' '.join(line.split())}\n".encode())
