@@ -46,6 +46,12 @@ def _samples(config: Config) -> Mistakes:
         yield invalid_value("samples.split.boundaries", boundaries, "must hold two values or none")
 
 
+def _seen(config: Config) -> Mistakes:
+    if config.evaluate.seen == "shown" and config.samples.negatives.per_positive:
+        problem = "samples.negatives adds rows that no user was shown"
+        yield invalid_value("evaluate.seen", "shown", problem, "use 'taken'")
+
+
 def _histories(config: Config) -> Mistakes:
     sequences = [feature.name for feature in config.features if feature.is_sequence]
     singles = [
@@ -239,6 +245,7 @@ def _tasks(config: Config) -> Mistakes:
 RULES = (
     _paths,
     _samples,
+    _seen,
     _histories,
     _model,
     _ranker,

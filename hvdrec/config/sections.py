@@ -16,6 +16,8 @@ else:
     from hvdrec.config.structure import dataclass
 
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
+SeenItems = Literal["taken", "shown"]
+"""Which items of a user's log count as seen."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,10 @@ class Evaluate:
     """Weight of recall in F-beta."""
     batch_size: PositiveInt = 32_768
     """Rows of a batch on each rank."""
+    seen: SeenItems = "taken"
+    """Which items of a user's log count as seen: retrieval and its baselines leave them out, and so
+    does recommend(..., skip_seen=True). taken: those with label 1. shown: those of every row, such
+    as films that a user rated low."""
 
 
 @dataclass(frozen=True)
@@ -261,8 +267,12 @@ class Export:
     filters: tuple[str, ...] = ()
     """Item features that a request may filter by: recommend(..., allowed={"genres": ["Drama"]})."""
     seen: bool = True
-    """Whether to store which items of the log a user has seen, so that
+    """Whether to store which items of the log a user has seen (`evaluate.seen`), so that
     recommend(..., skip_seen=True) can leave them out."""
+    users_as_of: Literal["train", "validation", "all"] = "all"
+    """Rows that stored users know: features, histories, seen items and trending counts. all: the
+    whole log, for serving. train: the training split alone, to score validation rows by key.
+    validation: training and validation rows, to score test rows by key."""
     trending_days: PositiveFloat = 30.0
     """A request without any user data is answered with the items that have the most positive rows
     in so many last days of the log."""

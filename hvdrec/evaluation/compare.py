@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hvdrec.evaluation.held_out import (
     RetrievalQueries,
     ScoredRows,
     read_interactions,
+    user_state,
 )
 from hvdrec.evaluation.item_item import (
     Family,
@@ -28,6 +30,8 @@ from hvdrec.evaluation.item_item import (
 from hvdrec.evaluation.ranking_metrics import order_metrics
 from hvdrec.evaluation.retrieval import user_item_matrix
 from hvdrec.parallel import ranks
+from hvdrec.samples.split import SPLITS, STATES
+from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.urls import read_metadata, read_tables
 
 CHOICE_USERS, CHOICE_ROWS = 10_000, 500_000
@@ -40,8 +44,11 @@ def compare(
     rows: ScoredRows | None,
     queries: RetrievalQueries | None,
     ease_items: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Fit and measure the baselines; every rank gets the same report.
+
+    All are fitted on the training rows. Item-item models score a user by the items that the user
+    took, up to the state that the model has of the users (`held_out.user_state`).
 
     Args:
         config: The run.
@@ -51,7 +58,7 @@ def compare(
         ease_items: Largest catalogue for which EASE is fitted, in items.
 
     Returns:
-        ``baselines``, the metrics of each baseline, and ``notes``, lines about them.
+        The metrics of each baseline, and lines about them.
     """
     train = read_interactions(config.paths.of("features"), ["train"])
     # One rank fits the item-item models: each would need its own [items, items] matrix.
@@ -64,8 +71,7 @@ def compare(
             )
         )
     )
-    baselines = {**_mean_baselines(config, train, rows, queries), **item_item}
-    return {"baselines": baselines, "notes": notes}
+    return {**_mean_baselines(config, train, rows, queries), **item_item}, notes
 
 
 def _mean_baselines(
@@ -115,9 +121,8 @@ def _item_item_baselines(
 
     Their settings are chosen on the validation split, separately for ranking and retrieval.
     """
-    users, items = _counts(config)
-    positive = train.where((train.label > 0) & (train.weight > 0))
-    taken = user_item_matrix(positive.user, positive.item, users, items)
+    items = _counts(config)[1]
+    taken = _taken(config, train)
     validation: Interactions | None = None
     if rows is not None:
         validation = read_interactions(config.paths.of("features"), ["validation"])
@@ -179,15 +184,29 @@ def _measures(
 ) -> dict[str, Measure]:
     """Return functions that measure item-item models on a split: ``ranking``, ``retrieval``."""
     measures: dict[str, Measure] = {}
+    features = config.paths.of("features")
+    state = user_state(read_manifest(features, "features"), split)
+    known = read_interactions(features, SPLITS[: STATES.index(state) + 1])
+    taken = _taken(config, known)
     if rows is not None:
         measures["ranking"] = lambda model: order_metrics(
-            model.scores(rows.user, rows.item), rows.label, rows.weight, rows.user
+            replace(model, taken=taken).scores(rows.user, rows.item),
+            rows.label,
+            rows.weight,
+            rows.user,
         )
     if config.train.objective != "ranking":
-        features = config.paths.of("features")
-        queries = RetrievalQueries.read(features, split, config.samples, most_users)
-        measures["retrieval"] = lambda model: queries.item_item_metrics(model, config.evaluate.k)
+        queries = RetrievalQueries.read(features, split, config.evaluate.seen, most_users)
+        measures["retrieval"] = lambda model: queries.item_item_metrics(
+            replace(model, taken=taken), config.evaluate.k
+        )
     return measures
+
+
+def _taken(config: Config, rows: Interactions) -> Any:
+    """Return 1 for each item that a user took in rows of a weight above 0, [users, items]."""
+    positive = rows.where((rows.label > 0) & (rows.weight > 0))
+    return user_item_matrix(positive.user, positive.item, *_counts(config))
 
 
 def _ease_obstacle(items: int, most: int) -> str:

@@ -15,13 +15,14 @@ from hvdrec.config import Config
 from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import compare
-from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of
+from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of, user_state
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.features.sample_checks import check_task_labels
 from hvdrec.models.embedding import BatchRows
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
-from hvdrec.storage.artifacts import read_manifest
+from hvdrec.samples.split import user_states
+from hvdrec.storage.artifacts import Manifest, read_manifest
 from hvdrec.storage.urls import read_table
 
 Array = NDArray[Any]
@@ -29,6 +30,10 @@ FetchRows = Callable[[Mapping[str, Tensor]], BatchRows]
 """Looks up the table rows of a batch, for a model that does not hold its tables."""
 BLOCK = 8192
 """Users or items embedded at a time."""
+OLD_FEATURES = (
+    "retrieval: users are as of the end of training, without their validation rows, because an "
+    "earlier version wrote the features; run hvdrec samples and hvdrec prepare with --overwrite"
+)
 
 
 def evaluate_model(
@@ -52,22 +57,38 @@ def evaluate_model(
 
     Returns:
         The fields of `EvaluationResult` from ``split`` on; those that do not apply are absent.
+        ``notes`` says what is left out, and why a metric is not defined.
     """
     features = config.paths.of("features")
     manifest = ranks.run_on_all(lambda: read_manifest(features, "features"))
     ranks.run_on_all(lambda: check_task_labels(features, manifest, config.tasks, "hvdrec prepare"))
     model.eval()
     report: dict[str, Any] = {"split": split}
+    notes = _copies_note(manifest, split)
     rows: ScoredRows | None = None
     if config.train.objective != "retrieval":
         rows, metrics, tasks = _ranking(model, config, split, fetch_rows)
         report |= {"ranking": metrics} | ({"tasks": tasks} if tasks else {})
+        notes += rows.notes(split)
     queries: RetrievalQueries | None = None
     if config.train.objective != "ranking":
-        queries, report["retrieval"] = _retrieval(model, config, split, fetch_rows)
+        state = user_state(manifest, split)
+        queries, report["retrieval"] = _retrieval(model, config, split, fetch_rows, state)
+        notes += queries.notes(split, config.evaluate.seen)
+        if state != user_states(config.samples.split.method)[split]:
+            notes.append(OLD_FEATURES)
     if with_baselines:
-        report |= compare(config, split, rows, queries, ease_items)
-    return report
+        report["baselines"], remarks = compare(config, split, rows, queries, ease_items)
+        notes += remarks
+    return report | ({"notes": notes} if notes else {})
+
+
+def _copies_note(manifest: Manifest, split: str) -> list[str]:
+    """Return a line about rows of the split that are copies of rows of earlier splits."""
+    copies, rows = manifest.meta.get("copies", {}).get(split), manifest.meta["rows"][split]
+    if not copies:
+        return []
+    return [f"{copies} of {rows} {split} rows are exact copies of rows of earlier splits"]
 
 
 def validation_metric(
@@ -121,10 +142,15 @@ def embed_side(
     config: Config,
     side: Literal["user", "item"],
     fetch_rows: FetchRows | None = None,
+    state: str = "train",
 ) -> Array:
-    """Return the tower embeddings of all users (items), float32 [n, D]; ranks share the work."""
+    """Return the tower embeddings of all users (items), float32 [n, D]; ranks share the work.
+
+    Users are embedded in a state of `samples.split.STATES`.
+    """
     world, device = ranks.current(), next(model.parameters()).device
-    table = read_table(config.paths.of("features") / f"{side}s.parquet")
+    name = f"{side}s.parquet" if state == "train" else f"{side}s_{state}.parquet"
+    table = read_table(config.paths.of("features") / name)
     start, stop = part_of(table.num_rows, world.rank, world.size)
     features = config.schema.side(side)
     represent = model.represent_users if side == "user" else model.represent_items
@@ -155,10 +181,14 @@ def _ranking(
 
 
 def _retrieval(
-    model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None
+    model: Recommender,
+    config: Config,
+    split: str,
+    fetch_rows: FetchRows | None,
+    state: str = "train",
 ) -> tuple[RetrievalQueries, dict[str, Any]]:
-    """Return the queries of a split and the model's metrics on them."""
-    queries = RetrievalQueries.read(config.paths.of("features"), split, config.samples)
-    users = embed_side(model, config, "user", fetch_rows)
+    """Return the queries of a split and the model's metrics on them, with users in a state."""
+    queries = RetrievalQueries.read(config.paths.of("features"), split, config.evaluate.seen)
+    users = embed_side(model, config, "user", fetch_rows, state)
     items = embed_side(model, config, "item", fetch_rows)
     return queries, queries.metrics(users, items, config.evaluate.k)

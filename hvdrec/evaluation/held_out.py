@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hvdrec.config.data_sections import Samples
-from hvdrec.config.sections import Evaluate
+from hvdrec.config.sections import Evaluate, SeenItems
 from hvdrec.evaluation.item_item import ItemItemModel
 from hvdrec.evaluation.ranking_metrics import ranking_metrics
 from hvdrec.evaluation.retrieval import (
@@ -23,6 +22,7 @@ from hvdrec.evaluation.retrieval import (
     user_item_matrix,
 )
 from hvdrec.parallel import ranks
+from hvdrec.storage.artifacts import Manifest
 from hvdrec.storage.urls import Location, read_metadata, read_tables
 
 Array = NDArray[Any]
@@ -76,6 +76,17 @@ class ScoredRows(Interactions):
             )
         )
 
+    def notes(self, split: str) -> list[str]:
+        """Return a line about ranking metrics that these rows do not define."""
+        label = self.label[self.weight > 0]
+        where = f"row of the {split} split"
+        if not len(label):
+            return [f"ranking: n/a, no {where} has a weight above 0"]
+        for kind, is_missing in (("positive", not label.any()), ("negative", label.all())):
+            if is_missing:
+                return [f"ranking: auc and gauc are n/a, no {where} is {kind}"]
+        return []
+
     def task_metrics(
         self, scores: Array, tasks: Sequence[str], options: Evaluate
     ) -> dict[str, dict[str, Any]]:
@@ -104,29 +115,32 @@ class RetrievalQueries:
         seen: Items to exclude for each user, sparse [u, items].
         relevant: Items to find for each user, sparse [u, items].
         items: Number of items in the catalogue.
+        positives: Positive pairs of user and item in the split, over all ranks' queries.
+        repeats: How many of them are left out because the user had seen the item before.
     """
 
     users: Array
     seen: Any
     relevant: Any
     items: int
+    positives: int
+    repeats: int
 
     @staticmethod
     def read(
-        features: Location, split: str, samples: Samples, most_users: int | None = None
+        features: Location, split: str, seen_items: SeenItems, most_users: int | None = None
     ) -> RetrievalQueries:
         """Read the queries of a split; evenly spaced ones if there are more than `most_users`."""
-        earlier = ["train"] if split == "validation" else ["train", "validation"]
-        seen = read_interactions(features, earlier)
-        if samples.negatives.per_positive:
-            # Drawn negatives were never shown: only positives were seen.
+        seen = read_interactions(features, earlier_splits(split))
+        if seen_items == "taken":
             seen = seen.where(seen.label > 0)
         held_out = read_interactions(features, [split])
         # Seen items are excluded from retrieval, so they cannot be targets.
         count = read_metadata(features / "items.parquet").num_rows
         pairs = [rows.user * count + rows.item for rows in (held_out, seen)]
         again = np.isin(*pairs)
-        hit = (held_out.label > 0) & ~again
+        positive = held_out.label > 0
+        hit = positive & ~again
         users = np.unique(held_out.user[hit])
         users = users[:: max(1, math.ceil(len(users) / (most_users or math.inf)))]
         world = ranks.current()
@@ -136,7 +150,26 @@ class RetrievalQueries:
             _pairs_of(users, seen.user, seen.item, count),
             _pairs_of(users, held_out.user[hit], held_out.item[hit], count),
             count,
+            len(np.unique(pairs[0][positive])),
+            len(np.unique(pairs[0][positive & again])),
         )
+
+    def notes(self, split: str, seen_items: SeenItems) -> list[str]:
+        """Return lines about positives that are not targets, and about a split without any."""
+        if not self.positives:
+            return [f"retrieval: n/a, no row of the {split} split is positive"]
+        if not self.repeats:
+            return []
+        before = " and ".join(earlier_splits(split))
+        had = "had taken" if seen_items == "taken" else "were shown"
+        text = f"{self.repeats} of {self.positives} positive pairs of the {split} split"
+        if self.repeats < self.positives:
+            return [f"retrieval: {text} are items that users {had} in {before}; they do not count"]
+        remedy = "; set evaluate.seen = 'taken' to leave out positives only"
+        return [
+            f"retrieval: n/a, all {text} are items that users {had} in {before}"
+            + (remedy if seen_items == "shown" else "")
+        ]
 
     def metrics(self, users: Array, items: Array, ks: Sequence[int]) -> dict[str, Any]:
         """Return the metrics of vectors of all users and items, [n, d], over all ranks' queries."""
@@ -153,6 +186,19 @@ class RetrievalQueries:
     def _metrics_of(self, top: Array, ks: Sequence[int]) -> dict[str, Any]:
         sums = retrieval_sums(top, self.relevant, ks, self.items)
         return retrieval_metrics(ranks.sum_arrays(sums), ks)
+
+
+def earlier_splits(split: str) -> tuple[str, ...]:
+    """Return the splits before a held-out one, whose items count as seen."""
+    return ("train",) if split == "validation" else ("train", "validation")
+
+
+def user_state(manifest: Manifest, split: str) -> str:
+    """Return the state of the users (`samples.split.STATES`) that evaluates a split.
+
+    Features of an earlier version hold only the training state.
+    """
+    return str(manifest.meta.get("user_states", {}).get(split, "train"))
 
 
 def read_interactions(features: Location, splits: Sequence[str]) -> Interactions:

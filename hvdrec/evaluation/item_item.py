@@ -1,9 +1,10 @@
 """Baselines that score an item by the other items that a user took: co-occurrence and EASE.
 
 Both score user u and item i by sum_j taken[u, j] * weights[j, i]. `taken` [users, items] holds 1
-for the positives of the training rows. `weights` [items, items] has a zero diagonal, so a row's own
-interaction adds nothing to its score, even for a training row. Each model has one setting, which is
-chosen on validation.
+for the positives of the rows known of a user: those of training, and of validation where a later
+test split is measured. `weights` [items, items], fitted on training rows, has a zero diagonal, so a
+row's own interaction adds nothing to its score, even for a training row. Each model has one
+setting, which is chosen on validation.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class EvaluationResult:
             retrieve.
         baselines: ``ranking``, ``tasks`` and ``retrieval`` of each baseline; None if the baselines
             were left out.
-        notes: Remarks on the baselines, such as the settings that were chosen.
+        notes: Remarks: what is left out, why a metric is not defined, and which settings of the
+            baselines were chosen.
     """
 
     run: str

@@ -66,11 +66,24 @@ class _Shard:
 
 
 @dataclass(frozen=True)
+class _SideFile:
+    """A table of users or items in the samples."""
+
+    side: Side
+    name: str
+
+    @property
+    def target(self) -> str:
+        """Name of its encoded table; the users of the training state are plainly the users."""
+        return "users.parquet" if self.name == SIDE_FILES["user"] else self.name
+
+
+@dataclass(frozen=True)
 class _SideRows:
-    """Rows of the table of users or items to encode."""
+    """Rows of a table of users or items to encode."""
 
     job: _Job
-    side: Side
+    table: _SideFile
     start: int
     rows: int
 
@@ -110,8 +123,11 @@ def encode(
     manifest = read_manifest(samples, "samples")
     schema = config.schema
     check_task_labels(samples, manifest, config.tasks, "hvdrec samples")
-    _check(samples, schema, config.task_columns)
+    states = sorted({*manifest.meta.get("user_states", {}).values()} - {"train"})
+    _check(samples, schema, config.task_columns, states)
     meta: dict[str, Any] = {"config": to_dict(config), "rows": {}, "sizes": {}, "shards": {}}
+    # Evaluation reads these: the state of the users for each split, and the number of copies.
+    meta |= {key: manifest.meta[key] for key in ("user_states", "copies") if key in manifest.meta}
     with write_artifact(out, "features", meta, overwrite=overwrite) as draft:
         notify("fitting features")
         fitted = fit(samples, schema)
@@ -124,8 +140,11 @@ def encode(
             counts = _write_splits(job, config.encode, meta, notify, progress, workers)
             notify("encoding users and items")
             rows = config.encode.row_group_rows
-            _write_side(job, "user", rows, workers, {})
-            _write_side(job, "item", rows, workers, {"train_count": counts})
+            _write_side(job, _SideFile("user", SIDE_FILES["user"]), rows, workers, {})
+            items = _SideFile("item", SIDE_FILES["item"])
+            _write_side(job, items, rows, workers, {"train_count": counts})
+            for state in states:
+                _write_side(job, _SideFile("user", f"users_{state}.parquet"), rows, workers, {})
         finally:
             _state.cache_clear()
     return meta
@@ -165,12 +184,15 @@ def even_sizes(total: int, largest: int) -> list[int]:
     return [total * (i + 1) // count - total * i // count for i in range(count)]
 
 
-def _check(samples: Path, schema: Schema, labels: tuple[str, ...]) -> None:
+def _check(samples: Path, schema: Schema, labels: tuple[str, ...], states: Sequence[str]) -> None:
     others = (schema.user_key, schema.item_key, "label", "weight", *labels)
     for split in SPLITS:
         check_columns(samples / split, schema, others)
     for side, name in SIDE_FILES.items():
         check_file(samples / name, schema.columns(side), [schema.key(side)])
+    for state in states:
+        file = samples / f"users_{state}.parquet"
+        check_file(file, schema.columns("user"), [schema.user_key])
 
 
 def _shards(job: _Job, split: str, encode: Encode) -> list[_Shard]:
@@ -252,37 +274,38 @@ def _encode_rows(state: _State, rows: pa.Table, labels: Sequence[str]) -> pa.Tab
 
 def _write_side(
     job: _Job,
-    side: Side,
+    table: _SideFile,
     row_group_rows: int,
     workers: WorkerPool,
     further: dict[str, NDArray[np.int64]],
 ) -> None:
-    """Encode the table of users or items, in its order of rows, and add further columns."""
+    """Encode a table of users or items, in its order of rows, and add further columns."""
     schema = _state(job).encoder.fitted.schema
-    source = job.samples / SIDE_FILES[side]
+    side, source = table.side, job.samples / table.name
     types = {"key": pq.read_schema(source).field(schema.key(side)).type}
     types |= encoded_types(schema.side(side)) | dict.fromkeys(further, pa.int64())
     total = count_rows([source])
     starts = range(0, total, row_group_rows)
-    parts = [_SideRows(job, side, s, min(row_group_rows, total - s)) for s in starts]
+    parts = [_SideRows(job, table, s, min(row_group_rows, total - s)) for s in starts]
     with (
         closing(workers.map(_encode_side, parts)) as encoded,
-        parquet_writer(job.draft / f"{side}s.parquet", types, nullable=("key",)) as write,
+        parquet_writer(job.draft / table.target, types, nullable=("key",)) as write,
     ):
-        for part, table in zip(parts, encoded, strict=True):
+        for part, rows in zip(parts, encoded, strict=True):
             for name, values in further.items():
                 column = pa.array(values[part.start : part.start + part.rows])
-                table = table.append_column(name, column)  # noqa: PLW2901
-            write(table)
+                rows = rows.append_column(name, column)  # noqa: PLW2901
+            write(rows)
 
 
 def _encode_side(part: _SideRows) -> pa.Table:
     """Return the keys and codes of some users or items."""
     encoder = _state(part.job).encoder
     schema = encoder.fitted.schema
-    features, key = schema.side(part.side), schema.key(part.side)
-    names = [*dict.fromkeys([key, *(column.name for column in schema.columns(part.side))])]
-    file = part.job.samples / SIDE_FILES[part.side]
+    side = part.table.side
+    features, key = schema.side(side), schema.key(side)
+    names = [*dict.fromkeys([key, *(column.name for column in schema.columns(side))])]
+    file = part.job.samples / part.table.name
     with closing(read_tables([file], names, part.start, [part.rows])) as tables:
         rows = next(tables)
     return pa.table({"key": one_chunk(rows[key]), **encoder.encode(features, rows)})

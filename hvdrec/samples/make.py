@@ -17,7 +17,7 @@ from hvdrec.config.schema import Side
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.parallel.progress import print_line
-from hvdrec.samples.columns import group_ids
+from hvdrec.samples.columns import group_ids, is_list
 from hvdrec.samples.engine import connect, visible
 from hvdrec.samples.history import EventLog, UserTimes
 from hvdrec.samples.join import ROW, JoinedTable, LabelJoin
@@ -30,11 +30,18 @@ from hvdrec.samples.rows import (
     time_values,
 )
 from hvdrec.samples.spec import SampleSpec
-from hvdrec.samples.split import SPLITS, shuffled, split_rows
+from hvdrec.samples.split import (
+    SPLITS,
+    STATES,
+    count_copies,
+    shuffled,
+    split_rows,
+    user_states,
+)
 from hvdrec.samples.write import (
     Entities,
     Histories,
-    entity_table,
+    entity_tables,
     write_split,
     write_table,
     write_users,
@@ -88,7 +95,8 @@ def make_samples(
     Tables are joined, rows labelled and split. Negatives are drawn after that: they belong to the
     split of their positive, share its columns of the interactions, and are joined like other rows.
     The result depends on the contents of the tables and the seeds, not on the order of rows in the
-    files. Features of users and items that their own table lacks come from the latest training row.
+    files. Features that the table of users (items) lacks come from the latest row: of users in each
+    of `STATES`, of items in the training split.
 
     Args:
         config: The run.
@@ -113,21 +121,25 @@ def make_samples(
             samples = _add_negatives(join, logged, notify)
         histories = _build_histories(spec, samples)
         _require_known_labels(spec, samples)
+        meta["user_states"] = user_states(spec.samples.split.method)
+        meta["copies"] = _count_copies(spec.samples, logged, notify)
         meta |= _write_splits(draft, spec, samples, histories, notify)
-        latest_last = _training_rows(logged)
+        latest_last = [_rows_in_order(logged, state) for state in STATES]
         sides: tuple[tuple[Side, str, KeyCodes], ...] = (
             ("user", spec.samples.user, samples.users),
             ("item", spec.samples.item, samples.items),
         )
         for side, key, codes in sides:
-            entities = Entities.of(side, key, codes, latest_last)
-            table = entity_table(join, joined, samples.rows, entities)
-            meta[f"{side}s"] = len(table)
-            notify(f"{len(table)} {side}s")
+            # Items are what training knows of them; users also have later states.
+            orders = latest_last[:1] if side == "item" else latest_last
+            entities = Entities.of(side, key, codes, orders)
+            tables = entity_tables(join, joined, samples.rows, entities)
+            meta[f"{side}s"] = len(tables[0])
+            notify(f"{len(tables[0])} {side}s")
             if side == "item":
-                write_table(draft / "items.parquet", table)
+                write_table(draft / "items.parquet", tables[0])
             else:
-                write_users(draft, spec, table, histories)
+                write_users(draft, spec, tables, histories)
     fields = ("rows", "positives", "users", "items")
     return SamplesResult(str(path), *(meta[field] for field in fields))
 
@@ -253,7 +265,7 @@ def _build_histories(spec: SampleSpec, samples: _SplitRows) -> Histories:
             logs[history.name] = EventLog.of(values, times, chosen & allowed & known, code)
         return logs
 
-    return Histories(times, events(samples.split == 0), events(samples.split >= 0))
+    return Histories(times, {s: events(samples.split <= i) for i, s in enumerate(STATES)})
 
 
 def _require_known_labels(spec: SampleSpec, samples: _SplitRows) -> None:
@@ -295,10 +307,32 @@ def _write_splits(
     return counts
 
 
-def _training_rows(logged: _SplitRows) -> Array:
-    """Return the numbers of the logged training rows, the latest last.
+def _rows_in_order(logged: _SplitRows, state: str) -> Array:
+    """Return the numbers of the logged rows that a state of the users includes, the latest last.
 
     Negatives are left out: the columns of their item say nothing about the user.
     """
-    rows = np.flatnonzero(logged.split == 0)
+    rows = np.flatnonzero(logged.split <= STATES.index(state))
     return rows if logged.time is None else rows[np.argsort(logged.time[rows], kind="stable")]
+
+
+def _count_copies(
+    samples: Samples, logged: _SplitRows, notify: Callable[[str], None]
+) -> dict[str, int]:
+    """Count the logged rows of held-out splits that are exact copies of rows of earlier splits.
+
+    Copies are equal in user, item, time and label; without times, in all single-valued columns.
+    """
+    rows = logged.rows
+    if samples.time:
+        by = "user, item, time and label"
+        columns = [rows.columns[samples.user], rows.columns[samples.item], rows.raw[samples.time]]
+    else:
+        by = "user, item, label and all single-valued features"
+        columns = [array for array in rows.columns.values() if not is_list(array.type)]
+    group = group_ids([*columns, pa.array(rows.label)], len(rows.label))
+    copies = count_copies(group, logged.split)
+    for name, number in copies.items():
+        if number:
+            notify(f"{name}: {number} rows are exact copies of rows of earlier splits (equal {by})")
+    return copies

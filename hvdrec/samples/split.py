@@ -14,6 +14,30 @@ Array = NDArray[Any]
 SPLITS = ("train", "validation", "test")
 RANDOM = ("random", "random-per-user")
 """Methods that ignore time."""
+STATES = ("train", "validation", "all")
+"""States of the users: after the rows of the training split, also of validation, and of test."""
+
+
+def user_states(method: str) -> dict[str, str]:
+    """Return the state of the users with which each held-out split is evaluated.
+
+    Where splits follow each other in time, a user who is tested has validation rows behind them.
+    Random splits do not, so only training rows count.
+    """
+    return {"validation": "train", "test": "train" if method in RANDOM else "validation"}
+
+
+def count_copies(group: Array, split: Array) -> dict[str, int]:
+    """Return, for each held-out split, the rows with an exact copy in an earlier split.
+
+    Args:
+        group: Equal for equal rows, not negative, int64 [n].
+        split: Index into `SPLITS`, int8 [n].
+    """
+    first = np.full(int(group.max(initial=-1)) + 1, len(SPLITS), dtype=split.dtype)
+    np.minimum.at(first, group, split)
+    is_copy = split > first[group]
+    return {SPLITS[i]: int((is_copy & (split == i)).sum()) for i in (1, 2)}
 
 
 def split_rows(split: Split, user: Array, time: Array | None, column: str) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,11 @@ class Histories:
 
     Attributes:
         times: User and time of each row.
-        train: Events of training rows.
-        all: Events of all rows.
+        states: State of `STATES` -> history -> events of the rows that the state includes.
     """
 
     times: UserTimes
-    train: dict[str, EventLog]
-    all: dict[str, EventLog]
+    states: Mapping[str, Mapping[str, EventLog]]
 
 
 @dataclass(frozen=True)
@@ -52,21 +50,26 @@ class Entities:
         side: "user" or "item".
         key: Name of the key column.
         values: Distinct keys that occur in samples, ascending, [k].
-        latest: Number of the latest training row of each key, int64 [k]; -1 if there is none.
+        latest: For each state, the number of the latest row of each key that the state includes,
+            int64 [k]; -1 if there is none.
     """
 
     side: Side
     key: str
     values: pa.Array
-    latest: Array
+    latest: tuple[Array, ...]
 
     @staticmethod
-    def of(side: Side, key: str, codes: KeyCodes, order: Array) -> Entities:
-        """Find the last row of each key in `order`, the numbers of the training rows in order."""
-        latest = np.full(len(codes.values), -1, dtype=np.int64)
-        # If an index occurs several times, NumPy keeps the last assignment.
-        latest[codes.code[order]] = order
-        return Entities(side, key, codes.values, latest)
+    def of(side: Side, key: str, codes: KeyCodes, orders: Sequence[Array]) -> Entities:
+        """Find the last row of each key in each of `orders`, numbers of rows, the latest last."""
+
+        def last(order: Array) -> Array:
+            latest = np.full(len(codes.values), -1, dtype=np.int64)
+            # If an index occurs several times, NumPy keeps the last assignment.
+            latest[codes.code[order]] = order
+            return latest
+
+        return Entities(side, key, codes.values, tuple(last(order) for order in orders))
 
 
 def write_split(
@@ -88,24 +91,25 @@ def write_table(file: Path, table: pa.Table) -> None:
     _write(file, (table.slice(i, ROW_GROUP_ROWS) for i in range(0, len(table), ROW_GROUP_ROWS)))
 
 
-def write_users(draft: Path, spec: SampleSpec, users: pa.Table, histories: Histories) -> None:
-    """Write the users twice: with the latest events of training rows, and of all rows."""
-    for name, events in (("train", histories.train), ("all", histories.all)):
-        table = users
+def write_users(
+    draft: Path, spec: SampleSpec, users: Sequence[pa.Table], histories: Histories
+) -> None:
+    """Write the users in each of `STATES`, with the latest events of the rows it includes."""
+    for (state, events), table in zip(histories.states.items(), users, strict=True):
         for history in spec.samples.history:
             log = events[history.name]
-            latest = log.latest(len(users), histories.times.times, history.length)
-            table = table.append_column(history.name, latest)
-        write_table(draft / f"users_{name}.parquet", table)
+            latest = log.latest(len(table), histories.times.times, history.length)
+            table = table.append_column(history.name, latest)  # noqa: PLW2901
+        write_table(draft / f"users_{state}.parquet", table)
 
 
-def entity_table(
+def entity_tables(
     join: LabelJoin, joined: JoinedTable, rows: LabelledRows, entities: Entities
-) -> pa.Table:
-    """Build the table of keys, features and titles with one row per user or item, sorted by key.
+) -> list[pa.Table]:
+    """Build tables of keys, features and titles with one row per user or item, sorted by key.
 
     Items that occur only in the items table are added. Features that the users or items table lacks
-    come from the latest training row in `rows`.
+    come from the latest row in `rows`. There is one table for each state of `entities`.
     """
     spec, table = join.spec, join.side(f"samples.{entities.side}s")
     key, values, latest = entities.key, entities.values, entities.latest
@@ -116,30 +120,33 @@ def entity_table(
         if entities.side == "item":
             values = KeyCodes.of(concatenate([values, known], values.type)).values
             old = pc.fill_null(pc.index_in(values, entities.values), -1).to_numpy()
-            latest = np.append(latest, -1)[old]
+            latest = tuple(np.append(rows_of, -1)[old] for rows_of in latest)
         index = pc.index_in(values, value_set=known)
-    latest_index = pa.array(latest, mask=latest < 0)
-    result = {key: values}
-    for name in (feature.name for feature in spec.side_features(entities.side)):
-        if name == key:
-            continue
-        if name in columns:
-            result[name] = _take(spec.cast(name, columns[name], origin[name]), index)
-        else:
-            result[name] = _take(rows.columns[name], latest_index)
-    if entities.side == "item" and (title := spec.samples.title):
-        if title in columns:
-            array, where, taken = columns[title], origin[title], index
-        elif title in rows.raw:
-            array, where, taken = rows.raw[title], joined.origin[title], latest_index
-        else:
-            assert table is not None
-            problem = f"column '{title}' (samples.title) is missing; the table has "
-            problem += choices(visible(table.table))
-            raise invalid_file(table.file, problem, "correct the name")
-        typed = cast(array, "string", where=where, name=title, purpose="samples.title")
-        result["title"] = _take(typed, taken)
-    return pa.table({column: plain(array) for column, array in result.items()})
+
+    def build(latest_index: pa.Array) -> pa.Table:
+        result = {key: values}
+        for name in (feature.name for feature in spec.side_features(entities.side)):
+            if name == key:
+                continue
+            if name in columns:
+                result[name] = _take(spec.cast(name, columns[name], origin[name]), index)
+            else:
+                result[name] = _take(rows.columns[name], latest_index)
+        if entities.side == "item" and (title := spec.samples.title):
+            if title in columns:
+                array, where, taken = columns[title], origin[title], index
+            elif title in rows.raw:
+                array, where, taken = rows.raw[title], joined.origin[title], latest_index
+            else:
+                assert table is not None
+                problem = f"column '{title}' (samples.title) is missing; the table has "
+                problem += choices(visible(table.table))
+                raise invalid_file(table.file, problem, "correct the name")
+            typed = cast(array, "string", where=where, name=title, purpose="samples.title")
+            result["title"] = _take(typed, taken)
+        return pa.table({column: plain(array) for column, array in result.items()})
+
+    return [build(pa.array(rows_of, mask=rows_of < 0)) for rows_of in latest]
 
 
 def _own_columns(
@@ -181,7 +188,8 @@ def _samples(spec: SampleSpec, rows: LabelledRows, index: Array, histories: Hist
     positions = pa.array(index)
     columns = {name: array.take(positions) for name, array in rows.columns.items()}
     # With a random split, only training rows may count as history: others leak the future.
-    events = histories.train if spec.samples.split.method in RANDOM else histories.all
+    state = "train" if spec.samples.split.method in RANDOM else "all"
+    events = histories.states[state]
     for history in spec.samples.history:
         log = events[history.name]
         lists = log.others if history.scope == "others" else log.before

@@ -112,7 +112,8 @@ def make(config: Config) -> dict[str, list[Row]]:
     make_samples(config, overwrite=True)
     tables = {name: pq.read_table(out / name) for name in SPLITS}
     tables |= {
-        n: pq.read_table(out / f"{n}.parquet") for n in ("users_train", "users_all", "items")
+        n: pq.read_table(out / f"{n}.parquet")
+        for n in ("users_train", "users_validation", "users_all", "items")
     }
     return {name: table.to_pylist() for name, table in tables.items()}
 
@@ -144,7 +145,13 @@ def test_a_small_log_equals_a_worked_example(raw: Path, capsys: pytest.CaptureFi
         "items": 5,
     }
     assert result.to_dict() == {"path": str(out), **facts}
-    assert read_manifest(out, "samples").meta == {"config": to_dict(config), **facts}
+    states = {"validation": "train", "test": "validation"}
+    assert read_manifest(out, "samples").meta == {
+        "config": to_dict(config),
+        **facts,
+        "user_states": states,
+        "copies": {"validation": 0, "test": 0},
+    }
     verify_artifact(out, "samples")
     assert "9 labelled rows" in capsys.readouterr().err
     make_samples(config, overwrite=True, progress=False)
@@ -341,7 +348,9 @@ def test_drop_weight_and_history_predicates_are_applied(raw: Path) -> None:
     assert rows["u2", 8]["liked"] == ["b"]  # "a" has rating 4
 
 
-def test_without_tables_users_and_items_come_from_their_latest_training_row(raw: Path) -> None:
+def test_without_tables_users_come_from_the_latest_row_of_each_state_and_items_of_training(
+    raw: Path,
+) -> None:
     # The latest row of u1 has its smallest item, so that only time order finds it.
     renamed = {"a": "a", "b": "b", "c": "C", "d": "d"}
     log = [
@@ -355,8 +364,12 @@ def test_without_tables_users_and_items_come_from_their_latest_training_row(raw:
         {"name": "size", "side": "item", "dtype": "int"},
     ]
     found = make(configured(raw, features, users=None, items=None, title="city"))
-    cities = {r["user_id"]: r["city"] for r in found["users_all"]}
-    assert cities == {"u1": "c4", "u2": "c4", "u3": None}  # u3 is only in validation
+    for state, cities in (
+        ("train", {"u1": "c4", "u2": "c4", "u3": None}),  # u3 is only in validation
+        ("validation", {"u1": "c6", "u2": "c4", "u3": "c5"}),
+        ("all", {"u1": "c7", "u2": "c8", "u3": "c5"}),
+    ):
+        assert {r["user_id"]: r["city"] for r in found[f"users_{state}"]} == cities
     assert found["items"][1:3] == [
         {"item_id": "a", "size": 3, "title": "c3"},
         {"item_id": "b", "size": 4, "title": "c4"},
