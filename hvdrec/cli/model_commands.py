@@ -174,7 +174,7 @@ def plan(options: argparse.Namespace) -> Answer:
 )
 def evaluate(options: argparse.Namespace) -> Answer:
     """Evaluate a run beside its baselines; ranks share the work."""
-    from hvdrec.storage.artifacts import write_text
+    from hvdrec.storage.drafts import write_text
     from hvdrec.training.evaluate_run import evaluate
 
     result = evaluate(

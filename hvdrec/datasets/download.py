@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hvdrec.datasets.registry import DatasetSource
 from hvdrec.errors import UserError, invalid_file
-from hvdrec.storage.artifacts import sha256
+from hvdrec.storage.checksums import sha256
 
 TIMEOUT_SECONDS = 8.0
 CHUNK = 1 << 20

@@ -9,6 +9,7 @@ placement on any number of ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hvdrec.embeddings.kernels import AVERAGE
 from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.errors import UserError, invalid_file
 from hvdrec.models.embedding import EmbeddingTables
+from hvdrec.storage.artifacts import StoredFiles
 
 REPLICATED = "tables.safetensors"
 WEIGHT = "weight"
@@ -42,8 +44,12 @@ def table_meta(tables: DistributedTables) -> dict[str, Any]:
     }
 
 
-def write_tables(directory: Path, tables: DistributedTables) -> None:
-    """Write this rank's part of the sharded tables; rank 0 also writes the replicated tables."""
+def write_tables(directory: Path, tables: DistributedTables) -> list[Path]:
+    """Write this rank's part of the sharded tables; rank 0 also writes the replicated tables.
+
+    Returns:
+        The files that this rank wrote.
+    """
     replicated: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     for group in tables.groups:
@@ -51,23 +57,24 @@ def write_tables(directory: Path, tables: DistributedTables) -> None:
             weight, state = tables.table(table)
             named = {f"{table}/{key}": value for key, value in {WEIGHT: weight, **state}.items()}
             (parts if group.is_sharded else replicated).update(named)
-    if parts:
-        file = directory / _part_name(tables.world.rank, tables.world.size)
-        save_file({name: value.cpu().contiguous() for name, value in parts.items()}, file)
-    if replicated and tables.world.is_first:
-        save_file(
-            {name: value.cpu().contiguous() for name, value in replicated.items()},
-            directory / REPLICATED,
-        )
+    named_files = {_part_name(tables.world.rank, tables.world.size): parts}
+    if tables.world.is_first:
+        named_files[REPLICATED] = replicated
+    written = []
+    for file, tensors in named_files.items():
+        if tensors:
+            written.append(directory / file)
+            save_file({name: v.cpu().contiguous() for name, v in tensors.items()}, written[-1])
+    return written
 
 
 def read_tables(
-    directory: Path, meta: Mapping[str, Any], tables: DistributedTables, *, served: bool = False
+    files: StoredFiles, meta: Mapping[str, Any], tables: DistributedTables, *, served: bool = False
 ) -> None:
     """Read this rank's rows and their optimizer state from a checkpoint into `tables`.
 
     Args:
-        directory: The checkpoint.
+        files: The files of the checkpoint, which are verified.
         meta: The result of `table_meta`, from the checkpoint's manifest.
         tables: The tables to fill.
         served: Whether to read the moving averages of the rows, if stored, instead of the rows.
@@ -82,20 +89,22 @@ def read_tables(
             for key, value in {WEIGHT: weight, **state}.items():
                 total = group.sizes[table]
                 source = served_key(meta) if served and key == WEIGHT else key
-                rows = _rows(directory, meta, f"{table}/{source}", total, start, group.ranks)
+                rows = _rows(files, meta, f"{table}/{source}", total, start, group.ranks)
                 if rows.shape != value.shape:
-                    raise _wrong_shape(directory, table, tuple(rows.shape), tuple(value.shape))
+                    raise _wrong_shape(
+                        files.directory, table, tuple(rows.shape), tuple(value.shape)
+                    )
                 value.copy_(rows)
     tables.step = int(meta["step"])
 
 
-def read_into_model(directory: Path, meta: Mapping[str, Any], tables: EmbeddingTables) -> None:
+def read_into_model(files: StoredFiles, meta: Mapping[str, Any], tables: EmbeddingTables) -> None:
     """Read a checkpoint's rows, or their moving averages if stored, into a model's own tables."""
     for table, size in tables.sizes.items():
         weight = tables.weight(table)
-        rows = _rows(directory, meta, f"{table}/{served_key(meta)}", size, 0, 1)
+        rows = _rows(files, meta, f"{table}/{served_key(meta)}", size, 0, 1)
         if rows.shape != weight.shape:
-            raise _wrong_shape(directory, table, tuple(rows.shape), tuple(weight.shape))
+            raise _wrong_shape(files.directory, table, tuple(rows.shape), tuple(weight.shape))
         with torch.no_grad():
             weight.copy_(rows)
 
@@ -106,22 +115,26 @@ def served_key(meta: Mapping[str, Any]) -> str:
 
 
 def _rows(
-    directory: Path, meta: Mapping[str, Any], name: str, total: int, start: int, step: int
+    files: StoredFiles, meta: Mapping[str, Any], name: str, total: int, start: int, step: int
 ) -> Tensor:
-    """Read rows start, start + step, … of a tensor that has `total` rows over all files."""
+    """Read rows start, start + step, … of a tensor that has `total` rows over all files.
+
+    Only the files that hold such rows are read.
+    """
     if name.split("/", maxsplit=1)[0] not in meta["sharded"]:
-        return _tensor(directory / REPLICATED, name)[start::step]
+        return _tensor(files.verified(REPLICATED), name)[start::step]
     parts = int(meta["ranks"])
     rows: Tensor | None = None
-    for rank in range(parts):
-        part = _tensor(directory / _part_name(rank, parts), name)
+    # rank + parts * i = start + step * j has solutions if gcd(parts, step) divides the difference.
+    for rank in range(start % math.gcd(parts, step), parts, math.gcd(parts, step)):
+        part = _tensor(files.verified(_part_name(rank, parts)), name)
         ids = torch.arange(rank, rank + parts * len(part), parts)
         is_mine = ids % step == start
         if rows is None:
             rows = part.new_empty(-(-(total - start) // step), *part.shape[1:])
         indices = torch.div(ids[is_mine] - start, step, rounding_mode="floor")
         if len(indices) and int(indices[-1]) >= len(rows):
-            raise _wrong_shape(directory, name, (int(ids[-1]) + 1,), (total,))
+            raise _wrong_shape(files.directory, name, (int(ids[-1]) + 1,), (total,))
         rows[indices] = part[is_mine]
     assert rows is not None
     return rows

@@ -15,7 +15,8 @@ from hvdrec.exporting.writer import write_bundle
 from hvdrec.parallel.pool import WorkerPool, open_pool
 from hvdrec.parallel.progress import show_progress
 from hvdrec.storage.artifacts import read_manifest
-from hvdrec.training.checkpoint import Which, checkpoint_metrics, load_model, read_config
+from hvdrec.training.checkpoint import load_model, read_config
+from hvdrec.training.pointers import Which
 
 __all__ = ["ExportResult", "export"]
 
@@ -113,14 +114,15 @@ def export_with(
     overwrite: bool = False,
     progress: bool = True,
 ) -> ExportResult:
-    """Do what `export` does, with a pool of workers and the complete configuration."""
-    model, name = load_model(run, config, checkpoint)
+    """Do what `export` does, with an open pool of workers and the complete configuration."""
+    model, loaded = load_model(run, config, checkpoint)
     with show_progress(progress) as display:
         meta = write_bundle(
             config,
             model,
-            checkpoint=name,
-            metrics=checkpoint_metrics(run, checkpoint),
+            checkpoint=loaded.name,
+            checkpoint_identity=loaded.manifest.identity,
+            metrics=loaded.metrics,
             overwrite=overwrite,
             notify=display.describe,
             workers=pool,

@@ -23,7 +23,16 @@ from hvdrec.exporting.serving_graph import ranker
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
-from hvdrec.storage.artifacts import read_manifest, write_artifact, write_manifest
+from hvdrec.parallel.progress import print_line
+from hvdrec.storage.artifacts import (
+    MADE_FROM,
+    read_manifest,
+    require_source,
+    verify_artifact,
+    write_artifact,
+    write_manifest,
+)
+from hvdrec.storage.urls import Location
 
 EXTERNAL_DATA_BYTES = 1 << 30
 
@@ -34,6 +43,7 @@ def write_bundle(
     *,
     checkpoint: str,
     metrics: dict[str, Any],
+    checkpoint_identity: str = "",
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda _: None,
     workers: WorkerPool = THIS_PROCESS,
@@ -45,6 +55,7 @@ def write_bundle(
         model: The trained model.
         checkpoint: Name of its checkpoint.
         metrics: Its validation metrics.
+        checkpoint_identity: The identity in its manifest.
         overwrite: Replace an existing bundle.
         notify: Called with a line at the start of each step.
         workers: Processes that compute embeddings. All their hosts must see the bundle's directory.
@@ -53,17 +64,21 @@ def write_bundle(
         The manifest's ``meta``.
 
     Raises:
-        UserError: The scores of held-out rows, which enter as raw values, differ from torch's by
-            more than ``export.tolerance``. Nothing is published then.
+        UserError: The samples or the features are damaged, or the features were made from other
+            samples; or the scores of held-out rows, which enter as raw values, differ from
+            torch's by more than ``export.tolerance``. Nothing is published then.
     """
     samples, features = config.paths.of("samples"), config.paths.of("features")
-    read_manifest(samples, "samples")
-    read_manifest(features, "features")
+    made_from = {
+        "samples": verify_artifact(samples, "samples").identity,
+        "features": _check_features(features, samples),
+        "checkpoint": checkpoint_identity,
+    }
     require_index_library(config.export)
     fitted = Fitted.load(features)
     out = config.paths.of("bundle")
     model = model.cpu().eval()
-    meta = _meta(config, model, checkpoint, metrics)
+    meta = _meta(config, model, checkpoint, metrics) | {MADE_FROM: made_from}
     with write_artifact(out, "bundle", meta, overwrite=overwrite) as draft:
         notify("compiling graphs")
         _save_graph(tower(model, fitted, "user"), draft / "user_tower.onnx")
@@ -88,6 +103,15 @@ def write_bundle(
             meta |= {} if index is None else {"index": index}
     notify(f"{out}: {meta['users']} users, {meta['items']} items")
     return meta
+
+
+def _check_features(features: Location, samples: Path) -> str:
+    """Return the identity of the features after checking that they were made from the samples."""
+    manifest = read_manifest(features, "features")
+    remedy = "run hvdrec prepare and hvdrec train with --overwrite, or restore those samples"
+    if not require_source(features, manifest, samples, "samples", remedy):
+        print_line(f"{features}: does not record its samples, so they are not compared")
+    return manifest.identity
 
 
 def _require_parity(

@@ -34,7 +34,7 @@ from hvdrec.features.reading import count_rows, read_tables
 from hvdrec.features.sample_checks import check_columns, check_file, check_task_labels
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
-from hvdrec.storage.artifacts import read_manifest, write_artifact
+from hvdrec.storage.artifacts import MADE_FROM, verify_artifact, write_artifact
 from hvdrec.storage.urls import Location
 
 SPLITS = ("train", "validation", "test")
@@ -117,15 +117,16 @@ def encode(
         The manifest's ``meta``: rows, sizes of tables and shards.
 
     Raises:
-        UserError: The samples are missing, lack a column, have a wrong type or an unknown key.
-            Nothing is written then.
+        UserError: The samples are missing, damaged, lack a column, have a wrong type or an unknown
+            key. Nothing is written then.
     """
-    manifest = read_manifest(samples, "samples")
+    manifest = verify_artifact(samples, "samples")
     schema = config.schema
     check_task_labels(samples, manifest, config.tasks, "hvdrec samples")
     states = sorted({*manifest.meta.get("user_states", {}).values()} - {"train"})
     _check(samples, schema, config.task_columns, states)
     meta: dict[str, Any] = {"config": to_dict(config), "rows": {}, "sizes": {}, "shards": {}}
+    meta[MADE_FROM] = {"samples": manifest.identity}
     # Evaluation reads these: the state of the users for each split, and the number of copies.
     meta |= {key: manifest.meta[key] for key in ("user_states", "copies") if key in manifest.meta}
     with write_artifact(out, "features", meta, overwrite=overwrite) as draft:

@@ -1,7 +1,7 @@
 """Artifact directories that are either complete or absent.
 
-An artifact is written to a draft directory beside its final path, each file gets a SHA-256 in
-``manifest.json``, everything is synced to disk, and the directory is renamed last.
+An artifact is written to a draft directory beside its final path (see `drafts`), each file gets a
+SHA-256 in ``manifest.json``, everything is synced to disk, and the directory is renamed last.
 
 Remote stores have no rename. There an artifact is written to a local directory and uploaded, its
 manifest last; an artifact that is replaced loses its manifest first. A directory without a manifest
@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from hvdrec import __version__
 from hvdrec.errors import UserError, choices, invalid_file, write_errors_named
+from hvdrec.storage.checksums import sealed, sha256, unsealed
+from hvdrec.storage.drafts import draft_directory, scratch_directory
 from hvdrec.storage.tree_checksum import tree_facts
 from hvdrec.storage.urls import Location, Url
 
@@ -33,8 +34,20 @@ MANIFEST = "manifest.json"
 DRAFT_MANIFEST = f"{MANIFEST}.draft"
 FORMATS = {"bundle": 2}
 """Kind of artifact -> format version, where it is not 1."""
+MADE_FROM = "made_from"
+"""Key in a manifest's ``meta``: kind of a source -> its identity."""
 REWRITE = "write the artifact again"
-DECODE_ERRORS = (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError)
+REMEDIES = {
+    "samples": "run hvdrec samples with --overwrite",
+    "features": "run hvdrec prepare with --overwrite",
+    "checkpoint": (
+        "write the name of another checkpoint into the run's files 'latest' and 'best', or train "
+        "again with --overwrite"
+    ),
+    "bundle": "run hvdrec export with --overwrite",
+}
+"""Kind of artifact -> what to do if it is damaged, where it is not REWRITE."""
+DECODE_ERRORS = (ValueError, KeyError, TypeError)
 """Errors that a manifest of damaged or unexpected contents raises."""
 
 
@@ -56,47 +69,64 @@ class Manifest:
     format: int
     written_by: str = __version__
 
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that are equal for artifacts of one kind and equal files."""
+        files = sorted((name, facts["sha256"]) for name, facts in self.files.items())
+        return hashlib.sha256(json.dumps([self.kind, files]).encode()).hexdigest()[:16]
 
-def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def made_from(self, kind: str) -> str:
+        """Return the identity of the artifact of `kind` that this was made from; "" if unknown."""
+        return str(self.meta.get(MADE_FROM, {}).get(kind, ""))
 
 
 @contextmanager
 def write_artifact(
-    path: Location, kind: str, meta: dict[str, Any] | None = None, *, overwrite: bool = False
+    path: Location,
+    kind: str,
+    meta: dict[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    known: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Iterator[Path]:
     """Yield an empty directory that becomes the artifact on a clean exit and else is removed.
 
-    `meta` is read on exit, so the caller may fill it meanwhile. `overwrite` replaces an artifact of
-    the same kind once the new one is complete.
+    `meta` and `known` (see `write_manifest`) are read on exit, so the caller may fill them
+    meanwhile. `overwrite` replaces an artifact of the same kind once the new one is complete.
 
     Raises:
         UserError: There is something at `path` that may not be replaced.
     """
     _require_free(path, kind, overwrite)
     if isinstance(path, Url):
-        with tempfile.TemporaryDirectory(prefix="hvdrec-") as folder:
-            yield Path(folder)
-            write_manifest(Path(folder), kind, meta or {})
-            _upload(Path(folder), path)
+        digest = hashlib.sha256(path.text.encode()).hexdigest()[:16]
+        with scratch_directory(Path(tempfile.gettempdir()) / f"hvdrec-{digest}", 0o700) as draft:
+            yield draft
+            write_manifest(draft, kind, meta or {}, known)
+            _upload(draft, path)
         return
-    with write_errors_named(path), _drafted(path) as draft:
+    with write_errors_named(path), draft_directory(path) as draft:
         yield draft
-        write_manifest(draft, kind, meta or {})
+        write_manifest(draft, kind, meta or {}, known)
 
 
-def write_manifest(directory: Path, kind: str, meta: Mapping[str, Any]) -> None:
-    """Write the manifest of a directory that holds all its files."""
+def write_manifest(
+    directory: Path,
+    kind: str,
+    meta: Mapping[str, Any],
+    known: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> None:
+    """Write the manifest of a directory that holds all its files.
+
+    `known` maps names of files to their `file_facts`; the other files are read.
+    """
     files = {
-        file.relative_to(directory).as_posix(): {
-            "sha256": sha256(file),
-            "bytes": file.stat().st_size,
-            **tree_facts(file, kind),
+        name: {
+            **(known.get(name) or file_facts(directory / name)),
+            **tree_facts(directory / name, kind),
         }
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and file != directory / MANIFEST
+        for name in _file_names(directory)
+        if name != MANIFEST
     }
     manifest = {
         "kind": kind,
@@ -105,7 +135,12 @@ def write_manifest(directory: Path, kind: str, meta: Mapping[str, Any]) -> None:
         "meta": dict(meta),
         "files": files,
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (directory / MANIFEST).write_text(sealed(manifest))
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """Return what a manifest says about a file."""
+    return {"sha256": sha256(file), "bytes": file.stat().st_size}
 
 
 def read_manifest(path: Location, kind: str) -> Manifest:
@@ -125,10 +160,70 @@ def verify_artifact(path: Path, kind: str) -> Manifest:
         UserError: `read_manifest` raises it, or a checksum differs.
     """
     manifest = read_manifest(path, kind)
-    for name, facts in manifest.files.items():
-        if sha256(path / name) != facts["sha256"]:
-            raise invalid_file(path / name, f"contents differ from {MANIFEST}", REWRITE)
+    files = StoredFiles(path, manifest)
+    for name in manifest.files:
+        files.verified(name)
     return manifest
+
+
+class StoredFiles:
+    """The files of a local artifact, each of which is verified when it is first asked for."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        """Take an artifact whose manifest was read."""
+        self.directory = directory
+        self.manifest = manifest
+        self._verified: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        """Return True if the manifest lists a file."""
+        return name in self.manifest.files
+
+    def verified(self, name: str) -> Path:
+        """Return the path of a file after comparing its SHA-256.
+
+        Raises:
+            UserError: The file cannot be read, differs, or is not part of the artifact.
+        """
+        file = self.directory / name
+        remedy = REMEDIES.get(self.manifest.kind, REWRITE)
+        if name not in self:
+            raise invalid_file(file, f"is not listed in {MANIFEST}", remedy)
+        if name not in self._verified:
+            try:
+                digest = sha256(file)
+            except OSError as error:
+                raise invalid_file(file, f"cannot be read ({error.strerror})", remedy) from None
+            if digest != self.manifest.files[name]["sha256"]:
+                raise invalid_file(file, f"contents differ from {MANIFEST}", remedy)
+            self._verified.add(name)
+        return file
+
+
+def require_source(
+    path: Location, manifest: Manifest, source: Location, kind: str, remedy: str
+) -> bool:
+    """Check that an artifact was made from what is at `source` now.
+
+    Args:
+        path: The artifact, for the message.
+        manifest: Its manifest.
+        source: The artifact of `kind` that is read together with it.
+        kind: Kind of the source.
+        remedy: What the user can do if it was made from another one.
+
+    Returns:
+        False if an earlier version wrote the artifact and did not record its source.
+
+    Raises:
+        UserError: It was made from another artifact, or the source cannot be read.
+    """
+    now = read_manifest(source, kind).identity
+    recorded = manifest.made_from(kind)
+    if recorded and recorded != now:
+        problem = f"was made from {kind} {recorded}, but {source} now holds {kind} {now}"
+        raise invalid_file(path, problem, remedy)
+    return bool(recorded)
 
 
 def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = False) -> bool:
@@ -149,7 +244,7 @@ def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = F
             verify_artifact(to, kind)
             return False
     _require_free(to, kind, overwrite)
-    with write_errors_named(to), _drafted(to) as draft:
+    with write_errors_named(to), draft_directory(to) as draft:
         for name, facts in manifest.files.items():
             file, target = source / name, draft / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,26 +259,6 @@ def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = F
     return True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically: write a draft beside it, sync it, and rename it.
-
-    Raises:
-        UserError: The disk is full or may not be written.
-    """
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with write_errors_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with draft.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            _sync(path.parent)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
 def _read_manifest(path: Location, kind: str) -> bytes:
     try:
         return (path / MANIFEST).read_bytes()
@@ -196,12 +271,13 @@ def _check_manifest(text: bytes, path: Location, kind: str) -> Manifest:
     """Parse a manifest and check it against the files of its directory."""
     file = path / MANIFEST
     try:
-        raw = json.loads(text)
+        raw = unsealed(text)
         fields = ("kind", "meta", "files", "format", "written_by")
         manifest = Manifest(*(raw[field] for field in fields))
         _require_types(manifest)
     except DECODE_ERRORS as error:
-        raise invalid_file(file, f"damaged manifest ({error})", REWRITE) from None
+        remedy = REMEDIES.get(kind, REWRITE)
+        raise invalid_file(file, f"damaged manifest ({error})", remedy) from None
     if manifest.kind != kind:
         raise invalid_file(path, f"is a '{manifest.kind}' artifact, expected '{kind}'")
     known = FORMATS.get(kind, 1)
@@ -213,10 +289,11 @@ def _check_manifest(text: bytes, path: Location, kind: str) -> Manifest:
         _require_inside(name, file)
         size = _local_size(path / name) if sizes is None else sizes.get(name)
         if size is None:
-            raise invalid_file(path / name, f"listed in {MANIFEST} but missing", REWRITE)
+            problem = f"listed in {MANIFEST} but missing"
+            raise invalid_file(path / name, problem, REMEDIES.get(kind, REWRITE))
         if size != facts["bytes"]:
             problem = f"{size} bytes, {MANIFEST} says {facts['bytes']}"
-            raise invalid_file(path / name, problem, REWRITE)
+            raise invalid_file(path / name, problem, REMEDIES.get(kind, REWRITE))
     return manifest
 
 
@@ -269,7 +346,7 @@ def _require_free(path: Location, kind: str, overwrite: bool) -> None:
 
 def _upload(draft: Path, url: Url) -> None:
     """Upload a complete directory, its manifest last, and remove files of the old artifact."""
-    names = [f.relative_to(draft).as_posix() for f in sorted(draft.rglob("*")) if f.is_file()]
+    names = _file_names(draft)
     names.remove(MANIFEST)
     old = _listed_files(url / MANIFEST) | _listed_files(url / DRAFT_MANIFEST)
     (url / DRAFT_MANIFEST).upload(draft / MANIFEST)
@@ -286,6 +363,12 @@ def _upload(draft: Path, url: Url) -> None:
     (url / DRAFT_MANIFEST).remove()
 
 
+def _file_names(directory: Path) -> list[str]:
+    """Return the relative POSIX paths of all files below a directory, in order."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return [file.relative_to(directory).as_posix() for file in files]
+
+
 def _listed_files(manifest: Url) -> set[str]:
     """Return the file names in a manifest; none if it is missing or damaged."""
     try:
@@ -295,31 +378,3 @@ def _listed_files(manifest: Url) -> set[str]:
     for name in names:
         _require_inside(name, manifest)
     return names
-
-
-@contextmanager
-def _drafted(path: Path) -> Iterator[Path]:
-    """Yield a directory beside `path` that is synced and renamed to it on a clean exit."""
-    draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        for entry in (*draft.rglob("*"), draft):
-            _sync(entry)
-        old = draft.with_suffix(".old")
-        if path.exists():
-            path.rename(old)
-        draft.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,13 +7,10 @@ files of `embeddings.files`, and the position in manifest.json), the text files 
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,19 +24,36 @@ from hvdrec.data.sampler import Progress
 from hvdrec.embeddings.files import read_into_model, read_tables, table_meta, write_tables
 from hvdrec.embeddings.setup import make_tables
 from hvdrec.embeddings.sharded import DistributedTables
-from hvdrec.errors import UserError, invalid_file
+from hvdrec.errors import invalid_file
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
-from hvdrec.storage.artifacts import read_manifest, write_artifact, write_text
+from hvdrec.parallel.progress import print_line
+from hvdrec.storage.artifacts import (
+    MADE_FROM,
+    StoredFiles,
+    file_facts,
+    require_source,
+    write_artifact,
+)
+from hvdrec.storage.checksums import unsealed
+from hvdrec.storage.urls import Location
 from hvdrec.training.build import build_model
 from hvdrec.training.optimizer import optimizer_tensors, restore_optimizer
+from hvdrec.training.pointers import (
+    FOLDER,
+    Checkpoint,
+    Which,
+    checkpoint_name,
+    find_checkpoint,
+    remove_old,
+    write_pointer,
+)
 from hvdrec.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 AVERAGES_FILE = "averages.safetensors"
-Which = Literal["latest", "best"]
 
 
 @dataclass(frozen=True)
@@ -79,37 +93,51 @@ def save(run: Path, position: Position, state: TrainState, metrics: dict[str, An
     Raises:
         UserError: A rank cannot write. It is raised on all ranks, and no checkpoint appears.
     """
-    name = f"step-{position.step:08d}"
+    name = checkpoint_name(position.step)
     meta = {
         "position": asdict(position),
         "metrics": metrics,
         "tables": table_meta(state.tables),
         "config": to_dict(state.config),
+        MADE_FROM: {"features": state.features} if state.features else {},
     }
+    known: dict[str, Any] = {}
     is_first = ranks.current().is_first
     with ExitStack() as stack:
         draft: Path | None = None
         if is_first:
-            path = run / "checkpoints" / name
-            draft = stack.enter_context(write_artifact(path, "checkpoint", meta, overwrite=True))
+            path = run / FOLDER / name
+            draft = stack.enter_context(
+                write_artifact(path, "checkpoint", meta, overwrite=True, known=known)
+            )
         folder = Path(ranks.broadcast_object(str(draft)))
-        ranks.run_on_all(lambda: _write(folder, state, is_first=is_first))
+        written = ranks.run_on_all(lambda: _write(folder, state, is_first=is_first))
+        for facts in ranks.gather_objects(written):
+            known.update(facts)
     if is_first:
         if position.best is not None and position.best_step == position.step:
-            write_text(run / "best", name)
-        write_text(run / "latest", name)
-        _remove_old(run, state.config.train.keep)
+            write_pointer(run, "best", name)
+        write_pointer(run, "latest", name)
+        remove_old(run, state.config.train.keep)
     ranks.barrier()
 
 
-def _write(folder: Path, state: TrainState, *, is_first: bool) -> None:
+def _write(folder: Path, state: TrainState, *, is_first: bool) -> dict[str, Any]:
+    """Write this rank's files; return the `file_facts` of each, which it computes itself."""
+    dense = {}
+    if is_first:
+        dense = {
+            MODEL_FILE: state.model.state_dict(),
+            OPTIMIZER_FILE: optimizer_tensors(state.model, state.optimizer),
+        }
+        if state.averages is not None:
+            dense[AVERAGES_FILE] = state.averages.dense
     try:
-        write_tables(folder, state.tables)
-        if is_first:
-            _save(state.model.state_dict(), folder / MODEL_FILE)
-            _save(optimizer_tensors(state.model, state.optimizer), folder / OPTIMIZER_FILE)
-            if state.averages is not None:
-                _save(state.averages.dense, folder / AVERAGES_FILE)
+        written = write_tables(folder, state.tables)
+        for name, tensors in dense.items():
+            written.append(folder / name)
+            _save(tensors, written[-1])
+        return {file.name: file_facts(file) for file in written}
     except (OSError, SafetensorError) as error:
         raise invalid_file(
             folder.parent,
@@ -121,34 +149,17 @@ def _write(folder: Path, state: TrainState, *, is_first: bool) -> None:
 
 def restore(run: Path, state: TrainState) -> Position:
     """Load the latest checkpoint into a state, and return its position."""
-    directory = _find(run, "latest")
-    meta = read_manifest(directory, "checkpoint").meta
-    state.model.load_state_dict(_load(directory / MODEL_FILE))
-    restore_optimizer(state.model, state.optimizer, _load(directory / OPTIMIZER_FILE))
-    read_tables(directory, meta["tables"], state.tables)
+    checkpoint = find_checkpoint(run, "latest")
+    files, meta = checkpoint.files, checkpoint.manifest.meta
+    state.model.load_state_dict(_load(files.verified(MODEL_FILE)))
+    restore_optimizer(state.model, state.optimizer, _load(files.verified(OPTIMIZER_FILE)))
+    read_tables(files, meta["tables"], state.tables)
     if state.averages is not None:
-        for name, value in _load(directory / AVERAGES_FILE).items():
+        for name, value in _load(files.verified(AVERAGES_FILE)).items():
             state.averages.dense[name].copy_(value)
     raw = dict(meta["position"])
     raw["past"] = tuple(Progress(**past) for past in raw["past"])
     return Position(**raw)
-
-
-def has_checkpoint(run: Path) -> bool:
-    """Return True if a run can be resumed."""
-    return (run / "latest").is_file()
-
-
-def latest_meta(run: Path) -> dict[str, Any]:
-    """Return the metadata of the latest checkpoint's manifest."""
-    return dict(read_manifest(_find(run, "latest"), "checkpoint").meta)
-
-
-def checkpoint_metrics(run: Path, which: Which = "best") -> dict[str, Any]:
-    """Return the validation metrics of a checkpoint."""
-    manifest = read_manifest(_find(Path(run), which), "checkpoint")
-    metrics: dict[str, Any] = manifest.meta["metrics"]
-    return metrics
 
 
 def read_config(run: Path) -> Config:
@@ -163,37 +174,56 @@ def read_config(run: Path) -> Config:
             run, f"no run here ({CONFIG_FILE} is missing)", "train first: hvdrec train"
         )
     try:
-        return from_stored(json.loads(file.read_text()))
-    except (json.JSONDecodeError, UserError) as error:
-        raise invalid_file(file, str(error), "train again") from None
+        return from_stored(unsealed(file.read_bytes()))
+    except ValueError as error:  # also UserError
+        raise invalid_file(file, str(error), "train again with --overwrite") from None
 
 
-def load_model(run: Path, config: Config, which: Which = "best") -> tuple[Recommender, str]:
+def require_features(checkpoint: Checkpoint, features: Location) -> None:
+    """Check that a checkpoint was trained on the features that are at a location now.
+
+    Raises:
+        UserError: It was trained on other features.
+    """
+    remedy = "train again with --overwrite, or restore the features it was trained on"
+    directory, manifest = checkpoint.directory, checkpoint.manifest
+    if not require_source(directory, manifest, features, "features", remedy):
+        print_line(f"{directory}: does not record its features, so they are not compared")
+
+
+def load_model(run: Path, config: Config, which: Which = "best") -> tuple[Recommender, Checkpoint]:
     """Load a run's model with its tables on the CPU.
 
     Returns:
-        The model in evaluation mode and the name of the checkpoint.
+        The model in evaluation mode and its checkpoint.
+
+    Raises:
+        UserError: The checkpoint is damaged, or was trained on other features.
     """
-    directory = _find(Path(run), which)
-    meta = read_manifest(directory, "checkpoint").meta
+    checkpoint = find_checkpoint(Path(run), which)
+    require_features(checkpoint, config.paths.of("features"))
     model = build_model(config, Fitted.load(config.paths.of("features")).sizes, with_tables=True)
-    read_into_model(directory, meta["tables"], model.tables)
-    _load_dense(model, directory, config)
-    return model.eval(), directory.name
+    read_into_model(checkpoint.files, checkpoint.manifest.meta["tables"], model.tables)
+    _load_dense(model, checkpoint.files, config)
+    return model.eval(), checkpoint
 
 
 def load_model_and_tables(
     run: Path, config: Config, which: Which, device: torch.device
-) -> tuple[Recommender, DistributedTables, str]:
+) -> tuple[Recommender, DistributedTables, Checkpoint]:
     """Load a run's model with its tables over the ranks: no rank needs memory for all of them.
 
     Every rank must call this together.
 
     Returns:
-        The model in evaluation mode, its tables, and the name of the checkpoint.
+        The model in evaluation mode, its tables, and its checkpoint.
+
+    Raises:
+        UserError: The checkpoint is damaged, or was trained on other features.
     """
-    directory = ranks.run_on_all(lambda: _find(Path(run), which))
-    meta = ranks.run_on_all(lambda: read_manifest(directory, "checkpoint").meta)
+    checkpoint = ranks.run_on_all(lambda: find_checkpoint(Path(run), which))
+    ranks.run_on_all(lambda: require_features(checkpoint, config.paths.of("features")))
+    files, meta = checkpoint.files, checkpoint.manifest.meta
     sizes = ranks.run_on_all(lambda: Fitted.load(config.paths.of("features")).sizes)
     model = build_model(config, sizes, with_tables=False)
     # SGD has no state next to the rows, which evaluation does not need.
@@ -201,33 +231,24 @@ def load_model_and_tables(
     tables = ranks.run_on_all(
         lambda: make_tables(stateless, sizes, ranks.current(), device, kernels={}, is_new=False)
     )
-    ranks.run_on_all(lambda: read_tables(directory, meta["tables"], tables, served=True))
-    ranks.run_on_all(lambda: _load_dense(model, directory, config))
-    return model.to(device).eval(), tables, directory.name
+    ranks.run_on_all(lambda: read_tables(files, meta["tables"], tables, served=True))
+    ranks.run_on_all(lambda: _load_dense(model, files, config))
+    return model.to(device).eval(), tables, checkpoint
 
 
-def _load_dense(model: Recommender, directory: Path, config: Config) -> None:
+def _load_dense(model: Recommender, files: StoredFiles, config: Config) -> None:
     """Load a model's dense weights: their averages, if there are any."""
-    file = directory / AVERAGES_FILE
-    file = file if file.is_file() else directory / MODEL_FILE
+    file = files.verified(AVERAGES_FILE if AVERAGES_FILE in files else MODEL_FILE)
     tables = {n: v for n, v in model.state_dict().items() if n.startswith("tables.")}
     try:
         model.load_state_dict({**_load(file), **tables})
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise invalid_file(
-            directory,
+            files.directory,
             f"does not fit {config.paths.of('features')} ({first})",
             "train again after hvdrec prepare",
         ) from None
-
-
-def _find(run: Path, which: Which) -> Path:
-    pointers: Sequence[str] = ("best", "latest") if which == "best" else ("latest",)
-    for pointer in pointers:
-        if (run / pointer).is_file():
-            return run / "checkpoints" / Path((run / pointer).read_text().strip()).name
-    raise invalid_file(run, "holds no checkpoint", "train first: hvdrec train")
 
 
 def _load(file: Path) -> dict[str, Tensor]:
@@ -239,16 +260,3 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
-
-
-def _remove_old(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep`, the latest and the best."""
-    named = {
-        (run / pointer).read_text().strip()
-        for pointer in ("latest", "best")
-        if (run / pointer).is_file()
-    }
-    names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    for name in names[:-keep]:
-        if name not in named:
-            shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)

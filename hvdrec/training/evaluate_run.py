@@ -14,8 +14,9 @@ from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.result import EvaluationResult, Split
 from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.watchdog import watched
-from hvdrec.training.checkpoint import Which, load_model, load_model_and_tables, read_config
+from hvdrec.training.checkpoint import load_model, load_model_and_tables, read_config
 from hvdrec.training.machine import pick_device, set_threads
+from hvdrec.training.pointers import Which
 
 __all__ = ["EvaluationResult", "evaluate"]
 
@@ -57,13 +58,11 @@ def evaluate(
         device = ranks.run_on_all(lambda: pick_device(config.train.device, world))
         fetch_rows = None
         if world.size == 1:
-            model, name = load_model(run, config, checkpoint)
+            model, loaded = load_model(run, config, checkpoint)
             model.to(device)
         else:
-            model, tables, name = load_model_and_tables(run, config, checkpoint, device)
-            checks.require_same_files(
-                run / "checkpoints" / name, "evaluate the same run everywhere"
-            )
+            model, tables, loaded = load_model_and_tables(run, config, checkpoint, device)
+            checks.require_same_files(loaded.directory, "evaluate the same run everywhere")
             fetch_rows = tables.fetch_rows
         report = evaluate_model(
             model,
@@ -73,4 +72,4 @@ def evaluate(
             ease_items=ease_items,
             fetch_rows=fetch_rows,
         )
-    return EvaluationResult(run=str(run), checkpoint=name, **report)
+    return EvaluationResult(run=str(run), checkpoint=loaded.name, **report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hvdrec.models.recommender import Recommender
 from hvdrec.storage.urls import read_table
 from hvdrec.training import checkpoint
 from hvdrec.training.pipeline import NegativeSampler
+from hvdrec.training.pointers import find_checkpoint
 
 
 def check_codes(loader: ShardLoader, schema: Schema, sizes: Mapping[str, int]) -> None:
@@ -67,7 +69,9 @@ def load_teacher(config: Config, device: torch.device) -> Recommender | None:
         return None
     run, features = Path(config.train.teacher), config.paths.of("features")
     theirs = checkpoint.read_config(run)
-    if str(theirs.paths.of("features")) != str(features) or theirs.features != config.features:
+    is_recorded = find_checkpoint(run, "best").manifest.made_from("features")
+    is_elsewhere = not is_recorded and str(theirs.paths.of("features")) != str(features)
+    if is_elsewhere or theirs.features != config.features:
         raise invalid_value(
             "train.teacher",
             str(run),
@@ -82,4 +86,6 @@ def load_teacher(config: Config, device: torch.device) -> Recommender | None:
             "was trained with objective 'retrieval' and has no ranker",
             "name a run that has one",
         )
+    # Equal features may be at another path; `load_model` compares their identity.
+    theirs = replace(theirs, paths=config.paths)
     return checkpoint.load_model(run, theirs)[0].to(device)

@@ -33,6 +33,7 @@ from hvdrec.training.inputs import (
 from hvdrec.training.machine import pick_device, set_threads
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import NegativeSampler
+from hvdrec.training.pointers import latest_meta
 from hvdrec.training.run_directory import check_features, check_run, create_run_directory
 from hvdrec.training.state import TrainState
 from hvdrec.training.warm_start import check_size, warm_start
@@ -72,12 +73,12 @@ def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> Tr
         UserError: See `training.trainer.train`; nothing is written.
     """
     run = config.paths.of("run")
-    is_resumed = _check(config, world, resume=resume, overwrite=overwrite)
+    features, is_resumed = _check(config, world, resume=resume, overwrite=overwrite)
     set_threads(config.train.threads, world)
     device = ranks.run_on_all(lambda: pick_device(config.train.device, world))
     ranks.run_on_all(lambda: check_synchronization(config.parallel.synchronization, world, device))
     loader, sizes = _open_shards(config, world)
-    stored = ranks.run_on_all(lambda: checkpoint.latest_meta(run)) if is_resumed else None
+    stored = ranks.run_on_all(lambda: latest_meta(run)) if is_resumed else None
     tables = _place_tables(config, sizes, world, device, stored)
     teacher = ranks.run_on_all(lambda: load_teacher(config, device))
     if config.train.warm_start.history:
@@ -88,7 +89,7 @@ def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> Tr
     if config.train.warm_start.history and not is_resumed:
         warm_start(config, sizes[config.schema.item_key], model, tables)
     broadcast_state(dict(model.state_dict()))
-    state = _make_state(config, model.to(device), tables, teacher)
+    state = _make_state(config, model.to(device), tables, teacher, features)
     start = checkpoint.Position()
     if is_resumed:
         start = ranks.run_on_all(lambda: checkpoint.restore(run, state))
@@ -96,11 +97,15 @@ def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> Tr
     return TrainJob(config, world, device, run, loader, negatives, state, start, probe)
 
 
-def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> bool:
-    """Check configuration, features and run directory; return True if a run is resumed."""
+def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tuple[str, bool]:
+    """Check configuration, features and run directory.
+
+    Returns:
+        The identity of the features, and True if a run is resumed.
+    """
     run, features = config.paths.of("run"), config.paths.of("features")
     checks.require_same_config(to_dict(config))
-    ranks.run_on_all(lambda: check_features(config))
+    identity = ranks.run_on_all(lambda: check_features(config)).identity
     checks.require_same_files(
         features, "copy the same features to all of them, or share the directory"
     )
@@ -111,7 +116,7 @@ def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> bo
     if is_resumed:
         reason = "a run is resumed where every rank sees its checkpoints"
         checks.require_shared_directory(run, reason)
-    return is_resumed
+    return identity, is_resumed
 
 
 def _open_shards(config: Config, world: World) -> tuple[ShardLoader, dict[str, int]]:
@@ -165,7 +170,11 @@ def _build_model(
 
 
 def _make_state(
-    config: Config, model: Recommender, tables: DistributedTables, teacher: Recommender | None
+    config: Config,
+    model: Recommender,
+    tables: DistributedTables,
+    teacher: Recommender | None,
+    features: str,
 ) -> TrainState:
     """Create the optimizer and the averages next to the weights, on their device."""
     train = config.train
@@ -180,4 +189,5 @@ def _make_state(
         log_probability_of_items(config, tables.device),
         teacher,
         averages,
+        features,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,12 +12,18 @@ from hvdrec.errors import UserError, invalid_file
 from hvdrec.features.sample_checks import check_task_labels
 from hvdrec.models.losses import retrieval_loss
 from hvdrec.parallel.ranks import World
-from hvdrec.storage.artifacts import read_manifest, write_text
-from hvdrec.training.checkpoint import CONFIG_FILE, has_checkpoint, read_config
+from hvdrec.storage.artifacts import Manifest, read_manifest
+from hvdrec.storage.checksums import sealed
+from hvdrec.storage.drafts import remove_leftovers, write_text
+from hvdrec.training.checkpoint import CONFIG_FILE, read_config, require_features
+from hvdrec.training.pointers import FOLDER, find_checkpoint, has_checkpoint
 
 
-def check_features(config: Config) -> None:
+def check_features(config: Config) -> Manifest:
     """Check that the encoded features exist and fit the configuration, and that its loss exists.
+
+    Returns:
+        The manifest of the features.
 
     Raises:
         UserError: They are missing, or were encoded with other features or tasks; or the retrieval
@@ -36,6 +41,7 @@ def check_features(config: Config) -> None:
             "run hvdrec prepare again",
         )
     check_task_labels(features, manifest, config.tasks, "hvdrec samples and hvdrec prepare")
+    return manifest
 
 
 def check_run(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -52,6 +58,7 @@ def check_run(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bo
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     if has_checkpoint(run) and resume:
         _check_same(run, read_config(run), config)
+        require_features(find_checkpoint(run, "latest"), config.paths.of("features"))
         return True
     if run.exists() and any(run.iterdir()) and not overwrite and not resume:
         raise invalid_file(
@@ -96,4 +103,7 @@ def create_run_directory(run: Path, config: Config, world: World, *, overwrite: 
         if not (run / CONFIG_FILE).is_file() and any(run.iterdir()):
             raise invalid_file(run, "is not a run of hvdrec", "choose another directory")
         shutil.rmtree(run)
-    write_text(run / CONFIG_FILE, json.dumps(to_dict(config), indent=1) + "\n")
+    # What a killed job was writing; a checkpoint of another step would stay there for good.
+    for folder in (run, run / FOLDER):
+        remove_leftovers(folder)
+    write_text(run / CONFIG_FILE, sealed(to_dict(config)))

@@ -28,6 +28,7 @@ class TrainState:
             logQ correction; None without it.
         teacher: A model in evaluation mode that holds its tables; None without distillation.
         averages: Moving averages of all weights; None without them.
+        features: Identity of the features that it is trained on.
         dense: Sums the dense gradients over the ranks.
     """
 
@@ -38,6 +39,7 @@ class TrainState:
     log_probability: Tensor | None = None
     teacher: Recommender | None = None
     averages: Averages | None = None
+    features: str = ""
     dense: DenseGradients = field(init=False)
 
     def __post_init__(self) -> None:

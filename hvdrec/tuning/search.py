@@ -20,7 +20,8 @@ from hvdrec.config import Config
 from hvdrec.config.stored import without_retired
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import invalid_file
-from hvdrec.storage.artifacts import write_text
+from hvdrec.storage.checksums import sealed, unsealed
+from hvdrec.storage.drafts import write_text
 from hvdrec.tuning.space import (
     Space,
     as_overrides,
@@ -131,7 +132,7 @@ class Search:
 
     Attributes:
         config: The configuration of the first trial.
-        features: Digest of the features.
+        features: Identity of the features.
         space: The searched fields, as texts for `parse_space`.
         metric: Name of the validation metric.
         is_loss: True if a lower metric is better.
@@ -153,14 +154,14 @@ class Search:
     def save(self, folder: Path) -> None:
         """Write ``trials.json``, which also says how to use the best trial."""
         plain = {**to_dict(self), "best": describe_best(self.trials, self.metric)}
-        write_text(folder / FILE, f"{json.dumps(plain, indent=1)}\n")
+        write_text(folder / FILE, sealed(plain))
 
 
 def load_search(folder: Path) -> Search | None:
     """Load the search of a folder; None if there is none."""
     file = folder / FILE
     try:
-        raw = json.loads(file.read_text())
+        raw = unsealed(file.read_bytes())
         plain = {key: raw[key] for key in raw if key != "best"}
         return from_dict(Search, {**plain, "config": without_retired(plain["config"])})
     except FileNotFoundError:

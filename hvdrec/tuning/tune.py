@@ -21,7 +21,8 @@ from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.agreement import digest
 from hvdrec.parallel.progress import print_line
 from hvdrec.parallel.watchdog import watched
-from hvdrec.training.checkpoint import CONFIG_FILE, has_checkpoint, latest_meta, read_config
+from hvdrec.training.checkpoint import CONFIG_FILE, read_config
+from hvdrec.training.pointers import has_checkpoint, latest_meta
 from hvdrec.training.run_directory import check_features
 from hvdrec.training.trainer import metric_name, train
 from hvdrec.tuning.search import (
@@ -77,13 +78,15 @@ def tune(
     checks.require_same_config(to_dict(config))
     if trials < 1:
         raise invalid_value("trials", trials, "must be at least 1")
-    ranks.run_on_all(lambda: check_features(config))
+    features = ranks.run_on_all(lambda: check_features(config)).identity
     folder = Path(config.paths.work) / FOLDER
 
     def begin() -> Any:
         if not world.is_first:
             return None
-        return to_dict(_load_or_create(config, tuple(search), folder, overwrite=overwrite))
+        return to_dict(
+            _load_or_create(config, features, tuple(search), folder, overwrite=overwrite)
+        )
 
     with watched(), _locked(folder):
         state = from_dict(Search, ranks.broadcast_object(ranks.run_on_all(begin)))
@@ -123,15 +126,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _load_or_create(
-    config: Config, space: tuple[str, ...], folder: Path, *, overwrite: bool
+    config: Config, features: str, space: tuple[str, ...], folder: Path, *, overwrite: bool
 ) -> Search:
-    """Return the folder's search, or a new one."""
+    """Return the folder's search, or a new one; `features` is their identity."""
     if overwrite:
         (folder / FILE).unlink(missing_ok=True)
         for run in folder.glob("trial-*"):
             shutil.rmtree(run)
     metric = metric_name(config)
-    features = digest(config.paths.of("features"))
     before = load_search(folder)
     if before is None:
         if not space:
@@ -141,8 +143,10 @@ def _load_or_create(
     difference = first_difference(before.config, config)
     if difference is None and space and set(space) != set(before.space):
         difference = f"search {' '.join(before.space)}, now {' '.join(space)}"
-    if difference is None and before.features != features:
-        difference = "other features"
+    # An earlier version recorded a hash of the manifest.
+    known = (features, digest(config.paths.of("features")))
+    if difference is None and before.features not in known:
+        difference = f"features {before.features}, now {features}"
     if difference is not None:
         remedy = "resume it with those, or pass --overwrite"
         raise invalid_file(folder, f"holds a search with {difference}", remedy)

@@ -14,11 +14,11 @@ from hvdrec import __version__
 from hvdrec.errors import UserError
 from hvdrec.storage.artifacts import (
     read_manifest,
-    sha256,
     verify_artifact,
     write_artifact,
-    write_text,
 )
+from hvdrec.storage.checksums import sha256
+from hvdrec.storage.drafts import write_text
 
 
 def make(path: Path, kind: str = "raw", text: str = "hello", **options: bool) -> Path:
@@ -31,7 +31,9 @@ def make(path: Path, kind: str = "raw", text: str = "hello", **options: bool) ->
 
 def edit_manifest(path: Path, **changes: Any) -> Path:
     file = path / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    manifest = {**json.loads(file.read_text()), **changes}
+    del manifest["checksum"]  # as in the manifests of earlier versions
+    file.write_text(json.dumps(manifest))
     return file
 
 
@@ -278,7 +280,7 @@ def test_a_small_file_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: Any) 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr("hvdrec.storage.artifacts.os.fsync", full)
+    monkeypatch.setattr("hvdrec.storage.drafts.os.fsync", full)
     with pytest.raises(UserError, match="free some space") as caught:
         write_text(tmp_path / "report.json", "{}")
     assert caught.value.field == str(tmp_path / "report.json")

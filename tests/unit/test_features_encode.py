@@ -332,7 +332,7 @@ def test_damaged_rows_are_refused(tmp_path: Path) -> None:
     content[place : place + 20] = b"\xff" * 20
     file.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"test/part-00000.parquet: is damaged \(.*; make the samples"
+        UserError, match=r"test/part-00000.parquet: contents differ .*; run hvdrec samples"
     ) as e:
         encode(folder, tmp_path / "features", config())
     assert "\n" not in str(e.value)

@@ -24,6 +24,7 @@ from onnx import external_data_helper, helper
 
 from hvdrec.scoring import BundleError, Scorer, session
 from hvdrec.storage.artifacts import write_manifest
+from hvdrec.storage.checksums import sealed, unsealed
 from tests.bundles import write_bundle
 from tests.other_bundle import put, write_other_bundle
 
@@ -46,9 +47,9 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], obj
 
     def break_it(bundle: Path) -> None:
         file = bundle / "manifest.json"
-        parsed = json.loads(file.read_text())
+        parsed = unsealed(file.read_bytes())
         change(parsed)
-        file.write_text(json.dumps(parsed))
+        file.write_text(sealed(parsed))
 
     return break_it
 

@@ -15,6 +15,7 @@ from hvdrec.scoring import BundleError, RequestError, Scorer, ScoringError, chec
 from hvdrec.scoring import bundle as bundle_module
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.storage import tree_checksum
+from hvdrec.storage.checksums import sealed, unsealed
 from hvdrec.storage.artifacts import write_manifest
 from tests.bundles import write_bundle
 
@@ -28,9 +29,9 @@ def bundle(tmp_path: Path) -> Path:
 
 def change_manifest(bundle: Path, change: Change) -> None:
     file = bundle / "manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = unsealed(file.read_bytes())
     change(manifest)
-    file.write_text(json.dumps(manifest))
+    file.write_text(sealed(manifest))
 
 
 def rewrite(bundle: Path) -> None:

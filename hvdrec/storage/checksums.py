@@ -1,0 +1,53 @@
+"""Checksums: of files, and of JSON documents that carry their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CHECKSUM = "checksum"
+"""Key of a JSON document's own checksum."""
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(document: Mapping[str, Any]) -> str:
+    """Format a JSON document with the checksum of its contents as its last entry.
+
+    The checksum is the hexadecimal SHA-256 of the other entries in compact JSON with sorted keys.
+    """
+    plain = json.loads(json.dumps(document))
+    return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=1) + "\n"
+
+
+def unsealed(text: bytes | str) -> dict[str, Any]:
+    """Parse a JSON document and compare its checksum, which documents of earlier versions lack.
+
+    Returns:
+        The document without its checksum.
+
+    Raises:
+        ValueError: The text is not a JSON object in UTF-8, or its checksum differs.
+    """
+    try:
+        plain = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(plain, dict):
+        raise ValueError("is not a JSON object")
+    expected = plain.pop(CHECKSUM, None)
+    if expected is not None and expected != _checksum(plain):
+        raise ValueError("its contents differ from its checksum")
+    return plain
+
+
+def _checksum(plain: Mapping[str, Any]) -> str:
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
