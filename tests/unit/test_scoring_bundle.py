@@ -15,8 +15,8 @@ from hvdrec.scoring import BundleError, RequestError, Scorer, ScoringError, chec
 from hvdrec.scoring import bundle as bundle_module
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.storage import tree_checksum
-from hvdrec.storage.checksums import sealed, unsealed
 from hvdrec.storage.artifacts import write_manifest
+from hvdrec.storage.checksums import sealed, unsealed
 from tests.bundles import write_bundle
 
 Change = Callable[[dict[str, Any]], Any]
