@@ -1,4 +1,4 @@
-"""The command line: parse, call the public API, print."""
+"""The command line: it parses options, calls the public API and prints results."""
 
 from hvdrec.cli.main import main
 

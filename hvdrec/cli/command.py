@@ -1,4 +1,4 @@
-"""What a command declares, and what it answers."""
+"""`Command`, which declares a command of the command line, and `Answer`, which it returns."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Answer:
     """The result of a command."""
 
     facts: Any
-    """What --json prints."""
+    """The JSON value that is printed with --json."""
     text: str
-    """What is printed otherwise."""
+    """The text that is printed without --json."""
     status: int = 0
-    """The exit status."""
+    """The exit status of the process."""
 
 
 @dataclass(frozen=True)
@@ -34,32 +34,32 @@ class Command:
     run: Callable[[argparse.Namespace], Answer]
     arguments: tuple[AddArgument, ...]
     example: str
-    """Command lines that --help ends in."""
+    """An example of a command line, which ends the --help text."""
     notes: str
-    """Further text of --help, before the example."""
+    """Text of --help between the options and the example."""
     fields: tuple[str, ...]
-    """Fields of the configuration that it takes as options: prefixes of their dotted names."""
+    """Prefixes of the dotted names of the configuration fields that are options of the command."""
 
     @property
     def name(self) -> str:
-        """Its name on the command line."""
+        """The name of the command on the command line."""
         return self.run.__name__
 
     @property
     def text(self) -> str:
-        """Its description in --help: the docstring of its function, whose first line is short."""
+        """The description in --help, which is the docstring of the command's function."""
         return inspect.getdoc(self.run) or ""
 
 
 def command(
     *arguments: AddArgument, example: str, notes: str = "", fields: tuple[str, ...] = ()
 ) -> Callable[[Callable[[argparse.Namespace], Answer]], Command]:
-    """Declare a function to be a command of the same name; its docstring is the help text."""
+    """Declare a function as a command of the same name; its docstring is the help text."""
     return lambda run: Command(run, arguments, example, notes, fields)
 
 
 def argument(*names: str, **settings: Any) -> AddArgument:
-    """Declare an argument as `argparse.ArgumentParser.add_argument` takes it."""
+    """Declare an argument of a command, as for `argparse.ArgumentParser.add_argument`."""
     return lambda parser: parser.add_argument(*names, **settings)
 
 
@@ -88,14 +88,14 @@ WORKERS = argument(
 
 
 def load_config(options: argparse.Namespace) -> Config:
-    """Load the configuration of a command, with the overrides of the command line."""
+    """Load the configuration file of a command and apply the overrides of the command line."""
     from hvdrec import config
 
     return config.load_config(options.config, options.overrides)
 
 
 def load_config_on_all(options: argparse.Namespace) -> Config:
-    """Load the configuration on every rank of a job; all ranks fail if one does."""
+    """Load the configuration on every rank of a job; if this fails on one rank, all ranks fail."""
     from hvdrec.parallel.environment import is_launched
 
     if not is_launched():

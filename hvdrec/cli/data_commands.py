@@ -1,4 +1,4 @@
-"""Commands from public data or raw logs to encoded shards."""
+"""The commands that prepare data: data, samples, prepare."""
 
 from __future__ import annotations
 

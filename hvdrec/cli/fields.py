@@ -1,4 +1,4 @@
-"""Options for the fields of a configuration, such as ``--train.batch-size 4096``."""
+"""Command-line options for the fields of a configuration, such as ``--train.batch-size 4096``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hvdrec.config.structure import field_docs, from_text, type_of
 from hvdrec.errors import UserError, choices, invalid_value, unknown_key
 
 DEST = "field "
-"""Prefix of the attributes that hold field options in the parsed options."""
+"""Prefix of the attributes of the parsed options that hold the values of fields."""
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}"}
 
 
 @dataclasses.dataclass(frozen=True)
 class FieldOption:
-    """A field as the command line shows it; N stands for a position and NAME for a key."""
+    """A configuration field as --help shows it; N stands for a number and NAME for a key."""
 
     path: tuple[str, ...]
     kind: Any
@@ -30,22 +30,22 @@ class FieldOption:
 
     @property
     def dotted(self) -> str:
-        """The field's name from the root."""
+        """The full name of the field, such as ``train.batch_size``."""
         return ".".join(self.path)
 
 
 def add_field_options(
     parser: argparse.ArgumentParser, arguments: Sequence[str], allowed: tuple[str, ...] = ("",)
 ) -> None:
-    """Add an option for each field of the configuration that occurs in the arguments.
+    """Add options to a parser, for those configuration fields that occur in the arguments.
 
     Args:
         parser: The parser to extend.
-        arguments: The command line.
-        allowed: Prefixes of the dotted names of fields that may be given.
+        arguments: The arguments of the command line.
+        allowed: Prefixes of the dotted names of the fields that the command takes.
 
     Raises:
-        UserError: There is no such field, or it is not allowed.
+        UserError: An argument names a field that does not exist or that the command does not take.
     """
     for option in dict.fromkeys(text.partition("=")[0] for text in arguments):
         dotted = option.removeprefix("--").replace("-", "_")
@@ -61,7 +61,7 @@ def add_field_options(
 
 
 def _kind_of(path: Sequence[str]) -> Any:
-    """Return the type of a field; raise UserError for an unknown one and for a table."""
+    """Return the type of a field; raise UserError if it does not exist or is a table of fields."""
     kind: Any = Config
     for end, name in enumerate(path, start=1):
         option = _option(".".join(path[:end]))
@@ -81,10 +81,10 @@ def _names(kind: Any) -> list[str]:
 
 
 def read_fields(options: argparse.Namespace) -> dict[str, object]:
-    """Return the values of the field options, by dotted field.
+    """Return the values of the fields in parsed options: dotted field -> value.
 
     Raises:
-        UserError: A value is not of the field's type.
+        UserError: A value does not have the field's type.
     """
     texts = {key.removeprefix(DEST): text for key, text in vars(options).items() if DEST in key}
     return {field: _value(field, text) for field, text in texts.items()}
@@ -107,12 +107,12 @@ def _value(field: str, text: Any) -> object:
 def describe_fields(
     parser: argparse.ArgumentParser, config: Config | None, prefixes: tuple[str, ...] = ("",)
 ) -> None:
-    """Add all fields to a parser's help: type, default and documentation.
+    """Add all fields to a parser's help, each with type, default and documentation.
 
     Args:
         parser: The parser to extend.
-        config: Its values are shown as defaults. None: the defaults of the fields.
-        prefixes: Only fields whose dotted name starts with one of these.
+        config: The configuration whose values are shown as defaults; None for the fields' defaults.
+        prefixes: Only fields whose dotted name starts with one of these are added.
     """
     usage = parser.format_usage().removeprefix("usage: ").rstrip()
     parser.usage = f"{usage} [--FIELD VALUE ...]"
@@ -159,7 +159,7 @@ def _option(dotted: str) -> str:
 
 
 def show_type(kind: Any) -> str:
-    """Format a field's type for people: ``INT``, ``{a,b}``, ``[TEXT ...]``."""
+    """Format a field's type for --help, such as ``INT``, ``{a,b}`` or ``[TEXT ...]``."""
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"
     if get_origin(kind) is tuple:
@@ -168,7 +168,7 @@ def show_type(kind: Any) -> str:
 
 
 def show_default(field: FieldOption) -> str:
-    """Format a field's default as the command line takes it."""
+    """Format a field's default as it would be written on the command line."""
     value = field.default
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"

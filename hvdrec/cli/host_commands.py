@@ -1,4 +1,4 @@
-"""Commands that check machines."""
+"""The commands that check machines: doctor, hosts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hvdrec.cli.text_table import table
 
 @command(example="hvdrec doctor")
 def doctor(options: argparse.Namespace) -> Answer:
-    """Show what this machine can do, and how to fix problems."""
+    """Check what this machine can do, and show how to fix problems."""
     from hvdrec.cluster.doctor import diagnose
 
     report = diagnose()
@@ -40,8 +40,8 @@ def doctor(options: argparse.Namespace) -> Answer:
 def hosts(options: argparse.Namespace) -> Answer:
     """Check hosts before a launch and print one line per problem.
 
-    Checks ssh without a password, equal versions and files, clocks, and the network back to this
-    host.
+    Each host must accept ssh without a password, have the same versions and files and the same
+    time, and be able to connect to this host.
     """
     from hvdrec.cluster.hosts import check_hosts, parse_hosts
 
@@ -55,7 +55,7 @@ def hosts(options: argparse.Namespace) -> Answer:
 
 
 def _with_features(paths: list[Path]) -> list[Path]:
-    """Return the paths and the features of each configuration among them."""
+    """Return the paths, and for each of them that is a configuration its features directory."""
     from hvdrec.config import load_config
 
     files = [path for path in paths if path.suffix == ".toml"]

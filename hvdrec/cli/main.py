@@ -1,4 +1,4 @@
-"""Run a command: parse, call the public API, print."""
+"""Run a command of the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvdrec.scoring.errors import ScoringError
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 a check failed, 2 a mistake of the user."""
+    """Run a command and exit: status 0 if all is well, 1 if a check failed, 2 for wrong input."""
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         answer: Answer = options.command.run(options)
@@ -42,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(text: str, *, is_shared: bool = False) -> NoReturn:
-    """Print a mistake in one line and exit.
+    """Print an error message in one line and exit.
 
     Args:
-        text: The mistake.
-        is_shared: True if all ranks have the same mistake; then only the first rank prints it.
+        text: The error message.
+        is_shared: Whether all ranks have the same error; then only the first rank prints it.
     """
     line = " ".join(text.splitlines())
     if is_first_rank():

@@ -1,4 +1,4 @@
-"""Commands from shards to a bundle: plan, train, tune, evaluate, export."""
+"""The commands that make and evaluate a model: train, tune, plan, evaluate, export."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hvdrec.cli.reports import render_evaluation, render_plan, render_search
 from hvdrec.parallel.progress import is_first_rank
 
 EXPORT_FIELDS = ("export.", "tasks.N.share", "model.ranker.combine")
-"""Fields that can change after training."""
+"""Prefixes of the fields that can change after training."""
 TUNE_NOTES = """\
 ranges and choices:
   train.learning_rate=log:1e-4:1e-2     logarithmic, both ends included
@@ -56,7 +56,7 @@ middle of a trial if that has a checkpoint. Raise --trials for more trials, or s
     fields=ALL_FIELDS,
 )
 def train(options: argparse.Namespace) -> Answer:
-    """Train a model, alone or under horovodrun or mpirun on many ranks."""
+    """Train a model in one process, or on many ranks under horovodrun or mpirun."""
     config = load_config_on_all(options)
     from hvdrec.training.trainer import train
 
@@ -98,7 +98,7 @@ def train(options: argparse.Namespace) -> Answer:
     fields=ALL_FIELDS,
 )
 def tune(options: argparse.Namespace) -> Answer:
-    """Search for the settings with the best validation metric, with Optuna."""
+    """Search for the field values that give the best validation metric, with Optuna."""
     config = load_config_on_all(options)
     from hvdrec.tuning.tune import tune
 
@@ -133,7 +133,7 @@ def tune(options: argparse.Namespace) -> Answer:
     fields=ALL_FIELDS,
 )
 def plan(options: argparse.Namespace) -> Answer:
-    """Predict memory, bytes and time of a training step on any number of ranks."""
+    """Predict memory, network traffic and time of a training step on any number of ranks."""
     from hvdrec.planner.plan import plan
 
     config = load_config(options)
@@ -173,7 +173,7 @@ def plan(options: argparse.Namespace) -> Answer:
     example="hvdrec evaluate runs/movielens-1m/run --output report.json",
 )
 def evaluate(options: argparse.Namespace) -> Answer:
-    """Evaluate a run beside its baselines; ranks share the work."""
+    """Evaluate a run and its baselines; under horovodrun or mpirun, ranks share the work."""
     from hvdrec.storage.drafts import write_text
     from hvdrec.training.evaluate_run import evaluate
 
@@ -201,9 +201,9 @@ def evaluate(options: argparse.Namespace) -> Answer:
     fields=EXPORT_FIELDS,
 )
 def export(options: argparse.Namespace) -> Answer:
-    """Write the bundle of a run, if it scores as torch does.
+    """Write the bundle of a run, if it gives the same scores as the PyTorch model.
 
-    Options can change the fields of [export] and how the score combines several labels.
+    Options can change the fields of [export], and how the score combines several labels.
     """
     from hvdrec.config import with_fields
     from hvdrec.exporting.export_run import export_with
@@ -211,7 +211,7 @@ def export(options: argparse.Namespace) -> Answer:
     from hvdrec.training.checkpoint import read_config
 
     with open_pool(options.workers) as pool:
-        if pool is None:  # the first rank of the MPI job answers
+        if pool is None:  # only the first rank of the MPI job prints a result
             return Answer({}, "")
         config = with_fields(read_config(options.run), options.overrides)
         if options.to is not None:

@@ -34,10 +34,10 @@ examples, from a log to ranked items:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises a UserError of one line instead of printing its usage."""
+    """A parser that raises UserError with one line, instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise a UserError.
+        """Raise UserError with this message.
 
         Raises:
             UserError: Always.
@@ -49,8 +49,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line.
 
     Returns:
-        The options, with the `command` to run and the `overrides` of the configuration by dotted
-        field.
+        The parsed options. `command` is the command to run; `overrides` maps dotted fields of the
+        configuration to their new values.
 
     Raises:
         UserError: An argument is unknown, missing or wrong.
@@ -69,8 +69,8 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Build the parser.
 
     Args:
-        arguments: The command line to parse. Of the hundreds of options for fields of the
-            configuration only those that occur in it are added, and all of them to a help text.
+        arguments: The command line to parse. There are hundreds of options for fields of the
+            configuration. Only those that occur here are added; --help adds all of them.
     """
     parser = Parser(
         prog="hvdrec",
@@ -103,7 +103,7 @@ def _add_fields(
     parser: argparse.ArgumentParser, command: Command, arguments: Sequence[str]
 ) -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
-        with suppress(ModuleNotFoundError):  # the slim install does not read configurations
+        with suppress(ModuleNotFoundError):  # an install for scoring only has no configurations
             from hvdrec.cli.fields import describe_fields
             from hvdrec.config import load_config
 
@@ -118,7 +118,7 @@ def _add_fields(
 
 
 def _refuse_urls(options: argparse.Namespace) -> None:
-    """Raise UserError for a URL instead of a directory. Path has removed one of its slashes."""
+    """Raise UserError if a directory is given as a URL; `Path` has removed one of its slashes."""
     for name in ("bundle", "run"):
         scheme, separator, rest = str(getattr(options, name, "")).partition(":/")
         if separator and scheme.isalnum():

@@ -1,4 +1,4 @@
-"""Results as text."""
+"""Format the results of commands as text."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TITLES = {"ranking": "Ranking", "retrieval": "Retrieval over the whole catalogue
 
 
 def render_evaluation(report: Mapping[str, Any]) -> str:
-    """Format an evaluation: the model beside its baselines, one metric per row.
+    """Format an evaluation as a table: a row for each metric, columns for model and baselines.
 
     Args:
-        report: ``ranking`` and ``retrieval`` hold metrics by name, ``tasks`` the metrics of each
-            task, ``baselines`` the same by the name of the baseline, ``notes`` lines of text.
+        report: ``ranking`` and ``retrieval`` map metrics to values, ``tasks`` has the metrics of
+            each task, ``baselines`` has all this for each baseline, ``notes`` are lines of text.
     """
     baselines: Mapping[str, Any] = report.get("baselines") or {}
     suffix = f", {report['split']} split" if "split" in report else ""
@@ -46,7 +46,7 @@ def render_evaluation(report: Mapping[str, Any]) -> str:
 
 
 def _render_tasks(tasks: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:
-    """Format one row per task: its metrics, and the AUC of each baseline on the task's label."""
+    """Format a table of tasks (labels): the metrics of each, and the AUC of each baseline."""
     others = {name: metrics["tasks"] for name, metrics in baselines.items() if "tasks" in metrics}
     rows = [
         [
@@ -66,7 +66,7 @@ def _format_metric(value: Any) -> str:
 
 
 def render_search(search: TuneResult) -> str:
-    """Format the best trials, and the values of the best one as options and as TOML."""
+    """Format the best trials of a search, and the best one's values as options and as TOML."""
     from hvdrec.tuning.search import ranked
     from hvdrec.tuning.space import as_overrides, as_toml
 
@@ -100,7 +100,7 @@ def render_search(search: TuneResult) -> str:
 
 
 def _short_names(fields: list[str]) -> dict[str, str]:
-    """Return the last part of each field's name, or the whole name if that is ambiguous."""
+    """Return the last part of each field's name, or the whole name if others end in that part."""
     names = [field.rpartition(".")[2] for field in fields]
     return {
         field: name if names.count(name) == 1 else field
@@ -113,7 +113,7 @@ def _format_value(value: object) -> str:
 
 
 def render_plan(result: PlanResult, batch_size: int) -> str:
-    """Format the predicted cost of a step, by table and by part of the step."""
+    """Format the predicted cost of a step for each embedding table and each kind of message."""
     cluster, sent, seconds = result.cluster, result.bytes_sent_per_step, result.seconds_per_step
     tables = table(
         ["table", "rows", "width", "placement", "MB per rank", "rows per step"],
@@ -153,7 +153,7 @@ def render_plan(result: PlanResult, batch_size: int) -> str:
 
 
 def render_checks(checks: Sequence[Check]) -> str:
-    """Format the checks of a machine, with remedies and the number of problems."""
+    """Format the checks of a machine with their remedies, and count the problems."""
     width = max((len(check.name) for check in checks), default=0)
     lines = []
     for check in checks:

@@ -1,4 +1,4 @@
-"""Parse requests from a command line: keys and FIELD=VALUE pairs to typed values."""
+"""Parse the parts of a request from a command line: keys and FIELD=VALUE pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvdrec.scoring.scorer import Scorer
 
 
 def parse_key(scorer: Scorer, side: str, text: str) -> Key:
-    """Parse a key as the type that the bundle declares."""
+    """Convert text to a user or item key of the type that the bundle declares."""
     if scorer.key_dtype(side) == "string":
         return text
     try:
@@ -24,7 +24,7 @@ def parse_key(scorer: Scorer, side: str, text: str) -> Key:
 
 
 def parse_user(scorer: Scorer, text: str) -> Key | Raw:
-    """Parse the key of a user, or a JSON object of raw features."""
+    """Convert text to the key of a user, or, if it is a JSON object, to raw features."""
     if not text.lstrip().startswith("{"):
         return parse_key(scorer, "user", text)
     try:
@@ -35,7 +35,7 @@ def parse_user(scorer: Scorer, text: str) -> Key | Raw:
 
 
 def parse_scene(scorer: Scorer, pairs: Sequence[str]) -> dict[str, Any]:
-    """Parse the fields of a scene, such as ``hour=21``; an empty value means missing."""
+    """Parse scene (context) fields such as ``hour=21``; an empty value means missing."""
     fields = {field.name: field for field in scorer.info.side("scene")}
     scene: dict[str, Any] = {}
     for pair in pairs:
@@ -59,7 +59,7 @@ def parse_allowed(scorer: Scorer, pairs: Sequence[str]) -> dict[str, list[Any]]:
                 "allowed", pair, "must be FIELD=VALUE", "for example genres=Drama"
             )
         field = fields.get(name)
-        # `recommend` refuses fields that are not filters, with the known ones.
+        # A field that is not a filter is refused later, by `recommend`, which lists the filters.
         value = text if field is None else _parse_scalar(field, text)
         allowed.setdefault(name, []).append(value)
     return allowed

@@ -1,4 +1,4 @@
-"""Commands that use a bundle."""
+"""The commands that use a bundle: fetch, recommend, score, publish, serve."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from hvdrec.serving import add_arguments as add_serve_arguments
 def fetch(options: argparse.Namespace) -> Answer:
     """Copy a bundle from a URL into a directory and verify it, so that it can be served.
 
-    The directory is complete or absent. A bundle that is already there is left unchanged.
+    The directory appears only when the bundle is complete. A bundle that is already there is not
+    changed.
     """
     from hvdrec.storage.artifacts import fetch_artifact
     from hvdrec.storage.urls import as_location
@@ -62,7 +63,7 @@ def fetch(options: argparse.Namespace) -> Answer:
     example="hvdrec recommend runs/movielens-1m/bundle --user 1 --scene hour=21 weekday=4 -k 10",
 )
 def recommend(options: argparse.Namespace) -> Answer:
-    """Retrieve and rank items for a user in a scene."""
+    """Retrieve and rank items for a user in a scene (time, place, device, placement)."""
     from hvdrec.cli.request_text import parse_allowed, parse_key, parse_scene, parse_user
     from hvdrec.scoring import Scorer
 
@@ -102,7 +103,7 @@ def recommend(options: argparse.Namespace) -> Answer:
     example="hvdrec score runs/movielens-1m/bundle pairs.parquet scored.parquet",
 )
 def score(options: argparse.Namespace) -> Answer:
-    """Score the rows of a Parquet file of raw values and write them to another file."""
+    """Score the rows of a Parquet file of raw values; write them with scores to another file."""
     from hvdrec.exporting.score_file import score_table
 
     facts = score_table(options.bundle, options.input, options.output, verify=options.verify)
@@ -122,7 +123,7 @@ def score(options: argparse.Namespace) -> Answer:
     example="hvdrec publish runs/movielens-1m/bundle --redis redis://localhost:6379/0",
 )
 def publish(options: argparse.Namespace) -> Answer:
-    """Write a bundle's embeddings to a Redis server that many services share, as a new version."""
+    """Write a bundle's embeddings, as a new version, to a Redis server that many services share."""
     from hvdrec.scoring.stores.redis.publish import publish
 
     url = options.redis or os.environ.get("HVDREC_REDIS", "")
@@ -146,7 +147,7 @@ def publish(options: argparse.Namespace) -> Answer:
     add_serve_arguments, example="hvdrec serve runs/movielens-1m/bundle --port 8080 --workers 2"
 )
 def serve(options: argparse.Namespace) -> Answer:
-    """Serve a bundle over HTTP until SIGTERM or SIGINT; a new bundle at the path is loaded."""
+    """Serve a bundle over HTTP until SIGTERM or SIGINT; load a new bundle that replaces it."""
     from hvdrec.serving import from_arguments, serve
 
     serve(from_arguments(options))
@@ -155,7 +156,7 @@ def serve(options: argparse.Namespace) -> Answer:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (rows done, rows in total) that shows a bar, if tqdm is installed."""
+    """Yield a function of (rows done, rows in total) that shows a bar if tqdm is installed."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:  # the slim install does not have it

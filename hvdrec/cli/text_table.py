@@ -1,6 +1,6 @@
-"""Text tables.
+"""Format tables as text.
 
-The slim install prints them, too, so they cannot come from a library.
+An install for scoring only prints tables too and has no library for them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ MAX_CELL_WIDTH = 60
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Format rows under headers in aligned columns, numbers to the right.
+    """Format rows under headers in aligned columns; numbers are aligned on the right.
 
     Cells wider than 60 terminal columns are cut, except in the last column. Line breaks and control
-    characters become spaces; None is empty.
+    characters become spaces. None becomes an empty cell.
     """
     plain = [[_plain(cell) for cell in row] for row in rows]
     cells = [[*(_cut(cell) for cell in row[:-1]), *row[-1:]] for row in plain]
@@ -46,7 +46,10 @@ def _plain(cell: object) -> str:
 
 
 def _width(text: str) -> int:
-    """Return the terminal columns of a text: 2 for a wide character, 0 for a combining one."""
+    """Return how many columns a text takes on a terminal.
+
+    A wide character takes 2 columns, a combining one 0.
+    """
     return sum(
         0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
         for c in text

@@ -1,1 +1,1 @@
-"""Encoded shards to training batches: epoch plans, Parquet reading, collation and the loader."""
+"""Read encoded shards as training batches: epoch plans, Parquet reading, collation, the loader."""

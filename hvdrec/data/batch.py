@@ -1,4 +1,4 @@
-"""The batch of tensors that the loader delivers and training consumes."""
+"""`Batch`: the tensors that the loader delivers and a training step uses."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """N rows as tensors: `rows` data rows, then padding rows that are zero in every column.
+    """N rows as tensors: samples, followed by padding rows that are zero in every column.
 
     Attributes:
-        features: Per feature, integer codes [N] or [N, max_length] (0 pads), or float32 [N].
-        user_index: Row numbers in the users table, int64 [N].
-        item_index: Row numbers in the items table, int64 [N].
-        label: float32 [N].
-        weight: float32 [N]; 0 for padding.
-        rows: The number of data rows.
-        tasks: Labels of T tasks, float32 [N, T], NaN where unknown; None if there are no tasks.
+        features: Feature name -> integer codes [N], codes [N, max_length] of lists padded with 0,
+            or numbers, float32 [N].
+        user_index: The number of each row's user, int64 [N].
+        item_index: The number of each row's item, int64 [N].
+        label: The label of each row, float32 [N].
+        weight: The weight of each row, float32 [N]; 0 for padding.
+        rows: How many of the N rows are samples.
+        tasks: The labels of T tasks, float32 [N, T], NaN where unknown; None if there are no tasks.
     """
 
     features: dict[str, Tensor]
@@ -32,12 +33,12 @@ class Batch:
     tasks: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
-        """Return rows [start, stop)."""
+        """Return a batch of the rows `start` to `stop` (exclusive)."""
         part = self._map(lambda tensor: tensor[start:stop])
         return replace(part, rows=max(0, min(stop, self.rows) - start))
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; copies from pinned memory are asynchronous."""
+        """Copy the batch to a device; a copy from pinned memory is asynchronous."""
         if device.type == "cpu":
             return self
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

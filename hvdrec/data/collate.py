@@ -1,4 +1,4 @@
-"""Encoded Parquet columns as NumPy arrays, single or packed into one matrix per dtype."""
+"""Convert encoded Parquet columns to NumPy arrays, or to blocks: one matrix for each dtype."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ Array = NDArray[Any]
 Columns = dict[str, Array]
 """Column name -> array [rows], or [rows, max_length] for a list."""
 Blocks = dict[tuple[str, ...], Array]
-"""Names of columns of one dtype -> matrix [rows, columns]. One gather per block fetches a row."""
+"""Names of some columns of one dtype -> matrix [rows, columns], so that one indexing operation
+takes a row of all these columns."""
 CodeType = type[np.int32] | type[np.int64]
 ROW_KEYS, LABELS = KEY_COLUMNS[:2], KEY_COLUMNS[2:]
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Which columns share a block.
+    """Which columns share a block, which is a matrix of one dtype.
 
     Attributes:
-        dtypes: Column names of each block -> its dtype.
-        lists: Name -> max_length of list columns; each has a block of its own.
+        dtypes: Names of the columns of each block -> dtype of the block.
+        lists: Name of each list column -> its maximum length; such a column has its own block.
     """
 
     dtypes: Mapping[tuple[str, ...], type[np.generic]]
@@ -35,7 +36,7 @@ class BlockLayout:
 
     @classmethod
     def of(cls, features: Sequence[Feature], tasks: Sequence[str]) -> BlockLayout:
-        """Lay out feature columns (codes as int32), row keys, labels and label columns of tasks."""
+        """Lay out the columns of features (codes as int32), user and item numbers, and labels."""
         scalars = [f for f in features if not f.is_list]
         dtypes: dict[tuple[str, ...], type[np.generic]] = {
             **{(f.name,): _dtype(f, np.int32) for f in features if f.is_list},
@@ -44,7 +45,7 @@ class BlockLayout:
             ROW_KEYS: np.int64,
             (*LABELS, *tasks): np.float32,
         }
-        dtypes.pop((), None)  # a block without columns
+        dtypes.pop((), None)  # remove a block that has no columns
         return cls(dtypes, {f.name: f.max_length for f in features if f.is_list})
 
     def allocate(self, rows: int) -> Blocks:
@@ -55,7 +56,7 @@ class BlockLayout:
         }
 
     def columns(self, blocks: Blocks) -> Columns:
-        """Return views of the columns of blocks."""
+        """Return the columns of the blocks as views, without a copy."""
         columns: Columns = {}
         for names, block in blocks.items():
             if names[0] in self.lists:
@@ -70,11 +71,11 @@ def table_arrays(
 ) -> Columns:
     """Convert the encoded feature columns of a table with N rows to arrays.
 
-    Lists are padded with 0 on the right and cut to their first max_length codes; sequences are
-    padded on the left and cut to their last max_length codes.
+    Lists are cut to their first max_length codes and padded with 0 on the right. Sequences (lists
+    in time order) are cut to their last max_length codes and padded on the left.
 
     Returns:
-        Per feature, codes [N] or [N, max_length] of `code_type`, or float32 [N].
+        Feature name -> codes [N] or [N, max_length] of dtype `code_type`, or numbers, float32 [N].
     """
     rows = table.num_rows
     columns: Columns = {
@@ -92,7 +93,7 @@ def _dtype(feature: Feature, code_type: CodeType) -> type[np.generic]:
 
 
 def fill(columns: Mapping[str, Array], table: pa.Table, features: Sequence[Feature]) -> None:
-    """Write the columns of a table into arrays with as many rows; see `table_arrays`."""
+    """Write a table's columns into arrays that have as many rows, cut and padded as above."""
     sequences = {feature.name for feature in features if feature.is_sequence}
     for name, column in columns.items():
         start = 0
@@ -121,5 +122,5 @@ def _pad(out: Array, lists: pa.ListArray, *, left: bool) -> None:
     columns = np.arange(width, dtype=np.int32)
     is_value = columns >= (width - lengths)[:, None] if left else columns < lengths[:, None]
     out[...] = MISSING
-    # A mask assigns in row-major order, which is the order of `values`.
+    # Assignment by a mask goes row by row, which is the order of `values`.
     out[is_value] = values

@@ -1,8 +1,9 @@
-"""Encoded shards to batches of tensors, read by Petastorm and assembled in a background thread.
+"""Deliver batches of tensors from encoded shards; a background thread assembles them.
 
-The rows of a window (see `sampler`) are written row group by row group into preallocated arrays; a
-batch is gathered from them in shuffled order, all columns of one dtype at once. Memory holds one
-window (int32 codes, padded lists), a few row groups read ahead, and the prefetched batches.
+Petastorm reads the row groups of a window, a part of the epoch whose rows are shuffled together
+(see `sampler`). They are copied into preallocated arrays, one per dtype. A batch takes rows from
+these arrays in shuffled order. Memory holds one window, a few row groups that are read ahead, and
+the prefetched batches.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ T = TypeVar("T")
 
 
 class ShardLoader:
-    """Delivers the rows of a split in batches, each row once per epoch over all ranks.
+    """Delivers the rows of a split in batches; in an epoch, each row goes to exactly one rank once.
 
-    Every batch has exactly `batch_size` rows, and all ranks run the same number of steps; a rank
-    that runs out of rows delivers padding. `sampler` defines the order of the rows.
+    Every batch has exactly `batch_size` rows, and all ranks take the same number of steps; a rank
+    that has no rows left delivers padding. `sampler` defines the order of the rows.
 
     Attributes:
-        rows: Rows of all ranks together.
-        largest_row_group: Rows of the largest row group.
-        waited_seconds: Time that the consumer has waited for batches.
+        rows: Number of rows of the split.
+        largest_row_group: Number of rows of the largest row group.
+        waited_seconds: How long the consumer has waited for batches.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class ShardLoader:
         tasks: Sequence[str] = (),
         pin_memory: bool = False,
     ) -> None:
-        """Read the footers of all `*.parquet` shards in a directory, ordered by name.
+        """Open all `*.parquet` shards in a directory, ordered by name.
 
-        `batch_size` counts the rows of this rank alone. Without `shuffle`, each rank gets a
-        contiguous part of the rows in file order. `tasks` names label columns to read.
-        `pin_memory` delivers batches in page-locked memory if CUDA is available.
+        `batch_size` is the number of rows of this rank's batches. Without `shuffle`, each rank gets
+        a contiguous part of the rows in file order. `tasks` names further label columns to read.
+        With `pin_memory`, batches are in page-locked memory if CUDA is available.
 
         Raises:
             UserError: The directory has no shards, or a shard is unreadable or lacks a column.
@@ -108,7 +109,7 @@ class ShardLoader:
         *,
         shuffle: bool,
     ) -> ShardLoader:
-        """Build the loader of one split of a configured run for one rank."""
+        """Create a rank's loader of one split, as the configuration says."""
         return cls(
             config.paths.of("features") / split,
             config.schema,
@@ -123,7 +124,7 @@ class ShardLoader:
         )
 
     def code_ranges(self, column: str) -> Iterator[tuple[str, int, int]]:
-        """Yield (file, minimum, maximum) of an encoded column from the row group statistics."""
+        """Yield file, minimum and maximum of a column for each row group, from its metadata."""
         for file in dict.fromkeys(file for file, _ in self._groups):
             metadata = read_metadata(self._files[file])
             index = next(
@@ -137,9 +138,9 @@ class ShardLoader:
                     yield file, int(statistics.min), int(statistics.max)
 
     def epoch(self, epoch: int, past: Sequence[Progress] = ()) -> Generator[Batch, None, None]:
-        """Deliver the batches of an epoch, or those that `past` has not delivered.
+        """Deliver the batches of an epoch, or the rest after the delivered parts in `past`.
 
-        See `epochs`; errors of the background threads are raised here.
+        Errors of the background threads are raised here. See `epochs`.
         """
         with closing(self.epochs(epoch, epoch + 1, lambda _, batch: batch, past)) as epochs:
             for batches in epochs:
@@ -152,15 +153,15 @@ class ShardLoader:
         prepare: Callable[[int, Batch], T],
         past: Sequence[Progress] = (),
     ) -> Generator[Iterator[T], None, None]:
-        """Deliver epochs `start` to `stop` (exclusive; None: endless).
+        """Deliver epochs `start` to `stop` (exclusive), or endlessly if `stop` is None.
 
-        A background thread assembles the batches and calls `prepare(number, batch)`, where `number`
-        counts all delivered batches from 0. It starts reading the next epoch while the last batches
-        of an epoch are waiting. It and the reading threads end when the generator is exhausted,
-        closed or dropped. `past` lists the delivered parts of epoch `start`.
+        A background thread assembles each batch and calls `prepare(number, batch)`, where `number`
+        counts the delivered batches of all epochs from 0. It starts to read the next epoch while
+        the last batches of an epoch wait to be consumed. All threads end when the generator is
+        exhausted, closed or deleted. `past` lists the parts of epoch `start` that were delivered.
 
         Yields:
-            Per epoch, an iterator over the results of `prepare`. Exhaust it before the next one.
+            For each epoch, an iterator over the results of `prepare`; exhaust it before the next.
         """
         ready: queue.Queue[T | BaseException | None] = queue.Queue(self._options.prefetch)
         stopped = threading.Event()
@@ -189,7 +190,7 @@ class ShardLoader:
             rank=self._rank,
             world_size=self._world_size,
             batch_size=self.batch_size,
-            # The size of a window does not change the order of rows that are not shuffled.
+            # Without shuffling, the size of a window does not change the order of the rows.
             window_rows=self._options.shuffle_rows if self._shuffle else self.batch_size,
             seed=self._seed,
             epoch=epoch,
@@ -198,7 +199,7 @@ class ShardLoader:
         )
 
     def _consume(self, ready: queue.Queue[T | BaseException | None]) -> Iterator[T]:
-        """Yield the queued items of one epoch; raise a queued exception."""
+        """Yield the items of one epoch from the queue; raise an item that is an exception."""
         while True:
             began = time.perf_counter()
             item = ready.get()
@@ -216,7 +217,7 @@ class ShardLoader:
         ready: queue.Queue[T | BaseException | None],
         stopped: threading.Event,
     ) -> None:
-        """Queue the prepared batches of each epoch and then None, or an exception."""
+        """Put the prepared batches of each epoch into the queue, then None; or an exception."""
 
         def put(item: T | BaseException | None) -> bool:
             while not stopped.is_set():
@@ -242,7 +243,7 @@ class ShardLoader:
             put(error)
 
     def _batches(self, plan: EpochPlan, stopped: threading.Event) -> Generator[Batch, None, None]:
-        """Cut batches across windows; leftover rows of a window open the next batch."""
+        """Yield the batches of an epoch; a batch may take rows from two or more windows."""
         delivered = held = 0
         pieces: list[Blocks] = []
         with closing(self._windows(plan, stopped)) as windows:
@@ -267,7 +268,7 @@ class ShardLoader:
     def _windows(
         self, plan: EpochPlan, stopped: threading.Event
     ) -> Generator[tuple[Blocks, Array], None, None]:
-        """Yield the rows of each window and the order in which to deliver them."""
+        """Yield for each window its rows and the order in which to deliver them."""
         groups = [self._groups[fragment.group] for window in plan.windows for fragment in window]
         if not groups:
             return
@@ -278,7 +279,7 @@ class ShardLoader:
                 yield self._read(window, tables), order
 
     def _read(self, window: Window, tables: Iterator[pa.Table]) -> Blocks:
-        """Return the concatenated rows of the fragments of a window."""
+        """Read the rows of a window's fragments into one set of blocks."""
         blocks = self._layout.allocate(sum(fragment.rows for fragment in window))
         start = 0
         for fragment in window:
@@ -320,8 +321,7 @@ class ShardLoader:
             if names[0] in self._layout.lists:
                 tensors[names[0]] = matrix
             else:
-                # Feature columns stay views of one matrix, so the model concatenates them in one
-                # copy.
+                # Feature columns stay views of one matrix, so the model can join them by one copy.
                 is_key = names[0] in KEY_COLUMNS
                 columns = matrix.t().contiguous().unbind() if is_key else matrix.unbind(1)
                 tensors.update(zip(names, columns, strict=True))

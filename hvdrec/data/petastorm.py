@@ -1,7 +1,7 @@
-"""Reading planned row groups with Petastorm, in a given order.
+"""Read row groups of Parquet files with Petastorm in a given order.
 
-Stock Petastorm chooses the order of row groups itself, converts lists to Python objects row by row,
-and opens a file twice per row group. Its subclasses here publish Arrow tables in the planned order
+Petastorm itself chooses the order of row groups, converts lists to Python objects row by row, and
+opens a file twice for each row group. The subclasses here deliver Arrow tables in the given order
 and limit how many row groups are read ahead.
 """
 
@@ -33,8 +33,9 @@ from hvdrec.storage.urls import Location, open_parquet, parquet_files, read_meta
 # Petastorm calls functions that its pinned pyarrow deprecates; neither side can be changed here.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
 
-# Idle Petastorm threads poll 1,000 times a second on the cores that train, which interrupted a step
-# of 40 ms 100 times. Here the ventilator wakes them, so this is only the longest sleep in seconds.
+# By default, Petastorm's idle threads poll 1,000 times a second on the cores that train; they
+# interrupted a step of 40 ms 100 times. Here they are woken when there is a row group to read, so
+# they can sleep longer (in seconds).
 thread_pool.IO_TIMEOUT_INTERVAL_S = 0.1
 
 RowGroup = tuple[str, int]
@@ -45,13 +46,13 @@ REMEDY = "run hvdrec prepare again"
 class RowGroupCache:
     """Petastorm's cache of row groups on a local disk, shared by the ranks of a host.
 
-    Row groups are stored as Arrow streams, so nothing that hvdrec wrote is unpickled.
+    Row groups are stored as Arrow streams, so that reading them unpickles nothing.
     """
 
     def __init__(self, directory: Path, size_bytes: int, versions: Mapping[str, str]) -> None:
-        """Create or open the cache; above `size_bytes` it evicts the oldest row groups.
+        """Create or open the cache; if it exceeds `size_bytes`, it evicts the oldest row groups.
 
-        `versions` maps the path of each shard to a text that changes with its contents.
+        `versions` maps the path of each shard to a text that changes when its content changes.
 
         Raises:
             UserError: The directory cannot be used.
@@ -71,7 +72,7 @@ class RowGroupCache:
     def get(
         self, file: str, group: int, columns: Sequence[str], read: Callable[[], pa.Table]
     ) -> pa.Table:
-        """Return a row group from the cache; on a miss, read it and store it."""
+        """Return a row group from the cache; if it is missing, call `read` and store the result."""
         text = json.dumps([file, self._versions[file], group, sorted(columns)])
         key = hashlib.sha256(text.encode()).hexdigest()
 
@@ -88,11 +89,11 @@ class RowGroupCache:
 
 @dataclass(frozen=True)
 class ShardStore:
-    """The location of shards, and a local cache for them.
+    """The file system that holds shards, and the local cache for their row groups.
 
     Attributes:
         filesystem: An fsspec file system; None for the local one.
-        cache: Local cache of row groups, if there is one.
+        cache: The cache; None if row groups are not cached.
     """
 
     filesystem: Any = None
@@ -100,7 +101,7 @@ class ShardStore:
 
 
 def find_shards(directory: Location) -> dict[str, Location]:
-    """Map the path of each shard in its file system to its location, ordered by name."""
+    """Return the shards in a directory, ordered by name: path in its file system -> location."""
     if not directory.is_dir():
         raise invalid_file(directory, "no such directory", "run hvdrec prepare")
     files = parquet_files(directory)
@@ -112,7 +113,7 @@ def find_shards(directory: Location) -> dict[str, Location]:
 def list_row_groups(
     files: Mapping[str, Location], columns: Sequence[str]
 ) -> tuple[list[RowGroup], list[int]]:
-    """List the row groups of all shards, in order, and their numbers of rows.
+    """List the row groups of all shards in order, and the number of rows of each.
 
     Raises:
         UserError: A shard is not a Parquet file or lacks one of the columns.
@@ -144,9 +145,10 @@ def read_row_groups(
     stopped: threading.Event,
     store: ShardStore | None = None,
 ) -> Generator[pa.Table, None, None]:
-    """Yield the tables of non-empty row groups in the planned order, read ahead by threads.
+    """Yield the table of each row group in `planned`, in this order; threads read ahead.
 
-    The reader ends when the generator is closed or `stopped` is set.
+    The row groups must not be empty. The threads end when the generator is closed or `stopped` is
+    set.
 
     Raises:
         UserError: A row group cannot be read.
@@ -154,10 +156,10 @@ def read_row_groups(
     ahead = workers + 2
     store = store or ShardStore()
     files = list(dict.fromkeys(file for file, _ in planned))
-    # Petastorm constructs the workers and passes them only its own arguments.
+    # Petastorm creates the workers with its own arguments only, so ours are class attributes.
     worker = type("_Worker", (_Worker,), {"store": store, "stopped": stopped})
 
-    # Paths are passed without a URL, which a '#' or '?' in them would cut short.
+    # A URL would end at a '#' or '?' in a path, so paths are passed as they are.
     filesystem, _ = get_filesystem_and_path_or_paths("file:///")
     if store.filesystem is not None:
         filesystem = _LegacyFileSystem(store.filesystem)
@@ -170,7 +172,7 @@ def read_row_groups(
             files,
             schema_fields=[f"^{column}$" for column in columns],
             worker_class=worker,
-            # At most `ahead` row groups are out, so an unbounded queue never grows beyond that.
+            # The queue is not bounded, because at most `ahead` row groups are read ahead anyway.
             reader_pool=ThreadPool(workers, results_queue_size=0),
             shuffle_row_groups=False,
             num_epochs=1,
@@ -178,7 +180,7 @@ def read_row_groups(
         )
 
     with retried(open_reader, f"{files[0]} and others", stopped=stopped) as reader:
-        # Workers finish in any order: hold early results until their turn.
+        # Workers finish in any order, so results that come early wait here for their turn.
         early: dict[int, list[pa.Table | Exception]] = {}
         for index in reader.indices:
             while not early.get(index):
@@ -194,9 +196,9 @@ def read_row_groups(
 
 
 class _LegacyFileSystem(legacy.FileSystem):  # type: ignore[misc] # pyarrow is untyped
-    """The part of pyarrow's legacy file system interface that Petastorm calls, over fsspec.
+    """An fsspec file system with the part of pyarrow's legacy interface that Petastorm uses.
 
-    It raises if the store does not respond; fsspec's own isfile would report an absent file.
+    It raises an error if the store does not answer; fsspec's own `isfile` would return False.
     """
 
     def __init__(self, filesystem: Any) -> None:
@@ -213,7 +215,7 @@ class _LegacyFileSystem(legacy.FileSystem):  # type: ignore[misc] # pyarrow is u
 
 
 class _ResultReader:
-    """Passes on the results of workers, (row group, Arrow table or error), unchanged."""
+    """Passes on the results of workers, (index of the row group, Arrow table or error)."""
 
     batched_output = True
 
@@ -225,7 +227,7 @@ class _ResultReader:
 
 
 class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
-    """Reads a row group and publishes its index with an Arrow table or an error."""
+    """Reads a row group and delivers its index with an Arrow table or an error."""
 
     publish_func: Any
     store: ShardStore
@@ -237,7 +239,7 @@ class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
 
     def process(self, piece_index: int | None, *_: Any, **__: Any) -> None:
         if piece_index is None:
-            return  # woken up to notice that the reader has stopped
+            return  # the thread was only woken to notice that the reader has stopped
         piece = self._split_pieces[piece_index]
         columns = list(self._schema.fields)
         result: pa.Table | Exception
@@ -245,7 +247,7 @@ class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
         def read() -> pa.Table:
             return retried(lambda: self._read(piece, columns), piece.path, stopped=self.stopped)
 
-        # Petastorm would print a raised exception and deliver it out of turn.
+        # Petastorm would print a raised exception and deliver it before earlier results.
         try:
             cache = self.store.cache
             result = cache.get(piece.path, piece.row_group, columns, read) if cache else read()
@@ -264,7 +266,7 @@ class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
 
 
 class _Ventilator(ConcurrentVentilator):  # type: ignore[misc] # petastorm is untyped
-    """Hands out the next row group whenever one is delivered, without a thread of its own."""
+    """Gives a worker the next row group when one has been delivered; needs no thread of its own."""
 
     def start(self) -> None:
         for _ in range(self._max_ventilation_queue_size):
@@ -279,7 +281,7 @@ class _Ventilator(ConcurrentVentilator):  # type: ignore[misc] # petastorm is un
 
 
 class _PlannedReader(Reader):  # type: ignore[misc] # petastorm is untyped
-    """Reads planned row groups in order, at most `ahead` of them ahead of the consumer."""
+    """Reads the row groups of a list in order, at most `ahead` of them before they are needed."""
 
     def __init__(self, planned: Sequence[RowGroup], ahead: int, *args: Any, **kwargs: Any) -> None:
         self._planned, self._ahead = planned, ahead

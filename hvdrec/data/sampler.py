@@ -1,10 +1,11 @@
-"""Which rank reads which rows in which order: pure functions of (seed, epoch, world size).
+"""Decide which rank reads which rows in which order, from seed, epoch and world size alone.
 
-Each epoch permutes the row groups of a split into one sequence. The sequence is cut into one
-contiguous part per rank; sizes differ by at most one row, so two ranks may share a row group. A
-rank groups its part into windows of a few row groups, shuffles the rows within each window, and
-cuts batches across windows. A few `Progress` entries record how much of an epoch was delivered;
-from them the remaining rows can be redistributed to any number of ranks.
+The row groups of a split are put into a random order in each epoch. This sequence of rows is cut
+into one contiguous part per rank. The parts differ by at most one row, so two ranks may read
+different rows of the same row group. A rank divides its part into windows of a few row groups and
+shuffles the rows within each window. Batches are taken from the windows one after the other.
+`Progress` entries record how much of an epoch was delivered, so that any number of ranks can
+continue with the remaining rows.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 NO_RANK = 2**32 - 1
-"""Takes the place of the rank in the key of a permutation that all ranks share."""
+"""Used as the rank in the random seed of a permutation that must be the same on all ranks."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Delivered part of an epoch: `steps` steps of `world_size` ranks, `batch_size` rows each."""
+    """A delivered part of an epoch: `steps` steps of `world_size` batches of `batch_size` rows."""
 
     world_size: int
     batch_size: int
@@ -33,19 +34,19 @@ class Progress:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """World size and batch size."""
+        """The world size (number of ranks) and the batch size."""
         return self.world_size, self.batch_size
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Rows of one row group: [start, stop) of the group, or of `chosen` if it is set.
+    """Some rows of one row group: its rows `start` to `stop`, or ``chosen[start:stop]``.
 
     Attributes:
         group: Index of the row group.
         start: First position.
         stop: End position, exclusive.
-        chosen: Ascending row positions within the group, int64, or None for all rows.
+        chosen: Row numbers within the group, int64 and ascending; None for all rows.
     """
 
     group: int
@@ -59,7 +60,7 @@ class Fragment:
         return self.stop - self.start
 
     def positions(self) -> Array:
-        """Return row positions within the row group, int64 [rows]."""
+        """Return the numbers of the rows within the row group, int64 [rows]."""
         if self.chosen is None:
             return np.arange(self.start, self.stop)
         return self.chosen[self.start : self.stop]
@@ -73,12 +74,12 @@ class EpochPlan:
     """What one rank reads in an epoch, or in the rest of one.
 
     Attributes:
-        windows: The windows in order, without those that were fully delivered.
-        first: Number of the first window within the epoch; it seeds the window's shuffle.
+        windows: The windows to read in order, without those that were completely delivered.
+        first: The number of the first of these windows in the epoch; its shuffle depends on it.
         skip: How many rows of the first window, in shuffled order, were already delivered.
-        rows: Rows left to deliver.
-        steps: Steps left, the same on all ranks.
-        key: Seed of the shuffles; empty for no shuffle.
+        rows: How many rows this rank still has to deliver.
+        steps: How many steps are left; it is the same on all ranks.
+        key: The seed of the shuffles; empty for no shuffling.
     """
 
     windows: tuple[Window, ...]
@@ -89,7 +90,7 @@ class EpochPlan:
     key: tuple[int, ...]
 
     def order(self, number: int) -> Array:
-        """Return the delivery order of the rows of `windows[number]`, int64 [rows]."""
+        """Return the order in which to deliver the rows of `windows[number]`, int64 [rows]."""
         return window_order(self.key, self.first + number, _rows(self.windows[number]))
 
 
@@ -107,12 +108,12 @@ def plan_epoch(
 ) -> EpochPlan:
     """Plan the rows that a rank reads in the part of an epoch that `past` has not delivered.
 
-    With the world size and batch size of the last entry of `past`, the plan continues its sequence
-    of batches exactly. Otherwise it redistributes the remaining rows. `window_rows`, `seed` and
-    `shuffle` must be those of `past`.
+    If world size and batch size are those of the last entry of `past`, the rank's batches continue
+    exactly where they stopped. Otherwise the remaining rows are distributed again. `window_rows`,
+    `seed` and `shuffle` must not change within an epoch.
 
-    `group_rows` lists the rows of every row group in file order, `batch_size` counts the rows of
-    one rank's batch, and a shuffle window has at least `window_rows` rows.
+    `group_rows` is the number of rows of each row group in file order. `batch_size` is the number
+    of rows of one rank's batch. A shuffle window has at least `window_rows` rows.
     """
     finished, done = _merge(past, world_size, batch_size)
     left = [Fragment(group, 0, rows) for group, rows in enumerate(group_rows) if rows]
@@ -137,7 +138,7 @@ def plan_epoch(
 
 
 def window_order(key: tuple[int, ...], window: int, rows: int) -> Array:
-    """Return the permutation int64 [rows] of a window; the identity for the empty key."""
+    """Return the order of a window's rows, int64 [rows]: random, or unchanged if `key` is empty."""
     if not key:
         return np.arange(rows)
     return np.random.default_rng((*key, window)).permutation(rows)
@@ -146,7 +147,11 @@ def window_order(key: tuple[int, ...], window: int, rows: int) -> Array:
 def _merge(
     past: Sequence[Progress], world_size: int, batch_size: int
 ) -> tuple[list[Progress], int]:
-    """Merge adjacent entries of one shape; split off the steps of a last entry that continues."""
+    """Merge adjacent entries of the same shape, and separate the last one if this job continues it.
+
+    Returns:
+        The entries of other shapes, and the number of steps of the last entry, else 0.
+    """
     merged: list[Progress] = []
     for progress in past:
         if merged and merged[-1].shape == progress.shape:
@@ -174,7 +179,7 @@ def _rows(fragments: Sequence[Fragment]) -> int:
 def _deal(fragments: list[Fragment], world_size: int, key: tuple[int, ...]) -> list[list[Fragment]]:
     """Permute the fragments and cut them into contiguous parts of equal size, one per rank."""
     if key:
-        # All ranks must compute the same permutation, so their own rank is not in this key.
+        # All ranks must compute the same permutation, so its seed does not contain the rank.
         order = np.random.default_rng(_rank_key(key, NO_RANK)).permutation(len(fragments))
         fragments = [fragments[i] for i in order.tolist()]
     ends = np.cumsum([fragment.rows for fragment in fragments], dtype=np.int64)
@@ -184,7 +189,7 @@ def _deal(fragments: list[Fragment], world_size: int, key: tuple[int, ...]) -> l
 
 
 def _cut(fragments: list[Fragment], ends: Array, start: int, stop: int) -> list[Fragment]:
-    """Return rows [start, stop) of the concatenated fragments, which end at `ends`."""
+    """Return rows `start` to `stop` of the joined fragments; `ends` are the fragments' ends."""
     if start == stop:
         return []
     first = int(np.searchsorted(ends, start, side="right"))
@@ -197,7 +202,7 @@ def _cut(fragments: list[Fragment], ends: Array, start: int, stop: int) -> list[
 
 
 def _windows(part: list[Fragment], window_rows: int) -> list[Window]:
-    """Group a part into windows of at least `window_rows` rows; the last may be smaller."""
+    """Divide a rank's part into windows of at least `window_rows` rows; the last may be smaller."""
     windows: list[Window] = []
     current: list[Fragment] = []
     rows = 0
@@ -213,7 +218,10 @@ def _windows(part: list[Fragment], window_rows: int) -> list[Window]:
 
 
 def _locate(windows: list[Window], delivered: int) -> tuple[int, int]:
-    """Return the number of the first window with undelivered rows and its delivered rows."""
+    """Return the number of the first window that is not completely delivered.
+
+    The second result says how many of its rows were delivered.
+    """
     for number, window in enumerate(windows):
         rows = _rows(window)
         if delivered < rows:
@@ -241,7 +249,7 @@ def _undelivered(
 
 
 def _select(window: Window, rows: Array) -> list[Fragment]:
-    """Return the fragments of ascending row numbers of a window."""
+    """Return the fragments that hold the given rows of a window, whose numbers are ascending."""
     ends = np.cumsum([fragment.rows for fragment in window])
     inside = np.split(rows, np.searchsorted(rows, ends[:-1]))
     chosen: list[Fragment] = []

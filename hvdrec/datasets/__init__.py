@@ -1,4 +1,4 @@
-"""Public data sets as Parquet tables. To add one, write a module with its `Dataset` and list it."""
+"""Public data sets as Parquet tables. To add one, write a module with a `Dataset`; list it here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = tuple(DATASETS)
 
 
 def describe() -> list[dict[str, Any]]:
-    """Return name, description, owner, licence, citation and rows of every data set."""
+    """Return name, description, owner, licence, citation and number of rows of each data set."""
     return [{"name": d.name, "description": d.description, **d.facts} for d in DATASETS.values()]
 
 
@@ -34,14 +34,14 @@ def download_dataset(
 ) -> dict[str, Any]:
     """Download a data set and write its tables to the directory `out`.
 
-    `notify` gets lines of progress, first the licence. Verified downloads are kept in `cache`, by
-    default ``$HVDREC_CACHE/downloads``.
+    `notify` is called with the licence and then with lines about the progress. Verified downloads
+    are kept in `cache`, by default ``$HVDREC_CACHE/downloads``.
 
     Returns:
-        Owner, licence, citation, source and checksum of the data, and rows per table.
+        Owner, licence, citation, source and checksum of the data, and the rows of each table.
 
     Raises:
-        UserError: The name is unknown, `out` is taken, or the download fails or is altered.
+        UserError: The name is unknown, `out` exists, the download fails, or its checksum is wrong.
     """
     if name not in DATASETS:
         raise unknown_name("data set", name, NAMES)

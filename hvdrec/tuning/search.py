@@ -1,8 +1,9 @@
-"""The state of a search: its trials so far, and what Optuna proposes next.
+"""The state of a search: the trials so far, and the values that Optuna proposes for the next one.
 
-`Search` holds the whole state and is stored as ``trials.json``. Optuna's study is rebuilt from it
-for each proposal, so a proposal is a function of the trials before it, and an interrupted search
-continues exactly as if it had not been interrupted.
+A *trial* is one training run with certain values of the searched fields. `Search` holds the whole
+state and is stored as ``trials.json``. For each proposal, Optuna's study is built again from it.
+So a proposal depends only on the earlier trials, and an interrupted search continues as if it had
+not been interrupted.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from hvdrec.tuning.space import (
 
 FILE = "trials.json"
 ATTEMPTS = 1000
-"""Draws without a new combination after which the search ends."""
+"""The search ends if so many proposals in sequence were all tried before."""
 STUCK = 3
-"""Starts of a trial from the same step after which it fails."""
+"""A trial fails if it starts so many times from the same step."""
 
 State = Literal["running", "complete", "pruned", "failed"]
 STATES = {
@@ -49,7 +50,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation metric after an epoch, counted from 0."""
+    """The validation metric after an epoch; epochs are counted from 0."""
 
     epoch: int
     value: float
@@ -57,18 +58,18 @@ class Validation:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a search.
+    """One trial of a search: a training run with certain values of the searched fields.
 
     Attributes:
-        number: Position in the search, from 0.
-        values: Plain values of the searched fields, by dotted name.
-        state: What became of the trial.
+        number: Number of the trial, from 0.
+        values: The values of the searched fields, by dotted name.
+        state: Whether the trial is running, complete, pruned (stopped early) or failed.
         value: The best validation metric.
-        step: The training step at which it was reached.
-        seconds: Time spent on the trial.
+        step: The training step with the best validation metric.
+        seconds: Time that the trial has taken.
         validations: The validation metric of each epoch.
-        starts: The steps from which the trial was started or resumed.
-        reason: Why the trial failed.
+        starts: The training steps from which the trial was started or resumed.
+        reason: Why the trial failed; empty if it did not.
     """
 
     number: int
@@ -83,16 +84,16 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The trial's directory."""
+        """The name of the trial's directory."""
         return f"trial-{self.number:03d}"
 
     def validated(self, epoch: int, value: float) -> Trial:
-        """Return the trial with a validation, which replaces those from the same epoch on."""
+        """Return the trial with the metric of an epoch, without those of later epochs."""
         before = tuple(each for each in self.validations if each.epoch < epoch)
         return replace(self, validations=(*before, Validation(epoch, value)))
 
     def started(self, step: int) -> Trial:
-        """Return the trial started from a step; failed if it starts there again and again."""
+        """Return the trial with one more start; it fails if it starts too often from this step."""
         starts = (*self.starts, step)
         if starts[-STUCK:] == (step,) * STUCK:
             reason = f"was started {STUCK} times from step {step} without progress"
@@ -106,7 +107,7 @@ class TuneResult:
 
     Attributes:
         path: The file ``trials.json``, which holds all trials.
-        metric: Name of the validation metric that ranks the trials.
+        metric: Name of the validation metric by which trials are compared.
         trials: All trials, by number.
     """
 
@@ -128,11 +129,11 @@ class TuneResult:
 
 @dataclass(frozen=True)
 class Search:
-    """A search over a configuration.
+    """The whole state of a search.
 
     Attributes:
-        config: The configuration of the first trial.
-        features: Identity of the features.
+        config: The configuration that the search starts from; it is that of the first trial.
+        features: Identity of the features on which all trials train: a hash of their content.
         space: The searched fields, as texts for `parse_space`.
         metric: Name of the validation metric.
         is_loss: True if a lower metric is better.
@@ -147,7 +148,7 @@ class Search:
     trials: tuple[Trial, ...] = ()
 
     def with_trial(self, trial: Trial) -> Search:
-        """Return the search with a trial added or replaced."""
+        """Return the search with a trial added, or replaced if its number exists."""
         before, after = self.trials[: trial.number], self.trials[trial.number + 1 :]
         return replace(self, trials=(*before, trial, *after))
 
@@ -158,7 +159,7 @@ class Search:
 
 
 def load_search(folder: Path) -> Search | None:
-    """Load the search of a folder; None if there is none."""
+    """Load the search that is stored in a folder; return None if there is none."""
     file = folder / FILE
     try:
         raw = unsealed(file.read_bytes())
@@ -172,7 +173,7 @@ def load_search(folder: Path) -> Search | None:
 
 
 def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """Return the complete trials, the best first, then the others."""
+    """Sort trials: first the complete ones, starting with the best, then all others."""
 
     def key(trial: Trial) -> tuple[bool, bool, float]:
         value = 0.0 if trial.value is None else trial.value
@@ -183,12 +184,12 @@ def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
 
 
 def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
-    """Return the best complete trial, the first of equal ones; None if none is complete."""
+    """Return the best complete trial; of equal ones the first; None if none is complete."""
     return next((each for each in ranked(trials, metric) if each.state == "complete"), None)
 
 
 def describe_best(trials: Sequence[Trial], metric: str) -> dict[str, Any] | None:
-    """Return the best trial's number, metric and values, as options and as TOML."""
+    """Return the best trial's number, its metric, and its values as options and as TOML."""
     best = best_trial(trials, metric)
     if best is None:
         return None
@@ -201,7 +202,7 @@ def describe_best(trials: Sequence[Trial], metric: str) -> dict[str, Any] | None
 
 
 def describe_trial(search: Search, trial: Trial) -> str:
-    """Return one line about a trial that has ended."""
+    """Return a line for the user about a trial that has ended."""
     best = best_trial(search.trials, search.metric)
     best_so_far = "" if best is None else f"; best {best.value:.5f} of trial {best.number}"
     value = "" if trial.value is None else f" {search.metric} {trial.value:.5f}"
@@ -211,7 +212,7 @@ def describe_trial(search: Search, trial: Trial) -> str:
 
 
 def first_difference(before: Config, now: Config) -> str | None:
-    """Return the first field that differs between configurations: ``name = old, now new``."""
+    """Describe the first field that differs between two configurations: ``name = old, now new``."""
     old, new = flatten(to_dict(before)), flatten(to_dict(now))
     for field in dict.fromkeys([*old, *new]):
         if old.get(field) != new.get(field):
@@ -220,10 +221,10 @@ def first_difference(before: Config, now: Config) -> str | None:
 
 
 def next_values(search: Search) -> dict[str, Any] | None:
-    """Return the values of the next trial, which no trial had before; None if all were tried.
+    """Return the values of the next trial, which no trial has used; None if all were tried.
 
-    The first trial is the configuration as it is. Then the tree-structured Parzen estimator
-    proposes (Bergstra et al., "Algorithms for hyper-parameter optimization", NeurIPS 2011).
+    The first trial has the values of the configuration. The tree-structured Parzen estimator
+    (Bergstra et al., "Algorithms for hyper-parameter optimization", NeurIPS 2011) proposes others.
     """
     space = parse_space(search.space, search.config)
     if not search.trials:
@@ -234,7 +235,7 @@ def next_values(search: Search) -> dict[str, Any] | None:
     study = _study(search, space)
     for attempt in range(ATTEMPTS):
         seed = (search.config.seed * 1_000_003 + len(tried) * 1009 + attempt) % 2**32
-        # If the estimator proposes values that were tried, draw at random.
+        # If the estimator proposes values that were tried, values are drawn at random.
         sampler = optuna.samplers.RandomSampler if attempt else optuna.samplers.TPESampler
         study.sampler = sampler(seed=seed)
         parameters = study.ask(dict(space)).params
@@ -245,9 +246,9 @@ def next_values(search: Search) -> dict[str, Any] | None:
 
 
 def is_hopeless(search: Search, trial: Trial) -> bool:
-    """Return True if a running trial is worse than the median of the others at its epoch.
+    """Return True if a running trial is worse than the median of the others at the same epoch.
 
-    No trial is stopped before five are complete (Optuna's MedianPruner).
+    The result is False until five trials are complete (Optuna's MedianPruner).
     """
     study = _study(search, parse_space(search.space, search.config))
     curve = {each.epoch: each.value for each in trial.validations}
@@ -256,7 +257,7 @@ def is_hopeless(search: Search, trial: Trial) -> bool:
 
 
 def _study(search: Search, space: Space) -> optuna.study.Study:
-    """Return an Optuna study, in memory, of the trials that have ended."""
+    """Build an Optuna study in memory from the trials that have ended."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         pruner=optuna.pruners.MedianPruner(),
@@ -267,7 +268,7 @@ def _study(search: Search, space: Space) -> optuna.study.Study:
 
 
 def _frozen_trials(search: Search, space: Space) -> list[FrozenTrial]:
-    """Return the trials that have ended and whose values are inside the space."""
+    """Convert the trials that have ended, and whose values the space allows, to Optuna's trials."""
     frozen = []
     for trial in search.trials:
         if trial.state == "running":
@@ -287,6 +288,6 @@ def _frozen_trials(search: Search, space: Space) -> list[FrozenTrial]:
                 intermediate_values={each.epoch: each.value for each in trial.validations},
             )
         except ValueError:
-            continue  # the configuration as it is may lie outside the ranges
+            continue  # the values of the configuration may be outside the ranges
         frozen.append(created)
     return frozen

@@ -1,4 +1,4 @@
-"""The fields that a search varies, each with a range or with choices."""
+"""The search space: the fields that a search varies, each with a range or a list of choices."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hvdrec.errors import UserError, choices, invalid_value, unknown_name
 
 Distribution = FloatDistribution | IntDistribution | CategoricalDistribution
 Space = Mapping[str, Distribution]
-"""The distribution of each searched field. Choices are stored as JSON texts."""
+"""Searched field -> Optuna's distribution of its values; choices are JSON texts."""
 Values = Mapping[str, Any]
 """Plain values of fields, by dotted name: {"train.learning_rate": 0.001}."""
 
 TABLES = ("model", "train")
-"""Tables whose fields can be searched."""
+"""Tables of the configuration whose fields can be searched."""
 FIELDS = ("loader.shuffle_rows", "parallel.synchronization", "parallel.average_every")
-"""Single fields of other tables that can be searched."""
+"""Fields of other tables of the configuration that can be searched."""
 FIXED = {
     "train.objective": "decides which metric compares trials",
     "train.metric": "decides which metric compares trials",
@@ -36,20 +36,21 @@ FIXED = {
     "train.threads": "belongs to the machine",
     "train.cpu_layers": "belongs to the machine",
 }
-"""Fields of `TABLES` that cannot be searched, with the reason."""
+"""Fields of `TABLES` that cannot be searched, and why."""
 SHARED = ("features", "samples", "encode", "tasks", "paths")
-"""Tables that decide which data all trials share."""
+"""Tables of the configuration that decide on which data the trials train."""
 EXAMPLE = "train.learning_rate=log:1e-4:1e-2"
 DIGITS = 4
-"""Significant digits of a value from a range without steps; few, so that it is easy to copy."""
+"""A value from a range without steps is rounded to so many significant digits, to be easy to copy.
+"""
 
 
 def parse_space(texts: Sequence[str], config: Config) -> dict[str, Distribution]:
-    """Parse texts such as ``train.learning_rate=log:1e-4:1e-2``.
+    """Parse fields to search, written as ``train.learning_rate=log:1e-4:1e-2``.
 
-    ``LOW:HIGH``, ``LOW:HIGH:STEP`` and ``log:LOW:HIGH`` are ranges of a number, ``A,B,C`` are
-    choices. Choices of a list field are lists: ``[256,128],[400]``. Dashes in field names count as
-    underscores.
+    After the field name follows a range of numbers (``LOW:HIGH``, ``LOW:HIGH:STEP`` or
+    ``log:LOW:HIGH``) or choices (``A,B,C``). The choices of a list field are lists:
+    ``[256,128],[400]``. In field names, dashes count as underscores.
 
     Raises:
         UserError: A field does not exist or cannot be searched, or a value is not allowed.
@@ -74,7 +75,7 @@ def parse_space(texts: Sequence[str], config: Config) -> dict[str, Distribution]
 
 
 def value_of(distribution: Distribution, parameter: Any) -> Any:
-    """Return the field's plain value for a parameter that Optuna proposes."""
+    """Convert a parameter that Optuna proposes to the plain value of the field."""
     if isinstance(distribution, CategoricalDistribution):
         return json.loads(parameter)
     if isinstance(distribution, IntDistribution):
@@ -84,13 +85,13 @@ def value_of(distribution: Distribution, parameter: Any) -> Any:
 
 
 def values_of(config: Config, fields: Iterable[str]) -> dict[str, Any]:
-    """Return the plain values of fields in a configuration."""
+    """Return the plain values that some fields have in a configuration."""
     values = flatten(to_dict(config))
     return {field: values[field] for field in fields}
 
 
 def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested tables by dotted name."""
+    """Flatten nested tables to a dict: dotted name -> value."""
     values: dict[str, Any] = {}
     for key, value in tables.items():
         name = f"{prefix}{key}"
@@ -99,7 +100,7 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def size(space: Space) -> float:
-    """Return the number of combinations; infinity if a range is continuous."""
+    """Return the number of combinations of values; infinity if a range is continuous."""
 
     def count(distribution: Distribution) -> float:
         if isinstance(distribution, CategoricalDistribution):
@@ -121,7 +122,7 @@ def as_overrides(values: Values) -> str:
 
 
 def as_toml(values: Values) -> str:
-    """Format values as TOML, table by table."""
+    """Format values as TOML to paste into a configuration."""
     tables: dict[str, list[str]] = {}
     for field, value in values.items():
         table, _, name = field.rpartition(".")
@@ -153,7 +154,7 @@ def _field_type(field: str, config: Config) -> Any:
 
 
 def _distribution(field: str, values: str, kind: Any) -> Distribution:
-    """Return the range or the choices that a text describes, for a field of a type."""
+    """Return the range or the choices that a text gives for a field of type `kind`."""
     if kind in (int, float) and ":" in values:
         return _range(field, values, kind)
     parsed = [_choice(field, text, kind) for text in _split(values)]
@@ -170,7 +171,7 @@ def _range(field: str, values: str, kind: Any) -> Distribution:
     low, high, *step = numbers
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a high end that the steps miss is lowered
+            warnings.simplefilter("ignore")  # Optuna lowers a high end that no step reaches
             distribution: IntDistribution | FloatDistribution = (
                 IntDistribution(low, high, log=is_log, step=step[0] if step else 1)
                 if kind is int
@@ -193,14 +194,14 @@ def _choice(field: str, text: str, kind: Any) -> Any:
 
 
 def _examples(distribution: Distribution) -> tuple[Any, ...]:
-    """Return values that are allowed only if all values of the distribution are."""
+    """Return some values of a distribution; if these are allowed, all its values are."""
     if isinstance(distribution, CategoricalDistribution):
         return tuple(json.loads(str(choice)) for choice in distribution.choices)
     return value_of(distribution, distribution.low), value_of(distribution, distribution.high)
 
 
 def _split(values: str) -> list[str]:
-    """Split at the commas outside brackets."""
+    """Split a text at the commas that are not inside brackets."""
     parts, depth = [""], 0
     for character in values:
         depth += (character == "[") - (character == "]")

@@ -1,4 +1,4 @@
-"""The stage ``tune``: trials one after the other, each on all ranks together."""
+"""The stage ``tune``: run the trials of a search one after the other, each on all ranks."""
 
 from __future__ import annotations
 
@@ -56,23 +56,25 @@ def tune(
 ) -> TuneResult:
     """Search for field values that give the best validation metric.
 
-    Each trial trains on the prepared features in its own directory, ``WORK/tune/trial-NNN``. The
-    first trial is the configuration as it is. Only the best trial keeps its checkpoints. Repeat the
-    call to resume an interrupted search, in the middle of a trial if it has a checkpoint. The test
-    split is never read. In a Horovod job all ranks train each trial together.
+    A trial is one training run with certain values of the searched fields, in a directory
+    ``WORK/tune/trial-NNN`` of its own. The first trial uses the values of the configuration. Only
+    the best trial keeps its checkpoints. Repeat the call to resume an interrupted search, even in
+    the middle of a trial if it has a checkpoint. The test split is never read. In a Horovod job,
+    all ranks train each trial together.
 
     Args:
-        config: The run; its features must be prepared.
+        config: The configuration of the run; `prepare` must have encoded its features.
         search: Fields with a range or choices, such as ``train.learning_rate=log:1e-4:1e-2`` (see
-            `space.parse_space`). May be empty when a search is resumed.
-        trials: Number of trials in all, with those of earlier calls.
-        prune: Stop a trial that is worse than the median of the complete ones at the same epoch.
-        overwrite: Remove an earlier search first.
-        progress: Show the training of each trial, and a line when it ends, on the first rank.
+            `space.parse_space`). May be empty to resume a search.
+        trials: Total number of trials, including those of earlier calls.
+        prune: Whether to stop a trial that is worse than the median of the complete trials after
+            the same number of epochs.
+        overwrite: Whether to remove an earlier search first.
+        progress: Whether the first rank shows the training and a line when a trial ends.
 
     Raises:
-        UserError: The features are missing, a field cannot be searched, or the folder holds a
-            different search; nothing is written.
+        UserError: The features are missing, a field cannot be searched, or WORK/tune holds another
+            search. Nothing is written.
     """
     world = ranks.init()
     checks.require_same_config(to_dict(config))
@@ -103,7 +105,7 @@ def tune(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock on the first rank; raise UserError if another job holds it."""
+    """Lock the folder against other jobs; raise UserError if another job has locked it."""
 
     def lock() -> Any:
         if not ranks.current().is_first:
@@ -128,7 +130,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _load_or_create(
     config: Config, features: str, space: tuple[str, ...], folder: Path, *, overwrite: bool
 ) -> Search:
-    """Return the folder's search, or a new one; `features` is their identity."""
+    """Load the search that is stored in a folder, or create a new one on these features."""
     if overwrite:
         (folder / FILE).unlink(missing_ok=True)
         for run in folder.glob("trial-*"):
@@ -154,7 +156,10 @@ def _load_or_create(
 
 
 def _next_trial(search: Search, count: int) -> Trial | None:
-    """Return the interrupted trial or a new one, the same on every rank; None at the end."""
+    """Return the trial to run, on every rank the same: the interrupted one or a new one.
+
+    The result is None if the search is complete.
+    """
     plain: Any = None
     if ranks.current().is_first:
         trial = next((each for each in search.trials if each.state == "running"), None)
@@ -174,7 +179,8 @@ def _run_trial(search: Search, trial: Trial, folder: Path, *, prune: bool, progr
         if has_checkpoint(run):
             step = int(latest_meta(run)["position"]["step"])
         if (first / CONFIG_FILE).is_file():
-            # A new probe could choose other layers, whose last digits and dropout differ.
+            # All trials use the layers that the first one measured to be fastest. Other layers
+            # would differ in the last digits and in dropout.
             cpu_layers = read_config(first).train.cpu_layers
     step, cpu_layers = ranks.broadcast_object([step, cpu_layers])
     recorder = _Recorder(search, folder, trial, prune=prune)
@@ -186,7 +192,7 @@ def _run_trial(search: Search, trial: Trial, folder: Path, *, prune: bool, progr
 
 
 class _Recorder:
-    """Writes each change of a running trial to ``trials.json``, on the first rank."""
+    """Stores each change of a running trial in ``trials.json``; only the first rank writes."""
 
     def __init__(self, search: Search, folder: Path, trial: Trial, *, prune: bool) -> None:
         self.trial, self.is_pruned = trial, False
@@ -194,13 +200,13 @@ class _Recorder:
         self._began = time.monotonic() - trial.seconds
 
     def record(self, trial: Trial) -> None:
-        """Store the state of the trial."""
+        """Replace the trial by a newer state of it, and store it."""
         self.trial = replace(trial, seconds=round(time.monotonic() - self._began, 1))
         if ranks.current().is_first:
             self._search.with_trial(self.trial).save(self._folder)
 
     def stop(self, epoch: int, value: float) -> bool:
-        """Record a validation; return True if the first rank decides to stop the trial."""
+        """Record the metric of an epoch; return True on all ranks if the trial must stop."""
         if not math.isfinite(value):
             return True
         self.record(self.trial.validated(epoch, value))
@@ -212,16 +218,16 @@ class _Recorder:
 def _train(
     config: Config, fields: Mapping[str, Any], recorder: _Recorder, *, progress: bool
 ) -> Trial:
-    """Train a trial; an error makes it fail and does not end the search."""
+    """Train a trial. If an error occurs, the trial fails, but the search continues."""
     run = Path(fields["paths.run"])
     try:
         trial_config = with_fields(config, fields)
         result = train(trial_config, resume=True, progress=progress, stop=recorder.stop)
     except (UserError, MemoryError, torch.OutOfMemoryError) as error:
         if not isinstance(error, UserError) and ranks.current().size > 1:
-            raise  # the other ranks are still in the trial
+            raise  # the other ranks still train, so the whole job must end
         if recorder.trial.number == 0 and not (run / "log.jsonl").is_file():
-            # The configuration as it is cannot be trained, so there is no search yet.
+            # The configuration itself cannot be trained, so the new search is removed.
             if ranks.current().is_first:
                 (run.parent / FILE).unlink()
             raise
