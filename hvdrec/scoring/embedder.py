@@ -53,8 +53,8 @@ class Embedder:
                     f"holds keys of type {self.store.dtype}, feature '{field.name}' is of type "
                     f"{field.dtype}",
                 )
-        file = info.path / f"{side}_tower.onnx"
-        self.graph = GraphSession(file, input_types(self._fields), "embedding", threads)
+        inputs = input_types(self._fields)
+        self.graph = GraphSession(info, f"{side}_tower.onnx", inputs, "embedding", threads)
 
     def embed(self, entries: Sequence[Any]) -> Array:
         """Embed n keys or mappings of raw features; return float32 [n, width].

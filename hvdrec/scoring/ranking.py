@@ -36,7 +36,8 @@ class PairRanker:
         self._outputs = ("score", *info.tasks)
         embeddings = {"user_embedding": FLOAT32_TENSOR, "item_embedding": FLOAT32_TENSOR}
         self._graph = GraphSession(
-            info.path / "ranker.onnx",
+            info,
+            "ranker.onnx",
             {**embeddings, "request": INT64_TENSOR, **input_types(scene)},
             "score",
             threads,

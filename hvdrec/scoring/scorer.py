@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial, update_wrapper
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -34,7 +34,8 @@ from hvdrec.scoring.stores import Store
 from hvdrec.scoring.verify import verify_arrays
 from hvdrec.scoring.watch import BundleWatcher, load_unreplaced
 
-Stores = Callable[[BundleInfo], tuple[Store | None, Store | None]]
+OpenStores = tuple[Store | None, Store | None]
+Stores = Callable[[BundleInfo], OpenStores]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -92,10 +93,8 @@ class Scorer:
             ReplacedError: Other bundles replaced it at each of three tries.
         """
         check_count("threads", threads)
-        load = partial(
-            cls._load, threads=int(threads), verify=verify, stores=lambda _: (users, items)
-        )
-        return load_unreplaced(lambda: load(Path(path)))
+        stores = (users, items)
+        return load_unreplaced(lambda: cls._load(Path(path), int(threads), verify, stores))
 
     @classmethod
     def watch(
@@ -130,9 +129,10 @@ class Scorer:
             StoreError: The first bundle's stores cannot answer.
         """
         check_count("threads", threads)
-        load = partial(
-            cls._load, threads=int(threads), verify=verify, stores=stores, try_graphs=True
-        )
+
+        def load(path: Path) -> Scorer:
+            return cls._load(path, int(threads), verify, stores, try_graphs=True)
+
         return WatchedScorer(
             Path(path), load, interval=interval, on_reload=on_reload, on_refused=on_refused
         )
@@ -141,15 +141,15 @@ class Scorer:
     def _load(
         cls,
         path: Path,
-        *,
         threads: int,
         verify: bool,
-        stores: Stores | None,
+        stores: Stores | OpenStores | None,
+        *,
         try_graphs: bool = False,
     ) -> Scorer:
         """Open a bundle; ReplacedError if another one replaces it meanwhile."""
         info = read_bundle(path, verify=verify)
-        users, items = stores(info) if stores else (None, None)
+        users, items = stores(info) if callable(stores) else stores or (None, None)
         try:
             scorer = cls(info, threads, users, items)
             if verify:

@@ -11,8 +11,9 @@ import numpy as np
 import onnxruntime
 
 from hvdrec.scoring.array_files import Array
-from hvdrec.scoring.bundle import Field, replaced, stamp_of
+from hvdrec.scoring.bundle import BundleInfo, Field, replaced, stamp_of
 from hvdrec.scoring.errors import choices, first_line, invalid_bundle
+from hvdrec.scoring.graph_limits import check_graph
 
 TENSOR_TYPES = {"string": "tensor(string)", "int": "tensor(int64)", "float": "tensor(double)"}
 FLOAT32_TENSOR = "tensor(float)"
@@ -29,7 +30,8 @@ class GraphSession:
 
     def __init__(
         self,
-        file: Path,
+        info: BundleInfo,
+        name: str,
         inputs: Mapping[str, str],
         output: str,
         threads: int,
@@ -38,13 +40,15 @@ class GraphSession:
         """Open a graph, unless it is large; BundleError if its inputs or outputs differ.
 
         Args:
-            file: The ONNX file.
+            info: The bundle.
+            name: Name of the ONNX file in it.
             inputs: Tensor type of each input that the graph must have.
             output: Name of the output that `run` returns.
             threads: Number of threads of one run.
             more: Names of further outputs, which `run_all` returns after ``output``.
         """
-        self._file = file
+        self._info = info
+        self._file = file = info.path / name
         self._inputs = dict(inputs)
         self._outputs = [output]
         self._all_outputs = [output, *more]
@@ -89,6 +93,7 @@ class GraphSession:
         return np.concatenate(parts)
 
     def _opened(self) -> Any:
+        check_graph(self._info.path, self._file.name, self._info.manifest["files"])
         session = _create_session(self._file, self._threads)
         if stamp_of(self._file.stat()) != self._stamp:
             raise replaced(self._file, "after the bundle was loaded")
