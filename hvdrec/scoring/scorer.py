@@ -34,8 +34,7 @@ from hvdrec.scoring.stores import Store
 from hvdrec.scoring.verify import verify_arrays
 from hvdrec.scoring.watch import BundleWatcher, load_unreplaced
 
-OpenStores = tuple[Store | None, Store | None]
-Stores = Callable[[BundleInfo], OpenStores]
+Stores = Callable[[BundleInfo], tuple[Store | None, Store | None]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -93,8 +92,8 @@ class Scorer:
             ReplacedError: Other bundles replaced it at each of three tries.
         """
         check_count("threads", threads)
-        stores = (users, items)
-        return load_unreplaced(lambda: cls._load(Path(path), int(threads), verify, stores))
+        arguments = (Path(path), int(threads), verify, lambda _: (users, items))
+        return load_unreplaced(lambda: cls._load(*arguments))
 
     @classmethod
     def watch(
@@ -131,7 +130,7 @@ class Scorer:
         check_count("threads", threads)
 
         def load(path: Path) -> Scorer:
-            return cls._load(path, int(threads), verify, stores, try_graphs=True)
+            return cls._load(path, int(threads), verify, stores, tries=True)
 
         return WatchedScorer(
             Path(path), load, interval=interval, on_reload=on_reload, on_refused=on_refused
@@ -139,22 +138,16 @@ class Scorer:
 
     @classmethod
     def _load(
-        cls,
-        path: Path,
-        threads: int,
-        verify: bool,
-        stores: Stores | OpenStores | None,
-        *,
-        try_graphs: bool = False,
+        cls, path: Path, threads: int, verify: bool, stores: Stores | None, tries: bool = False
     ) -> Scorer:
         """Open a bundle; ReplacedError if another one replaces it meanwhile."""
         info = read_bundle(path, verify=verify)
-        users, items = stores(info) if callable(stores) else stores or (None, None)
+        users, items = stores(info) if stores else (None, None)
         try:
             scorer = cls(info, threads, users, items)
             if verify:
                 verify_arrays(info)
-            if try_graphs:
+            if tries:
                 scorer._try()
         except BundleError:
             check_unchanged(info)  # files of two bundles do not fit each other
