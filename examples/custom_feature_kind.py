@@ -1,7 +1,7 @@
-"""A feature kind of your own: the discount, computed from two columns of an item.
+"""Define a feature kind of your own: a discount that is computed from two columns of an item.
 
-The computation is written once, as ONNX nodes. Encoding runs them over the samples, and the bundle
-carries them, so the service computes the same number from a raw price and list price.
+The computation is written once, as ONNX nodes. `prepare` encodes the samples with these nodes, and
+the bundle contains them, so the service computes the same number from a raw price and list price.
 
 usage: python examples/custom_feature_kind.py [DIRECTORY]
 """
@@ -21,7 +21,7 @@ from hvdrec.features.kinds import Column, FittedFeature, Kind, Nodes, TrainingSp
 
 
 class Discount(Kind):
-    """1 - price / list price of the two columns in ``columns``; 0 if one is missing."""
+    """The number 1 - price / list price; ``columns`` names both. It is 0 if one is missing."""
 
     column_kind = "numeric"
     dtypes = ("float",)
@@ -36,21 +36,21 @@ class Discount(Kind):
         return tuple(feature.column(name, "numeric") for name in feature.columns)
 
     def is_embedded(self, feature: Feature) -> bool:
-        """The result is a number, not a code of an embedding table."""
+        """Return False: the result is a number, not a code (a row of an embedding table)."""
         return False
 
     def fit(self, feature: Feature, split: TrainingSplit) -> FittedFeature:
-        """Learn nothing."""
+        """Learn nothing from the training split, because the formula has no parameters."""
         return FittedFeature(feature)
 
     def compile(self, nodes: Nodes, fitted: FittedFeature, inputs: Sequence[str]) -> str:
-        """Add the nodes from the two prices, double [N], to the discount, float32 [N]."""
+        """Add the nodes that compute the discount, float32 [N], from two prices, double [N]."""
         discount = nodes.add("Sub", nodes.double(1.0), nodes.add("Div", *inputs))
         unknown = nodes.add("IsNaN", discount)
         return nodes.cast(nodes.add("Where", unknown, nodes.double(0.0), discount), np.float32)
 
 
-# At the top level: worker processes import this module again.
+# This is at the top level because worker processes import this module too and need the kind.
 register_kind("discount", Discount())
 
 

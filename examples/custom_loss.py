@@ -1,4 +1,6 @@
-"""A retrieval loss of your own: a hinge, which wants the positive ahead by a margin.
+"""Define a retrieval loss of your own: a hinge loss.
+
+It is 0 if the positive item's logit exceeds that of every negative item by a margin.
 
 usage: python examples/custom_loss.py [DIRECTORY]
 """
@@ -20,7 +22,7 @@ MARGIN = 1.0
 
 
 def hinge(logits_BC: Tensor, positive_B: Tensor) -> Tensor:
-    """Compute how far each row's highest negative is above its positive minus a margin, [B]."""
+    """Return each row's max(0, margin + highest negative logit - positive logit), [B]."""
     column_B1 = positive_B.unsqueeze(1)
     positive_logit_B = logits_BC.gather(1, column_B1).squeeze(1)
     negative_logit_B = logits_BC.scatter(1, column_B1, -torch.inf).amax(dim=1)

@@ -1,4 +1,4 @@
-"""Train on many ranks: horovodrun -np 2 python examples/my_train.py CONFIG"""
+"""Train on many ranks (processes): horovodrun -np 2 python examples/my_train.py CONFIG"""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""A request handler over a bundle, with nothing but NumPy and ONNX Runtime installed.
+"""Answer requests with a bundle; only NumPy and ONNX Runtime need to be installed.
 
-`Scorer.watch` follows the path: when a new bundle is renamed into place, it is verified and
-swapped in, and requests under way end on the old one.
+`Scorer.watch` checks the path for a new bundle that is renamed into place. It verifies the new
+bundle and uses it for later requests; requests that already run finish with the old one.
 
 usage: python examples/score_in_a_service.py BUNDLE < requests.jsonl
 
@@ -16,7 +16,7 @@ from hvdrec.scoring import RequestError, Scorer, WatchedScorer
 
 
 def answer(scorer: WatchedScorer, request: dict[str, Any]) -> dict[str, Any]:
-    """Rank ten items for one request."""
+    """Rank ten items for one request and return them as a JSON object."""
     try:
         items = scorer.recommend(user=request["user"], scene=request.get("scene", {}), k=10)
     except RequestError as error:
@@ -25,7 +25,7 @@ def answer(scorer: WatchedScorer, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer the requests of standard input."""
+    """Read requests from standard input, one per line, and print the answers."""
     scorer = Scorer.watch(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(answer(scorer, json.loads(line))), flush=True)

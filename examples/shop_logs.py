@@ -1,4 +1,4 @@
-"""Generated logs of a small shop: what was shown, and what was clicked."""
+"""Generate logs of a small shop: which items users were shown, and which they clicked."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def write_shop_logs(directory: Path) -> None:
     list_price = random.uniform(10, 100, ITEMS).round(2)
     price = (list_price * random.uniform(0.4, 1, ITEMS)).round(2)
     hour = random.integers(0, 24, ROWS)
-    # People like their own kind of item, discounts, and more so in the evening.
+    # A user likes one kind of item, and likes discounts in the evening.
     interest = 2.0 * (user % 5 == item % 5) + 3 * (1 - price / list_price)[item] * (hour > 17)
     clicked = random.random(ROWS) < 1 / (1 + np.exp(2 - interest))
     shown = {

@@ -1,4 +1,4 @@
-"""Train, export and score with a configuration written in Python.
+"""Train, export and score with a configuration that is written in Python, without a TOML file.
 
 usage: python examples/train_from_python.py [DIRECTORY]
 """
@@ -16,7 +16,7 @@ from hvdrec.config.sections import Model, Tower, Train
 
 
 def shop_config(directory: Path, *more: Feature) -> hvdrec.Config:
-    """Return the configuration of a run in a directory, with further features."""
+    """Return the configuration of a run in `directory`, with `more` features if given."""
     return hvdrec.Config(
         name="shop",
         paths=Paths(raw=str(directory / "raw"), work=str(directory / "work")),
@@ -49,7 +49,7 @@ def shop_config(directory: Path, *more: Feature) -> hvdrec.Config:
 
 
 def main() -> None:
-    """Go from logs to ranked items."""
+    """Run all stages, from logs to ranked items."""
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
     write_shop_logs(directory / "raw")
     config = shop_config(directory)
