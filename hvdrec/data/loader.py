@@ -30,13 +30,13 @@ from hvdrec.data.collate import ROW_KEYS, BlockLayout, Blocks, fill
 from hvdrec.data.petastorm import (
     RowGroupCache,
     ShardStore,
-    find_shards,
     list_row_groups,
+    open_shards,
     read_row_groups,
 )
 from hvdrec.data.sampler import EpochPlan, Progress, Window, plan_epoch
 from hvdrec.errors import invalid_file
-from hvdrec.storage.urls import Location, Url, read_metadata, version
+from hvdrec.storage.urls import Location, Url, version
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class ShardLoader:
         tasks: Sequence[str] = (),
         pin_memory: bool = False,
     ) -> None:
-        """Open all `*.parquet` shards in a directory, ordered by name.
+        """Open all `*.parquet` shards in a directory, ordered by name, and verify their footers.
 
         `batch_size` is the number of rows of this rank's batches. Without `shuffle`, each rank gets
         a contiguous part of the rows in file order. `tasks` names further label columns to read.
@@ -87,16 +87,16 @@ class ShardLoader:
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle = seed, shuffle
         self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._files = find_shards(directory)
-        self._groups, self._group_rows = list_row_groups(self._files, self._columns)
+        self._sources = open_shards(directory)
+        self._groups, self._group_rows = list_row_groups(self._sources, self._columns)
         self.rows = sum(self._group_rows)
         self.largest_row_group = max(self._group_rows, default=0)
         cache = None
         if options.cache_dir:
-            versions = {path: version(file) for path, file in self._files.items()}
+            versions = {path: version(each.file) for path, each in self._sources.items()}
             cache = RowGroupCache(Path(options.cache_dir), int(1e9 * options.cache_gb), versions)
         filesystem = directory.filesystem if isinstance(directory, Url) else None
-        self._store = ShardStore(filesystem, cache)
+        self._store = ShardStore(filesystem, self._sources, cache)
 
     @classmethod
     def from_config(
@@ -126,7 +126,7 @@ class ShardLoader:
     def code_ranges(self, column: str) -> Iterator[tuple[str, int, int]]:
         """Yield file, minimum and maximum of a column for each row group, from its metadata."""
         for file in dict.fromkeys(file for file, _ in self._groups):
-            metadata = read_metadata(self._files[file])
+            metadata = self._sources[file].metadata
             index = next(
                 i
                 for i in range(metadata.num_columns)

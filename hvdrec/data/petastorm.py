@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diskcache  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.filesystem as legacy
 from petastorm.arrow_reader_worker import ArrowReaderWorker
@@ -28,7 +32,8 @@ from petastorm.workers_pool.thread_pool import ThreadPool
 from petastorm.workers_pool.ventilator import ConcurrentVentilator
 
 from hvdrec.errors import UserError, choices, invalid_file, invalid_value
-from hvdrec.storage.urls import Location, open_parquet, parquet_files, read_metadata, retried
+from hvdrec.storage.parquet import Checksums, ParquetSource, parquet_files, read_checksums
+from hvdrec.storage.urls import Location, retried
 
 # Petastorm calls functions that its pinned pyarrow deprecates; neither side can be changed here.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
@@ -38,15 +43,17 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
 # they can sleep longer (in seconds).
 thread_pool.IO_TIMEOUT_INTERVAL_S = 0.1
 
+log = logging.getLogger(__name__)
 RowGroup = tuple[str, int]
 """Path of a shard in its file system, and index of a row group in it."""
-REMEDY = "run hvdrec prepare again"
+REMEDY = "run hvdrec prepare with --overwrite"
 
 
 class RowGroupCache:
     """Petastorm's cache of row groups on a local disk, shared by the ranks of a host.
 
-    Row groups are stored as Arrow streams, so that reading them unpickles nothing.
+    Row groups are stored as a CRC-32 and an Arrow stream, so that reading them
+    unpickles nothing. A damaged one is read from its shard again.
     """
 
     def __init__(self, directory: Path, size_bytes: int, versions: Mapping[str, str]) -> None:
@@ -58,9 +65,11 @@ class RowGroupCache:
             UserError: The directory cannot be used.
         """
         self._versions = versions
+        self._directory, self._has_warned = directory, False
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._cache = LocalDiskCache(str(directory), size_bytes, expected_row_size_bytes=0)
+            cache = LocalDiskCache(str(directory), size_bytes, expected_row_size_bytes=0)
+            self._cache = cache._cache  # Petastorm's own interface stores nothing but new values
         except (OSError, sqlite3.Error) as error:
             raise invalid_value(
                 "loader.cache_dir",
@@ -73,18 +82,47 @@ class RowGroupCache:
         self, file: str, group: int, columns: Sequence[str], read: Callable[[], pa.Table]
     ) -> pa.Table:
         """Return a row group from the cache; if it is missing, call `read` and store the result."""
-        text = json.dumps([file, self._versions[file], group, sorted(columns)])
+        text = json.dumps(["crc", file, self._versions[file], group, sorted(columns)])
         key = hashlib.sha256(text.encode()).hexdigest()
 
-        def serialize() -> bytes:
-            sink = pa.BufferOutputStream()
-            table = read()
-            with pa.ipc.new_stream(sink, table.schema) as writer:
-                writer.write_table(table)
-            return bytes(sink.getvalue().to_pybytes())
+        stored = self._stored(key)
+        if stored is not None:
+            with pa.ipc.open_stream(stored) as stream:
+                return stream.read_all()
+        table = read()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        data = sink.getvalue().to_pybytes()
+        with self._warned():
+            self._cache.set(key, zlib.crc32(data).to_bytes(4, "little") + data)
+        return table
 
-        with pa.ipc.open_stream(self._cache.get(key, serialize)) as stream:
-            return stream.read_all()
+    def _stored(self, key: str) -> memoryview | None:
+        """Return the stored Arrow stream; None if there is none, or if it is damaged."""
+        stored = None
+        with self._warned():
+            stored = self._cache.get(key)
+        if stored is None:
+            return None
+        data = memoryview(stored) if isinstance(stored, bytes) else memoryview(b"")
+        if int.from_bytes(data[:4], "little") != zlib.crc32(data[4:]) or len(data) < 4:
+            self._warn("a row group differs from its checksum")
+            return None
+        return data[4:]
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        """Report a failure of the cache instead of raising it: the shards have all row groups."""
+        try:
+            yield
+        except (OSError, sqlite3.Error, ValueError, TypeError, diskcache.Timeout) as error:
+            self._warn(_one_line(error))
+
+    def _warn(self, problem: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning("%s: %s; shards are read instead", self._directory, problem)
 
 
 @dataclass(frozen=True)
@@ -93,45 +131,58 @@ class ShardStore:
 
     Attributes:
         filesystem: An fsspec file system; None for the local one.
+        sources: The shards by their paths, whose row groups are verified; others are not.
         cache: The cache; None if row groups are not cached.
     """
 
     filesystem: Any = None
+    sources: Mapping[str, ParquetSource] = field(default_factory=dict)
     cache: RowGroupCache | None = None
 
 
-def find_shards(directory: Location) -> dict[str, Location]:
-    """Return the shards in a directory, ordered by name: path in its file system -> location."""
+def open_shards(directory: Location) -> dict[str, ParquetSource]:
+    """Return the shards in a directory, ordered by name: path in its file system -> source.
+
+    Raises:
+        UserError: There are no shards, or one is not a Parquet file or damaged.
+    """
     if not directory.is_dir():
         raise invalid_file(directory, "no such directory", "run hvdrec prepare")
     files = parquet_files(directory)
     if not files:
         raise invalid_file(directory, "contains no shards", "run hvdrec prepare")
-    return {str(f.resolve()) if isinstance(f, Path) else f.path: f for f in files}
+    checksums = read_checksums(directory)
+    return {
+        str(file.resolve()) if isinstance(file, Path) else file.path: _open_shard(file, checksums)
+        for file in files
+    }
+
+
+def _open_shard(file: Location, checksums: Checksums | None) -> ParquetSource:
+    try:
+        return ParquetSource.open(file, checksums)
+    except (OSError, pa.ArrowException) as error:
+        problem = f"not a readable Parquet file ({_one_line(error)})"
+        raise invalid_file(file, problem, REMEDY) from None
 
 
 def list_row_groups(
-    files: Mapping[str, Location], columns: Sequence[str]
+    sources: Mapping[str, ParquetSource], columns: Sequence[str]
 ) -> tuple[list[RowGroup], list[int]]:
     """List the row groups of all shards in order, and the number of rows of each.
 
     Raises:
-        UserError: A shard is not a Parquet file or lacks one of the columns.
+        UserError: A shard lacks one of the columns.
     """
     groups: list[RowGroup] = []
     rows: list[int] = []
-    for path, file in files.items():
-        try:
-            metadata = read_metadata(file)
-        except (OSError, pa.ArrowException) as error:
-            raise invalid_file(
-                file, f"not a readable Parquet file ({_one_line(error)})", REMEDY
-            ) from None
+    for path, source in sources.items():
+        metadata = source.metadata
         names = metadata.schema.to_arrow_schema().names
         for column in columns:
             if column not in names:
                 problem = f"column '{column}' is missing; the shard has {choices(names)}"
-                raise invalid_file(file, problem, REMEDY)
+                raise invalid_file(source.file, problem, REMEDY)
         for index in range(metadata.num_row_groups):
             groups.append((path, index))
             rows.append(metadata.row_group(index).num_rows)
@@ -261,7 +312,10 @@ class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
         self.publish_func((piece_index, result))
 
     def _read(self, piece: Any, columns: list[str]) -> pa.Table:
-        with open_parquet(self.store.filesystem, piece.path) as file:
+        source = self.store.sources.get(piece.path)
+        if source is None:
+            source = ParquetSource.open(Path(piece.path), None)
+        with source.opened() as file:
             return file.read_row_group(piece.row_group, columns=columns, use_threads=False)
 
 

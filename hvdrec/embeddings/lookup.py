@@ -194,7 +194,7 @@ def _check_codes(feature: Feature, table: str, code: Array, size: int) -> None:
         worst = int(code.min() if code.min() < 0 else code.max())
         raise UserError(
             f"feature '{feature.name}': code {worst} is outside table '{table}' of {size} rows; "
-            "run hvdrec prepare again",
+            "run hvdrec prepare with --overwrite",
             field=feature.name,
             value=worst,
         )

@@ -32,7 +32,7 @@ from hvdrec.evaluation.retrieval import user_item_matrix
 from hvdrec.parallel import ranks
 from hvdrec.samples.split import SPLITS, STATES
 from hvdrec.storage.artifacts import read_manifest
-from hvdrec.storage.urls import read_metadata, read_tables
+from hvdrec.storage.parquet import read_metadata, read_tables
 
 CHOICE_USERS, CHOICE_ROWS = 10_000, 500_000
 """Largest number of validation users and rows that choose a baseline's setting."""

@@ -23,7 +23,7 @@ from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.samples.split import user_states
 from hvdrec.storage.artifacts import Manifest, read_manifest
-from hvdrec.storage.urls import read_table
+from hvdrec.storage.parquet import read_table
 
 Array = NDArray[Any]
 FetchRows = Callable[[Mapping[str, Tensor]], BatchRows]

@@ -23,7 +23,8 @@ from hvdrec.evaluation.retrieval import (
 )
 from hvdrec.parallel import ranks
 from hvdrec.storage.artifacts import Manifest
-from hvdrec.storage.urls import Location, read_metadata, read_tables
+from hvdrec.storage.parquet import read_metadata, read_tables
+from hvdrec.storage.urls import Location
 
 Array = NDArray[Any]
 

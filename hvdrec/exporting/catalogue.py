@@ -17,7 +17,7 @@ from hvdrec.config import Config
 from hvdrec.exporting.embed import key_array
 from hvdrec.features.raw import one_chunk
 from hvdrec.samples.split import SPLITS
-from hvdrec.storage.urls import read_table
+from hvdrec.storage.parquet import read_table
 
 Array = NDArray[Any]
 DAY = 86_400

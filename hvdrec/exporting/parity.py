@@ -21,7 +21,7 @@ from hvdrec.features.graph import build, output_name
 from hvdrec.features.raw import rows_to_inputs
 from hvdrec.models.recommender import Recommender
 from hvdrec.scoring import Scorer
-from hvdrec.storage.urls import read_table, read_tables
+from hvdrec.storage.parquet import read_table, read_tables
 
 Arrays = Mapping[str, NDArray[Any]]
 Row = dict[str, Any]

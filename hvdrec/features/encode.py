@@ -35,6 +35,7 @@ from hvdrec.features.sample_checks import check_columns, check_file, check_task_
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
 from hvdrec.storage.artifacts import MADE_FROM, verify_artifact, write_artifact
+from hvdrec.storage.parquet import FileChecksums, write_checksums
 from hvdrec.storage.urls import Location
 
 SPLITS = ("train", "validation", "test")
@@ -146,6 +147,7 @@ def encode(
             _write_side(job, items, rows, workers, {"train_count": counts})
             for state in states:
                 _write_side(job, _SideFile("user", f"users_{state}.parquet"), rows, workers, {})
+            write_checksums(job.draft)
         finally:
             _state.cache_clear()
     return meta
@@ -167,12 +169,15 @@ def _write_splits(
         meta["shards"][split] = [sum(shard.groups) for shard in shards]
         meta["rows"][split] = sum(meta["shards"][split])
         (job.draft / split).mkdir()
-        with closing(workers.map(_write_shard, shards)) as written:
-            for shard, (items, times) in zip(shards, written, strict=True):
+        checksums = {}
+        with closing(workers.map(_write_shard, shards)) as results:
+            for shard, written in zip(shards, results, strict=True):
                 _require_visible(shard)
+                checksums[shard.file.name] = written.checksums
                 if split == "train":
-                    counts[items] += times
+                    counts[written.items] += written.times
                 progress(sum(shard.groups))
+        write_checksums(job.draft / split, checksums)
     return counts
 
 
@@ -231,8 +236,20 @@ def _state(job: _Job) -> _State:
     return _State(Encoder(fitted), users, items)
 
 
-def _write_shard(shard: _Shard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Write a shard; return the item indices of its positive rows and how often each occurs."""
+@dataclass(frozen=True)
+class _Written:
+    """A shard that was written.
+
+    items: Item indices of its positive rows, int64 [n].
+    times: How often each of them occurs, int64 [n].
+    """
+
+    items: NDArray[np.int64]
+    times: NDArray[np.int64]
+    checksums: FileChecksums
+
+
+def _write_shard(shard: _Shard) -> _Written:
     job, state = shard.job, _state(shard.job)
     schema = state.encoder.fitted.schema
     types = shard_types(schema.features, job.labels)
@@ -251,7 +268,7 @@ def _write_shard(shard: _Shard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             index, label = encoded["item_index"].to_numpy(), encoded["label"].to_numpy()
             positives.append(index[label > 0])
     items, times = np.unique(np.concatenate(positives), return_counts=True)
-    return items, times
+    return _Written(items, times, FileChecksums.compute(shard.file))
 
 
 def _require_visible(shard: _Shard) -> None:

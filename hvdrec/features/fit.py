@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +13,13 @@ import pyarrow.parquet as pq
 
 from hvdrec.config.schema import FIRST_CODE, Schema
 from hvdrec.config.structure import from_dict, to_dict
-from hvdrec.errors import invalid_file, invalid_value
+from hvdrec.errors import UserError, invalid_file, invalid_value
 from hvdrec.features.kinds.kind import FittedFeature, TrainingSplit, kind_of
 from hvdrec.features.raw import ARROW_TYPES
 from hvdrec.features.sample_checks import check_columns, damaged
-from hvdrec.storage.urls import Location, read_table
+from hvdrec.storage.checksums import sealed, unsealed
+from hvdrec.storage.parquet import read_table, write_checksums
+from hvdrec.storage.urls import Location
 
 FITTED_FILE = "fitted.json"
 _NO_STATISTICS = {"mean": 0.0, "deviation": 1.0, "boundaries": None}
@@ -54,8 +55,9 @@ class Fitted:
                 codes = pa.array(range(FIRST_CODE, FIRST_CODE + len(values)), pa.int64())
                 table = pa.table({"code": codes, "value": values})
                 pq.write_table(table, directory / "vocabulary" / f"{name}.parquet")
-        text = json.dumps({"schema": to_dict(self.schema), "fitted": facts}, indent=1)
-        (directory / FITTED_FILE).write_text(text + "\n")
+        text = sealed({"schema": to_dict(self.schema), "fitted": facts})
+        (directory / FITTED_FILE).write_text(text)
+        write_checksums(directory / "vocabulary")
 
     @staticmethod
     def load(directory: Location) -> Fitted:
@@ -66,7 +68,7 @@ class Fitted:
         """
         file = directory / FITTED_FILE
         try:
-            raw = json.loads(file.read_text())
+            raw = unsealed(file.read_bytes())
             schema = from_dict(Schema, raw["schema"])
             features = {}
             for feature in schema.features:
@@ -78,8 +80,10 @@ class Fitted:
                 features[feature.name] = FittedFeature(feature, size, values, statistics)
         except FileNotFoundError:
             raise invalid_file(file, "is missing", "run hvdrec prepare") from None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise damaged(file, error, "run hvdrec prepare again") from None
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(file, error, "run hvdrec prepare with --overwrite") from None
         return Fitted(schema, features)
 
 
@@ -128,5 +132,5 @@ def _read_vocabulary(file: Location) -> list[Any]:
     except FileNotFoundError:
         raise invalid_file(file, "is missing", "run hvdrec prepare") from None
     except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise damaged(file, error, "run hvdrec prepare again") from None
+        raise damaged(file, error, "run hvdrec prepare with --overwrite") from None
     return values

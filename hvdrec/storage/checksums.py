@@ -18,13 +18,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sealed(document: Mapping[str, Any]) -> str:
+def sealed(document: Mapping[str, Any], indent: int | None = 1) -> str:
     """Format a JSON document with the checksum of its contents as its last entry.
 
     The checksum is the hexadecimal SHA-256 of the other entries in compact JSON with sorted keys.
     """
     plain = json.loads(json.dumps(document))
-    return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=1) + "\n"
+    return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=indent) + "\n"
 
 
 def unsealed(text: bytes | str) -> dict[str, Any]:

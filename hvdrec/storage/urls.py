@@ -11,19 +11,15 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from hvdrec.errors import invalid_file
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
 RETRY_SECONDS = 180.0
 """How long requests to a store that does not respond are retried."""
@@ -63,6 +59,11 @@ class Url:
     def name(self) -> str:
         """The last component of the path."""
         return self.text.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Url:
+        """The location without the last component of its path."""
+        return Url(self.text.rsplit("/", 1)[0])
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -233,59 +234,3 @@ def _is_of_client(error: BaseException) -> bool:
 
 def _reason(error: BaseException | None) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------- Parquet
-
-
-@contextmanager
-def open_parquet(filesystem: Any, path: str | Path) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file of an fsspec file system, or a local one if `filesystem` is None."""
-    import pyarrow.parquet as pq
-
-    if filesystem is None:
-        with pq.ParquetFile(path) as parquet:
-            yield parquet
-        return
-    # No read-ahead: Arrow requests exactly the ranges that it needs.
-    with (
-        filesystem.open(path, "rb", cache_type="none") as file,
-        pq.ParquetFile(file, pre_buffer=True) as parquet,
-    ):
-        yield parquet
-
-
-def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or some of its columns."""
-    names = None if columns is None else list(columns)
-    return _read_parquet(file, lambda parquet: parquet.read(names))
-
-
-def read_tables(folder: Location, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read and concatenate all Parquet files of a folder, ordered by name."""
-    import pyarrow as pa
-
-    return pa.concat_tables([read_table(file, columns) for file in parquet_files(folder)])
-
-
-def read_metadata(file: Location) -> pq.FileMetaData:
-    """Read the footer of a Parquet file."""
-    return _read_parquet(file, lambda parquet: parquet.metadata)
-
-
-def parquet_files(folder: Location) -> list[Any]:
-    """List the Parquet files of a folder, ordered by name."""
-    return sorted(folder.glob("*.parquet"))
-
-
-def _read_parquet(file: Location, action: Callable[[pq.ParquetFile], T]) -> T:
-    """Apply an action to a Parquet file, with retries if it is remote."""
-    if isinstance(file, Path):
-        with open_parquet(None, file) as parquet:
-            return action(parquet)
-
-    def read() -> T:
-        with open_parquet(file.filesystem, file.path) as parquet:
-            return action(parquet)
-
-    return retried(read, file)

@@ -16,7 +16,7 @@ from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
 from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.models.recommender import Recommender
-from hvdrec.storage.urls import read_table
+from hvdrec.storage.parquet import read_table
 from hvdrec.training import checkpoint
 from hvdrec.training.pipeline import NegativeSampler
 from hvdrec.training.pointers import find_checkpoint
@@ -34,7 +34,7 @@ def check_codes(loader: ShardLoader, schema: Schema, sizes: Mapping[str, int]) -
                     file,
                     f"column '{feature.name}' holds code {low if low < 0 else high}, outside "
                     f"table '{table}' of {sizes[table]} rows",
-                    "run hvdrec prepare again",
+                    "run hvdrec prepare with --overwrite",
                 )
 
 

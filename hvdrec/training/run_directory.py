@@ -38,7 +38,7 @@ def check_features(config: Config) -> Manifest:
         raise invalid_file(
             features,
             "was encoded with other [[features]] than the configuration has now",
-            "run hvdrec prepare again",
+            "run hvdrec prepare with --overwrite",
         )
     check_task_labels(features, manifest, config.tasks, "hvdrec samples and hvdrec prepare")
     return manifest

@@ -24,7 +24,7 @@ from hvdrec.evaluation.retrieval import user_item_matrix
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
-from hvdrec.storage.urls import read_table
+from hvdrec.storage.parquet import read_table
 
 Array = NDArray[Any]
 OVERSAMPLING = 32

@@ -223,7 +223,7 @@ def test_refuses_a_code_outside_its_table(small_run: SmallRun, tmp_path: Path) -
         "train", small_run.config, "--paths.features", features, "--paths.run", tmp_path / "run"
     )
     refused(done, f"{shard.name}: column 'shop' holds code 107", "outside table 'shop' of 18 rows")
-    assert "run hvdrec prepare again" in done.stderr
+    assert "run hvdrec prepare with --overwrite" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

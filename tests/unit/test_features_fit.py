@@ -227,8 +227,8 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"word.parquet: is missing; run hvdrec prepare"):
         Fitted.load(tmp_path)
     (tmp_path / "vocabulary/word.parquet").write_text("a")
-    with pytest.raises(UserError, match=r"word.parquet: is damaged \(.*; run hvdrec prepare again"):
+    with pytest.raises(UserError, match=r"word.parquet: is damaged \(.*; run hvdrec prepare"):
         Fitted.load(tmp_path)
     (tmp_path / "fitted.json").write_text('{"schema": ')
-    with pytest.raises(UserError, match=r"fitted.json: is damaged \(.*; run hvdrec prepare again"):
+    with pytest.raises(UserError, match=r"fitted.json: is damaged \(.*; run hvdrec prepare"):
         Fitted.load(tmp_path)

@@ -428,7 +428,7 @@ def test_an_unreadable_shard_is_refused(tmp_path: Path, damage: str) -> None:
         file.write_bytes({"text": b"a,b\n1,2\n" * 9, "truncated": contents[:-20]}.get(damage, b""))
     line = refused(tmp_path)
     assert line.startswith(f"{file}: not a readable Parquet file (")
-    assert line.endswith("); run hvdrec prepare again")
+    assert line.endswith("); run hvdrec prepare with --overwrite")
 
 
 def test_a_shard_that_changes_during_reading_is_refused(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_damaged_row_group_is_named(tmp_path: Path, capfd: pytest.CaptureFixtu
         next(tables)
     line = str(caught.value)
     assert line.startswith(f"{shard}: row group 1 cannot be read (")
-    assert line.endswith("); run hvdrec prepare again")
+    assert line.endswith("); run hvdrec prepare with --overwrite")
     assert "\n" not in line
     assert capfd.readouterr().err == ""
     assert set(threading.enumerate()) - before == set()

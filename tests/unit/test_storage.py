@@ -31,7 +31,8 @@ from hvdrec.storage.artifacts import (
     verify_artifact,
     write_artifact,
 )
-from hvdrec.storage.urls import Url, as_location, read_tables, retried
+from hvdrec.storage.parquet import read_tables
+from hvdrec.storage.urls import Url, as_location, retried
 from tests.unit.test_loader import SCHEMA, numbers, shard, tensors, write_shards
 
 

@@ -1,0 +1,281 @@
+"""Parquet files whose bytes are verified as they are read.
+
+A folder of Parquet files holds ``_checksums.json``: for each file, a CRC-32 of every column chunk
+and of the footer. A reader that asks for some columns of some row groups reads and verifies only
+their chunks. (Parquet's own page checksums leave the headers of pages and the footer unprotected.)
+Folders that an earlier version wrote have no such file and are read without verification.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hvdrec.errors import invalid_file
+from hvdrec.storage.checksums import sealed, unsealed
+from hvdrec.storage.urls import Location, retried
+
+CHECKSUMS = "_checksums.json"
+"""Readers of Parquet folders pass over names that start with an underscore."""
+REMEDY = "run hvdrec prepare with --overwrite"
+
+
+@dataclass(frozen=True)
+class FileChecksums:
+    """The checksums of a Parquet file.
+
+    Attributes:
+        size: Bytes of the file.
+        starts: Offsets of the column chunks, ascending.
+        stops: Offset behind each column chunk.
+        crcs: CRC-32 of each column chunk.
+        footer_start: Offset of the footer, which reaches to the end of the file.
+        footer_crc: CRC-32 of the footer.
+    """
+
+    size: int
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    crcs: tuple[int, ...]
+    footer_start: int
+    footer_crc: int
+
+    @staticmethod
+    def compute(file: Path) -> FileChecksums:
+        """Read a file that was just written."""
+        metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        chunks = sorted(
+            _bounds(group.column(index)) for group in groups for index in range(group.num_columns)
+        )
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            descriptor = opened.fileno()
+            crcs = tuple(_crc(descriptor, low, high) for low, high in chunks)
+            # A Parquet file ends with its footer, the footer's length in 4 bytes, and "PAR1".
+            start = size - 8 - int.from_bytes(os.pread(descriptor, 4, size - 8), "little")
+            footer = _crc(descriptor, start, size)
+        starts, stops = tuple(low for low, _ in chunks), tuple(high for _, high in chunks)
+        return FileChecksums(size, starts, stops, crcs, start, footer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        chunks = [list(chunk) for chunk in zip(self.starts, self.stops, self.crcs, strict=True)]
+        return {"size": self.size, "footer": [self.footer_start, self.footer_crc], "chunks": chunks}
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> FileChecksums:
+        """Return the checksums that `to_dict` gave."""
+        columns = zip(*raw["chunks"], strict=True) if raw["chunks"] else ((), (), ())
+        starts, stops, crcs = map(tuple, columns)
+        return FileChecksums(raw["size"], starts, stops, crcs, *raw["footer"])
+
+    def damage(self, start: int, data: memoryview) -> str:
+        """Return what is wrong with bytes of the file from `start` on; "" if nothing is."""
+        stop = start + len(data)
+        if stop > self.footer_start:
+            # Arrow reads more than the footer and uses the footer alone.
+            if start > self.footer_start or zlib.crc32(data[self.footer_start - start :]) != (
+                self.footer_crc
+            ):
+                return "its footer differs from its checksum"
+            return ""
+        position = start
+        for index in range(bisect_left(self.starts, start), len(self.starts)):
+            low, high = self.starts[index], self.stops[index]
+            if low > position or low >= stop:
+                break
+            if high > stop:
+                continue  # chunks without rows can overlap
+            if zlib.crc32(data[low - start : high - start]) != self.crcs[index]:
+                return f"bytes {low} to {high} differ from their checksum"
+            position = max(position, high)
+        return "" if position == stop else f"bytes {position} to {stop} have no checksum"
+
+
+Checksums = Mapping[str, FileChecksums]
+"""Name of a file -> its checksums."""
+
+
+def write_checksums(folder: Path, checksums: Checksums | None = None) -> None:
+    """Write the checksums of the Parquet files in a folder; they are computed if not given."""
+    if checksums is None:
+        checksums = {file.name: FileChecksums.compute(file) for file in parquet_files(folder)}
+    plain = {name: each.to_dict() for name, each in checksums.items()}
+    (folder / CHECKSUMS).write_text(sealed({"files": plain}, indent=None))
+
+
+def read_checksums(folder: Location) -> Checksums | None:
+    """Read the checksums of a folder; None if an earlier version wrote it.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = folder / CHECKSUMS
+    try:
+        raw = unsealed(file.read_bytes())["files"]
+        return {name: FileChecksums.from_dict(each) for name, each in raw.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise invalid_file(file, f"is damaged ({error})", REMEDY) from None
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """A Parquet file with its verified footer.
+
+    Attributes:
+        file: Where it is.
+        checksums: Its checksums; None if an earlier version wrote it.
+        metadata: Its footer.
+    """
+
+    file: Location
+    checksums: FileChecksums | None
+    metadata: pq.FileMetaData
+
+    @staticmethod
+    def open(file: Location, checksums: Checksums | None) -> ParquetSource:
+        """Read and verify the footer of a file; `checksums` are those of its folder.
+
+        Raises:
+            UserError: The file is damaged or has no checksums.
+            OSError: The file cannot be read.
+            pyarrow.ArrowException: It is not a Parquet file.
+        """
+        own = None
+        if checksums is not None:
+            own = checksums.get(file.name)
+            if own is None:
+                raise invalid_file(file, f"is not listed in {CHECKSUMS}", REMEDY)
+
+        def read() -> pq.FileMetaData:
+            with _opened(file, own, None) as parquet:
+                return parquet.metadata
+
+        return ParquetSource(file, own, _retried(read, file))
+
+    @contextmanager
+    def opened(self) -> Iterator[pq.ParquetFile]:
+        """Open the file for reading columns and row groups, which are verified."""
+        # Without checksums, the number of rows tells whether a file was replaced meanwhile.
+        known = None if self.checksums is None else self.metadata
+        with _opened(self.file, self.checksums, known) as parquet:
+            yield parquet
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the table, or some of its columns."""
+        names = None if columns is None else list(columns)
+
+        def read() -> pa.Table:
+            with self.opened() as parquet:
+                return parquet.read(names)
+
+        return _retried(read, self.file)
+
+
+def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or some of its columns."""
+    return ParquetSource.open(file, read_checksums(file.parent)).read(columns)
+
+
+def read_tables(folder: Location, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read and concatenate all Parquet files of a folder, ordered by name."""
+    checksums = read_checksums(folder)
+    sources = (ParquetSource.open(file, checksums) for file in parquet_files(folder))
+    return pa.concat_tables([source.read(columns) for source in sources])
+
+
+def read_metadata(file: Location) -> pq.FileMetaData:
+    """Read the footer of a Parquet file."""
+    return ParquetSource.open(file, read_checksums(file.parent)).metadata
+
+
+def parquet_files(folder: Location) -> list[Any]:
+    """List the Parquet files of a folder, ordered by name."""
+    return sorted(folder.glob("*.parquet"))
+
+
+class _VerifiedFile(io.RawIOBase):
+    """A file for Arrow: every read is verified. Arrow reads a whole column chunk at a time."""
+
+    def __init__(self, file: Location, opened: Any, checksums: FileChecksums) -> None:
+        self._file, self._opened, self._checksums = file, opened, checksums
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._checksums.size}
+        self._position = base[whence] + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        checksums, start = self._checksums, self._position
+        stop = checksums.size if size < 0 else min(start + size, checksums.size)
+        first = min(start, checksums.footer_start) if stop > checksums.footer_start else start
+        data = self._bytes(first, checksums.size if first != start else stop)
+        if problem := checksums.damage(first, memoryview(data)):
+            raise invalid_file(self._file, f"is damaged ({problem})", REMEDY)
+        self._position = stop
+        return data if first == start else data[start - first : stop - first]
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        if isinstance(self._file, Path):
+            return os.pread(self._opened.fileno(), stop - start, start)
+        self._opened.seek(start)
+        return bytes(self._opened.read(stop - start))
+
+
+@contextmanager
+def _opened(
+    file: Location, checksums: FileChecksums | None, metadata: pq.FileMetaData | None
+) -> Iterator[pq.ParquetFile]:
+    is_local = isinstance(file, Path)
+    if is_local and checksums is None:
+        with pq.ParquetFile(file, metadata=metadata) as parquet:
+            yield parquet
+        return
+    # No read-ahead: Arrow requests exactly the ranges that it needs.
+    with (
+        file.open("rb")
+        if isinstance(file, Path)
+        else file.filesystem.open(file.path, "rb", cache_type="none")
+    ) as opened:
+        source = opened if checksums is None else _VerifiedFile(file, opened, checksums)
+        with pq.ParquetFile(source, metadata=metadata, pre_buffer=not is_local) as parquet:
+            yield parquet
+
+
+def _retried(action: Any, file: Location) -> Any:
+    return action() if isinstance(file, Path) else retried(action, file)
+
+
+def _bounds(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    """Return the offsets of a column chunk's first byte and of the byte behind its last."""
+    start = int(chunk.data_page_offset)
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+        start = min(start, int(chunk.dictionary_page_offset))
+    return start, start + int(chunk.total_compressed_size)
+
+
+def _crc(descriptor: int, start: int, stop: int) -> int:
+    return zlib.crc32(os.pread(descriptor, stop - start, start))
