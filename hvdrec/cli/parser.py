@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvdrec import __version__
-from hvdrec.cli import data_commands, host_commands, model_commands, serve_commands
+from hvdrec.cli import (
+    data_commands,
+    host_commands,
+    model_commands,
+    serve_commands,
+    verify_command,
+)
 from hvdrec.cli.command import ALL_FIELDS, Command
 from hvdrec.errors import UserError
 
-MODULES = (data_commands, model_commands, serve_commands, host_commands)
+MODULES = (data_commands, model_commands, serve_commands, verify_command, host_commands)
 COMMANDS = tuple(
     each for module in MODULES for each in vars(module).values() if isinstance(each, Command)
 )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from hvdrec.cli.command import BUNDLE, NO_VERIFY, OVERWRITE, Answer, argument, command
+from hvdrec.cli.progress_bar import progress_bar
 from hvdrec.cli.text_table import table
 from hvdrec.errors import UserError
 from hvdrec.serving import add_arguments as add_serve_arguments
@@ -132,7 +131,7 @@ def publish(options: argparse.Namespace) -> Answer:
             "--redis: is missing; give the server's URL (redis://HOST:6379/0) or set HVDREC_REDIS",
             field="--redis",
         )
-    with _progress() as progress:
+    with progress_bar("row") as progress:
         result = publish(
             options.bundle, url, prefix=options.prefix, keep=options.keep, progress=progress
         )
@@ -152,20 +151,3 @@ def serve(options: argparse.Namespace) -> Answer:
 
     serve(from_arguments(options))
     return Answer({}, "stopped")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (rows done, rows in total) that shows a bar if tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:  # the slim install does not have it
-        yield lambda rows, total: None
-        return
-    with tqdm(unit="row", unit_scale=True, leave=False, disable=None) as bar:
-
-        def show(rows: int, total: int) -> None:
-            bar.total = total
-            bar.update(rows - bar.n)
-
-        yield show

@@ -7,6 +7,7 @@ Python's global lock.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,9 @@ BLOCK_BYTES = 4 << 20
 READ_BYTES = 1 << 18
 """Bytes of one read; they stay in the processor's cache until they are hashed."""
 MOST_THREADS = 8
+SPARSE_BYTES = 1 << 30
+"""A larger file that consists of holes is refused: reading it would take hours."""
+MOST_HOLES = 10_000
 CHECKSUM = "checksum"
 """Key of the manifest's own checksum."""
 
@@ -58,6 +62,11 @@ def check_files(folder: Path, files: Mapping[str, FileFacts]) -> None:
     Raises:
         BundleError: A file cannot be read or its contents differ.
     """
+    for name, facts in files.items():
+        if facts.size > SPARSE_BYTES and _stored_bytes(folder / name, facts.size) < facts.size / 64:
+            raise invalid_bundle(
+                folder / name, f"is sparse: most of its {facts.size} bytes are holes"
+            )
     parts = [part for name, facts in files.items() for part in _parts(name, facts)]
     digests = _digests(folder, parts)
     by_name: dict[str, list[bytes]] = {name: [] for name in files}
@@ -88,6 +97,22 @@ def _parts(name: str, facts: FileFacts) -> Iterator[_Part]:
     step = BLOCK_BYTES if facts.tree else max(facts.size, 1)
     for start in range(0, max(facts.size, 1), step):
         yield _Part(name, start, min(step, facts.size - start))
+
+
+def _stored_bytes(file: Path, size: int) -> int:
+    """Return the bytes of a file that are not in holes; all of them if it has very many holes."""
+    if not hasattr(os, "SEEK_HOLE"):
+        return size
+    stored = end = 0
+    with file.open("rb") as opened:
+        for _ in range(MOST_HOLES):
+            try:
+                start = os.lseek(opened.fileno(), end, os.SEEK_DATA)
+                end = os.lseek(opened.fileno(), start, os.SEEK_HOLE)
+            except OSError as error:  # no data follows, or the file system knows no holes
+                return stored if error.errno == errno.ENXIO else size
+            stored += end - start
+    return size
 
 
 def _digests(folder: Path, parts: list[_Part]) -> dict[_Part, bytes]:

@@ -153,6 +153,18 @@ def read_manifest(path: Location, kind: str) -> Manifest:
     return _check_manifest(_read_manifest(path, kind), path, kind)
 
 
+def manifest_kind(path: Location) -> str:
+    """Return the kind of the artifact at `path`.
+
+    Raises:
+        UserError: There is no artifact, or its manifest is damaged.
+    """
+    try:
+        return str(unsealed(_read_manifest(path, "hvdrec"))["kind"])
+    except DECODE_ERRORS as error:
+        raise invalid_file(path / MANIFEST, f"damaged manifest ({error})", REWRITE) from None
+
+
 def verify_artifact(path: Path, kind: str) -> Manifest:
     """Read the manifest of an artifact and compare the SHA-256 of every file.
 

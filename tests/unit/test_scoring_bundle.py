@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,36 @@ def test_every_flipped_bit_is_detected_by_default(bundle: Path) -> None:
         check(bundle, name, "contents differ from the manifest")
         file.write_bytes(whole)
     Scorer.load(bundle)
+
+
+def test_a_flipped_bit_in_the_manifest_is_named_or_without_effect(bundle: Path) -> None:
+    file = bundle / "manifest.json"
+    whole = file.read_bytes()
+    expected = read_bundle(bundle, verify=True)
+    refused = 0
+    for position in range(0, len(whole), 11):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        file.write_bytes(flipped)
+        try:
+            info = read_bundle(bundle, verify=True)
+        except BundleError as error:
+            assert str(bundle) in error.field
+            refused += 1
+        else:
+            assert info.fields == expected.fields
+            assert info.manifest["meta"] == expected.manifest["meta"]
+            assert info.model == expected.model
+    assert refused > len(whole) / 11 / 2
+
+
+def test_a_sparse_file_of_a_terabyte_is_refused_before_it_is_read(bundle: Path) -> None:
+    embeddings = bundle / "items" / "embeddings.npy"
+    os.truncate(embeddings, 1 << 40)
+    change_manifest(bundle, lambda m: m["files"]["items/embeddings.npy"].update(bytes=1 << 40))
+    started = time.process_time()
+    check(bundle, "items/embeddings.npy", "sparse")
+    assert time.process_time() - started < 5
 
 
 def test_verification_can_be_switched_off(bundle: Path) -> None:
