@@ -1,4 +1,4 @@
-"""Rerun the recipes and print their metrics on the test split beside published figures."""
+"""Train with the recipes; print their metrics on the test split with published ones to compare."""
 
 from __future__ import annotations
 
@@ -256,17 +256,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)"
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="where runs lie")
-    parser.add_argument("--ranks", type=int, default=1, help="of each training (default 1)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/accuracy"), help="directory of the runs"
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="ranks that train (default 1)")
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also run FuxiCTR's DNN and LightGBM on the ranking rows' shards",
+        help="also train FuxiCTR's DNN and LightGBM on the shards of the ranking recipes",
     )
     parser.add_argument(
         "--peers-dir",
         type=Path,
-        help="environments of peers; one that is there is used as it is (default: WORK/peers)",
+        help="virtual environments of these; existing ones are used (default: WORK/peers)",
     )
     parser.add_argument(
         "--peer-rounds",

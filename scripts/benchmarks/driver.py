@@ -1,4 +1,7 @@
-"""Measure the training speed of hvdrec and its peers: the same work, one process each, in turns."""
+"""Measure the training speed of hvdrec and its peers on the same work, in turns.
+
+Each program runs in one process, except in the measurements with two ranks.
+"""
 
 from __future__ import annotations
 
@@ -327,22 +330,33 @@ def arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--only", action="append", metavar="NAME", choices=ONLY, help="one of --list; repeatable")
-    add("--list", action="store_true", help="list the measurements and end")
+    add(
+        "--only",
+        action="append",
+        metavar="NAME",
+        choices=ONLY,
+        help="run one measurement (see --list)",
+    )
+    add("--list", action="store_true", help="list the measurements and exit")
     add("--turns", type=int, default=5, help="how often each program runs (default: 5)")
-    add("--seconds", type=float, default=5, help="timed in each run, after warm-up (default: 5)")
+    add(
+        "--seconds",
+        type=float,
+        default=5,
+        help="seconds to time per run, after warm-up (default: 5)",
+    )
     add("--json", action="store_true", help="print one JSON object on stdout")
-    add("--compile", action="store_true", help="the bare MLP with torch.compile")
+    add("--compile", action="store_true", help="use torch.compile for the MLP without tables")
     add(
         "--work-dir",
         type=Path,
         default=default_work(),
-        help="where data and environments are kept (default: %(default)s)",
+        help="directory of data and environments (default: %(default)s)",
     )
     add(
         "--peers-dir",
         type=Path,
-        help="environments of the peers; those that are there are used as they are "
+        help="directory of the peers' virtual environments; existing ones are used "
         "(default: WORK_DIR/peers, renewed when environments.toml changes)",
     )
     options = parser.parse_args()

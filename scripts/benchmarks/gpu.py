@@ -27,9 +27,9 @@ BIN = Path(sys.executable).parent
 def main() -> int:
     """Run the check. Exit code 0: GPU and CPU agree; 1: they differ; 2: there is no GPU."""
     parser = argparse.ArgumentParser(prog="scripts/gpu_check", description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what to check")
-    parser.add_argument("--ranks", type=int, default=0, help="default: one for each GPU")
-    parser.add_argument("--tolerance", type=float, default=2e-3, help="relative, of a step's loss")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="device to check")
+    parser.add_argument("--ranks", type=int, default=0, help="default: one rank for each GPU")
+    parser.add_argument("--tolerance", type=float, default=2e-3, help="largest relative difference")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     facts = machine()

@@ -1,8 +1,8 @@
-"""Work (a) with plain Horovod, without hvdrec: every rank holds the whole tables.
+"""Train work (a) with plain Horovod, without hvdrec; every rank holds all rows of all tables.
 
-``--tables dense``: dense gradients of whole tables, reduced like all others.
-``--tables sparse``: torch's sparse gradients through Horovod's DistributedOptimizer, which gathers
-row numbers and values from all ranks.
+``--tables dense``: the gradient of a whole table is one dense tensor, which Horovod sums.
+``--tables sparse``: torch's sparse gradients and Horovod's DistributedOptimizer, which gathers row
+numbers and values from all ranks.
 
 Start it like a training job: ``horovodrun -np 4 … python horovod_peer.py …``. The first rank prints
 the same JSON line as every program of the benchmarks.
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, required=True, help="of all ranks")
+    parser.add_argument("--batch", type=int, required=True, help="rows on all ranks together")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options = parser.parse_args()
     hvd.init()
@@ -74,7 +74,7 @@ def main() -> None:
     sparse = options.tables == "sparse"
     network = Network(ids.shape[2], rows, dense.shape[2], sparse=sparse)
     hvd.broadcast_parameters(network.state_dict(), root_rank=0)
-    # Plain SGD of the tables: the cheapest optimizer there is.
+    # SGD, because it is the cheapest optimizer.
     optimizer: Any = torch.optim.SGD(network.parameters(), lr=0.01)
     optimizer = hvd.DistributedOptimizer(optimizer, network.named_parameters(), op=hvd.Average)
     total = options.warmup + options.steps

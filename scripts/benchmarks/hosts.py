@@ -1,4 +1,4 @@
-"""Measure hvdrec on two hosts with a slow network between them, beside plain Horovod.
+"""Compare hvdrec with plain Horovod on two hosts with a slow network between them.
 
 The hosts are network namespaces of this machine, so all of them share its cores.
 """
@@ -34,11 +34,12 @@ SECONDS = 1800
 RANKS = (2, 4)
 LAUNCHERS = ("horovodrun --gloo", "mpirun")
 TOLD_LINES = 12
-"""Of what a program printed that failed."""
+"""If a program fails, so many of its last lines are shown."""
 STEPS = (10, 40)
-"""hvdrec takes so many steps in two runs: what a step sends is the difference of their bytes."""
+"""The numbers of steps of two runs. The difference of the bytes that they send, divided by the
+difference of the steps, is what one step sends."""
 ONLY = {
-    "steps": "work (a), sharded, against Horovod's dense and sparse gradients, four ranks",
+    "steps": "step time of work (a) on four ranks: hvdrec with sharded tables, and plain Horovod",
     "planner": "MovieLens-1M's ranking model: step times, predicted by hvdrec plan and measured",
 }
 EPILOG = """\
@@ -56,7 +57,7 @@ arguments.
 def launch(hosts: Hosts, launcher: str, count: int, per_host: int, *command: str) -> str:
     """Run a job on the first `count` hosts and return its output; raises Failed."""
     names = ",".join(f"hv{i}:{per_host}" for i in range(1, count + 1))
-    # There are more ranks than cores.
+    # There are more ranks than cores, which mpirun refuses without these options.
     shared = ["--oversubscribe", "--bind-to", "none"] if launcher == "mpirun" else []
     try:
         done = hosts.launch(launcher, count * per_host, [*shared, *command], names, timeout=SECONDS)
@@ -67,7 +68,7 @@ def launch(hosts: Hosts, launcher: str, count: int, per_host: int, *command: str
 
 def _output(done: Done, command: tuple[str, ...]) -> str:
     if done.status:
-        # The launcher has the last word, but not the reason.
+        # The last line comes from the launcher; the reason is in a line before it.
         said = [line for line in done.output.splitlines() if line.strip()][-TOLD_LINES:]
         raise Failed("\n  ".join([f"{' '.join(command[:3])}: exit code {done.status}:", *said]))
     return done.output
@@ -83,7 +84,7 @@ def facts_in(output: str, first: str) -> dict[str, Any]:
 
 
 def cap(hosts: Hosts, rate: str) -> None:
-    """Limit the send rate of each host, in tc's notation; "" removes the limit."""
+    """Limit the rate at which each host sends, such as "1gbit" (for tc); "" removes the limit."""
     for host in range(1, HOSTS + 1):
         hosts.run(host, ["tc", "qdisc", "del", "dev", "eth0", "root"])
         if rate:
@@ -143,7 +144,7 @@ def _bytes(hosts: Hosts, launcher: str, *command: Any) -> dict[str, float]:
 
 
 def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return predicted and measured step times over launchers, ranks, placements and rates."""
+    """Return predicted and measured step times for all launchers, ranks, placements and rates."""
     found: list[dict[str, Any]] = []
     cases = list(itertools.product(("sharded", "replicated"), LAUNCHERS))
     for placement, launcher in tqdm(cases, "planner", leave=False, file=sys.stderr):
@@ -159,17 +160,17 @@ def measure_planner(hosts: Hosts, options: argparse.Namespace) -> list[dict[str,
 def _measure_plan(
     hosts: Hosts, options: argparse.Namespace, work: Path, placement: str, launcher: str, count: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield predictions and measurements on one host, then on two with the capped network.
+    """Yield predictions and measurements on one host, then on two with a limited network.
 
-    Constants are measured on one host with as many ranks. `work` may also hold the constants of
-    fewer ranks, from which a second prediction is made; that one needs the number of cores, which
-    the hosts share.
+    The planner's constants are measured on one host with the same number of ranks. If `work` also
+    has the constants of fewer ranks, a second prediction is made from them. It needs the number of
+    cores, because both hosts share the cores of this machine.
     """
     features = str(options.work_dir / "work_b" / "features")
     paths = ("--paths.work", str(work), "--paths.features", features)
-    # A rank would take all cores of its host, which the other host has, too.
+    # One thread per rank: both hosts see all cores of the machine, and would use them twice.
     model = (str(CONFIG_B), *paths, "--train.threads", "1", "--parallel.placement", placement)
-    # Small windows: rows are read during most steps, as they are from more data than these.
+    # Small shuffle windows, so that rows are read in most steps, as with larger data sets.
     model += ("--loader.shuffle-rows", "65536")
     plan = (HVDREC, "plan", *model, "--ranks", str(count), "--json")
     bits = re.sub(r"([gm])bit$", lambda unit: f"{unit[1].upper()}bit", options.rate)
@@ -190,7 +191,7 @@ def _measure_plan(
         rate = options.rate if used > 1 else ""
         cap(hosts, rate)
         run = work / f"{count}-{used}"
-        # In the first epoch much of so few data is read before the first step.
+        # Two epochs: in the first one, much of so little data is read before the first step.
         train = (HVDREC, "train", *model, "--paths.run", str(run), "--train.epochs", "2")
         how = ("--train.log-every", "5", "--train.average-decay", "0")
         launch(hosts, launcher, used, count // used, *train, *how)
@@ -210,7 +211,7 @@ def _predicted(output: str) -> float:
 
 
 def _measured(run: Path) -> float:
-    """Return the mean seconds per step, without the first of the run's log lines."""
+    """Return the mean seconds per step from a run's log, without its first line."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     rates = [line["rows_per_second"] for line in lines if line["event"] == "step"]
     batch = json.loads((run / "config.json").read_text())["train"]["batch_size"]
@@ -254,26 +255,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", choices=ONLY, help="; ".join(f"{k}: {v}" for k, v in ONLY.items())
     )
-    parser.add_argument("--rate", default="1gbit", help="between the hosts (default: %(default)s)")
+    parser.add_argument("--rate", default="1gbit", help="network speed (default: %(default)s)")
     parser.add_argument(
-        "--launcher", choices=LAUNCHERS, default=LAUNCHERS[0], help="of --only steps"
+        "--launcher", choices=LAUNCHERS, default=LAUNCHERS[0], help="launcher of 'steps'"
     )
     parser.add_argument(
         "--batch",
         type=int,
         default=BATCH,
-        help="of --only steps, of all ranks (default: %(default)s)",
+        help="rows per step of 'steps', on all ranks together (default: %(default)s)",
     )
     parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of --only steps, of all"
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="precision of 'steps'"
     )
-    parser.add_argument("--turns", type=int, default=5, help="of each program (default: 5)")
+    parser.add_argument("--turns", type=int, default=5, help="runs of each program (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument(
         "--work-dir",
         type=Path,
         default=default_work(),
-        help="where data are kept, as scripts/benchmark_training's (default: %(default)s)",
+        help="directory of the data, shared with scripts/benchmark_training (default: %(default)s)",
     )
     options = parser.parse_args()
     if options.turns < 1:

@@ -265,7 +265,7 @@ def _model(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=5, help="fresh processes of each measurement")
-    parser.add_argument("--entries", type=int, default=ENTRIES, help="users, and items")
+    parser.add_argument("--turns", type=int, default=5, help="new processes per measurement")
+    parser.add_argument("--entries", type=int, default=ENTRIES, help="number of users (and items)")
     options = parser.parse_args()
     print(json.dumps(measure(options.turns, options.entries), indent=1))

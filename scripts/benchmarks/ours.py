@@ -179,19 +179,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", choices=["a", "b"], default="a")
     parser.add_argument("--data", type=Path, help="folder that work.py wrote")
-    parser.add_argument("--batch", type=int, default=0, help="of all ranks; default: the work's")
-    parser.add_argument("--seconds", type=float, default=5, help="timed, after the warm-up")
-    parser.add_argument("--steps", type=int, default=0, help="steps instead of seconds")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="rows on all ranks (default: the work's)"
+    )
+    parser.add_argument("--seconds", type=float, default=5, help="seconds to time after warm-up")
+    parser.add_argument("--steps", type=int, default=0, help="time so many steps, not seconds")
     parser.add_argument("--warmup", type=int, default=10, help="steps that are not timed")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--hidden", default="400,400,400", help="widths of work (a)'s MLP")
-    parser.add_argument("--threads", type=int, default=cores, help="of each rank; default: cores")
-    parser.add_argument("--compile", action="store_true", help="of --only-mlp: torch.compile")
+    parser.add_argument("--threads", type=int, default=cores, help="threads of a rank")
+    parser.add_argument("--compile", action="store_true", help="--only-mlp with torch.compile")
     parser.add_argument("--placement", default="auto")
     parser.add_argument("--kernel", default="auto")
-    parser.add_argument("--meet", type=Path, help="wait for the other process with this folder")
+    parser.add_argument(
+        "--meet", type=Path, help="start with the other process that has this folder"
+    )
     parser.add_argument("--only-mlp", action="store_true", help="work (a) without tables or reader")
-    parser.add_argument("--own-layers", action="store_true", help="--only-mlp in hvdrec's layout")
+    parser.add_argument("--own-layers", action="store_true", help="--only-mlp with hvdrec's layers")
     options = parser.parse_args()
     options.hidden = tuple(map(int, options.hidden.split(",")))
     if options.only_mlp:

@@ -242,6 +242,6 @@ def _torch_scores(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each call in each turn")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per call and turn")
     options = parser.parse_args()
     print(json.dumps({"score": measure(options.turns, options.seconds)}, indent=1))

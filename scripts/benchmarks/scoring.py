@@ -79,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", action="append", choices=list(PARTS), help="one part; repeatable")
-    parser.add_argument("--turns", type=int, default=5, help="of each measurement (default 5)")
+    parser.add_argument(
+        "--only", action="append", choices=list(PARTS), help="run one part; repeatable"
+    )
+    parser.add_argument("--turns", type=int, default=5, help="runs of each part (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--list", action="store_true", help="list the parts")
     options = parser.parse_args(arguments)

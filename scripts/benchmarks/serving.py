@@ -259,7 +259,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each server in each turn")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds per server and turn")
     parser.add_argument("--load", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--scorer", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -175,9 +175,9 @@ def with_options(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=["a", "b"])
-    parser.add_argument("folder", type=Path, help="where to write; of b, it holds features/")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of a: ids of each table")
-    parser.add_argument("--distinct-of", type=int, default=0, help="of a: ids that occur; 0: all")
+    parser.add_argument("folder", type=Path, help="directory to write; for b it contains features/")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="work a: rows of each table")
+    parser.add_argument("--distinct-of", type=int, default=0, help="work a: ids in use; 0: all")
     options = parser.parse_args()
     if options.work == "a":
         write_work_a(options.folder, options.rows, options.distinct_of)
