@@ -17,11 +17,11 @@ from hvdrec.errors import UserError, invalid_file
 from hvdrec.serving.app import make_app
 from hvdrec.serving.metrics import shared_folder
 from hvdrec.serving.options import Options
+from hvdrec.serving.protocol import KEEP_ALIVE_SECONDS, GuardedProtocol
 from hvdrec.serving.served import open_scorer
+from hvdrec.serving.stopping import SIGNALS, StopSignals
 
 BACKLOG = 2048
-KEEP_ALIVE_SECONDS = 75
-"""Longer than load balancers keep idle connections, so that they close them first."""
 SHUTDOWN_SECONDS = 30
 """Time for requests in progress to finish after the signal to stop."""
 
@@ -48,11 +48,32 @@ def run(options: Options) -> None:
 class _Workers(Multiprocess):
     """Worker processes that share a port; a worker that dies is restarted."""
 
+    def __init__(self, config: Config, sockets: list[socket.socket]) -> None:
+        super().__init__(config, sockets)
+        self._signals = StopSignals()
+        self._killed_by = 0
+        for number in SIGNALS:
+            signal.signal(number, self._stop)
+
+    def run(self) -> None:
+        """Run until a signal; SystemExit if a second signal killed the workers."""
+        super().run()
+        if self._killed_by:
+            raise SystemExit(128 + self._killed_by)
+
     def terminate_all(self) -> None:
         """Stop all workers, after closing the port: this process listens on it too."""
         for listener in self.sockets:
             listener.close()
         super().terminate_all()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._signals.is_first():
+            self.signal_queue.append(number)
+        elif self._signals.is_second():
+            self._killed_by = number
+            for worker in self.processes:
+                worker.process.kill()
 
 
 class _Stopped(BaseException):
@@ -83,7 +104,7 @@ def _config(options: Options) -> Config:
         factory=True,
         workers=options.workers,
         loop="uvloop",
-        http="httptools",
+        http=partial(GuardedProtocol, options),  # type: ignore[arg-type]  # builds a protocol
         ws="none",
         lifespan="on",
         log_config=None,

@@ -1,0 +1,72 @@
+"""The end of a worker: first unready, then no new connections, then requests in progress."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEAT_SECONDS = 0.1
+"""Signals closer than this are one: programs such as timeout signal a process and its group."""
+
+
+class StopSignals:
+    """Tells a first signal to stop from a second."""
+
+    def __init__(self) -> None:
+        """Start with no signal."""
+        self._first: float | None = None
+
+    def is_first(self) -> bool:
+        """Note a signal; return True if it is the first."""
+        if self._first is None:
+            self._first = time.monotonic()
+            return True
+        return False
+
+    def is_second(self) -> bool:
+        """Return True if a signal now is one more than the first."""
+        return self._first is not None and time.monotonic() - self._first > REPEAT_SECONDS
+
+
+@contextmanager
+def drained_before_stop(drain: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call ``drain`` on a signal to stop, and the handler before this one ``seconds`` later.
+
+    A second signal ends the process at once, unless it is one of several workers: a terminal or a
+    service manager signals all of them, and their parent decides.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # cannot handle signals here
+        return
+    loop = asyncio.get_running_loop()
+    previous: dict[int, Any] = {int(number): signal.getsignal(number) for number in SIGNALS}
+    is_worker = multiprocessing.parent_process() is not None
+    signals = StopSignals()
+
+    def begin(number: int) -> None:
+        drain()
+        stop = previous[number]
+        loop.call_later(seconds, lambda: stop(number, None) if callable(stop) else None)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if signals.is_first():
+            loop.call_soon_threadsafe(begin, number)
+        elif signals.is_second() and not is_worker:
+            os._exit(128 + number)
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
