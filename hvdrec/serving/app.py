@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -64,8 +65,15 @@ class DirectRoute(APIRoute):
 class Service:
     """One worker: the FastAPI application `app` around a bundle, with routes at `paths`."""
 
-    def __init__(self, options: Options, served: ServedBundle, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        options: Options,
+        served: ServedBundle,
+        metrics: Metrics,
+        listener: socket.socket | None = None,
+    ) -> None:
         """Create the routes; the application loads the bundle when it starts."""
+        self._listener = listener
         self._options = options
         self._served = served
         self._metrics = metrics
@@ -212,7 +220,8 @@ class Service:
             await loading  # the other workers answer until this one can
         sweeping = asyncio.create_task(self._connections.sweep())
         try:
-            with drained_before_stop(self._connections.drain, self._options.drain):
+            drain, seconds = self._connections.drain, self._options.drain
+            with drained_before_stop(drain, seconds, self._listener):
                 yield {"connections": self._connections}  # `GuardedProtocol` reads it
         finally:
             sweeping.cancel()
@@ -275,13 +284,13 @@ class CountedApp:
             self._metrics.answered(route, status, time.perf_counter() - started)
 
 
-def make_app(options: Options) -> ASGIApp:
-    """Build the application of one worker."""
+def make_app(options: Options, listener: socket.socket | None = None) -> ASGIApp:
+    """Build the application of one worker; of the only one if it gets the listening socket."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("hvdrec").setLevel(logging.INFO)
     _exit_with_parent()
     metrics = Metrics()
-    service = Service(options, ServedBundle(options, metrics), metrics)
+    service = Service(options, ServedBundle(options, metrics), metrics, listener)
     return CountedApp(service.app, service.paths, metrics)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from types import FrameType
@@ -19,7 +20,7 @@ from hvdrec.serving.metrics import shared_folder
 from hvdrec.serving.options import Options
 from hvdrec.serving.protocol import KEEP_ALIVE_SECONDS, GuardedProtocol
 from hvdrec.serving.served import open_scorer
-from hvdrec.serving.stopping import SIGNALS, StopSignals
+from hvdrec.serving.stopping import SIGNALS, StopSignals, drop_new_connections
 
 BACKLOG = 2048
 SHUTDOWN_SECONDS = 30
@@ -37,19 +38,20 @@ def run(options: Options) -> None:
             address = _address(options.host, listener.getsockname()[1])
             print(f"serving {name} {version} on http://{address} with {workers}", file=sys.stderr)
             sys.stderr.flush()
-            config = _config(options)
             if options.workers == 1:
-                Server(config).run([listener])
+                Server(_config(options, listener)).run([listener])
             else:
                 with shared_folder():
-                    _Workers(config, [listener]).run()
+                    _Workers(_config(options), listener, options.drain).run()
 
 
 class _Workers(Multiprocess):
     """Worker processes that share a port; a worker that dies is restarted."""
 
-    def __init__(self, config: Config, sockets: list[socket.socket]) -> None:
-        super().__init__(config, sockets)
+    def __init__(self, config: Config, listener: socket.socket, drain: float) -> None:
+        super().__init__(config, [listener])
+        self._listener = listener
+        self._drain = drain
         self._signals = StopSignals()
         self._killed_by = 0
         for number in SIGNALS:
@@ -62,10 +64,13 @@ class _Workers(Multiprocess):
             raise SystemExit(128 + self._killed_by)
 
     def terminate_all(self) -> None:
-        """Stop all workers, after closing the port: this process listens on it too."""
-        for listener in self.sockets:
-            listener.close()
+        """Stop all workers; close the port just before they do, for this process has it, too."""
         super().terminate_all()
+        end = time.monotonic() + self._drain
+        while not self._killed_by and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        drop_new_connections(self._listener)
+        self._listener.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._signals.is_first():
@@ -98,9 +103,9 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _config(options: Options) -> Config:
+def _config(options: Options, listener: socket.socket | None = None) -> Config:
     return Config(
-        partial(make_app, options),
+        partial(make_app, options, listener),
         factory=True,
         workers=options.workers,
         loop="uvloop",

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
+import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +21,10 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_SECONDS = 0.1
 """Signals closer than this are one: programs such as timeout signal a process and its group."""
+
+SETTLE_SECONDS = 0.2
+"""Time to accept the last connections and to read their requests."""
+SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
 
 
 class StopSignals:
@@ -37,10 +46,29 @@ class StopSignals:
         return self._first is not None and time.monotonic() - self._first > REPEAT_SECONDS
 
 
+def drop_new_connections(listener: socket.socket) -> None:
+    """Drop what reaches a listening socket, so that none is reset when it closes after a moment.
+
+    The kernel completes connections that the process has not accepted yet, and resets them when the
+    socket is closed. A filter that accepts no packet keeps further ones from being completed; their
+    clients find the port closed when they try again after a second.
+    """
+    if sys.platform != "linux":
+        return
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0
+    with contextlib.suppress(OSError):
+        listener.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program))
+        )
+
+
 @contextmanager
-def drained_before_stop(drain: Callable[[], None], seconds: float) -> Iterator[None]:
+def drained_before_stop(
+    drain: Callable[[], None], seconds: float, listener: socket.socket | None
+) -> Iterator[None]:
     """Call ``drain`` on a signal to stop, and the handler before this one ``seconds`` later.
 
+    ``listener`` is closed to new connections shortly before; None if the parent process does so.
     A second signal ends the process at once, unless it is one of several workers: a terminal or a
     service manager signals all of them, and their parent decides.
     """
@@ -54,8 +82,11 @@ def drained_before_stop(drain: Callable[[], None], seconds: float) -> Iterator[N
 
     def begin(number: int) -> None:
         drain()
+        if listener is not None:
+            loop.call_later(seconds, drop_new_connections, listener)
         stop = previous[number]
-        loop.call_later(seconds, lambda: stop(number, None) if callable(stop) else None)
+        if callable(stop):
+            loop.call_later(seconds + SETTLE_SECONDS, stop, number, None)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if signals.is_first():
