@@ -216,12 +216,14 @@ class Service:
         """Load the bundle; a single worker accepts requests meanwhile and answers 503."""
         self._threads = ScoringThreads(self._options.scoring_threads, self._options.max_wait)
         loading = asyncio.create_task(asyncio.to_thread(self._load))
-        if self._options.workers > 1:
-            await loading  # the other workers answer until this one can
         sweeping = asyncio.create_task(self._connections.sweep())
+        drain, seconds = self._connections.drain, self._options.drain
         try:
-            drain, seconds = self._connections.drain, self._options.drain
             with drained_before_stop(drain, seconds, self._listener):
+                if self._options.workers > 1:
+                    await loading  # the other workers answer until this one can
+                    if self._connections.is_draining:
+                        os._exit(0)  # rather than accept connections only to close them
                 yield {"connections": self._connections}  # `GuardedProtocol` reads it
         finally:
             sweeping.cancel()

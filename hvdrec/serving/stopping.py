@@ -24,6 +24,8 @@ REPEAT_SECONDS = 0.1
 
 SETTLE_SECONDS = 0.2
 """Time to accept the last connections and to read their requests."""
+WORKER_SETTLE_SECONDS = 1.0
+"""The same for one of several workers: uvicorn's parent process looks for signals every 0.5 s."""
 SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
 
 
@@ -82,11 +84,13 @@ def drained_before_stop(
 
     def begin(number: int) -> None:
         drain()
+        settle = WORKER_SETTLE_SECONDS
         if listener is not None:
+            settle = SETTLE_SECONDS
             loop.call_later(seconds, drop_new_connections, listener)
         stop = previous[number]
         if callable(stop):
-            loop.call_later(seconds + SETTLE_SECONDS, stop, number, None)
+            loop.call_later(seconds + settle, stop, number, None)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if signals.is_first():
