@@ -16,9 +16,9 @@ from uvicorn.supervisors import Multiprocess
 
 from hvdrec.errors import UserError, invalid_file
 from hvdrec.serving.app import make_app
+from hvdrec.serving.http_protocol import KEEP_ALIVE_SECONDS, GuardedProtocol
 from hvdrec.serving.metrics import shared_folder
 from hvdrec.serving.options import Options
-from hvdrec.serving.http_protocol import KEEP_ALIVE_SECONDS, GuardedProtocol
 from hvdrec.serving.served import open_scorer
 from hvdrec.serving.stopping import SIGNALS, StopSignals, drop_new_connections
 
