@@ -159,11 +159,12 @@ def check_names(file: object, names: Iterable[str]) -> None:
     """Raise UserError for columns of one name, or of names that differ only in case."""
     seen: dict[str, str] = {}
     for name in names:
-        twin = seen.setdefault(name.lower(), name)
-        if twin is not name and twin == name:
+        twin = seen.get(name.lower())
+        if twin == name:
             raise invalid_file(file, f"two columns have the name '{name}'", "rename one of them")
-        if twin != name:
+        if twin is not None:
             raise names_differ_in_case(file, twin, name)
+        seen[name.lower()] = name
 
 
 def names_differ_in_case(file: object, first: str, second: str) -> UserError:

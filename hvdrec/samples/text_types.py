@@ -74,10 +74,12 @@ UNDECLARED = {
 DECLARED: dict[RawType, dict[str, str]] = {
     # Keys that were floats on their way are not text: '7.0' is not the key '7'.
     "string": {"VARCHAR": _form(DIGITS), "DOUBLE": f"({_form(WHOLE)} AND {HOLDS})"},
-    "int": {"BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})", **UNDECLARED},
+    "int": {**UNDECLARED, "BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})"},
     "float": {**UNDECLARED, "BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})", "DOUBLE": FLOAT},
 }
 """The same for the columns of features and keys: zeros in front do not make a number text."""
+MAYBE_NUMBER = ""
+"""In place of a type: all values are numbers, though possibly of forms that have no common type."""
 
 
 def find_types(
@@ -95,20 +97,20 @@ def find_types(
         declared: Column -> the type of its feature; keys are strings.
     """
     names = list(columns)
-    tests = {name: DECLARED[declared[name]] if name in declared else UNDECLARED for name in names}
+    tests = {name: _tests(declared.get(name)) for name in names}
     sample = f"(SELECT * FROM {view} LIMIT {SAMPLE_ROWS})"
-    likely = _passed(connection, sample, {n: dict(t) for n, t in tests.items()})
+    likely = _passed(connection, sample, tests)
     passed = _passed(connection, view, likely)
     types, odd, mixed = {}, {}, {}
     for name in names:
-        fallback = "VARCHAR"
-        types[name] = next(iter(passed[name]), fallback)
-        if types[name] == fallback and any(t in likely[name] for t in ("BIGINT", "DOUBLE")):
-            value, share, big, decimal = _numbers(connection, view, name)
-            if value is None and big is not None and decimal is not None:
-                mixed[name] = (big, decimal)
-            elif value is not None and share >= MOSTLY and name not in declared:
-                odd[name] = value
+        types[name] = next((dtype for dtype in passed[name] if dtype != MAYBE_NUMBER), "VARCHAR")
+        if types[name] != "VARCHAR" or MAYBE_NUMBER not in likely[name]:
+            continue
+        value, share, big, decimal = _numbers(connection, view, name)
+        if value is None and big is not None and decimal is not None:
+            mixed[name] = (big, decimal)
+        elif value is not None and share >= MOSTLY and name not in declared:
+            odd[name] = value
     return TextTypes(types, odd, mixed)
 
 
@@ -119,6 +121,10 @@ def converted(column: str, dtype: str) -> str:
         return name
     value = f"CASE WHEN {NAN.format(v=name)} THEN NULL ELSE {name} END"
     return f"CAST({value} AS {dtype}) AS {name}"
+
+
+def _tests(declared: RawType | None) -> dict[str, str]:
+    return {**(DECLARED[declared] if declared else UNDECLARED), MAYBE_NUMBER: ANY_NUMBER}
 
 
 def _passed(
