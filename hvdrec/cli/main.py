@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,6 +11,7 @@ from hvdrec.cli.parser import parse
 from hvdrec.errors import WRITE_REMEDIES, SharedError, UserError
 from hvdrec.parallel.progress import is_first_rank
 from hvdrec.scoring.errors import ScoringError
+from hvdrec.storage.json_text import json_text
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     if is_first_rank():
-        print(json.dumps(answer.facts, allow_nan=False) if options.json else answer.text)
+        print(json_text(answer.facts) if options.json else answer.text)
     sys.exit(answer.status)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -147,7 +146,7 @@ def plan(options: argparse.Namespace) -> Answer:
         calibrate=options.calibrate,
         constants=options.constants,
     )
-    return Answer(asdict(result), render_plan(result, config.train.batch_size))
+    return Answer(asdict(result), render_plan(result))
 
 
 @command(
@@ -175,6 +174,7 @@ def plan(options: argparse.Namespace) -> Answer:
 def evaluate(options: argparse.Namespace) -> Answer:
     """Evaluate a run and its baselines; under horovodrun or mpirun, ranks share the work."""
     from hvdrec.storage.drafts import write_text
+    from hvdrec.storage.json_text import json_text
     from hvdrec.training.evaluate_run import evaluate
 
     result = evaluate(
@@ -186,7 +186,7 @@ def evaluate(options: argparse.Namespace) -> Answer:
     )
     facts = result.to_dict()
     if options.output is not None and is_first_rank():
-        write_text(options.output, json.dumps(facts, indent=1) + "\n")
+        write_text(options.output, json_text(facts, indent=1) + "\n")
     return Answer(facts, render_evaluation(facts))
 
 

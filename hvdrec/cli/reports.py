@@ -112,7 +112,7 @@ def _format_value(value: object) -> str:
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def render_plan(result: PlanResult, batch_size: int) -> str:
+def render_plan(result: PlanResult) -> str:
     """Format the predicted cost of a step for each embedding table and each kind of message."""
     cluster, sent, seconds = result.cluster, result.bytes_sent_per_step, result.seconds_per_step
     tables = table(
@@ -134,10 +134,10 @@ def render_plan(result: PlanResult, batch_size: int) -> str:
             for name in names
         ],
     )
-    rows = -(-batch_size // cluster.ranks)
+    rows = -(-result.batch_size // cluster.ranks)
     largest = max((name for name in names if name in seconds), key=lambda name: seconds[name])
     lines = [
-        f"{cluster.ranks} ranks, batch {batch_size} ({rows} rows a rank)",
+        f"{cluster.ranks} ranks, batch {result.batch_size} ({rows} rows a rank)",
         f"memory: {result.memory_per_rank / 1e9:.3f} GB on each rank for weights and optimizer",
         f"a step: {sent['total'] / 1e6:.3f} MB sent by each rank, "
         f"{1e3 * seconds['total']:.1f} ms, most of it {largest}; "

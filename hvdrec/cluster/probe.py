@@ -6,7 +6,6 @@ to PORT of the host from which ssh came; 0 skips this.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdrec.parallel import agreement
+from hvdrec.storage.json_text import json_text
 
 CONNECT_SECONDS = 5.0
 
@@ -47,4 +47,4 @@ def _connection_error(address: str, port: int) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe_host(int(sys.argv[1]), sys.argv[2:])))
+    print(json_text(probe_host(int(sys.argv[1]), sys.argv[2:])))

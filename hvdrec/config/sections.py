@@ -129,8 +129,9 @@ class Train:
     ranking). Or a loss that your program registered (hvdrec.models.losses.register_loss)."""
     retrieval_weight: NonNegativeFloat = 0.1
     """joint: factor of the retrieval loss."""
-    batch_size: PositiveInt = 8192
-    """Rows of a training step on all ranks together."""
+    batch_size: NonNegativeInt = 0
+    """Rows of a training step on all ranks together. 0: the largest power of two from 64 to 8192
+    with which an epoch has at least 50 steps."""
     epochs: NonNegativeInt = 10
     """Maximum passes over the training split. 0: keep a warm start as it is."""
     learning_rate: PositiveFloat = 1e-3
@@ -149,8 +150,9 @@ class Train:
     row that its batch looks up."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of dense weights (not of embeddings and biases)."""
-    warmup_steps: NonNegativeInt = 100
-    """Number of steps in which the learning rate rises linearly to its peak."""
+    warmup_steps: Literal["auto"] | NonNegativeInt = "auto"
+    """Number of steps in which the learning rate rises linearly to its peak. auto: a tenth of all
+    steps, at most 100."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate falls from the end of the warm-up to the last step."""
     schedule_end: Fraction = 0.0
@@ -181,11 +183,16 @@ class Train:
     and serving use the averages instead of the weights. 0: no averages."""
     average_steps: PositiveInt = 10
     """Steps between two updates of the averages. Each update reads all rows of all tables."""
-    metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc"] = "auto"
+    metric: Literal["auto", "auc", "gauc", "log_loss", "recall", "ndcg", "task_auc", "none"] = (
+        "auto"
+    )
     """Validation metric of early stopping. auto: auc; recall for objective 'retrieval'; with
-    [[tasks]] task_auc, the mean of the tasks' AUCs weighted by their shares."""
-    patience: PositiveInt = 2
-    """Validations without improvement after which training stops."""
+    [[tasks]] task_auc, the mean of the tasks' AUCs weighted by their shares. If that metric is not
+    defined on the validation split, auto takes log_loss, recall or none, and says so. none: no
+    validation; all epochs are trained, and the last checkpoint is the best."""
+    patience: NonNegativeInt = 0
+    """Validations without improvement after which training stops. Validations during the warm-up do
+    not count. 0: a fifth of the epochs, at least 2."""
     log_every: PositiveInt = 50
     """Steps between JSON log lines."""
     checkpoint_every: NonNegativeInt = 0
@@ -194,8 +201,10 @@ class Train:
     """Number of checkpoints to keep in addition to the best one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that trains the model. auto: the rank's own GPU if there is one, else the CPU."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the MLPs (autocast)."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Precision of the MLPs (autocast). bf16 is slow on a CPU without bf16 instructions. auto: bf16
+    on a GPU with bf16 and on a CPU with matrix units for it (AMX), else fp32; a resumed run keeps
+    the choice."""
     accumulate: PositiveInt = 1
     """Number of parts into which a rank's batch is cut. The gradients of the parts are added before
     the optimizer step, so that larger batches fit into memory. In-batch negatives come from the
@@ -203,9 +212,9 @@ class Train:
     cpu_layers: Literal["auto", "plain", "fused", "onednn"] = "auto"
     """How a CPU computes the layers of towers and ranker in training. plain: torch's own layers.
     fused: linear layer and ReLU in one operation, and faster dropout. onednn: large float32 batches
-    in oneDNN's tensor layout, and faster dropout. auto: the fastest of them, which is measured at
-    the start; a resumed run keeps the choice. Results differ only in the last digits, except that
-    plain draws other dropout masks than fused and onednn."""
+    in oneDNN's tensor layout, and faster dropout. auto: onednn for float32 on a CPU that is not
+    Intel's, else fused; a resumed run keeps the choice. Results differ only in the last digits,
+    except that plain draws other dropout masks than fused and onednn."""
     threads: NonNegativeInt = 0
     """CPU threads of a rank. 0: the cores of the host divided by its ranks."""
 
@@ -220,8 +229,8 @@ class Parallel:
     shard_from_mb: NonNegativeFloat = 16.0
     """auto: tables of at least this size (10^6 bytes of float32) are sharded."""
     kernel: Literal["auto", "torch", "fbgemm"] = "auto"
-    """Implementation of table lookups and updates. auto: the fastest installed one that supports
-    the table, by a short trial."""
+    """Implementation of table lookups and updates. auto: torch on a CPU; on a GPU, fbgemm if it is
+    installed and supports the table. Results differ in the last digits."""
     synchronization: Literal["step", "adasum", "average"] = "step"
     """How dense weights stay equal on all ranks. step: gradients are summed in every step, which
     gives the same result as one rank. adasum: Adasum combines the gradients, for batches so large

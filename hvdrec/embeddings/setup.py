@@ -12,7 +12,7 @@ import torch
 from hvdrec.config import Config
 from hvdrec.config.schema import Schema
 from hvdrec.config.sections import Parallel, Train
-from hvdrec.embeddings.kernels import KernelName, RowOptimizer, fastest_kernel, fbgemm_problem
+from hvdrec.embeddings.kernels import KernelName, RowOptimizer, default_kernel, fbgemm_problem
 from hvdrec.embeddings.placement import TableGroup, bytes_per_rank, group_tables
 from hvdrec.embeddings.sharded import DistributedTables
 from hvdrec.errors import UserError, invalid_value
@@ -103,9 +103,9 @@ def _choose_kernels(
         elif width in previous:
             chosen[str(width)] = "torch" if problem else previous[width]
         elif str(width) not in chosen:
-            chosen[str(width)] = fastest_kernel(width, optimizer, torch.float32, device)
-    # Each rank timed the kernels itself. All take rank 0's choice, because the results of two
-    # kernels differ in the last digit.
+            chosen[str(width)] = default_kernel(width, optimizer, torch.float32, device)
+    # FBGEMM may be installed on some hosts only. All take rank 0's choice, because the results of
+    # two kernels differ in the last digit.
     return {int(width): name for width, name in ranks.broadcast_object(chosen).items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,16 +65,44 @@ def fit_baselines(
 
     `user` and `item` are int64 [n], below `users` and `items`; `label`, `weight` are float32 [n].
     """
-    weight = weight.astype(np.float64)
-    mean = float(np.average(label, weights=weight)) if weight.sum() else 0.5
+    sums = TrainingSums(users, items)
+    sums.add(user, item, label, weight)
+    return sums.baselines()
 
-    def means(index: Array, count: int) -> Array:
-        total = np.bincount(index, weight, minlength=count)
-        positive = np.bincount(index, weight * label, minlength=count)
-        return np.asarray((positive + PRIOR * mean) / (total + PRIOR))
 
-    popularity = np.bincount(item, weight * label, minlength=items)
-    return Baselines(popularity, means(item, items), means(user, users), mean)
+class TrainingSums:
+    """Sums over training rows, which may come in parts; memory grows with users and items only.
+
+    Attributes:
+        user: Weight of all rows and of the positive rows of each user, float64 [2, users].
+        item: The same of each item, float64 [2, items].
+    """
+
+    def __init__(self, users: int, items: int) -> None:
+        """Start without rows."""
+        self.user, self.item = np.zeros((2, users)), np.zeros((2, items))
+
+    def add(self, user: Array, item: Array, label: Array, weight: Array) -> None:
+        """Add rows; the arguments are those of `fit_baselines`."""
+        weights = weight.astype(np.float64)
+        for sums, index in ((self.user, user), (self.item, item)):
+            sums[0] += np.bincount(index, weights, minlength=sums.shape[1])
+            sums[1] += np.bincount(index, weights * label, minlength=sums.shape[1])
+
+    @property
+    def rate(self) -> float:
+        """The share of positives, by weight; NaN without weight."""
+        total, positive = self.item.sum(axis=1).tolist()
+        return positive / total if total else math.nan
+
+    def baselines(self) -> Baselines:
+        """Return the baselines of these rows."""
+        mean = 0.5 if math.isnan(self.rate) else self.rate
+
+        def means(sums: Array) -> Array:
+            return np.asarray((sums[1] + PRIOR * mean) / (sums[0] + PRIOR))
+
+        return Baselines(self.item[1], means(self.item), means(self.user), mean)
 
 
 def _bend_inside(score: Array) -> Array:

@@ -102,6 +102,10 @@ class DnnRanker(nn.Module):
         logit: Tensor = self.head(deep)
         return logit.squeeze(-1)
 
+    def outputs(self) -> list[nn.Linear]:
+        """Return the layer that computes the logit."""
+        return [self.head]
+
 
 class Recommender(nn.Module):
     """A user tower, an item tower and a ranker.

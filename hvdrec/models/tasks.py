@@ -58,6 +58,11 @@ class TaskRanker(nn.Module):
             own = Mlp(shared_width, shape.task_hidden, shape.dropout)
             self.heads.append(nn.Sequential(*own, nn.Linear(own.output_width, 1)))
 
+    def outputs(self) -> list[nn.Linear]:
+        """Return the layers that compute the tasks' logits."""
+        last = [list(head.children())[-1] for head in self.heads]
+        return [layer for layer in last if isinstance(layer, nn.Linear)]
+
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
         """Map inputs, as column blocks [N, width_i], to logits [N, T]."""
         vectors = joined(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvdrec.config import Config
@@ -14,6 +14,8 @@ from hvdrec.parallel import ranks as job
 from hvdrec.planner.calibration import measure_constants
 from hvdrec.planner.cost import Cluster, Constants, TableCost
 from hvdrec.planner.workload import place_tables, predict, state_widths
+from hvdrec.storage.artifacts import read_manifest
+from hvdrec.training.defaults import default_batch_size
 
 CONSTANTS_FILE = "plan.json"
 MEMORY_UNITS = {"GB": 1e9, "MB": 1e6, "TB": 1e12}
@@ -40,6 +42,8 @@ class PlanResult:
     seconds_per_step: Mapping[str, float]
     """The seconds of the computation, of each kind of message and in ``total``."""
     rows_per_second: float
+    batch_size: int
+    """Rows of a training step on all ranks together."""
 
 
 def plan(
@@ -73,6 +77,7 @@ def plan(
             raise invalid_value(name, value, "must not be negative")
     memory_bytes = parse_quantity("memory", memory, MEMORY_UNITS) if memory else 0.0
     bits = parse_quantity("bandwidth", bandwidth, BANDWIDTH_UNITS) if bandwidth else 0.0
+    config = _with_batch_size(config)
     speed = _calibrated(config) if calibrate else _constants(config, constants)
     count = ranks or job.current().size
     cluster = Cluster(count, ranks_per_host or count, memory_bytes, bits, cores)
@@ -89,6 +94,7 @@ def plan(
         {**cost.bytes_sent, "total": sum(cost.bytes_sent.values())},
         {**cost.seconds, "total": seconds},
         config.train.batch_size / seconds,
+        config.train.batch_size,
     )
 
 
@@ -119,6 +125,14 @@ def smallest_ranks(
         if bytes_per_rank(groups, widths) <= memory
     )
     return next(fitting, None)
+
+
+def _with_batch_size(config: Config) -> Config:
+    """Return the configuration with the batch size that training would choose."""
+    if config.train.batch_size:
+        return config
+    rows = read_manifest(config.paths.of("features"), "features").meta["rows"]["train"]
+    return replace(config, train=replace(config.train, batch_size=default_batch_size(rows)))
 
 
 def _smallest_ranks(config: Config, cluster: Cluster) -> int | None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hvdrec.storage.json_text import json_text
+
 CHECKSUM = "checksum"
 """Key of a JSON document's own checksum."""
 
@@ -22,8 +24,9 @@ def sealed(document: Mapping[str, Any], indent: int | None = 1) -> str:
     """Format a JSON document with the checksum of its contents as its last entry.
 
     The checksum is the hexadecimal SHA-256 of the other entries in compact JSON with sorted keys.
+    Numbers that are NaN or infinite become null.
     """
-    plain = json.loads(json.dumps(document))
+    plain = json.loads(json_text(document))
     return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=indent) + "\n"
 
 

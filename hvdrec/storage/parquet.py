@@ -192,9 +192,14 @@ def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table
 
 def read_tables(folder: Location, columns: Sequence[str] | None = None) -> pa.Table:
     """Read and concatenate all Parquet files of a folder, ordered by name."""
+    return pa.concat_tables(read_parts(folder, columns))
+
+
+def read_parts(folder: Location, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Yield the Parquet files of a folder as tables, ordered by name."""
     checksums = read_checksums(folder)
-    sources = (ParquetSource.open(file, checksums) for file in parquet_files(folder))
-    return pa.concat_tables([source.read(columns) for source in sources])
+    for file in parquet_files(folder):
+        yield ParquetSource.open(file, checksums).read(columns)
 
 
 def read_metadata(file: Location) -> pq.FileMetaData:

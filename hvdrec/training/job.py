@@ -10,30 +10,34 @@ from typing import Any
 import torch
 
 from hvdrec.config import Config
-from hvdrec.config.structure import to_dict
+from hvdrec.config.sections import Train
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.data.loader import ShardLoader
 from hvdrec.embeddings.setup import make_tables
 from hvdrec.embeddings.sharded import DistributedTables
+from hvdrec.evaluation.references import LabelFacts, Reference
 from hvdrec.features.fit import Fitted
-from hvdrec.models.cpu_layers import use_cpu_layers
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.gradients import broadcast_state, check_synchronization
 from hvdrec.parallel.ranks import World
+from hvdrec.storage.artifacts import read_manifest
 from hvdrec.training import checkpoint
 from hvdrec.training.average import Averages
 from hvdrec.training.build import build_model
-from hvdrec.training.cpu_probe import choose_cpu_layers
+from hvdrec.training.defaults import with_defaults
 from hvdrec.training.inputs import (
     check_codes,
     load_negatives,
     load_teacher,
     log_probability_of_items,
 )
-from hvdrec.training.machine import pick_device, set_threads
+from hvdrec.training.labels import read_label_facts, start_at_base_rate, with_defined_metric
+from hvdrec.training.machine import has_bf16, pick_device, set_threads
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import NegativeSampler
 from hvdrec.training.pointers import latest_meta
+from hvdrec.training.resume import continued
 from hvdrec.training.run_directory import check_features, check_run, create_run_directory
 from hvdrec.training.state import TrainState
 from hvdrec.training.warm_start import check_size, warm_start
@@ -44,7 +48,7 @@ class TrainJob:
     """Everything that stays the same during training.
 
     Attributes:
-        config: The run, with the choice of CPU layers that was made.
+        config: The run; all that it left open is filled in.
         world: This rank's position in the job.
         device: Where this rank computes.
         run: Directory of the run.
@@ -52,7 +56,8 @@ class TrainJob:
         negatives: Draws negatives from the catalogue; None if there are none.
         state: The model and its optimizers.
         start: Where training starts or resumes.
-        probe: Median milliseconds of each choice of CPU layers; empty if there was no probe.
+        references: What baselines reach on the validation split.
+        notes: Lines for the user.
     """
 
     config: Config
@@ -63,7 +68,8 @@ class TrainJob:
     negatives: NegativeSampler | None
     state: TrainState
     start: checkpoint.Position
-    probe: dict[str, float]
+    references: tuple[Reference, ...]
+    notes: tuple[str, ...]
 
 
 def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> TrainJob:
@@ -77,13 +83,16 @@ def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> Tr
     set_threads(config.train.threads, world)
     device = ranks.run_on_all(lambda: pick_device(config.train.device, world))
     ranks.run_on_all(lambda: check_synchronization(config.parallel.synchronization, world, device))
-    loader, sizes = _open_shards(config, world)
     stored = ranks.run_on_all(lambda: latest_meta(run)) if is_resumed else None
+    config, facts, notes = _fill_in(config, device, stored)
+    loader, sizes = _open_shards(config, world)
     tables = _place_tables(config, sizes, world, device, stored)
     teacher = ranks.run_on_all(lambda: load_teacher(config, device))
     if config.train.warm_start.history:
         ranks.run_on_all(lambda: check_size(config, sizes[config.schema.item_key]))
-    model, config, probe = _build_model(config, sizes, device, loader.batch_size, stored)
+    torch.manual_seed(config.seed)
+    model = build_model(config, sizes, with_tables=False)
+    start_at_base_rate(model, facts.rates)
     replaces = overwrite and not is_resumed
     ranks.run_on_all(lambda: create_run_directory(run, config, world, overwrite=replaces))
     if config.train.warm_start.history and not is_resumed:
@@ -91,10 +100,15 @@ def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> Tr
     broadcast_state(dict(model.state_dict()))
     state = _make_state(config, model.to(device), tables, teacher, features)
     start = checkpoint.Position()
-    if is_resumed:
+    if stored is not None:
         start = ranks.run_on_all(lambda: checkpoint.restore(run, state))
+        start, note = continued(start, stored["config"]["train"], config.train)
+        notes += [note] if note else []
     negatives = load_negatives(config)
-    return TrainJob(config, world, device, run, loader, negatives, state, start, probe)
+    references = tuple(facts.references)
+    return TrainJob(
+        config, world, device, run, loader, negatives, state, start, references, tuple(notes)
+    )
 
 
 def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tuple[str, bool]:
@@ -117,6 +131,29 @@ def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tu
         reason = "a run is resumed where every rank sees its checkpoints"
         checks.require_shared_directory(run, reason)
     return identity, is_resumed
+
+
+def _fill_in(
+    config: Config, device: torch.device, stored: dict[str, Any] | None
+) -> tuple[Config, LabelFacts, list[str]]:
+    """Fill in what the configuration leaves open; every rank must call this together.
+
+    Returns:
+        The configuration, the facts about the labels, and lines for the user.
+    """
+    features = config.paths.of("features")
+    recorded = None if stored is None else stored["config"]["train"]
+    rows = ranks.run_on_all(lambda: read_manifest(features, "features").meta["rows"]["train"])
+    # Ranks on unlike CPUs would choose differently, so all take the first rank's choice.
+    chosen = ranks.broadcast_object(to_dict(with_defaults(config.train, rows, device, recorded)))
+    config = replace(config, train=from_dict(Train, chosen))
+    config, facts, notes = with_defined_metric(config, read_label_facts(config))
+    if config.train.precision == "bf16" and not has_bf16(device):
+        notes.append(
+            "train.precision = 'bf16': this CPU has no bf16 instructions and will be many times "
+            "slower than with 'fp32' or 'auto'"
+        )
+    return config, facts, notes
 
 
 def _open_shards(config: Config, world: World) -> tuple[ShardLoader, dict[str, int]]:
@@ -147,26 +184,6 @@ def _place_tables(
         reason = "every rank writes its part of sharded tables there"
         checks.require_shared_directory(config.paths.of("run"), reason)
     return tables
-
-
-def _build_model(
-    config: Config,
-    sizes: dict[str, int],
-    device: torch.device,
-    batch_size: int,
-    stored: dict[str, Any] | None,
-) -> tuple[Recommender, Config, dict[str, float]]:
-    """Build the model and choose its CPU layers.
-
-    Returns:
-        The model, the configuration that records the choice, and the timings of the probe.
-    """
-    torch.manual_seed(config.seed)
-    model = build_model(config, sizes, with_tables=False)
-    rows = math.ceil(batch_size / config.train.accumulate)
-    choice, probe = choose_cpu_layers(model, config.train, rows, device, stored)
-    use_cpu_layers(model, choice)
-    return model, replace(config, train=replace(config.train, cpu_layers=choice)), probe
 
 
 def _make_state(

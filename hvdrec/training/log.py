@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hvdrec.parallel.progress import can_show_bar
+from hvdrec.storage.json_text import json_text
 
 
 class TrainingLog:
@@ -67,11 +67,11 @@ class TrainingLog:
             self._bar.update(min(rows, self._rows - self._bar.n))
 
     def write(self, event: str, **facts: Any) -> None:
-        """Write one JSON line."""
+        """Write one JSON line; numbers that are NaN or infinite become null."""
         if self._file is None:
             return
         seconds = round(time.time() - self._started, 3)
-        line = json.dumps({"event": event, "seconds": seconds, **facts})
+        line = json_text({"event": event, "seconds": seconds, **facts})
         self._file.write(line + "\n")
         self._file.flush()
         if self._bar is not None and event == "step":
@@ -80,6 +80,17 @@ class TrainingLog:
             tqdm.write(line, file=sys.stderr)
         elif self._prints:
             print(line, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Write a line for people: as an event into the file, and as it is on the screen."""
+        if self._file is None:
+            return
+        self._file.write(json_text({"event": "note", "text": text}) + "\n")
+        self._file.flush()
+        if self._has_bar:
+            tqdm.write(text, file=sys.stderr)
+        elif self._prints:
+            print(text, file=sys.stderr, flush=True)
 
     def _close_bar(self) -> None:
         if self._bar is not None:

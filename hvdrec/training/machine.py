@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from hvdrec.parallel.ranks import World
 # From malloc.h. LARGEST_THRESHOLD is the highest value that glibc accepts for M_MMAP_THRESHOLD.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_THRESHOLD = 32 << 20
+CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def pick_device(option: Literal["auto", "cpu", "cuda"], world: World) -> torch.device:
@@ -37,6 +39,24 @@ def pick_device(option: Literal["auto", "cpu", "cuda"], world: World) -> torch.d
     device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def has_bf16(device: torch.device, *, fast: bool = False) -> bool:
+    """Return True if a device has bf16 instructions, or if that is not known of this CPU.
+
+    Args:
+        device: The device.
+        fast: Ask for matrix units (AMX, tensor cores), which make bf16 faster than float32; False
+            if that is not known.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        text = CPU_FACTS.read_text()
+    except OSError:
+        return not fast
+    flags = {flag for line in text.splitlines() for flag in line.partition(":")[2].split()}
+    return not flags.isdisjoint({"amx_bf16"} if fast else {"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def set_threads(option: int, world: World) -> None:

@@ -26,12 +26,13 @@ def schedule(train: Train, step: int, progress: float) -> float:
     """Return the factor, in [0, 1], of the peak learning rates in a step.
 
     Args:
-        train: The ``[train]`` section.
+        train: The ``[train]`` section; a ``warmup_steps`` that is still "auto" counts as 0.
         step: Steps since the start of training.
         progress: Share in [0, 1] of all epochs' rows that were read before this step. It makes the
             schedule independent of the number of ranks.
     """
-    warmup = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+    steps = 0 if train.warmup_steps == "auto" else train.warmup_steps
+    warmup = min(1.0, (step + 1) / steps) if steps else 1.0
     left = 1.0 - min(max(progress, 0.0), 1.0)
     match train.schedule:
         case "constant":

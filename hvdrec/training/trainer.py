@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
@@ -14,12 +15,15 @@ from torch import Tensor
 from hvdrec.config import Config
 from hvdrec.data.sampler import Progress
 from hvdrec.evaluation.evaluate import validation_metric
+from hvdrec.evaluation.references import worse_than
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import global_sum
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import Position
+from hvdrec.training.divergence import check_loss, check_weights
 from hvdrec.training.job import TrainJob, set_up
+from hvdrec.training.labels import metric_name
 from hvdrec.training.log import TrainingLog
 from hvdrec.training.machine import no_gc_pauses
 from hvdrec.training.objective import StepLoss
@@ -107,17 +111,6 @@ def train(
     )
 
 
-def metric_name(config: Config) -> str:
-    """Return the name of the validation metric that early stopping watches."""
-    if config.train.metric != "auto":
-        name = config.train.metric
-    elif config.tasks:
-        name = "task_auc"
-    else:
-        name = "recall" if config.train.objective == "retrieval" else "auc"
-    return f"{name}@{config.evaluate.k[0]}" if name in ("recall", "ndcg") else name
-
-
 def _fit(job: TrainJob, log: TrainingLog, stop: Stop | None) -> Position:
     """Train to the end, with a validation and a checkpoint after each epoch."""
     train, position = job.config.train, job.start
@@ -133,7 +126,7 @@ def _fit(job: TrainJob, log: TrainingLog, stop: Stop | None) -> Position:
             epoch = position.epoch + 1
             metrics, position = _validate(job, log, position, epoch)
             is_last = epoch == train.epochs or position.stale >= train.patience
-            if stop is not None:
+            if stop is not None and metrics:
                 is_last |= stop(position.epoch, float(metrics[metric_name(job.config)]))
             position = replace(position, epoch=epoch, past=(), finished=is_last)
             _save(job, position, metrics)
@@ -162,7 +155,9 @@ def _train_epoch(
             _log_step(job, log, sums, step, progress)
         if train.checkpoint_every and step % train.checkpoint_every == 0:
             past = (*position.past, Progress(world.size, loader.batch_size, number))
+            _check_losses(job, sums, step)
             _save(job, replace(position, step=step, past=past), {})
+    _check_losses(job, sums, step)
     return replace(position, step=step)
 
 
@@ -191,14 +186,18 @@ class _StepSums:
 
 
 def _log_start(job: TrainJob, log: TrainingLog) -> None:
-    tables, model = job.state.tables, job.state.model
+    tables, model, train = job.state.tables, job.state.model, job.config.train
     embedded = sum(rows * group.width for group in tables.groups for rows in group.sizes.values())
     log.write(
         "start",
         world_size=job.world.size,
         device=str(job.device),
-        cpu_layers=job.config.train.cpu_layers,
-        **({"cpu_layers_ms": job.probe} if job.probe else {}),
+        batch_size=train.batch_size,
+        warmup_steps=train.warmup_steps,
+        patience=train.patience,
+        metric=metric_name(job.config),
+        precision=train.precision,
+        cpu_layers=train.cpu_layers,
         rows=job.loader.rows,
         parameters=sum(parameter.numel() for parameter in model.parameters()) + embedded,
         tables={
@@ -211,6 +210,8 @@ def _log_start(job: TrainJob, log: TrainingLog) -> None:
         },
         step=job.start.step,
     )
+    for note in job.notes:
+        log.note(note)
 
 
 def _log_step(job: TrainJob, log: TrainingLog, sums: _StepSums, step: int, progress: float) -> None:
@@ -231,6 +232,13 @@ def _log_step(job: TrainJob, log: TrainingLog, sums: _StepSums, step: int, progr
         table_bytes_sent=job.state.tables.sent_bytes,
     )
     sums.reset()
+    check_loss(job.config.train, step, total)
+
+
+def _check_losses(job: TrainJob, sums: _StepSums, step: int) -> None:
+    """Check the losses since the last log line; every rank must call this together."""
+    if sums.steps:
+        check_loss(job.config.train, step, float(global_sum(sums.losses)[0]) / sums.steps)
 
 
 def _validate(
@@ -238,23 +246,39 @@ def _validate(
 ) -> tuple[dict[str, Any], Position]:
     """Evaluate on the validation split; every rank uses the first rank's metrics."""
     state, name = job.state, metric_name(job.config)
+    if name == "none":
+        return {}, position
     state.average_ranks()
     state.model.eval()
     with state.averages.swapped_in() if state.averages is not None else nullcontext():
         result = validation_metric(state.model, job.config, name, state.tables.fetch_rows)
     value, metrics = ranks.broadcast_object(result)
-    better = position.best is None or (
-        value < position.best if name == "log_loss" else value > position.best
-    )
-    if better:
-        position = replace(position, best=value, best_step=position.step, stale=0)
-    else:
-        position = replace(position, stale=position.stale + 1)
+    metrics["worse_than"] = worse_than(metrics, job.references)
+    warmup = job.config.train.warmup_steps
+    is_warm = warmup == "auto" or position.step >= warmup
+    position = judged(position, value, is_loss=name == "log_loss", counts=is_warm)
+    better = position.best_step == position.step and position.best is not None
     log.write("validation", epoch=epoch, step=position.step, better=better, **metrics)
     return metrics, position
+
+
+def judged(position: Position, value: float, *, is_loss: bool, counts: bool = True) -> Position:
+    """Return a position after a validation.
+
+    Args:
+        position: Before it.
+        value: The metric; NaN, or an infinite value, is never the best.
+        is_loss: True if less is better.
+        counts: False if a validation without improvement does not count for early stopping.
+    """
+    best = position.best
+    if math.isfinite(value) and (best is None or (value < best if is_loss else value > best)):
+        return replace(position, best=value, best_step=position.step, stale=0)
+    return replace(position, stale=position.stale + counts)
 
 
 def _save(job: TrainJob, position: Position, metrics: dict[str, Any]) -> None:
     """Write a checkpoint; every rank must call this together."""
     job.state.average_ranks()
+    check_weights(job.state, position.step)
     checkpoint.save(job.run, position, job.state, metrics)

@@ -8,7 +8,8 @@ import shlex
 import tomllib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -155,12 +156,19 @@ def _field_type(field: str, config: Config) -> Any:
 
 def _distribution(field: str, values: str, kind: Any) -> Distribution:
     """Return the range or the choices that a text gives for a field of type `kind`."""
-    if kind in (int, float) and ":" in values:
-        return _range(field, values, kind)
+    number = next((each for each in (int, float) if each in _plain_types(kind)), None)
+    if number is not None and ":" in values:
+        return _range(field, values, number)
     parsed = [_choice(field, text, kind) for text in _split(values)]
     if len(parsed) < 2 or any(value in parsed[:i] for i, value in enumerate(parsed)):
         raise invalid_value(field, values, "give a range, or two different values")
     return CategoricalDistribution([json.dumps(value) for value in parsed])
+
+
+def _plain_types(kind: Any) -> tuple[Any, ...]:
+    """Return a type, or the types of a union, without their constraints."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(get_args(k)[0] if get_origin(k) is Annotated else k for k in kinds)
 
 
 def _range(field: str, values: str, kind: Any) -> Distribution:

@@ -22,9 +22,10 @@ from hvdrec.parallel.agreement import digest
 from hvdrec.parallel.progress import print_line
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training.checkpoint import CONFIG_FILE, read_config
+from hvdrec.training.labels import metric_name
 from hvdrec.training.pointers import has_checkpoint, latest_meta
 from hvdrec.training.run_directory import check_features
-from hvdrec.training.trainer import metric_name, train
+from hvdrec.training.trainer import train
 from hvdrec.tuning.search import (
     FILE,
     Search,

@@ -95,7 +95,7 @@ def test_loads_a_file_with_defaults_and_nested_tables(tmp_path: Path) -> None:
     assert config.model == Model(tower=Tower(hidden=()))
     assert (config.train.learning_rate, type(config.train.learning_rate)) == (1.0, float)
     assert config.train.logq is False
-    assert config.train.batch_size == 8192
+    assert config.train.batch_size == 0
     assert config.schema.user_key == "user_id"
 
 
@@ -206,7 +206,7 @@ def test_refuses_wrong_types(
     ("changes", "field", "value", "words"),
     [
         ({"features": []}, "features", [], ["at least 1"]),
-        ({"train": {"batch_size": 0}}, "train.batch_size", 0, ["greater than 0"]),
+        ({"train": {"batch_size": -1}}, "train.batch_size", -1, ["greater than or equal to 0"]),
         ({"train": {"learning_rate": -1}}, "train.learning_rate", -1, ["greater than 0"]),
         ({"train": {"clip_norm": -0.5}}, "train.clip_norm", -0.5, ["greater than or equal to 0"]),
         ({"train": {"clip_norm": float("inf")}}, "train.clip_norm", float("inf"), ["finite"]),
@@ -414,7 +414,7 @@ def test_a_config_in_python_equals_one_from_toml() -> None:
 @pytest.mark.parametrize(
     ("build", "field", "value", "words"),
     [
-        (lambda: Train(batch_size=0), "Train.batch_size", 0, ["greater than 0"]),
+        (lambda: Train(batch_size=-1), "Train.batch_size", -1, ["greater than or equal to 0"]),
         (lambda: Train(epochs="3"), "Train.epochs", "3", ["integer"]),
         (lambda: Train(objective="both"), "Train.objective", "both", ["'joint'"]),
         (lambda: Train(epoch=3), "Train.epoch", None, ["unknown", "did you mean 'epochs'?"]),
@@ -500,7 +500,7 @@ def test_overrides_are_checked_together() -> None:
         ("train.epochs.x", 1, ["no such field"]),
         ("tasks.0.share", 2.0, ["no such field"]),
         ("features.9.dimension", 2, ["no such field"]),
-        ("train.batch_size", 0, ["greater than 0"]),
+        ("train.batch_size", -1, ["greater than or equal to 0"]),
         ("train.batch_size", "64", ["integer"]),
     ],
 )

@@ -17,7 +17,7 @@ from hvdrec.embeddings.kernels import (
     OptimizerName,
     RowOptimizer,
     TorchKernel,
-    fastest_kernel,
+    default_kernel,
     fbgemm_problem,
 )
 from hvdrec.errors import UserError
@@ -120,10 +120,13 @@ def test_rows_that_fbgemm_cannot_hold_are_refused() -> None:
     assert error.value.field == "parallel.kernel"
 
 
-def test_the_fastest_kernel_can_hold_the_rows() -> None:
-    device = torch.device("cpu")
-    assert fastest_kernel(6, RowOptimizer(), torch.float32, device) == "torch"
-    assert fastest_kernel(8, RowOptimizer(), torch.float32, device, 64) in KERNELS
+def test_the_default_kernel_depends_on_device_and_rows_only() -> None:
+    adagrad, adam = RowOptimizer(), RowOptimizer("adam")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert default_kernel(8, adagrad, torch.float32, cpu) == "torch"
+    assert default_kernel(8, adagrad, torch.float32, gpu) == "fbgemm"
+    assert default_kernel(6, adagrad, torch.float32, gpu) == "torch"
+    assert default_kernel(8, adam, torch.float32, gpu) == "torch"
 
 
 def test_the_reference_keeps_its_dtype() -> None:

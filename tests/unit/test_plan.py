@@ -97,7 +97,7 @@ def test_memory_determines_the_smallest_number_of_ranks() -> None:
 
 
 def test_a_plan_compares_memory_and_adds_totals(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_config()
+    config = small_config(batch_size=8192)
     cost = StepCost((), {"a": 3.0, "b": 4.0}, {"compute": 0.25, "a": 0.25}, memory=10_000_000)
     monkeypatch.setattr(plan_module, "predict", lambda *_: cost)
     fitted = SimpleNamespace(sizes={**SIZES, "user_id": 1_000_000})

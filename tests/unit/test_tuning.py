@@ -67,6 +67,7 @@ def _choices(*values: Any) -> CategoricalDistribution:
         ("model.ranker.dropout=0:0.4", FloatDistribution(0.0, 0.4)),
         ("model.ranker.dropout=0:0.4:0.1", FloatDistribution(0.0, 0.4, step=0.1)),
         ("train.batch_size=log:256:8192", IntDistribution(256, 8192, log=True)),
+        ("train.warmup_steps=0:200:50", IntDistribution(0, 200, step=50)),
         ("--model.ranker.cross-layers=0:3", IntDistribution(0, 3)),
         ("model.dimension=16,32,64", _choices(16, 32, 64)),
         ("model.tower.normalize=true,false", _choices(True, False)),

@@ -1,0 +1,193 @@
+"""What is known about a validation split before training: its metrics, and what to beat on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isnan, nan
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdrec.config import Config
+from hvdrec.evaluation.baselines import TrainingSums
+from hvdrec.evaluation.held_out import RetrievalQueries
+from hvdrec.evaluation.ranking_metrics import auc, gauc, log_loss
+from hvdrec.storage.parquet import read_metadata, read_parts, read_table, read_tables
+
+Array = NDArray[Any]
+KEYS = ("user_index", "item_index", "label", "weight")
+MEANS = ("item_mean", "user_item_mean")
+LOSSES = ("log_loss",)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The value of a metric that a baseline reaches on the validation split.
+
+    Attributes:
+        baseline: ``base_rate`` predicts the training rows' share of positives for every row; the
+            others are those of `baselines`.
+        metric: Name of the metric.
+        value: Its value.
+        task: Name of the task; empty for the main label.
+    """
+
+    baseline: str
+    metric: str
+    value: float
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class LabelFacts:
+    """Facts about the labels of the training and the validation split.
+
+    Attributes:
+        rates: Share of positives, by weight, in the training split: of the label, then of each
+            task; NaN without weight.
+        undefined: Ranking metric -> why it is not defined on the validation split; metrics that
+            are defined are absent.
+        references: What baselines reach on the validation split.
+    """
+
+    rates: Sequence[float]
+    undefined: Mapping[str, str] = field(default_factory=dict)
+    references: Sequence[Reference] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as values that ranks can send each other."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> LabelFacts:
+        """Return the facts that `to_dict` gave."""
+        references = [Reference(**each) for each in plain["references"]]
+        return LabelFacts(plain["rates"], plain["undefined"], references)
+
+
+def label_facts(config: Config) -> LabelFacts:
+    """Read the labels of the training split, shard by shard, and of the validation split.
+
+    One rank calls this.
+    """
+    features, columns = config.paths.of("features"), [*KEYS, *config.task_columns]
+    count = {s: read_metadata(features / f"{s}s.parquet").num_rows for s in ("user", "item")}
+    sums, tasks = TrainingSums(count["user"], count["item"]), np.zeros((len(config.tasks), 2))
+    for part in read_parts(features / "train", columns):
+        user, item, label, weight, *labels = (part[name].to_numpy() for name in columns)
+        sums.add(user, item, label, weight)
+        for row, values in zip(tasks, labels, strict=True):
+            row += [weight[~np.isnan(values)].sum(), np.nansum(weight * values)]
+    rates = [sums.rate, *(positive / total if total else nan for total, positive in tasks)]
+    held_out = read_tables(features / "validation", columns)
+    user, item, label, weight, *labels = (held_out[name].to_numpy() for name in columns)
+    undefined = undefined_metrics(user, label, weight)
+    if config.tasks:
+        shares = [task.share for task in config.tasks]
+        undefined |= _undefined_tasks(labels, weight, shares)
+    if config.train.objective == "retrieval":
+        return LabelFacts(rates, undefined)
+    if config.tasks:
+        names = [task.name for task in config.tasks]
+        references = _task_references(names, rates[1:], labels, weight)
+        return LabelFacts(rates, undefined, references)
+    scores = sums.baselines().scores(user, item)
+    references = [Reference("base_rate", "log_loss", _constant_loss(sums.rate, label, weight))]
+    for name in MEANS:
+        score = scores[name]
+        references.append(Reference(name, "log_loss", log_loss(score, label, weight)))
+        references.append(Reference(name, "auc", _auc(score, label, weight)))
+    return LabelFacts(rates, undefined, references)
+
+
+def undefined_metrics(user: Array, label: Array, weight: Array) -> dict[str, str]:
+    """Return why ranking metrics are not defined on some rows; those that are defined are absent.
+
+    `user` is int64 [n]; `label` and `weight` are float32 [n].
+    """
+    counted = weight > 0
+    user, label, weight = user[counted], label[counted], weight[counted]
+    if not len(label):
+        return dict.fromkeys(("auc", "gauc", "log_loss"), "no row has a weight")
+    if label.min() == label.max():
+        return dict.fromkeys(("auc", "gauc"), f"all labels are {label[0]:g}")
+    if gauc(np.zeros(len(label)), label, weight, user)[1] == 0:
+        return {"gauc": "no user has rows of both labels"}
+    return {}
+
+
+def popularity_reference(config: Config, metric: str) -> tuple[Reference, list[str]]:
+    """Measure retrieval by popularity on the validation split; every rank must call this together.
+
+    Returns:
+        The reference, NaN if no user has an item to find, and the reasons for that.
+    """
+    features, seen = config.paths.of("features"), config.evaluate.seen
+    queries = RetrievalQueries.read(features, "validation", seen)
+    items = read_table(features / "items.parquet", ["train_count"])["train_count"].to_numpy()
+    users = np.ones((read_metadata(features / "users.parquet").num_rows, 1))
+    metrics = queries.metrics(users, items[:, None].astype(np.float64), config.evaluate.k)
+    notes = queries.notes("validation", seen)
+    return Reference("popularity", metric, float(metrics[metric])), notes
+
+
+def worse_than(metrics: Mapping[str, Any], references: Iterable[Reference]) -> list[dict[str, Any]]:
+    """Return the references that a model's metrics do not reach, each with the model's value.
+
+    Args:
+        metrics: The model's metrics on the same rows; ``tasks`` holds those of each task. A metric
+            that is missing or not defined does not count.
+        references: What baselines reach.
+    """
+    worse = []
+    for reference in references:
+        own = metrics["tasks"][reference.task] if reference.task else metrics
+        value = own.get(reference.metric)
+        if value is None or isnan(value) or isnan(reference.value):
+            continue
+        is_loss = reference.metric in LOSSES
+        if value > reference.value if is_loss else value < reference.value:
+            worse.append({**asdict(reference), "model": value})
+    return worse
+
+
+def describe_worse(worse: Mapping[str, Any]) -> str:
+    """Return an entry of `worse_than` as text: ``base_rate (log_loss 0.7 against 0.03)``."""
+    task = f" of task {worse['task']}" if worse["task"] else ""
+    return (
+        f"{worse['baseline']} ({worse['metric']}{task} {worse['model']:.4g} against "
+        f"{worse['value']:.4g})"
+    )
+
+
+def _undefined_tasks(
+    labels: Sequence[Array], weight: Array, shares: Sequence[float]
+) -> dict[str, str]:
+    """Return why ``task_auc`` is not defined; empty if the AUC of a task with a share is."""
+    for values, share in zip(labels, shares, strict=True):
+        known = values[~np.isnan(values) & (weight > 0)]
+        if share and len(known) and known.min() < known.max():
+            return {}
+    return {"task_auc": "no task has both labels"}
+
+
+def _task_references(
+    names: Sequence[str], rates: Sequence[float], labels: Sequence[Array], weight: Array
+) -> list[Reference]:
+    """Return the log loss of each task's base rate."""
+    references = []
+    for name, rate, values in zip(names, rates, labels, strict=True):
+        known = ~np.isnan(values)
+        loss = _constant_loss(rate, values[known], weight[known])
+        references.append(Reference("base_rate", "log_loss", loss, name))
+    return references
+
+
+def _constant_loss(rate: float, label: Array, weight: Array) -> float:
+    return nan if isnan(rate) else log_loss(np.full(len(label), rate), label, weight)
+
+
+def _auc(score: Array, label: Array, weight: Array) -> float:
+    return auc(score[weight > 0], label[weight > 0], weight[weight > 0].astype(np.float64))

@@ -1,0 +1,86 @@
+"""Stop a run whose loss or weights become NaN or infinite, before they reach a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hvdrec.config.sections import Train
+from hvdrec.errors import UserError
+from hvdrec.parallel import ranks
+from hvdrec.training.optimizer import optimizer_tensors
+from hvdrec.training.state import TrainState
+
+USUAL_RATES = {"adam": 0.01}
+"""Usual learning rates of table rows by optimizer; 0.1 for the others."""
+DENSE_RATE, ROW_RATE = 1e-3, 0.1
+
+
+def diverged(train: Train, step: int, what: str, value: float) -> UserError:
+    """Build the error of a run that has diverged; it names the learning rate to lower.
+
+    That is the one that exceeds its usual value by the larger factor.
+
+    Args:
+        train: The ``[train]`` section.
+        step: Steps since the start of training.
+        what: What is NaN or infinite, such as "loss".
+        value: Its value.
+    """
+    usual = USUAL_RATES.get(train.embedding_optimizer, ROW_RATE)
+    field, rate = "train.learning_rate", train.learning_rate
+    if train.embedding_learning_rate / usual > train.learning_rate / DENSE_RATE:
+        field, rate = "train.embedding_learning_rate", train.embedding_learning_rate
+    return UserError(
+        f"{what} = {value:g} at step {step}: training has diverged; lower {field} = {rate:g} and "
+        "train again with --overwrite",
+        field=field,
+        value=rate,
+    )
+
+
+def check_loss(train: Train, step: int, loss: float) -> None:
+    """Raise SharedError if a loss, which all ranks know, is NaN or infinite."""
+    if not math.isfinite(loss):
+        error = diverged(train, step, "loss", loss)
+        ranks.raise_shared(str(error), error.field)
+
+
+def check_weights(state: TrainState, step: int) -> None:
+    """Check that no weight, table row or optimizer state is NaN or infinite.
+
+    Every rank must call this together. Reading a tensor costs less than writing it.
+
+    Raises:
+        SharedError: One is, on at least one rank.
+    """
+
+    def check() -> None:
+        for name, tensor in _tensors(state):
+            worst = _extreme(tensor)
+            if not math.isfinite(worst):
+                raise diverged(state.config.train, step, name, worst)
+
+    ranks.run_on_all(check)
+
+
+def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors that a checkpoint holds on this rank, with names for people."""
+    dense = state.model.state_dict() | optimizer_tensors(state.model, state.optimizer)
+    if state.averages is not None:
+        dense |= state.averages.dense
+    yield from ((f"weight {name}", tensor) for name, tensor in dense.items())
+    for group, kernel in zip(state.tables.groups, state.tables.kernels, strict=True):
+        name = f"embedding table of {', '.join(group.sizes)}"
+        yield from ((name, tensor) for tensor in (kernel.weight, *kernel.state.values()))
+
+
+def _extreme(tensor: Tensor) -> float:
+    """Return an entry that is NaN or infinite, if there is one, else the largest one."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return float(high) if math.isfinite(low) else float(low)

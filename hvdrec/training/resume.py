@@ -1,0 +1,43 @@
+"""Whether a run that has ended trains on when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hvdrec.config.sections import Train
+from hvdrec.training.checkpoint import Position
+
+
+def continued(
+    position: Position, before: Mapping[str, Any], now: Train
+) -> tuple[Position, str | None]:
+    """Return where a resumed run continues, and a line for the user if the run had ended.
+
+    A run that has ended trains on if ``train.epochs`` now is larger than the epochs it has trained,
+    unless it stopped early and ``train.patience`` still says so.
+
+    Args:
+        position: Of the latest checkpoint.
+        before: Its ``[train]`` section, as plain values.
+        now: The ``[train]`` section with all defaults filled in.
+    """
+    if not position.finished:
+        return position, None
+    done, stale = position.epoch, position.stale
+    if done >= now.epochs:
+        return position, (
+            f"this run has trained {done} of {now.epochs} epochs; raise train.epochs to train on"
+        )
+    if stale >= now.patience:
+        return position, (
+            f"this run stopped early after {done} epochs: {stale} validations brought no "
+            f"improvement; set train.patience above {stale} to train on"
+        )
+    if done < before["epochs"] and stale < before["patience"]:
+        return position, f"this run was stopped after {done} epochs by its caller, such as a search"
+    return replace(position, finished=False), (
+        f"training on from epoch {done} to {now.epochs}; the learning rate follows "
+        f"train.schedule = '{now.schedule}' over {now.epochs} epochs"
+    )
