@@ -45,7 +45,7 @@ def samples(options: argparse.Namespace) -> Answer:
     result = make_samples(load_config(options), overwrite=options.overwrite)
     rows = [[split, count, result.positives[split]] for split, count in result.rows.items()]
     text = table(["split", "rows", "positives"], rows) + f"\nwrote {result.path}"
-    return Answer(result.to_dict(), text)
+    return Answer(result.to_dict(), "\n".join([text, *(f"warning: {w}" for w in result.warnings)]))
 
 
 @command(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hvdrec.config.schema import RawType
 from hvdrec.errors import choices, invalid_file
+from hvdrec.samples.remedies import entries_remedy, list_remedy, range_remedy, type_remedy
 
 Array = NDArray[Any]
 
@@ -29,7 +30,9 @@ TARGETS: dict[RawType, pa.DataType] = {
     "int": pa.int64(),
     "float": pa.float64(),
 }
-SQL_TYPES: dict[RawType, str] = {"string": "VARCHAR", "int": "BIGINT", "float": "DOUBLE"}
+END_OF_REASON = ("LINE ", "Possible", "Candidate", "  file =", "  delimiter")
+"""Starts of lines that follow the reason of an error of DuckDB."""
+LONGEST_LINE = 200
 
 
 def compact(array: pa.Array) -> pa.Array:
@@ -138,27 +141,26 @@ def cast(
         UserError: The type of the column or one of its values does not fit.
     """
     actual = array.type
-    column = f"column '{name}' is {type_name(actual)}, {purpose}"
+    kind = type_name(actual)
+    column = f"column '{name}' is {kind}, {purpose}"
     if lists and not is_list(actual):
-        example = f"samples.derive.{name} = \"string_split({name}, '|')\""
-        raise invalid_file(where, f"{column} needs a list", f"derive it, for example {example}")
+        remedy = list_remedy(name, kind, dtype)
+        raise invalid_file(where, f"{column} needs a list", remedy)
     if is_list(actual) and not lists:
         raise invalid_file(where, f"{column} takes one value", "declare kind = 'categorical_list'")
     if family(actual.value_type if lists else actual) not in ACCEPTED[dtype]:
-        target = SQL_TYPES[dtype] + ("[]" if lists else "")
-        if dtype == "string" and family(actual) == "float":
-            target = "BIGINT"
         problem = f"{column} of dtype '{dtype}' takes {choices(ACCEPTED[dtype])}"
-        example = f'samples.derive.{name} = "CAST({name} AS {target})"'
-        raise invalid_file(where, problem, f"derive it, for example {example}")
+        remedy = entries_remedy(name, dtype) if lists else type_remedy(name, array, kind, dtype)
+        raise invalid_file(where, problem, remedy)
     try:
         if lists:
             return _map_values(lambda values: _cast_scalars(values, dtype), array)
         return _cast_scalars(array, dtype)
     except pa.ArrowInvalid as error:
-        shown = f"column '{name}' ({type_name(actual)})"
-        problem = f"{shown} does not fit dtype '{dtype}' of {purpose}: {first_line(error)}"
-        raise invalid_file(where, problem, "declare another dtype") from None
+        problem = f"column '{name}' ({kind}) does not fit dtype '{dtype}' of {purpose}"
+        raise invalid_file(
+            where, f"{problem}: {reason(error)}", range_remedy(name, array)
+        ) from None
 
 
 def family(dtype: pa.DataType) -> str:
@@ -172,6 +174,7 @@ def family(dtype: pa.DataType) -> str:
         ("float", pa.types.is_floating),
         ("string", pa.types.is_string),
         ("string", pa.types.is_large_string),
+        ("binary", is_binary),
         ("decimal", pa.types.is_decimal),
         ("timestamp", pa.types.is_timestamp),
         ("date", pa.types.is_date),
@@ -186,6 +189,14 @@ def type_name(dtype: pa.DataType) -> str:
     return f"a list of {type_name(dtype.value_type)}" if is_list(dtype) else family(dtype)
 
 
+def is_binary(dtype: pa.DataType) -> bool:
+    """True for every type of bytes."""
+    types = pa.types
+    return bool(
+        types.is_binary(dtype) or types.is_large_binary(dtype) or types.is_fixed_size_binary(dtype)
+    )
+
+
 def is_list(dtype: pa.DataType) -> bool:
     """True for every list type."""
     types = pa.types
@@ -194,15 +205,22 @@ def is_list(dtype: pa.DataType) -> bool:
     )
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error of Arrow or DuckDB; pointers into a query follow it."""
-    return str(error).strip().splitlines()[0].rstrip(".")
+def reason(error: Exception) -> str:
+    """Return the text of an error of Arrow or DuckDB on one line, without advice about its API."""
+    kept = []
+    for line in str(error).strip().splitlines():
+        if line.startswith(END_OF_REASON):
+            break
+        if text := line.strip().rstrip("."):
+            kept.append(text if len(text) <= LONGEST_LINE else text[: LONGEST_LINE - 3] + "...")
+    return "; ".join(kept)
 
 
 def _cast_scalars(array: pa.Array, dtype: RawType) -> pa.Array:
     if dtype != "string":
         return array.cast(TARGETS[dtype])
-    if pa.types.is_decimal(array.type):
-        array = array.cast(pa.int64())
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
-    return pa.DictionaryArray.from_arrays(encoded.indices, encoded.dictionary.cast(pa.string()))
+    values = encoded.dictionary
+    if pa.types.is_decimal(values.type):
+        values = pa.array([str(int(value)) for value in values.to_pylist()], pa.string())
+    return pa.DictionaryArray.from_arrays(encoded.indices, values.cast(pa.string()))

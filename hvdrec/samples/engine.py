@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import duckdb
 import ibis
 import pyarrow as pa
 from ibis.expr.types import Table
 
-from hvdrec.errors import UserError, choices, invalid_file, invalid_value
-from hvdrec.samples.columns import compact, concatenate, first_line
+from hvdrec.config.schema import RawType
+from hvdrec.errors import UserError, choices, invalid_value
+from hvdrec.samples.columns import compact, concatenate, reason
+from hvdrec.samples.raw_files import find_files, names_differ_in_case
+from hvdrec.samples.raw_tables import Reader, unreadable
+from hvdrec.samples.sql import literal, quoted, without_nan
 
-SUFFIXES = (".parquet", ".csv", ".csv.gz")
 BATCH_ROWS = 262_144
-REWRITE = "write the table again"
+NOTHING: Mapping[str, RawType] = MappingProxyType({})
 
 
 @contextmanager
@@ -30,7 +33,13 @@ def connect() -> Iterator[Engine]:
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET TimeZone = 'UTC'")
-        connection.execute(f"SET temp_directory = {_literal(spill)}")
+        # Statistics of Parquet files leave NaN out, so that DuckDB takes isnan(column) for false.
+        connection.execute("SET disabled_optimizers = 'statistics_propagation'")
+        # x / 0 is NULL. As NaN or infinity, it would be greater than any number.
+        connection.execute("SET ieee_floating_point_ops = false")
+        with suppress(duckdb.Error):  # older versions have no such setting
+            connection.execute("SET error_on_division_by_zero = false")
+        connection.execute(f"SET temp_directory = {literal(spill)}")
         yield Engine(connection)
 
 
@@ -43,49 +52,26 @@ class Engine:
     """
 
     connection: duckdb.DuckDBPyConnection
+    warnings: list[str] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _files: list[tuple[Path, str]] = field(default_factory=list)
     _expressions: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def read(self, file: Path, text: Collection[str] = ()) -> Table:
-        """Open a Parquet or CSV file, or all files that a glob matches.
+    def read(self, raw: Path, name: str, declared: Mapping[str, RawType] = NOTHING) -> Table:
+        """Open the table `name`: a Parquet or CSV file in the directory `raw`, or all of a glob.
 
-        In a CSV file, the columns `text` stay as written ("007") unless they parse as floats.
+        NaN is NULL. A CSV file is read once; its columns have the types that all their values have.
+        `declared` gives the types of features and keys.
 
         Raises:
-            UserError: There is no such file, or it is not in the format of its suffix.
+            UserError: There is no such file, it is not in the format of its suffix, or its columns
+                are ambiguous.
         """
-        name = str(file)
-        if not name.endswith(SUFFIXES):
-            raise invalid_file(file, f"must end in one of {choices(SUFFIXES)}", "convert the table")
-        if file.is_dir():
-            raise invalid_file(file, "is a directory", f"name its files, as in '{name}/*.parquet'")
-        paths = [name] if file.is_file() else sorted(glob.glob(name, recursive=True))
-        if not paths:
-            raise invalid_file(file, "no such file", "check paths.raw and the table's name")
-        listed = ", ".join(_literal(path) for path in paths)
-        try:
-            if name.endswith(".parquet"):
-                view = self._view(f"SELECT * FROM read_parquet([{listed}], union_by_name = true)")
-            else:
-                view = self._view_csv(f"[{listed}], union_by_name = true", text)
-            self._files.append((file, view))
-            return self._table(view)
-        except duckdb.Error as error:
-            raise _unreadable(file, error) from None
-
-    def _view_csv(self, arguments: str, text: Collection[str]) -> str:
-        view = self._view(f"SELECT * FROM read_csv({arguments})")
-        table = self.connection.table(view)
-        kept = [
-            column
-            for column, dtype in zip(table.columns, table.types, strict=True)
-            if column in text and str(dtype) != "DOUBLE"
-        ]
-        if not kept:
-            return view
-        types = ", ".join(f"{_literal(column)}: 'VARCHAR'" for column in kept)
-        return self._view(f"SELECT * FROM read_csv({arguments}, types = {{{types}}})")
+        files = find_files(raw, name)
+        reader = Reader(self.connection, self._name, self.warnings.append)
+        view = reader.open(files, declared)
+        self._files.append((files.file, view))
+        return self._table(view)
 
     def derive(self, table: Table, column: str, expression: str, key: str) -> Table:
         """Add or replace a column by user SQL over the other columns of the table.
@@ -93,17 +79,24 @@ class Engine:
         Raises:
             UserError: The expression, given under this configuration key, is invalid.
         """
+        for present in table.columns:
+            if present.lower() == column.lower() and present != column:
+                raise names_differ_in_case(key, present, column)
         view = self._view(_sql(table))
-        others = f"* EXCLUDE ({_quoted(column)})" if column in table.columns else "*"
+        others = f"* EXCLUDE ({quoted(column)})" if column in table.columns else "*"
         try:
             # The line break ends a comment at the end of the expression.
-            derived = self._view(
-                f"SELECT {others}, ({expression}\n) AS {_quoted(column)} FROM {view}"
-            )
+            query = f"SELECT {others}, ({expression}\n) AS {quoted(column)} FROM {view}"
+            derived = self._view(query)
+            dtype = self.connection.table(derived).types[-1]
+            value = without_nan(quoted(column), dtype)
+            if value != quoted(column):
+                query = f"SELECT * REPLACE ({value} AS {quoted(column)}) FROM {derived}"
+                derived = self._view(query)
             result = self._table(derived)
         except duckdb.Error as error:
             columns = f"the columns are {choices(visible(table))}"
-            raise invalid_value(key, expression, first_line(error), columns) from None
+            raise invalid_value(key, expression, reason(error), columns) from None
         self._expressions.append((key, expression, view))
         return result
 
@@ -174,12 +167,12 @@ class Engine:
         """Find the file or expression that made a query fail, and build the error that names it."""
         for file, view in self._files:
             if failure := self._failure(f"SELECT hash(v) AS h FROM {view} AS v"):
-                return _unreadable(file, failure)
+                return unreadable(file, failure)
         for key, expression, view in self._expressions:
             if failure := self._failure(f"SELECT hash({expression}\n) AS h FROM {view}"):
                 remedy = "correct the expression or the data (TRY_CAST gives null where CAST fails)"
-                return invalid_value(key, expression, first_line(failure), remedy)
-        return UserError(f"samples: {first_line(error)}", field="samples")
+                return invalid_value(key, expression, reason(failure), remedy)
+        return UserError(f"samples: {reason(error)}", field="samples")
 
     def _failure(self, query: str) -> Exception | None:
         """Return the error of a query, if it fails. Filtering by a hash reads every value."""
@@ -204,16 +197,3 @@ def _ibis_type(dtype: pa.DataType) -> ibis.DataType:
 
 def _sql(table: Table) -> str:
     return str(ibis.to_sql(table, dialect="duckdb", pretty=False))
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    form = "Parquet" if file.name.endswith(".parquet") else "CSV"
-    return invalid_file(file, f"not a readable {form} file ({first_line(error)})", REWRITE)

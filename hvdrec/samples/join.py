@@ -14,6 +14,7 @@ from ibis.expr.types import Table
 
 from hvdrec.errors import choices, invalid_file, invalid_value
 from hvdrec.samples.engine import Engine, visible
+from hvdrec.samples.raw_files import names_differ_in_case
 from hvdrec.samples.spec import SampleSpec
 
 ROW = "__row"
@@ -75,13 +76,12 @@ class LabelJoin:
         if not samples.interactions:
             remedy = "name the table of impressions or actions"
             raise invalid_value("samples.interactions", "", "is empty", remedy)
-        file = raw / samples.interactions
-        interactions = engine.read(file, spec.text_columns)
+        file, declared = raw / samples.interactions, spec.declared
+        interactions = engine.read(raw, samples.interactions, declared)
         for key, column in (("samples.user", samples.user), ("samples.item", samples.item)):
+            if column not in interactions.columns and (sql := samples.derive.get(column)):
+                interactions = engine.derive(interactions, column, sql, f"samples.derive.{column}")
             _require(file, interactions, column, key)
-        if not samples.interactions.endswith(".parquet"):
-            # Otherwise the CSV file is parsed again for every expression that is tried on it.
-            interactions = engine.materialize(interactions)
         # Equal rows are interchangeable, so sorting by all columns gives one order of the data.
         first = [samples.user, samples.item]
         order = [*first, *(column for column in interactions.columns if column not in first)]
@@ -94,7 +94,7 @@ class LabelJoin:
         ):
             if is_unique and not table:
                 continue
-            side = SideTable(name, raw / table, engine.read(raw / table, spec.text_columns), on)
+            side = SideTable(name, raw / table, engine.read(raw, table, declared), on)
             for column in on:
                 _require(side.file, side.table, column, f"key of {name}")
             if is_unique:
@@ -116,8 +116,8 @@ class LabelJoin:
         origin = {column: str(self.file) for column in visible(interactions)}
         pending = {c: sql for c, sql in self.spec.samples.derive.items() if c not in known}
         table, pending = self.derive_ready(interactions, pending, origin)
-        for side in self.sides:
-            table = _left_join(table, side, self.file)
+        for number, side in enumerate(self.sides):
+            table = _left_join(table, side, self.file, matched(number))
             origin |= {c: str(side.file) for c in side.table.columns if c not in origin}
             table, pending = self.derive_ready(table, pending, origin)
         for column, expression in pending.items():
@@ -205,16 +205,23 @@ def event(number: int) -> str:
     return f"__event{number}"
 
 
+def matched(number: int) -> str:
+    """Return the column that is true where a row of a joined table matched."""
+    return f"__matched{number}"
+
+
 def task_label(number: int) -> str:
     """Return the column of a task's label."""
     return f"__task{number}"
 
 
-def _left_join(table: Table, side: SideTable, file: Path) -> Table:
-    """Add the columns of a table that the joined table does not have yet."""
-    # DuckDB compares names without case.
-    present = {column.lower() for column in table.columns}
-    columns = {c: side.table[c] for c in side.table.columns if c.lower() not in present}
+def _left_join(table: Table, side: SideTable, file: Path, marker: str) -> Table:
+    """Add the columns of a table that the joined table does not have yet, and `marker`."""
+    present = {column.lower(): column for column in table.columns}
+    for column in side.table.columns:
+        if (twin := present.get(column.lower(), column)) != column:
+            raise names_differ_in_case(f"{side.file} and {file}", twin, column)
+    columns = {c: side.table[c] for c in side.table.columns if c not in table.columns}
     keys, conditions = {}, []
     for i, column in enumerate(side.on):
         if column not in table.columns:
@@ -234,9 +241,10 @@ def _left_join(table: Table, side: SideTable, file: Path) -> Table:
             raise invalid_file(side.file, problem, "use the same type in both tables")
         keys[f"__key{i}"] = right
         conditions.append((left, f"__key{i}"))
-    other = side.table.select(**keys, **columns)
+    other = side.table.select(**keys, **columns, **{marker: ibis.literal(True)})
     on = [left == other[key] for left, key in conditions]
-    return table.left_join(other, on).drop(*keys)
+    joined = table.left_join(other, on).drop(*keys)
+    return joined.mutate(**{marker: joined[marker].fill_null(False)})
 
 
 def _key_family(dtype: ibis.DataType) -> str:

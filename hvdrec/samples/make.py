@@ -21,6 +21,7 @@ from hvdrec.samples.columns import group_ids, is_list
 from hvdrec.samples.engine import connect, visible
 from hvdrec.samples.history import EventLog, UserTimes
 from hvdrec.samples.join import ROW, JoinedTable, LabelJoin
+from hvdrec.samples.matches import report_matches
 from hvdrec.samples.negatives import draw_negatives
 from hvdrec.samples.rows import (
     KeyCodes,
@@ -63,6 +64,8 @@ class SamplesResult:
         positives: Split -> number of samples with label 1.
         users: Number of users.
         items: Number of items.
+        matches: Joined table -> its "file", the number of "rows", and of "matched" rows.
+        warnings: What looks wrong in the raw tables, a line each.
     """
 
     path: str
@@ -70,6 +73,8 @@ class SamplesResult:
     positives: Mapping[str, int]
     users: int
     items: int
+    matches: Mapping[str, Mapping[str, Any]]
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
@@ -116,6 +121,7 @@ def make_samples(
         join = LabelJoin.open(engine, spec, Path(config.paths.raw))
         joined = join.join(join.interactions)
         logged = _label_and_split(join, joined, notify)
+        meta["matches"] = report_matches(join, joined, logged.rows, notify)
         samples = logged
         if spec.samples.negatives.per_positive:
             samples = _add_negatives(join, logged, notify)
@@ -140,8 +146,9 @@ def make_samples(
                 write_table(draft / "items.parquet", tables[0])
             else:
                 write_users(draft, spec, tables, histories)
-    fields = ("rows", "positives", "users", "items")
-    return SamplesResult(str(path), *(meta[field] for field in fields))
+    fields = ("rows", "positives", "users", "items", "matches")
+    facts = {field: meta[field] for field in fields}
+    return SamplesResult(path=str(path), warnings=tuple(engine.warnings), **facts)
 
 
 def _label_and_split(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,19 @@ from numpy.typing import NDArray
 
 from hvdrec.errors import choices, invalid_file, invalid_value
 from hvdrec.samples.columns import canonical, concatenate, encode_keys, family, type_name
-from hvdrec.samples.join import LABEL, ROW, WEIGHT, JoinedTable, LabelJoin, event, task_label
+from hvdrec.samples.join import (
+    LABEL,
+    ROW,
+    WEIGHT,
+    JoinedTable,
+    LabelJoin,
+    event,
+    matched,
+    task_label,
+)
+from hvdrec.samples.remedies import time_remedy, type_remedy
 from hvdrec.samples.spec import SampleSpec
+from hvdrec.samples.sql import written
 
 Array = NDArray[Any]
 
@@ -32,6 +44,7 @@ class LabelledRows:
         weight: float64 [n].
         events: Per history, whether each row is an event, bool [n].
         tasks: Per task its label, float64 [n], NaN where unknown.
+        matched: Per joined table, whether it has a row for each row, bool [n].
     """
 
     number: Array
@@ -41,6 +54,7 @@ class LabelledRows:
     weight: Array
     events: tuple[Array, ...]
     tasks: tuple[Array, ...]
+    matched: tuple[Array, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,9 @@ def collect_rows(join: LabelJoin, joined: JoinedTable, *, negatives: bool = Fals
     raw = [*others, *([samples.title] if has_title else [])]
     events = [event(i) for i in range(len(samples.history))]
     tasks = [task_label(i) for i in range(len(spec.tasks))]
-    names = dict.fromkeys([ROW, LABEL, WEIGHT, *tasks, *events, *spec.columns, *raw])
+    matches = [matched(i) for i in range(len(join.sides))]
+    flags = [*events, *matches]
+    names = dict.fromkeys([ROW, LABEL, WEIGHT, *tasks, *flags, *spec.columns, *raw])
     columns = join.engine.collect(labelled.select(*names))
     number = columns[ROW].to_numpy()
     order = np.argsort(number)
@@ -100,8 +116,9 @@ def collect_rows(join: LabelJoin, joined: JoinedTable, *, negatives: bool = Fals
         {name: columns[name] for name in raw},
         label,
         weight,
-        tuple(columns[name].to_numpy(zero_copy_only=False).astype(bool) for name in events),
+        _booleans(columns, events),
         tuple(task_labels),
+        _booleans(columns, matches),
     )
 
 
@@ -126,6 +143,7 @@ def concatenate_rows(parts: Sequence[LabelledRows]) -> LabelledRows:
         np.concatenate([part.weight for part in parts]),
         arrays(part.events for part in parts),
         arrays(part.tasks for part in parts),
+        arrays(part.matched for part in parts),
     )
 
 
@@ -141,8 +159,7 @@ def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
     if dtype not in ("integer", "float", "decimal", "date", "timestamp"):
         allowed = choices(["integer", "float", "date", "timestamp"])
         problem = f"column '{name}' ({key}) is {type_name(array.type)}, a time is {allowed}"
-        example = f'samples.derive.{name} = "CAST({name} AS TIMESTAMP)"'
-        raise invalid_file(where, problem, f"derive it, for example {example}")
+        raise invalid_file(where, problem, time_remedy(name, array, dtype))
     if dtype == "date":
         array = array.cast(pa.date32()).cast(pa.int32())
     elif dtype != "float":
@@ -152,7 +169,12 @@ def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
         bad = int((~np.isfinite(array.to_numpy())).sum())
     if bad:
         problem = f"column '{name}' ({key}) is null or not finite in {bad} rows"
-        remedy = f'every row needs a time: drop them with samples.drop = "{name} IS NULL"'
+        rule = f"{written(name)} IS NULL"
+        if dtype == "float" and not array.null_count:
+            rule = f"NOT isfinite({written(name)})"
+        elif dtype == "float":
+            rule += f" OR NOT isfinite({written(name)})"
+        remedy = f"every row needs a time: drop them with samples.drop = {json.dumps(rule)}"
         raise invalid_file(where, problem, remedy)
     return np.asarray(array.to_numpy())
 
@@ -174,20 +196,26 @@ def _numbers(columns: Mapping[str, pa.Array], names: Sequence[str]) -> list[Arra
     return [columns[n].cast(pa.float64()).to_numpy(zero_copy_only=False) for n in names]
 
 
+def _booleans(columns: Mapping[str, pa.Array], names: Sequence[str]) -> tuple[Array, ...]:
+    return tuple(columns[n].to_numpy(zero_copy_only=False).astype(bool) for n in names)
+
+
 def _check_key(where: str, name: str, array: pa.Array) -> None:
     if family(array.type) not in ("string", "integer"):
         allowed = choices(["string", "integer"])
         problem = f"key column '{name}' is {type_name(array.type)}, a key is {allowed}"
-        example = f'samples.derive.{name} = "CAST({name} AS BIGINT)"'
-        raise invalid_file(where, problem, f"derive it, for example {example}")
+        raise invalid_file(
+            where, problem, type_remedy(name, array, type_name(array.type), "string")
+        )
     is_text = pa.types.is_dictionary(array.type)
     empty = array.null_count
     if is_text:
         empty += int(pc.sum(pc.equal(array.cast(pa.string()), "")).as_py() or 0)
     if empty:
-        rule = f"{name} IS NULL OR {name} = ''" if is_text else f"{name} IS NULL"
+        column = written(name)
+        rule = f"{column} IS NULL OR {column} = ''" if is_text else f"{column} IS NULL"
         problem = f"key column '{name}' is null{' or empty' if is_text else ''} in {empty} rows"
-        remedy = f'every row needs a key: drop them with samples.drop = "{rule}"'
+        remedy = f"every row needs a key: drop them with samples.drop = {json.dumps(rule)}"
         raise invalid_file(where, problem, remedy)
 
 
@@ -195,7 +223,10 @@ def _check_label(key: str, expression: str, file: Path, label: Array) -> None:
     bad = label[~np.isin(label, (0.0, 1.0))]
     if len(bad):
         problem = f"is neither 0 nor 1 in {_example(bad, label, file)}"
-        raise invalid_value(key, expression, problem, "write a condition such as 'rating > 3'")
+        remedy = "write a condition such as 'rating > 3'"
+        if np.isnan(bad).all():
+            remedy = f"write coalesce({expression}, false), or drop such rows with samples.drop"
+        raise invalid_value(key, expression, problem, remedy)
 
 
 def _check_weight(expression: str, file: Path, weight: Array) -> None:

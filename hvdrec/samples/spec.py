@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from hvdrec.config.data_sections import Samples, Task
-from hvdrec.config.schema import Column, Side
+from hvdrec.config.schema import Column, RawType, Side
 from hvdrec.errors import invalid_value
 from hvdrec.samples.columns import cast
 from hvdrec.samples.split import RANDOM
@@ -34,12 +34,11 @@ class SampleSpec:
         return list(dict.fromkeys(names))
 
     @property
-    def text_columns(self) -> set[str]:
-        """Raw columns that hold text even if a CSV file shows numbers."""
-        dtypes = {self.samples.user: "string", self.samples.item: "string"}
-        dtypes |= {f.name: f.dtype for f in self.features}
-        text = {name for name, dtype in dtypes.items() if dtype == "string"}
-        return text - set(self.samples.derive)
+    def declared(self) -> dict[str, RawType]:
+        """The types of raw columns that features and keys declare; keys are strings by default."""
+        dtypes: dict[str, RawType] = dict.fromkeys((self.samples.user, self.samples.item), "string")
+        dtypes |= {feature.name: feature.dtype for feature in self.features}
+        return {name: t for name, t in dtypes.items() if name not in self.samples.derive}
 
     def side_features(self, side: Side) -> list[Column]:
         """Return the raw features of one side."""

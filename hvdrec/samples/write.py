@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hvdrec.config.schema import Side
 from hvdrec.errors import choices, invalid_file
-from hvdrec.samples.columns import cast, concatenate, first_line, list_array, plain
+from hvdrec.samples.columns import cast, concatenate, list_array, plain, reason
 from hvdrec.samples.engine import visible
 from hvdrec.samples.history import EventLog, UserTimes
 from hvdrec.samples.join import JoinedTable, LabelJoin, SideTable
@@ -178,7 +178,7 @@ def _cast_keys(spec: SampleSpec, where: str, name: str, array: pa.Array) -> pa.A
             return plain(array).cast(pa.int64())
         except pa.ArrowInvalid as error:
             problem = f"key column '{name}' is string, feature '{name}' has dtype 'int'"
-            problem += f": {first_line(error)}"
+            problem += f": {reason(error)}"
             raise invalid_file(where, problem, "declare dtype = 'string'") from None
     return plain(spec.cast(name, array, where))
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -31,12 +32,14 @@ from hvdrec import __version__
 from hvdrec.scoring import Scorer
 from hvdrec.scoring.errors import ScoringError
 from hvdrec.serving import answers, work
-from hvdrec.serving.bodies import read_body
+from hvdrec.serving.bodies import BodyMemory, read_body
+from hvdrec.serving.connections import Connections
 from hvdrec.serving.description import add_requests, describe
 from hvdrec.serving.metrics import Metrics, remove_shared_folder
 from hvdrec.serving.options import Options
 from hvdrec.serving.problems import JSON, RETRY_SECONDS, Problem, unavailable
 from hvdrec.serving.served import ServedBundle
+from hvdrec.serving.stopping import drained_before_stop
 from hvdrec.serving.threads import ScoringThreads, WaitedTooLong
 
 LOG = logging.getLogger("hvdrec.serving")
@@ -62,11 +65,20 @@ class DirectRoute(APIRoute):
 class Service:
     """One worker: the FastAPI application `app` around a bundle, with routes at `paths`."""
 
-    def __init__(self, options: Options, served: ServedBundle, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        options: Options,
+        served: ServedBundle,
+        metrics: Metrics,
+        listener: socket.socket | None = None,
+    ) -> None:
         """Create the routes; the application loads the bundle when it starts."""
+        self._listener = listener
         self._options = options
         self._served = served
         self._metrics = metrics
+        self._connections = Connections(options)
+        self._memory = BodyMemory(options.max_requests * options.max_body)
         self._in_progress = 0
         self._stopping = threading.Event()
         self._described = lru_cache(maxsize=1)(self._describe)
@@ -116,7 +128,9 @@ class Service:
         return Response(b'{"state":"alive"}', media_type=JSON)
 
     async def readyz(self, request: Request) -> Response:
-        """Report that the bundle is loaded and warm."""
+        """Report that the bundle is loaded and warm, and that the service is not stopping."""
+        if self._connections.is_draining:
+            raise unavailable("the service is stopping")
         headers = {VERSION_HEADER: self._served.current.version}
         return Response(b'{"state":"ready"}', 200, headers, JSON)
 
@@ -137,22 +151,29 @@ class Service:
         """Answer a request with one scorer, once a thread is free."""
         options, metrics = self._options, self._metrics
         scorer = self._served.current
-        if self._in_progress >= options.max_requests:
-            raise unavailable(f"overloaded: {self._in_progress} requests in progress; try again")
-        self._in_progress += 1
+        self._check_load()
         metrics.in_flight.inc()
         try:
-            body = await read_body(request, options.max_body, options.max_wait)
-            most = options.max_candidates
-            result = await self._threads.run(lambda: work.answer(route, scorer, body, most))
+            body = await read_body(request, options.max_body, options.max_wait, self._memory)
+            # Only complete requests count: a client that stops sending takes no other's place.
+            self._check_load()
+            self._in_progress += 1
+            try:
+                most = options.max_candidates
+                result = await self._threads.run(lambda: work.answer(route, scorer, body, most))
+            finally:
+                self._in_progress -= 1
         except WaitedTooLong:
             text = f"overloaded: no thread was free within {options.max_wait:g} s; try again"
             raise unavailable(text) from None
         finally:
-            self._in_progress -= 1
             metrics.in_flight.dec()
         metrics.candidates.labels(path).inc(result.items)
         return Response(result.content, 200, {VERSION_HEADER: scorer.version}, JSON)
+
+    def _check_load(self) -> None:
+        if self._in_progress >= self._options.max_requests:
+            raise unavailable(f"overloaded: {self._in_progress} requests in progress; try again")
 
     def _describe(self, scorer: Scorer) -> tuple[bytes, bytes]:
         """Build the answer of `/v1/bundle` and the OpenAPI document for a scorer's bundle."""
@@ -191,15 +212,21 @@ class Service:
         )
 
     @asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         """Load the bundle; a single worker accepts requests meanwhile and answers 503."""
         self._threads = ScoringThreads(self._options.scoring_threads, self._options.max_wait)
         loading = asyncio.create_task(asyncio.to_thread(self._load))
-        if self._options.workers > 1:
-            await loading  # the other workers answer until this one can
+        sweeping = asyncio.create_task(self._connections.sweep())
+        drain, seconds = self._connections.drain, self._options.drain
         try:
-            yield
+            with drained_before_stop(drain, seconds, self._listener):
+                if self._options.workers > 1:
+                    await loading  # the other workers answer until this one can
+                    if self._connections.is_draining:
+                        os._exit(0)  # rather than accept connections only to close them
+                yield {"connections": self._connections}  # `GuardedProtocol` reads it
         finally:
+            sweeping.cancel()
             self._stopping.set()
             await loading
             await self._threads.close()
@@ -224,7 +251,10 @@ class Service:
 
 
 class CountedApp:
-    """An ASGI application that counts the requests of another by route and status."""
+    """An ASGI application that counts the requests of another by route and status.
+
+    It passes HEAD on as GET; uvicorn sends the headers of the response alone.
+    """
 
     def __init__(self, app: ASGIApp, paths: frozenset[str], metrics: Metrics) -> None:
         """Count requests of ``app`` in ``metrics``; other paths than ``paths`` share a route."""
@@ -237,6 +267,8 @@ class CountedApp:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # a copy: uvicorn looks at its own
         started = time.perf_counter()
         status = 500
 
@@ -254,13 +286,13 @@ class CountedApp:
             self._metrics.answered(route, status, time.perf_counter() - started)
 
 
-def make_app(options: Options) -> ASGIApp:
-    """Build the application of one worker."""
+def make_app(options: Options, listener: socket.socket | None = None) -> ASGIApp:
+    """Build the application of one worker; of the only one if it gets the listening socket."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("hvdrec").setLevel(logging.INFO)
     _exit_with_parent()
     metrics = Metrics()
-    service = Service(options, ServedBundle(options, metrics), metrics)
+    service = Service(options, ServedBundle(options, metrics), metrics, listener)
     return CountedApp(service.app, service.paths, metrics)
 
 
@@ -287,7 +319,10 @@ async def _http_problem(request: Request, error: HTTPException) -> Response:
     path = request.url.path
     texts = {404: f"{path}: unknown path", 405: f"{path}: method {request.method} is not allowed"}
     text = texts.get(error.status_code, str(error.detail))
-    return Problem(error.status_code, text, headers=error.headers).response()
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
+    return Problem(error.status_code, text, headers=headers).response()
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect, Request
 
 from hvdrec.scoring.errors import choices, shown
-from hvdrec.serving.problems import JSON, Problem
+from hvdrec.serving.problems import JSON, Problem, unavailable
 
 DRAINED_BODIES = 8
 """A body of up to this many times the limit is read and discarded: a client that is still sending
@@ -77,11 +77,30 @@ class RecommendBody(Body):
 B = TypeVar("B", bound=Body)
 
 
-async def read_body(request: Request, limit: int, max_wait: float) -> bytes:
+class BodyMemory:
+    """Limits the bytes of all bodies that are being received."""
+
+    def __init__(self, limit: int) -> None:
+        """Allow ``limit`` bytes."""
+        self._limit = limit
+        self._used = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes that were received; Problem if they are too many."""
+        self._used += size
+        if self._used > self._limit:
+            raise unavailable("overloaded: too many bodies are being received; try again")
+
+    def release(self, size: int) -> None:
+        """Give back bytes that `take` counted."""
+        self._used -= size
+
+
+async def read_body(request: Request, limit: int, max_wait: float, memory: BodyMemory) -> bytes:
     """Read the body of a JSON request, at most ``limit`` bytes within ``max_wait`` seconds.
 
     Raises:
-        Problem: The body is not JSON by its headers, too long or too slow.
+        Problem: The body is not JSON by its headers, too long or too slow, or ``memory`` is full.
     """
     headers = request.headers
     content_type = headers.get("content-type", "")
@@ -94,37 +113,41 @@ async def read_body(request: Request, limit: int, max_wait: float) -> bytes:
         raise Problem(415, text, "content-encoding")
     try:
         async with asyncio.timeout(max_wait):
-            return await _received(request, limit)
+            return await _received(request, limit, memory)
     except TimeoutError:
         text = f"body: did not arrive within {max_wait:g} s"
         raise Problem(408, text, "body", {"connection": "close"}) from None
 
 
-async def _received(request: Request, limit: int) -> bytes:
+def long_body(limit: int) -> Problem:
+    """Build the problem of a body of more than ``limit`` bytes."""
+    text = f"body: has more than {limit} bytes; send fewer items at a time"
+    return Problem(413, text, "body", {"connection": "close"})
+
+
+async def _received(request: Request, limit: int, memory: BodyMemory) -> bytes:
     length = request.headers.get("content-length", "")
     # With "Expect: 100-continue" the client has sent nothing yet.
     drained = 0 if "expect" in request.headers else DRAINED_BODIES * limit
-    too_long = Problem(
-        413,
-        f"body: has more than {limit} bytes; send fewer items at a time",
-        "body",
-        {"connection": "close"},
-    )
     if length.isdecimal() and int(length) > max(limit, drained):
-        raise too_long
+        raise long_body(limit)
     parts: list[bytes] = []
-    size = 0
+    size = kept = 0
     try:
         async for part in request.stream():
             size += len(part)
             if size <= limit:
                 parts.append(part)
+                kept += len(part)
+                memory.take(len(part))
             elif size > drained:
-                raise too_long
+                raise long_body(limit)
     except ClientDisconnect:
         raise Problem(499, "the client disconnected") from None
+    finally:
+        memory.release(kept)
     if size > limit:
-        raise too_long
+        raise long_body(limit)
     return b"".join(parts)
 
 

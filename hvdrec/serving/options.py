@@ -42,6 +42,29 @@ class Options:
     max_candidates: int = _option(
         10_000, "items that a request may score or rank; more get 422", 1, 10_000_000
     )
+    max_header: int = _option(
+        1 << 15, "bytes of a request's line and headers; longer ones get 431", 256, 1 << 24
+    )
+    header_wait: float = _option(
+        10.0, "seconds for a request's headers to arrive (408)", 0.001, 3600
+    )
+    max_connections: int = _option(
+        1024,
+        "open connections of a worker; a new one replaces the one that has waited longest for a "
+        "request, and gets 503 if all are busy",
+        1,
+        1_000_000,
+    )
+    max_per_address: int = _option(
+        512, "the same for one client address; a proxy counts as one", 1, 1_000_000
+    )
+    drain: float = _option(
+        2.0,
+        "seconds from the signal to stop, when /readyz turns 503, until no connection is accepted; "
+        "set it longer than a load balancer takes to notice",
+        0,
+        3600,
+    )
     watch: bool = True
     verify: bool = True
     store: str | None = None

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from types import FrameType
@@ -15,13 +16,13 @@ from uvicorn.supervisors import Multiprocess
 
 from hvdrec.errors import UserError, invalid_file
 from hvdrec.serving.app import make_app
+from hvdrec.serving.http_protocol import KEEP_ALIVE_SECONDS, GuardedProtocol
 from hvdrec.serving.metrics import shared_folder
 from hvdrec.serving.options import Options
 from hvdrec.serving.served import open_scorer
+from hvdrec.serving.stopping import SIGNALS, StopSignals, drop_new_connections
 
 BACKLOG = 2048
-KEEP_ALIVE_SECONDS = 75
-"""Longer than load balancers keep idle connections, so that they close them first."""
 SHUTDOWN_SECONDS = 30
 """Time for requests in progress to finish after the signal to stop."""
 
@@ -37,22 +38,47 @@ def run(options: Options) -> None:
             address = _address(options.host, listener.getsockname()[1])
             print(f"serving {name} {version} on http://{address} with {workers}", file=sys.stderr)
             sys.stderr.flush()
-            config = _config(options)
             if options.workers == 1:
-                Server(config).run([listener])
+                Server(_config(options, listener)).run([listener])
             else:
                 with shared_folder():
-                    _Workers(config, [listener]).run()
+                    _Workers(_config(options), listener, options.drain).run()
 
 
 class _Workers(Multiprocess):
     """Worker processes that share a port; a worker that dies is restarted."""
 
+    def __init__(self, config: Config, listener: socket.socket, drain: float) -> None:
+        super().__init__(config, [listener])
+        self._listener = listener
+        self._drain = drain
+        self._signals = StopSignals()
+        self._killed_by = 0
+        for number in SIGNALS:
+            signal.signal(number, self._stop)
+
+    def run(self) -> None:
+        """Run until a signal; SystemExit if a second signal killed the workers."""
+        super().run()
+        if self._killed_by:
+            raise SystemExit(128 + self._killed_by)
+
     def terminate_all(self) -> None:
-        """Stop all workers, after closing the port: this process listens on it too."""
-        for listener in self.sockets:
-            listener.close()
+        """Stop all workers; close the port just before they do, for this process has it, too."""
         super().terminate_all()
+        end = time.monotonic() + self._drain
+        while not self._killed_by and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        drop_new_connections(self._listener)
+        self._listener.close()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._signals.is_first():
+            self.signal_queue.append(number)
+        elif self._signals.is_second():
+            self._killed_by = number
+            for worker in self.processes:
+                worker.process.kill()
 
 
 class _Stopped(BaseException):
@@ -77,13 +103,13 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _config(options: Options) -> Config:
+def _config(options: Options, listener: socket.socket | None = None) -> Config:
     return Config(
-        partial(make_app, options),
+        partial(make_app, options, listener),
         factory=True,
         workers=options.workers,
         loop="uvloop",
-        http="httptools",
+        http=partial(GuardedProtocol, options),  # type: ignore[arg-type]  # builds a protocol
         ws="none",
         lifespan="on",
         log_config=None,

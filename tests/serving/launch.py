@@ -47,7 +47,9 @@ def serving(bundle: Path, *options: str, is_awaited: bool = True) -> Iterator[Ru
         log = Path(folder) / "log"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [*COMMAND, str(bundle), "--port", "0", *options], stdout=file, stderr=file
+                [*COMMAND, str(bundle), "--port", "0", "--drain", "0", *options],
+                stdout=file,
+                stderr=file,
             )
         try:
             port = int(

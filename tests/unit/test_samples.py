@@ -143,8 +143,12 @@ def test_a_small_log_equals_a_worked_example(raw: Path, capsys: pytest.CaptureFi
         "positives": {"train": 4, "validation": 0, "test": 1},
         "users": 3,
         "items": 5,
+        "matches": {
+            "samples.users": {"file": "users.parquet", "rows": 9, "matched": 8},
+            "samples.items": {"file": "items.parquet", "rows": 9, "matched": 6},
+        },
     }
-    assert result.to_dict() == {"path": str(out), **facts}
+    assert result.to_dict() == {"path": str(out), **facts, "warnings": ()}
     states = {"validation": "train", "test": "validation"}
     assert read_manifest(out, "samples").meta == {
         "config": to_dict(config),
@@ -906,14 +910,16 @@ def test_float_keys_are_refused(raw: Path, name: str) -> None:
         (
             {"name": "age", "dtype": "int"},
             ["20", "old", None],
-            "is string, feature 'age' of dtype 'int' takes [integer, boolean]; derive it, for "
-            'example samples.derive.age = "CAST(age AS BIGINT)"',
+            "is string, feature 'age' of dtype 'int' takes [integer, boolean]; correct values such "
+            "as 'old', or turn them into nulls with "
+            'samples.derive.age = "TRY_CAST(age AS BIGINT)"',
         ),
         (
             {"name": "age", "kind": "numeric", "dtype": "float"},
             ["20", "old", None],
-            "is string, feature 'age' of dtype 'float' takes [float, integer, decimal]; derive it, "
-            'for example samples.derive.age = "CAST(age AS DOUBLE)"',
+            "is string, feature 'age' of dtype 'float' takes [float, integer, decimal]; correct "
+            "values such as 'old', or turn them into nulls with "
+            'samples.derive.age = "TRY_CAST(age AS DOUBLE)"',
         ),
         (
             {"name": "age", "kind": "categorical_list"},

@@ -1,0 +1,119 @@
+"""How many rows each joined table matches: none is refused, few are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hvdrec.errors import UserError, invalid_file, shown
+from hvdrec.samples.columns import plain
+from hvdrec.samples.join import JoinedTable, LabelJoin, SideTable
+from hvdrec.samples.rows import LabelledRows
+from hvdrec.samples.sql import derivation, written
+
+LOW_ENTITIES = 0.5
+"""Share below which samples.users and samples.items are reported: they describe most rows."""
+LOW_JOINS = 0.02
+"""The same for samples.joins, which may hold rare facts, such as promotions."""
+
+
+def report_matches(
+    join: LabelJoin, joined: JoinedTable, rows: LabelledRows, notify: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Report the share of rows that each joined table matches; warn if it is low.
+
+    Args:
+        join: The tables.
+        joined: The joined interactions.
+        rows: The labelled interactions, without sampled negatives.
+        notify: Takes lines of progress.
+
+    Returns:
+        Configuration key of the table -> its file, the number of rows and of matched rows.
+
+    Raises:
+        UserError: A table matches no row.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    for side, matched in zip(join.sides, rows.matched, strict=True):
+        count, total = int(matched.sum()), len(matched)
+        facts[side.name] = {"file": side.file.name, "rows": total, "matched": count}
+        notify(f"{side.name}: {count} of {total} rows matched ({count / total:.1%})")
+        if not count:
+            raise _no_match(join, joined, side)
+        key = side.on[0]
+        is_entity = side.name in ("samples.users", "samples.items")
+        low = LOW_ENTITIES if is_entity else LOW_JOINS
+        if count < low * total:
+            join.engine.warnings.append(
+                f"{side.file}: only {count / total:.1%} of rows match a row of {side.name}"
+            )
+        if (
+            is_entity
+            and count < total
+            and (twins := _twins(join, side, rows.columns[key], matched))
+        ):
+            join.engine.warnings.append(
+                f"{side.file}: {key} {shown(twins[1])} does not match {shown(twins[0])} of "
+                f"{join.file}, which differs only in zeros in front, spaces, case or '.0'"
+            )
+    return facts
+
+
+def _no_match(join: LabelJoin, joined: JoinedTable, side: SideTable) -> UserError:
+    """Build the error for a table that matches no row, with an example of both keys."""
+
+    def example(table: Any) -> dict[str, Any]:
+        keys = table.select(*side.on)
+        present = keys.filter(*(keys[column].notnull() for column in side.on))
+        return join.engine.first(present.order_by(*side.on)) or dict.fromkeys(side.on)
+
+    ours, theirs = example(joined.table), example(side.table)
+    pairs = ((column, ours[column], theirs[column]) for column in side.on)
+    examples = ", ".join(f"{column} = {shown(a)} against {shown(b)}" for column, a, b in pairs)
+    problem = f"matches no row of {join.file}: for example {examples} here ({side.name})"
+    return invalid_file(side.file, problem, _remedy(side.on, ours, theirs))
+
+
+def _remedy(on: tuple[str, ...], ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Return how to give the keys one form: by zeros in front, if that is the difference."""
+    for column in on:
+        a, b = str(ours[column]), str(theirs[column])
+        name = f"CAST({written(column)} AS VARCHAR)"
+        if b.isdigit() and a.isdigit() and b.startswith("0") and len(a) < len(b):
+            padded = derivation(column, f"lpad({name}, {len(b)}, '0')")
+            return f"write the keys in one form, for example {padded}"
+        if a.isdigit() and b.isdigit() and a.startswith("0") and len(b) < len(a):
+            short = derivation(column, f"ltrim({name}, '0')")
+            return f"write the keys in one form, for example {short}"
+    return "write the keys in one form in both tables, or leave the table out"
+
+
+def _twins(
+    join: LabelJoin, side: SideTable, keys: pa.Array, matched: np.ndarray[Any, Any]
+) -> tuple[str, str] | None:
+    """Return a key without a match, and one of the table that differs only in its form."""
+    key = side.on[0]
+    missed = _texts(keys.filter(pa.array(~matched)))
+    known = _texts(join.engine.collect(side.table.select(key))[key])
+    position = pc.index_in(_normal(missed), value_set=_normal(known))
+    found = np.flatnonzero(position.is_valid())
+    if not len(found):
+        return None
+    first = int(found[0])
+    return missed[first].as_py(), known[position[first].as_py()].as_py()
+
+
+def _texts(array: pa.Array) -> pa.Array:
+    return pc.unique(plain(array).drop_null().cast(pa.string()))
+
+
+def _normal(keys: pa.Array) -> pa.Array:
+    """Return keys without zeros in front, surrounding spaces, case and '.0' at the end."""
+    text = pc.utf8_lower(pc.utf8_trim_whitespace(keys))
+    text = pc.replace_substring_regex(text, r"\.0+$", "")
+    return pc.replace_substring_regex(text, r"^0+(.)", r"\1")

@@ -1,0 +1,135 @@
+"""Remedies for columns of another type than declared: each is correct for the values at hand.
+
+None of them recommends a cast that rounds, cuts or merges values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hvdrec.config.schema import RawType
+from hvdrec.errors import shown
+from hvdrec.samples.sql import derivation, written
+
+EXACT = 2**53
+"""Floats hold all integers below."""
+SQL_TYPES: dict[RawType, str] = {"string": "VARCHAR", "int": "BIGINT", "float": "DOUBLE"}
+DAY_FIRST, MONTH_FIRST = "%d/%m/%Y", "%m/%d/%Y"
+ISO_TIME = r"^\d{4}-\d{2}-\d{2}"
+OFFSET = r"\d{2}:\d{2}.*(Z|UTC|[+-]\d{2}(:?\d{2})?)$"
+NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+INTEGER = r"^\s*[+-]?\d{1,18}\s*$"
+AS_INTEGERS = "write the column as integers or text: floats do not hold all integers above 2**53"
+
+
+def type_remedy(name: str, array: pa.Array, kind: str, dtype: RawType) -> str:
+    """Return how to get a column of one value per row that fits a declared type.
+
+    Args:
+        name: The column.
+        array: Its values, which may be dictionary-encoded.
+        kind: The family of its type, see `hvdrec.samples.columns.family`.
+        dtype: The declared type.
+    """
+    column = written(name)
+    if kind == "binary":
+        other = "" if dtype == "string" else ", and declare dtype = 'string'"
+        return _derive(name, f"hex({column})") + other
+    if dtype == "string":
+        if kind != "float" or not _is_whole(array):
+            return _derive(name, f"CAST({column} AS VARCHAR)")
+        return _derive(name, f"CAST({column} AS BIGINT)") if _is_exact(array) else AS_INTEGERS
+    if kind in ("date", "timestamp"):
+        function = "epoch_us" if dtype == "int" else "epoch"
+        return _derive(name, f"{function}({column})")
+    if kind == "string":
+        return _text_remedy(name, array, dtype)
+    if dtype == "int" and kind in ("float", "decimal"):
+        if not _is_whole(array):
+            as_text = derivation(name, f"CAST({column} AS VARCHAR)")
+            return f"declare dtype = 'float', or dtype = 'string' and {as_text}"
+        return _derive(name, f"CAST({column} AS BIGINT)") if _is_exact(array) else AS_INTEGERS
+    if kind in ("boolean", "integer"):
+        return _derive(name, f"CAST({column} AS {SQL_TYPES[dtype]})")
+    return "name a column of another type"
+
+
+def list_remedy(name: str, kind: str, dtype: RawType) -> str:
+    """Return how to get lists from a column of one value per row."""
+    column = written(name)
+    split = f"string_split({column}, '|')" if kind == "string" else f"[{column}]"
+    needs_cast = (kind == "string") != (dtype == "string")
+    return _derive(name, f"CAST({split} AS {SQL_TYPES[dtype]}[])" if needs_cast else split)
+
+
+def entries_remedy(name: str, dtype: RawType) -> str:
+    """Return how to get lists with entries of a declared type."""
+    return _derive(name, f"CAST({written(name)} AS {SQL_TYPES[dtype]}[])")
+
+
+def range_remedy(name: str, array: pa.Array) -> str:
+    """Return how to fit integers beyond 64 bits with sign, each to another value."""
+    column = written(name)
+    values = array.drop_null().to_pylist()
+    if not values or max(values) >= 2**64 or min(values) < 0:
+        return f"declare dtype = 'string' and {_derive(name, f'CAST({column} AS VARCHAR)')}"
+    wrapped = f"CAST({column} AS HUGEINT) - 18446744073709551616"
+    signed = f"CASE WHEN {column} > 9223372036854775807 THEN {wrapped} ELSE {column} END"
+    return _derive(name, f"CAST({signed} AS BIGINT)")
+
+
+def time_remedy(name: str, array: pa.Array, kind: str) -> str:
+    """Return how to get times from a column of another type."""
+    column = written(name)
+    if kind != "string":
+        return "name a column of one of these types"
+    texts = _texts(array)
+    if pc.all(pc.match_substring_regex(texts, NUMBER)).as_py():
+        return _derive(name, f"CAST({column} AS DOUBLE)")
+    if pc.all(pc.match_substring_regex(texts, ISO_TIME)).as_py():
+        has_offset = pc.any(pc.match_substring_regex(texts, OFFSET)).as_py()
+        return _derive(name, f"CAST({column} AS TIMESTAMP{'TZ' if has_offset else ''})")
+    example = derivation(name, f"strptime({column}, '{DAY_FIRST}')")
+    return f"derive it with its format, for example {example} (or '{MONTH_FIRST}', month first)"
+
+
+def _text_remedy(name: str, array: pa.Array, dtype: RawType) -> str:
+    """Return the remedy for text where numbers are declared."""
+    column, texts = written(name), _texts(array)
+    target = SQL_TYPES[dtype]
+    is_number = pc.match_substring_regex(texts, NUMBER)
+    fits = pc.match_substring_regex(texts, INTEGER) if dtype == "int" else is_number
+    if pc.all(fits).as_py():
+        return _derive(name, f"CAST({column} AS {target})")
+    odd = texts.filter(pc.invert(fits))[0].as_py()
+    if pc.any(pc.and_(is_number, pc.invert(fits))).as_py() or not pc.any(fits).as_py():
+        wanted = "an integer" if dtype == "int" else "a number"
+        return f"declare dtype = 'string': {shown(odd)} is not {wanted}"
+    with_nulls = derivation(name, f"TRY_CAST({column} AS {target})")
+    return f"correct values such as {shown(odd)}, or turn them into nulls with {with_nulls}"
+
+
+def _derive(name: str, expression: str) -> str:
+    return f"derive it, for example {derivation(name, expression)}"
+
+
+def _texts(array: pa.Array) -> pa.Array:
+    """Return the distinct texts of a column without nulls."""
+    return pc.unique(array.drop_null().cast(pa.string()))
+
+
+def _numbers(array: pa.Array) -> np.ndarray[Any, Any]:
+    return np.asarray(array.drop_null().cast(pa.float64()).to_numpy(zero_copy_only=False))
+
+
+def _is_whole(array: pa.Array) -> bool:
+    values = _numbers(array)
+    return bool((values == np.floor(values)).all())
+
+
+def _is_exact(array: pa.Array) -> bool:
+    return bool((np.abs(_numbers(array)) < EXACT).all())

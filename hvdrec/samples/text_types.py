@@ -1,0 +1,162 @@
+"""SQL types of columns that are read as text, such as those of CSV files.
+
+A type is chosen only if all values have its form, so that none is rounded, cut or dropped. Dates
+and times must be in ISO 8601: 03/04/2024 stays text, since either number may be the month.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import duckdb
+
+from hvdrec.config.schema import RawType
+from hvdrec.samples.sql import literal, quoted
+
+SAMPLE_ROWS = 2048
+"""Rows that rule out most types, before the others are tested on all rows."""
+MOSTLY = 0.9
+"""Share of numbers from which a text column is reported: its other values are likely mistakes."""
+EXACT = 2**53
+"""Floats hold all integers below."""
+
+DIGITS = r"\s*[+-]?[0-9]+\s*"
+INTEGER = r"\s*[+-]?(0|[1-9][0-9]*)\s*"
+NUMBER = r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*"
+WHOLE = r"\s*[+-]?[0-9]+(\.0*)?\s*"
+PADDED = r"\s*[+-]?0[0-9]+.*"
+NOT_FINITE = r"\s*(nan|[+-]?inf(inity)?)\s*"
+DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+TIME = r"[ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?"
+TIME_NS = r"[ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,9})?)?"
+OFFSET = r" ?(Z|UTC|[+-][0-9]{2}(:?[0-9]{2})?)"
+
+
+@dataclass(frozen=True)
+class TextTypes:
+    """What the values of text columns allow.
+
+    Attributes:
+        types: Column -> its SQL type.
+        odd: Undeclared columns of which most values are numbers -> a value that is not.
+        mixed: Columns of integers that floats do not hold, and of floats -> an example of each.
+    """
+
+    types: Mapping[str, str]
+    odd: Mapping[str, str] = field(default_factory=dict)
+    mixed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def _form(pattern: str) -> str:
+    return f"regexp_full_match({{v}}, {literal(pattern)})"
+
+
+def _typed(pattern: str, dtype: str) -> str:
+    return f"({_form(pattern)} AND TRY_CAST({{v}} AS {dtype}) IS NOT NULL)"
+
+
+NAN = "lower(trim({v})) = 'nan'"
+IS_FLOAT = f"({_form(NUMBER)} AND isfinite(TRY_CAST({{v}} AS DOUBLE)))"
+HOLDS = f"(NOT {_form(DIGITS)} OR abs(TRY_CAST({{v}} AS DOUBLE)) < {EXACT})"
+ANY_NUMBER = f"({_form(NUMBER)} OR regexp_full_match(lower({{v}}), {literal(NOT_FINITE)}))"
+FLOAT = f"(({IS_FLOAT} AND {HOLDS}) OR regexp_full_match(lower({{v}}), {literal(NOT_FINITE)}))"
+UNDECLARED = {
+    "BIGINT": f"({_typed(INTEGER, 'BIGINT')} OR {NAN})",
+    "DOUBLE": f"({FLOAT} AND NOT {_form(PADDED)})",
+    "DATE": _typed(DATE, "DATE"),
+    "TIMESTAMP": _typed(f"{DATE}({TIME})?", "TIMESTAMP"),
+    "TIMESTAMP_NS": _typed(f"{DATE}({TIME_NS})?", "TIMESTAMP_NS"),
+    "TIMESTAMPTZ": _typed(DATE + TIME + OFFSET, "TIMESTAMPTZ"),
+    "BOOLEAN": _form("(?i)true|false"),
+}
+"""Type -> the test that all values must pass, in order of preference; text passes no test."""
+DECLARED: dict[RawType, dict[str, str]] = {
+    # Keys that were floats on their way are not text: '7.0' is not the key '7'.
+    "string": {"VARCHAR": _form(DIGITS), "DOUBLE": f"({_form(WHOLE)} AND {HOLDS})"},
+    "int": {**UNDECLARED, "BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})"},
+    "float": {**UNDECLARED, "BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})", "DOUBLE": FLOAT},
+}
+"""The same for the columns of features and keys: zeros in front do not make a number text."""
+MAYBE_NUMBER = ""
+"""In place of a type: all values are numbers, though possibly of forms that have no common type."""
+
+
+def find_types(
+    connection: duckdb.DuckDBPyConnection,
+    view: str,
+    columns: Iterable[str],
+    declared: Mapping[str, RawType],
+) -> TextTypes:
+    """Find the types of text columns from all their values.
+
+    Args:
+        connection: The connection that knows the table.
+        view: Table or view of text columns.
+        columns: The columns to look at.
+        declared: Column -> the type of its feature; keys are strings.
+    """
+    names = list(columns)
+    tests = {name: _tests(declared.get(name)) for name in names}
+    sample = f"(SELECT * FROM {view} LIMIT {SAMPLE_ROWS})"
+    likely = _passed(connection, sample, tests)
+    passed = _passed(connection, view, likely)
+    types, odd, mixed = {}, {}, {}
+    for name in names:
+        types[name] = next((dtype for dtype in passed[name] if dtype != MAYBE_NUMBER), "VARCHAR")
+        if types[name] != "VARCHAR" or MAYBE_NUMBER not in likely[name]:
+            continue
+        value, share, big, decimal = _numbers(connection, view, name)
+        if value is None and big is not None and decimal is not None:
+            mixed[name] = (big, decimal)
+        elif value is not None and share >= MOSTLY and name not in declared:
+            odd[name] = value
+    return TextTypes(types, odd, mixed)
+
+
+def converted(column: str, dtype: str) -> str:
+    """Return the SQL that converts a text column to the type that `find_types` found."""
+    name = quoted(column)
+    if dtype == "VARCHAR":
+        return name
+    value = f"CASE WHEN {NAN.format(v=name)} THEN NULL ELSE {name} END"
+    return f"CAST({value} AS {dtype}) AS {name}"
+
+
+def _tests(declared: RawType | None) -> dict[str, str]:
+    return {**(DECLARED[declared] if declared else UNDECLARED), MAYBE_NUMBER: ANY_NUMBER}
+
+
+def _passed(
+    connection: duckdb.DuckDBPyConnection, source: str, tests: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Return the tests that all values of their column pass."""
+    pairs = [(name, dtype) for name, of_column in tests.items() for dtype in of_column]
+    passed: dict[str, dict[str, str]] = {name: {} for name in tests}
+    if not pairs:
+        return passed
+    checks = []
+    for name, dtype in pairs:
+        value = quoted(name)
+        test = tests[name][dtype].replace("{v}", value)
+        checks.append(f"bool_and({test}) FILTER ({value} IS NOT NULL)")
+    [row] = connection.sql(f"SELECT {', '.join(checks)} FROM {source}").fetchall()
+    for (name, dtype), result in zip(pairs, row, strict=True):
+        # No value at all allows every type.
+        if result is not False:
+            passed[name][dtype] = tests[name][dtype]
+    return passed
+
+
+def _numbers(
+    connection: duckdb.DuckDBPyConnection, view: str, column: str
+) -> tuple[str | None, float, str | None, str | None]:
+    """Return a value that is no number, the share of numbers, and examples of two forms."""
+    value = quoted(column)
+    number, digits, holds = (t.replace("{v}", value) for t in (ANY_NUMBER, _form(DIGITS), HOLDS))
+    [row] = connection.sql(
+        f"SELECT min({value}) FILTER (NOT {number}), avg(CAST({number} AS INT)), "
+        f"min({value}) FILTER ({digits} AND NOT {holds}), "
+        f"min({value}) FILTER ({number} AND NOT {digits}) FROM {view}"
+    ).fetchall()
+    return row[0], float(row[1] or 0), row[2], row[3]

@@ -1,0 +1,244 @@
+"""HTTP/1.1 connections of uvicorn with limits on what a client may send and leave unread."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from typing import Any
+
+from uvicorn import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from hvdrec.serving.bodies import DRAINED_BODIES, long_body
+from hvdrec.serving.connections import Connections
+from hvdrec.serving.options import Options
+from hvdrec.serving.problems import Problem, unavailable
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than load balancers keep idle connections, so that they close them first."""
+LINGER_SECONDS = 2.0
+LINGER_BYTES = 1 << 20
+"""After a refusal, this much is read and discarded: with unread input the operating system resets
+the connection, and the client may not see the refusal."""
+SLOWEST_READER = 10 * 1024
+"""Bytes per second at which a client must at least read a response."""
+SLICE = 8192
+"""Bytes parsed at a time: pipelined requests in the rest wait as bytes, which take less memory."""
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """A connection that ends when its client exceeds a limit, and does not disturb the others."""
+
+    deadline: float = math.inf
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """Create a connection; the application puts its `Connections` into ``app_state``."""
+        super().__init__(config, server_state, app_state, _loop)
+        self._options = options
+        self._connections: Connections = app_state["connections"]
+        self._most_bytes = options.max_header + DRAINED_BODIES * options.max_body
+        self._messages = 0
+        self._is_receiving = False  # a request has begun and is not complete
+        self._is_in_header = False
+        self._is_header_checked = False
+        self._fed = 0  # bytes of the request, without those that came with the one before it
+        self._held = b""  # not parsed yet
+        self._problem: Problem | None = None  # ends the connection
+        self._parser_problem = Problem(400, "not a valid HTTP/1.1 request")
+        self._discarded = 0
+
+    @property
+    def address(self) -> str:
+        """IP address of the client."""
+        return self.client[0] if self.client else ""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Admit or refuse the client."""
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self)
+        self.deadline = self.loop.time() + self._options.header_wait
+        if not self._connections.add(self):
+            self._refuse(unavailable("overloaded: too many connections; try again"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._connections.remove(self)
+        self._held = b""
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrived, unless requests before it wait for their turn."""
+        if self._problem is not None:
+            self._discarded += len(data)
+            if self._discarded > LINGER_BYTES:
+                self.transport.abort()
+            return
+        if self._held:
+            self._held += data
+            return
+        for start in range(0, len(data), SLICE):
+            if self.pipeline:
+                self._held = data[start:]
+                self.flow.pause_reading()
+                return
+            self._parse(data[start : start + SLICE])
+            if self._problem is not None or self.transport.is_closing():
+                return
+
+    def _parse(self, data: bytes) -> None:
+        message, was_receiving = self._messages, self._is_receiving
+        # A header within one short chunk cannot be too long.
+        self._is_header_checked = was_receiving or len(data) > self._options.max_header
+        super().data_received(data)
+        if not (was_receiving and self._is_receiving and message == self._messages):
+            return
+        self._fed += len(data)
+        if self._is_in_header and self._fed > self._options.max_header:
+            self._refuse(self._long_header())
+        elif self._fed > self._most_bytes:  # trailers and chunk extensions count, too
+            self._refuse(long_body(self._options.max_body))
+
+    def on_message_begin(self) -> None:
+        """Note the start of a request."""
+        super().on_message_begin()
+        self._messages += 1
+        self._fed = 0
+        self._is_receiving = self._is_in_header = True
+        if self.cycle is not None:  # the first request has its time since the connection was made
+            self._set_deadline()
+
+    def on_headers_complete(self) -> None:
+        """Start a request whose header is complete and within the limit."""
+        if self._is_header_checked:
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > self._options.max_header:
+                self._parser_problem = self._long_header()
+                raise ValueError  # stops the parser
+        self._is_in_header = False
+        super().on_headers_complete()
+        self.headers = deque(maxlen=0)  # type: ignore[assignment]  # discards trailers
+        if self._connections.is_draining:
+            self.cycle.keep_alive = False
+        self._set_deadline()
+
+    def on_message_complete(self) -> None:
+        """Note the end of a request."""
+        self._is_receiving = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Start the next pipelined request, or wait for one."""
+        super().on_response_complete()
+        if not self.pipeline and not self.transport.is_closing():
+            if self._problem is not None:
+                self._refuse(self._problem)
+            elif self._held:
+                held, self._held = self._held, b""
+                self.data_received(held)
+                self.flow.resume_reading()
+        self._set_deadline()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request that the parser or a limit stopped."""
+        self._refuse(self._parser_problem)
+
+    def shutdown(self) -> None:
+        """Close an idle connection; one with a request begun closes after its response."""
+        if not self._is_in_header:
+            super().shutdown()
+
+    def pause_writing(self) -> None:
+        """Note that the client does not read its responses."""
+        super().pause_writing()
+        self._set_deadline()
+
+    def resume_writing(self) -> None:
+        """Note that the client reads again."""
+        super().resume_writing()
+        self._set_deadline()
+
+    def expire(self) -> None:
+        """End a connection whose deadline has passed."""
+        is_ending = self._problem is not None or self.transport.is_closing()
+        if is_ending or self.flow.write_paused or (self._is_receiving and not self._is_in_header):
+            self.transport.abort()
+        elif self._is_in_header:
+            wait = self._options.header_wait
+            self._refuse(Problem(408, f"the header did not arrive within {wait:g} s"))
+        else:
+            self.transport.close()
+
+    def evict(self) -> None:
+        """Close the connection at once."""
+        self.transport.abort()
+
+    def close_after_response(self) -> None:
+        """Close the connection once the last request in progress is answered."""
+        if self._is_answering:
+            self.cycle.keep_alive = False
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _set_deadline(self) -> None:
+        if self._problem is not None and not self._is_answering:
+            return  # `_refuse` has set it
+        now, wait = self.loop.time(), self._options.header_wait
+        if self.flow.write_paused or self.transport.is_closing():
+            self.deadline = now + wait + self.transport.get_write_buffer_size() / SLOWEST_READER
+        elif self._is_answering:
+            self.deadline = math.inf
+        else:
+            self.deadline = now + (wait if self._is_receiving else KEEP_ALIVE_SECONDS)
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer with a problem after the requests before it, and close the connection."""
+        self._problem = problem
+        self._held = b""
+        is_body = self._is_receiving and not self._is_in_header
+        if self._is_answering:
+            if not is_body or self.pipeline or self.cycle.response_started:
+                return  # `on_response_complete` comes back
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            is_body = False
+        if not is_body:  # a request whose body is at fault may have been answered before
+            self._write(problem)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self.deadline = self.loop.time() + LINGER_SECONDS
+
+    def _write(self, problem: Problem) -> None:
+        response = problem.response()
+        headers = {**dict(response.raw_headers), b"connection": b"close"}
+        head = [name + b": " + value + b"\r\n" for name, value in headers.items()]
+        content = [STATUS_LINE[problem.status], *head, b"\r\n", bytes(response.body)]
+        self.transport.write(b"".join(content))
+
+    def _long_header(self) -> Problem:
+        text = f"the header has more than {self._options.max_header} bytes; send fewer headers"
+        return Problem(431, text)
+
+
+class _Flow(FlowControl):
+    """Does not read on while parsed or held requests of the same connection wait."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: GuardedProtocol) -> None:
+        super().__init__(transport)
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        if not self._protocol.pipeline and not self._protocol._held:
+            super().resume_reading()
