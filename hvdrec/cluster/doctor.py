@@ -20,8 +20,6 @@ Status = Literal["ok", "warning", "problem"]
 
 INSTALL = "run scripts/install"
 TRAINING_PACKAGES = ("torch", "horovod", "petastorm", "pyarrow")
-PETASTORM_LIMITS = {"pyarrow": 15, "numpy": 2}
-"""Petastorm fails with these major versions and later ones."""
 MIN_MEMORY_GIB = 4.0
 """With less memory, training with hvdrec's own recipes may run out of it."""
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
@@ -69,7 +67,6 @@ def diagnose() -> Report:
             scoring_check("numpy", versions["numpy"]),
             scoring_check("onnxruntime", versions["onnxruntime"]),
             *training_checks(versions),
-            *petastorm_checks(versions),
             *horovod_checks,
             mpirun_check(mpirun, _first_line(mpirun), horovod),
             *(root_check(os.geteuid() == 0, os.environ) if mpirun else []),
@@ -110,22 +107,6 @@ def training_checks(versions: Mapping[str, str | None]) -> list[Check]:
         for name in TRAINING_PACKAGES
         for version in [versions[name]]
     ]
-
-
-def petastorm_checks(versions: Mapping[str, str | None]) -> list[Check]:
-    """Check that petastorm works with the installed pyarrow and numpy."""
-    checks = []
-    for other, limit in PETASTORM_LIMITS.items():
-        version = versions[other]
-        if versions["petastorm"] is None or version is None:
-            continue
-        name, value = f"petastorm with {other}", f"{versions['petastorm']} with {version}"
-        if int(version.split(".")[0]) >= limit:
-            remedy = f"petastorm cannot read with {other} {limit} or later: {INSTALL}"
-            checks.append(Check(name, value, "problem", remedy))
-        else:
-            checks.append(Check(name, value))
-    return checks
 
 
 def transport_checks(mpi: bool, gloo: bool, nccl: bool) -> list[Check]:

@@ -1,8 +1,8 @@
 """Read row groups of Parquet files with Petastorm in a given order.
 
-Petastorm itself chooses the order of row groups, converts lists to Python objects row by row, and
-opens a file twice for each row group. The subclasses here deliver Arrow tables in the given order
-and limit how many row groups are read ahead.
+Petastorm's own reader chooses the order of row groups itself and converts lists to Python objects
+row by row. Here its thread pool runs workers that deliver Arrow tables. Its ventilator hands out row
+groups in the given order and limits how many are read ahead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import logging
 import sqlite3
 import threading
-import warnings
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,21 +21,19 @@ from typing import Any
 
 import diskcache  # type: ignore[import-untyped]
 import pyarrow as pa
-import pyarrow.filesystem as legacy
-from petastorm.arrow_reader_worker import ArrowReaderWorker
-from petastorm.fs_utils import get_filesystem_and_path_or_paths
+
+import hvdrec.data.petastorm_compat  # noqa: F401 # adds what Petastorm imports
+
+# isort: split
 from petastorm.local_disk_cache import LocalDiskCache
-from petastorm.reader import Reader
-from petastorm.workers_pool import EmptyResultError, thread_pool
+from petastorm.workers_pool import thread_pool
 from petastorm.workers_pool.thread_pool import ThreadPool
 from petastorm.workers_pool.ventilator import ConcurrentVentilator
+from petastorm.workers_pool.worker_base import WorkerBase
 
 from hvdrec.errors import UserError, choices, invalid_file, invalid_value
 from hvdrec.storage.parquet import Checksums, ParquetSource, parquet_files, read_checksums
 from hvdrec.storage.urls import Location, retried
-
-# Petastorm calls functions that its pinned pyarrow deprecates; neither side can be changed here.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
 
 # By default, Petastorm's idle threads poll 1,000 times a second on the cores that train; they
 # interrupted a step of 40 ms 100 times. Here they are woken when there is a row group to read, so
@@ -204,123 +201,83 @@ def read_row_groups(
     Raises:
         UserError: A row group cannot be read.
     """
-    ahead = workers + 2
-    store = store or ShardStore()
-    files = list(dict.fromkeys(file for file, _ in planned))
-    # Petastorm creates the workers with its own arguments only, so ours are class attributes.
-    worker = type("_Worker", (_Worker,), {"store": store, "stopped": stopped})
-
-    # A URL would end at a '#' or '?' in a path, so paths are passed as they are.
-    filesystem, _ = get_filesystem_and_path_or_paths("file:///")
-    if store.filesystem is not None:
-        filesystem = _LegacyFileSystem(store.filesystem)
-
-    def open_reader() -> _PlannedReader:
-        return _PlannedReader(
-            planned,
-            ahead,
-            filesystem,
-            files,
-            schema_fields=[f"^{column}$" for column in columns],
-            worker_class=worker,
-            # The queue is not bounded, because at most `ahead` row groups are read ahead anyway.
-            reader_pool=ThreadPool(workers, results_queue_size=0),
-            shuffle_row_groups=False,
-            num_epochs=1,
-            is_batched_reader=True,
-        )
-
-    with retried(open_reader, f"{files[0]} and others", stopped=stopped) as reader:
+    job = _Job(planned, list(columns), store or ShardStore(), stopped)
+    # At most `workers` + 2 row groups are out, so an unbounded queue never grows beyond that.
+    pool = ThreadPool(workers, results_queue_size=0)
+    ventilator = _Ventilator(pool.ventilate, len(planned), ahead=workers + 2)
+    pool.start(_Worker, job, ventilator)
+    try:
         # Workers finish in any order, so results that come early wait here for their turn.
-        early: dict[int, list[pa.Table | Exception]] = {}
-        for index in reader.indices:
-            while not early.get(index):
+        early: dict[int, pa.Table | Exception] = {}
+        for index in range(len(planned)):
+            while index not in early:
                 if stopped.is_set():
                     return
-                finished, result = next(reader)
-                early.setdefault(finished, []).append(result)
-            result = early[index].pop()
-            reader.ventilator.ventilate_next()
+                finished, result = pool.get_results()
+                early[finished] = result
+            result = early.pop(index)
+            ventilator.ventilate_next()
             if isinstance(result, Exception):
                 raise result
             yield result
+    finally:
+        pool.stop()
+        for _ in range(workers):
+            pool.ventilate(None)  # wakes a worker, which notices that the pool has stopped
+        pool.join()
 
 
-class _LegacyFileSystem(legacy.FileSystem):  # type: ignore[misc] # pyarrow is untyped
-    """An fsspec file system with the part of pyarrow's legacy interface that Petastorm uses.
+@dataclass(frozen=True)
+class _Job:
+    """What all workers of a pool share; each is handed indices of `planned`."""
 
-    It raises an error if the store does not answer; fsspec's own `isfile` would return False.
-    """
-
-    def __init__(self, filesystem: Any) -> None:
-        self._filesystem = filesystem
-
-    def isfile(self, path: str) -> bool:
-        return bool(self._filesystem.info(path)["type"] == "file")
-
-    def isdir(self, path: str) -> bool:
-        return not self.isfile(path)
-
-    def open(self, path: str, mode: str = "rb") -> Any:
-        return self._filesystem.open(path, mode, cache_type="none")
-
-
-class _ResultReader:
-    """Passes on the results of workers, (index of the row group, Arrow table or error)."""
-
-    batched_output = True
-
-    def read_next(self, pool: Any, schema: Any, ngram: Any) -> Any:
-        try:
-            return pool.get_results()
-        except EmptyResultError:
-            raise StopIteration from None
-
-
-class _Worker(ArrowReaderWorker):  # type: ignore[misc] # petastorm is untyped
-    """Reads a row group and delivers its index with an Arrow table or an error."""
-
-    publish_func: Any
+    planned: Sequence[RowGroup]
+    columns: list[str]
     store: ShardStore
     stopped: threading.Event
 
-    @staticmethod
-    def new_results_queue_reader() -> _ResultReader:
-        return _ResultReader()
 
-    def process(self, piece_index: int | None, *_: Any, **__: Any) -> None:
+class _Worker(WorkerBase):  # type: ignore[misc] # petastorm is untyped
+    """Reads a row group and delivers its index in the plan with an Arrow table or an error."""
+
+    args: _Job
+    publish_func: Any
+
+    def process(self, piece_index: int | None) -> None:
         if piece_index is None:
-            return  # the thread was only woken to notice that the reader has stopped
-        piece = self._split_pieces[piece_index]
-        columns = list(self._schema.fields)
+            return
+        job = self.args
+        file, group = job.planned[piece_index]
         result: pa.Table | Exception
 
         def read() -> pa.Table:
-            return retried(lambda: self._read(piece, columns), piece.path, stopped=self.stopped)
+            return retried(lambda: self._read(file, group), file, stopped=job.stopped)
 
         # Petastorm would print a raised exception and deliver it before earlier results.
         try:
-            cache = self.store.cache
-            result = cache.get(piece.path, piece.row_group, columns, read) if cache else read()
+            cache = job.store.cache
+            result = cache.get(file, group, job.columns, read) if cache else read()
         except UserError as error:
             result = error
         except (OSError, pa.ArrowException) as error:
-            problem = f"row group {piece.row_group} cannot be read ({_one_line(error)})"
-            result = invalid_file(piece.path, problem, REMEDY)
+            problem = f"row group {group} cannot be read ({_one_line(error)})"
+            result = invalid_file(file, problem, REMEDY)
         except Exception as error:
             result = error
         self.publish_func((piece_index, result))
 
-    def _read(self, piece: Any, columns: list[str]) -> pa.Table:
-        source = self.store.sources.get(piece.path)
-        if source is None:
-            source = ParquetSource.open(Path(piece.path), None)
-        with source.opened() as file:
-            return file.read_row_group(piece.row_group, columns=columns, use_threads=False)
+    def _read(self, file: str, group: int) -> pa.Table:
+        source = self.args.store.sources.get(file) or ParquetSource.open(Path(file), None)
+        with source.opened() as parquet:
+            return parquet.read_row_group(group, columns=self.args.columns, use_threads=False)
 
 
 class _Ventilator(ConcurrentVentilator):  # type: ignore[misc] # petastorm is untyped
     """Gives a worker the next row group when one has been delivered; needs no thread of its own."""
+
+    def __init__(self, ventilate: Callable[..., None], count: int, ahead: int) -> None:
+        items = [{"piece_index": index} for index in range(count)]
+        super().__init__(ventilate, items, max_ventilation_queue_size=ahead)
 
     def start(self) -> None:
         for _ in range(self._max_ventilation_queue_size):
@@ -332,34 +289,6 @@ class _Ventilator(ConcurrentVentilator):  # type: ignore[misc] # petastorm is un
             self._current_item_to_ventilate += 1
             if self._current_item_to_ventilate == len(self._items_to_ventilate):
                 self._iterations_remaining = 0
-
-
-class _PlannedReader(Reader):  # type: ignore[misc] # petastorm is untyped
-    """Reads the row groups of a list in order, at most `ahead` of them before they are needed."""
-
-    def __init__(self, planned: Sequence[RowGroup], ahead: int, *args: Any, **kwargs: Any) -> None:
-        self._planned, self._ahead = planned, ahead
-        self.indices: list[int] = []
-        super().__init__(*args, **kwargs)
-
-    def _filter_row_groups(
-        self, dataset: Any, row_groups: Sequence[Any], *_: Any
-    ) -> tuple[list[int], None]:
-        index = {(piece.path, piece.row_group): i for i, piece in enumerate(row_groups)}
-        self.indices = [index[group] for group in self._planned]
-        return self.indices, None
-
-    def _create_ventilator(self, row_group_indexes: Sequence[int], *_: Any) -> _Ventilator:
-        return _Ventilator(
-            self._workers_pool.ventilate,
-            [{"piece_index": index} for index in row_group_indexes],
-            max_ventilation_queue_size=self._ahead,
-        )
-
-    def stop(self) -> None:
-        super().stop()
-        for _ in range(self._workers_pool.workers_count):
-            self._workers_pool.ventilate(None)
 
 
 def _one_line(error: Exception) -> str:

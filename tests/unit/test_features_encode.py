@@ -222,29 +222,6 @@ def test_entries_hidden_under_a_null_list_are_ignored(tmp_path: Path) -> None:
     assert rows_to_inputs([column], table)["seen"][1].tolist() == [3, 4]
 
 
-def test_petastorm_reads_the_shards(tmp_path: Path) -> None:
-    from petastorm import make_batch_reader
-
-    tables = splits(rows=20)
-    pairs = pa.array([["a", "b"]] * 20, pa.list_(pa.string()))
-    tables["train"] = tables["train"].set_column(4, "words", pairs)
-    encode(samples(tmp_path, tables), tmp_path / "features", config(8, 3))
-    # Petastorm's own worker turns a list column into a matrix, so rows need one length.
-    names = ["item", "words", "age", "price", "user_index", "item_index", "label", "weight"]
-    with make_batch_reader(
-        f"file://{tmp_path}/features/train",
-        schema_fields=names,
-        shuffle_row_groups=False,
-        reader_pool_type="dummy",
-    ) as reader:
-        groups = list(reader)
-    assert [len(group.label) for group in groups] == [3, 3, 2, 2, 3, 2, 2, 3]
-    assert np.concatenate([g.words for g in groups]).tolist() == [[2, 3]] * 20
-    labels = np.concatenate([group.label for group in groups])
-    assert labels.tolist() == tables["train"]["label"].to_pylist()
-    assert [groups[0].item.dtype, groups[0].age.dtype] == [np.int32, np.float32]
-
-
 def test_labels_of_tasks_become_columns_of_shards(tmp_path: Path) -> None:
     tables = {}
     for split, table in splits(rows=9).items():
