@@ -36,7 +36,7 @@ from hvdrec.data.petastorm import (
 )
 from hvdrec.data.sampler import EpochPlan, Progress, Window, plan_epoch
 from hvdrec.errors import invalid_file
-from hvdrec.storage.urls import Location, Url, version
+from hvdrec.storage.urls import Location, version
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -95,8 +95,7 @@ class ShardLoader:
         if options.cache_dir:
             versions = {path: version(each.file) for path, each in self._sources.items()}
             cache = RowGroupCache(Path(options.cache_dir), int(1e9 * options.cache_gb), versions)
-        filesystem = directory.filesystem if isinstance(directory, Url) else None
-        self._store = ShardStore(filesystem, self._sources, cache)
+        self._store = ShardStore(self._sources, cache)
 
     @classmethod
     def from_config(

@@ -1,8 +1,8 @@
 """Read row groups of Parquet files with Petastorm in a given order.
 
 Petastorm's own reader chooses the order of row groups itself and converts lists to Python objects
-row by row. Here its thread pool runs workers that deliver Arrow tables. Its ventilator hands out row
-groups in the given order and limits how many are read ahead.
+row by row. Here its thread pool runs workers that deliver Arrow tables. Its ventilator hands out
+row groups in the given order and limits how many are read ahead.
 """
 
 from __future__ import annotations
@@ -124,15 +124,13 @@ class RowGroupCache:
 
 @dataclass(frozen=True)
 class ShardStore:
-    """The file system that holds shards, and the local cache for their row groups.
+    """Shards, and the local cache for their row groups.
 
     Attributes:
-        filesystem: An fsspec file system; None for the local one.
         sources: The shards by their paths, whose row groups are verified; others are not.
         cache: The cache; None if row groups are not cached.
     """
 
-    filesystem: Any = None
     sources: Mapping[str, ParquetSource] = field(default_factory=dict)
     cache: RowGroupCache | None = None
 
