@@ -26,6 +26,8 @@ from hvdrec.scoring.errors import (
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 16 << 20
+MOST_WIDTH = 1 << 16
+"""Entries of an embedding: a request allocates rows of them before it looks anything up."""
 FORMAT = 2
 GRAPHS = ("user_tower.onnx", "item_tower.onnx", "ranker.onnx")
 REQUIRED = (
@@ -277,6 +279,8 @@ def _parse_info(
     user_width, item_width, retrieval_width = (
         _integer(meta, name) for name in ("user_width", "item_width", "retrieval_width")
     )
+    if max(user_width, item_width) > MOST_WIDTH:
+        raise ValueError(f"user_width {user_width}, item_width {item_width} exceed {MOST_WIDTH}")
     if not 0 <= retrieval_width <= min(user_width, item_width):
         raise ValueError(
             f"retrieval_width {retrieval_width} exceeds user_width {user_width} or "

@@ -99,6 +99,7 @@ def test_a_bundle_of_another_format_is_refused(
         (lambda m: m.pop("meta"), ["'meta' is missing"]),
         (lambda m: m["meta"]["schema"].pop("user_key"), ["'user_key' is missing"]),
         (lambda m: m["meta"].update(item_width="3"), ["item_width is '3', not an integer"]),
+        (lambda m: m["meta"].update(user_width=1 << 40), ["user_width 1099511627776", "65536"]),
         (
             lambda m: m["meta"].update(retrieval_width=4),
             ["retrieval_width 4", "user_width 3", "item_width 3"],
