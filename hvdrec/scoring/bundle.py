@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvdrec.scoring.checksums import FileFacts, check_files, check_manifest
 from hvdrec.scoring.errors import (
     BundleError,
     ReplacedError,
@@ -23,6 +22,7 @@ from hvdrec.scoring.errors import (
     invalid_bundle,
     shown,
 )
+from hvdrec.scoring.file_checksums import FileFacts, check_files, check_manifest
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 16 << 20

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from hvdrec.scoring import BundleError, RequestError, Scorer, ScoringError, checksums
+from hvdrec.scoring import BundleError, RequestError, Scorer, ScoringError, file_checksums
 from hvdrec.scoring import bundle as bundle_module
 from hvdrec.scoring.bundle import read_bundle
 from hvdrec.storage import tree_checksum
@@ -215,7 +215,7 @@ def test_a_checksum_that_fails_during_a_replacement_is_not_damage(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes agree in both bundles, so only a checksum shows that a file is of the other one."""
-    plain, calls = checksums.check_files, []
+    plain, calls = file_checksums.check_files, []
 
     def replaced_meanwhile(folder: Path, files: Any) -> None:
         if not calls:
@@ -237,7 +237,7 @@ def test_a_checksum_that_fails_during_a_replacement_is_not_damage(
 def test_a_tree_checksum_is_compared_block_by_block(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checksums, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(file_checksums, "BLOCK_BYTES", 64)
     monkeypatch.setattr(tree_checksum, "BLOCK_BYTES", 64)
     rewrite(bundle)
     files = json.loads((bundle / "manifest.json").read_text())["files"]
