@@ -22,7 +22,7 @@ from hvdrec.cli.command import (
 from hvdrec.cli.reports import render_evaluation, render_plan, render_search
 from hvdrec.parallel.progress import is_first_rank
 
-EXPORT_FIELDS = ("export.", "tasks.N.share", "model.ranker.combine")
+EXPORT_FIELDS = ("export.", "evaluate.seen", "tasks.N.share", "model.ranker.combine")
 """Prefixes of the fields that can change after training."""
 TUNE_NOTES = """\
 ranges and choices:

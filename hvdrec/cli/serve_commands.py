@@ -11,6 +11,7 @@ from hvdrec.cli.command import BUNDLE, NO_VERIFY, OVERWRITE, Answer, argument, c
 from hvdrec.cli.progress_bar import progress_bar
 from hvdrec.cli.text_table import table
 from hvdrec.errors import UserError
+from hvdrec.parallel.progress import print_line
 from hvdrec.serving import add_arguments as add_serve_arguments
 
 
@@ -106,6 +107,8 @@ def score(options: argparse.Namespace) -> Answer:
     from hvdrec.exporting.score_file import score_table
 
     facts = score_table(options.bundle, options.input, options.output, verify=options.verify)
+    for line in facts["warnings"]:
+        print_line(f"warning: {line}")
     return Answer(facts, f"scored {facts['rows']} rows\nwrote {options.output}")
 
 

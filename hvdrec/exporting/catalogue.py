@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.exporting.embed import key_array
+from hvdrec.exporting.known_rows import DAY, KNOWN_UNTIL, comparable_times, latest_of_each
 from hvdrec.features.raw import one_chunk
-from hvdrec.samples.split import SPLITS
+from hvdrec.samples.split import SPLITS, STATES
 from hvdrec.storage.parquet import read_table
 
 Array = NDArray[Any]
-DAY = 86_400
 EPOCH_SECONDS = (1e8, 1e11)
 """Range of times in seconds since 1970 (years 1973 to 5138). Numbers that are 1e3, 1e6 or 1e9 times
 as large are milli-, micro- or nanoseconds; smaller numbers are not times."""
@@ -32,13 +32,15 @@ def write_catalogue(
     items: pa.Table,
     config: Config,
     notify: Callable[[str], None] = lambda _: None,
-) -> None:
+    *,
+    users_know: str = "all",
+) -> dict[str, Any]:
     """Write titles, popularity, trending counts, filters and seen items, in the order of keys.
 
     Popularity counts positives of the training split. Trending counts positives of the log's last
-    ``export.trending_days`` over all splits, or equals popularity if the samples have no times.
-    Seen items are the distinct pairs of users and items over all splits; with sampled negatives,
-    which look like rows of the log, only positives count.
+    ``export.trending_days``, or equals popularity if the samples have no times. Seen items are the
+    distinct pairs of users and items: of positive rows, or of all rows with ``evaluate.seen =
+    "shown"``. Both cover the splits of ``export.users_as_of``.
 
     Args:
         draft: The bundle's directory.
@@ -46,6 +48,11 @@ def write_catalogue(
         items: The samples' table of all items.
         config: The run; ``export``, ``samples``, ``paths`` and the schema are used.
         notify: Called with a line if there are no times.
+        users_know: State of `samples.split.STATES` whose rows the users' embeddings depend on.
+
+    Returns:
+        The latest time in the splits that the users and the items know, for the manifest: ``users``
+        and ``items`` hold ``splits`` and ``until``; ``time`` and ``type`` say what a time is.
     """
     schema, export = config.schema, config.export
     item_order = np.argsort(key_array(items[schema.item_key]), kind="stable")
@@ -62,28 +69,68 @@ def write_catalogue(
         np.argsort(key_array(users[schema.user_key]), kind="stable")
     )
     log = _read_log(config, user_keys, items[schema.item_key])
-    trending = _trending(log, export.trending_days, len(items))
+    known = log.until(STATES.index(export.users_as_of))
+    trending = _trending(known, export.trending_days, len(items))
     if trending is None:
         notify("the samples have no times: trending counts equal popularity")
         trending = popularity
     _save(folder / "trending.npy", trending)
     if export.seen:
-        seen = log.is_positive if config.samples.negatives.per_positive else slice(None)
-        _write_lists(
-            draft / "users" / "seen_{}.npy", log.user[seen], log.item[seen], len(users), len(items)
-        )
+        seen = slice(None) if config.evaluate.seen == "shown" else known.is_positive
+        user, item = known.user[seen], known.item[seen]
+        _write_lists(draft / "users" / "seen_{}.npy", user, item, len(users), len(items))
     for name in export.filters:
         _write_filter(folder / "filters" / name, items[name])
+    known, trained = log.until(STATES.index(users_know)), log.until(0)
+    if known.time is not None:
+        _save(draft / KNOWN_UNTIL, latest_of_each(known.user, known.time, len(users)))
+    return {
+        "time": config.samples.time,
+        "type": log.time_type,
+        "users": {"splits": SPLITS[: known.splits], "until": known.latest},
+        "items": {"splits": SPLITS[: trained.splits], "until": trained.latest},
+    }
 
 
 @dataclass(frozen=True)
 class _Log:
-    """The samples of all splits: rows of users and items int64 [n], labels bool, times float64."""
+    """The samples of the first splits, in their order.
 
+    Attributes:
+        split: Index into `SPLITS`, int8 [n].
+        user: Rows of users, int64 [n].
+        item: Rows of items, int64 [n].
+        is_positive: bool [n].
+        time: float64 [n], None if there are no times; see `comparable_times`.
+        time_type: What times count; empty if there are no times.
+        splits: How many splits.
+    """
+
+    split: Array
     user: Array
     item: Array
     is_positive: Array
-    seconds: Array | None
+    time: Array | None
+    time_type: str
+    splits: int = len(SPLITS)
+
+    def until(self, state: int) -> _Log:
+        """Return the rows that a state, an index into `STATES`, includes."""
+        kept = self.split <= state
+        return _Log(
+            self.split[kept],
+            self.user[kept],
+            self.item[kept],
+            self.is_positive[kept],
+            None if self.time is None else self.time[kept],
+            self.time_type,
+            state + 1,
+        )
+
+    @property
+    def latest(self) -> float | None:
+        """The latest time."""
+        return float(self.time.max()) if self.time is not None and len(self.time) else None
 
 
 def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) -> _Log:
@@ -94,15 +141,19 @@ def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) ->
     has_time = bool(samples.time) and ("time" not in names or samples.time == "time")
     columns = [schema.user_key, schema.item_key, "label", *(["time"] if has_time else [])]
     files = [str(config.paths.of("samples") / split) for split in SPLITS]
-    table = pa.concat_tables(
-        [ds.dataset(file, format="parquet").to_table(columns=[*dict.fromkeys(columns)])
-         for file in files]
-    )  # fmt: skip
+    parts = [
+        ds.dataset(file, format="parquet").to_table(columns=[*dict.fromkeys(columns)])
+        for file in files
+    ]
+    table = pa.concat_tables(parts)
+    times = comparable_times(table["time"]) if has_time else None
     return _Log(
+        np.repeat(np.arange(len(SPLITS), dtype=np.int8), [part.num_rows for part in parts]),
         _rows(table[schema.user_key], users),
         _rows(table[schema.item_key], items),
         table["label"].to_numpy() == 1,
-        _seconds(table["time"]) if has_time else None,
+        None if times is None else times[1],
+        "" if times is None else times[0],
     )
 
 
@@ -111,28 +162,24 @@ def _rows(keys: pa.ChunkedArray, stored: pa.ChunkedArray) -> Array:
     return rows.astype(np.int64)
 
 
-def _seconds(times: pa.ChunkedArray) -> Array | None:
-    """Convert a column to seconds, float64 [n]; None if it does not contain times."""
-    dtype = times.type
-    if pa.types.is_timestamp(dtype):
-        units = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}
-        return np.asarray(times.cast(pa.int64()).to_numpy() / units[dtype.unit])
-    if pa.types.is_date(dtype):
-        return np.asarray(times.cast(pa.date32()).cast(pa.int32()).to_numpy() * float(DAY))
-    if not (pa.types.is_integer(dtype) or pa.types.is_floating(dtype)):
-        return None
-    numbers = times.to_numpy().astype(np.float64)
-    latest = numbers.max(initial=0.0)
+def _seconds(time: Array, time_type: str) -> Array | None:
+    """Convert times to seconds, float64 [n]; None if numbers do not look like times."""
+    if time_type == "timestamp":
+        return time
+    latest = time.max(initial=0.0)
     for divisor in (1.0, 1e3, 1e6, 1e9):
         if EPOCH_SECONDS[0] <= latest / divisor < EPOCH_SECONDS[1]:
-            return np.asarray(numbers / divisor)
+            return np.asarray(time / divisor)
     return None
 
 
 def _trending(log: _Log, days: float, items: int) -> Array | None:
-    if log.seconds is None or not len(log.seconds):
+    if log.time is None or not len(log.time):
         return None
-    recent = log.seconds > log.seconds.max() - days * DAY
+    seconds = _seconds(log.time, log.time_type)
+    if seconds is None:
+        return None
+    recent = seconds > seconds.max() - days * DAY
     return np.bincount(log.item[recent & log.is_positive], minlength=items).astype(np.int64)
 
 

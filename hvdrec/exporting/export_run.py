@@ -20,8 +20,10 @@ from hvdrec.training.pointers import Which
 
 __all__ = ["ExportResult", "export"]
 
-ALLOWED = "fields of [export], tasks.N.share, model.ranker.combine and paths.bundle can"
-UNTRAINED = re.compile(r"export\.\w+|tasks\.\d+\.share|model\.ranker\.combine|paths\.bundle")
+ALLOWED = "fields of [export], evaluate.seen, tasks.N.share, model.ranker.combine, paths.bundle can"
+UNTRAINED = re.compile(
+    r"export\.\w+|evaluate\.seen|tasks\.\d+\.share|model\.ranker\.combine|paths\.bundle"
+)
 """The fields that export may change, because training does not depend on them."""
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.errors import choices, invalid_file
+from hvdrec.exporting.known_rows import KnownRows
 from hvdrec.scoring import Scorer
 
 BATCH_ROWS = 65_536
@@ -32,7 +33,8 @@ def score_table(bundle: Path, source: Path, target: Path, *, verify: bool = True
         verify: False to skip the comparison of the bundle's files with their checksums.
 
     Returns:
-        ``rows`` and ``output``.
+        ``rows``, ``output``, and ``warnings``: a line if rows are not later than what the stored
+        users know, or if this cannot be told.
 
     Raises:
         UserError: The source is not a Parquet file or lacks a key.
@@ -54,7 +56,7 @@ def score_table(bundle: Path, source: Path, target: Path, *, verify: bool = True
     fields = [file.schema_arrow.field(name) for name in kept]
     schema = pa.schema([*fields, *(pa.field(name, pa.float32()) for name in added)])
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    rows = 0
+    rows, known = 0, KnownRows(scorer.info, source, names)
     try:
         with pq.ParquetWriter(draft, schema) as writer:
             for batch in file.iter_batches(BATCH_ROWS):
@@ -62,11 +64,12 @@ def score_table(bundle: Path, source: Path, target: Path, *, verify: bool = True
                 for name, column in zip(added, _scores(scorer, batch), strict=True):
                     table = table.append_column(name, pa.array(column))
                 writer.write_table(table)
+                known.count(batch)
                 rows += batch.num_rows
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
-    return {"rows": rows, "output": str(target)}
+    return {"rows": rows, "output": str(target), "warnings": known.warnings()}
 
 
 def _scores(scorer: Scorer, batch: pa.RecordBatch) -> Sequence[NDArray[np.float32]]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hvdrec.config import Config
 from hvdrec.config.schema import Schema
 from hvdrec.config.structure import to_dict
-from hvdrec.errors import invalid_file
+from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.exporting.catalogue import write_catalogue
 from hvdrec.exporting.embed import write_side
 from hvdrec.exporting.graphs import stored_width, tower
@@ -75,6 +76,7 @@ def write_bundle(
         "checkpoint": checkpoint_identity,
     }
     require_index_library(config.export)
+    users, state = _stored_users(samples, config.export.users_as_of)
     fitted = Fitted.load(features)
     out = config.paths.of("bundle")
     model = model.cpu().eval()
@@ -85,13 +87,12 @@ def write_bundle(
         _save_graph(tower(model, fitted, "item"), draft / "item_tower.onnx")
         _save_graph(ranker(model, fitted), draft / "ranker.onnx")
         notify("embedding users")
-        users = pq.read_table(samples / "users_all.parquet")
         meta["users"] = write_side(draft, "user", users, config.schema, workers)
         notify("embedding items")
         items = pq.read_table(samples / "items.parquet")
         meta["items"] = write_side(draft, "item", items, config.schema, workers)
         notify("counting popular, trending and seen items")
-        write_catalogue(draft, users, items, config, notify)
+        meta["known"] = write_catalogue(draft, users, items, config, notify, users_know=state)
         notify("comparing the bundle's scores with torch's")
         write_manifest(draft, "bundle", meta)
         meta["parity"] = _require_parity(draft, config, model, fitted)
@@ -112,6 +113,19 @@ def _check_features(features: Location, samples: Path) -> str:
     if not require_source(features, manifest, samples, "samples", remedy):
         print_line(f"{features}: does not record its samples, so they are not compared")
     return manifest.identity
+
+
+def _stored_users(samples: Path, state: str) -> tuple[pa.Table, str]:
+    """Read the users in a state of `samples.split.STATES`, and the state that they depend on."""
+    file = samples / f"users_{state}.parquet"
+    if not file.is_file():
+        problem = "the samples hold no users of this state, an earlier version wrote them"
+        remedy = "choose 'train' or 'all', or run hvdrec samples with --overwrite"
+        raise invalid_value("export.users_as_of", state, problem, remedy)
+    users = pq.read_table(file)
+    # Without histories and features from the log, later rows change nothing.
+    is_same = state != "train" and users.equals(pq.read_table(samples / "users_train.parquet"))
+    return users, "train" if is_same else state
 
 
 def _require_parity(

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvdrec.config import Config
-from hvdrec.config.data_sections import Negatives, Paths, Samples
+from hvdrec.config.data_sections import Paths, Samples
 from hvdrec.config.schema import Feature
-from hvdrec.config.sections import Export
+from hvdrec.config.sections import Evaluate, Export
 from hvdrec.exporting.catalogue import write_catalogue
 
 DAY = 86_400
@@ -84,7 +84,9 @@ def write(folder: Path, config: Config, *, integer_keys: bool = False) -> tuple[
     if integer_keys:
         users = [ord(name) - 110 for name in users]  # type: ignore[misc]
         items["item_id"] = [ord(name) - 110 for name in ITEMS["item_id"]]  # type: ignore[misc]
-    write_catalogue(draft, pa.table({"user_id": users}), pa.table(items), config, lines.append)
+    state = config.export.users_as_of
+    tables = pa.table({"user_id": users}), pa.table(items)
+    write_catalogue(draft, *tables, config, lines.append, users_know=state)
     return draft, lines
 
 
@@ -96,7 +98,11 @@ def lists(file: Path) -> list[list[int]]:
 
 
 def test_all_files_by_hand(tmp_path: Path) -> None:
-    config = replace(write_samples(tmp_path), export=Export(filters=("genres", "shop")))
+    config = replace(
+        write_samples(tmp_path),
+        evaluate=Evaluate(seen="shown"),
+        export=Export(filters=("genres", "shop")),
+    )
     draft, lines = write(tmp_path, config)
     assert lines == []
     # In the order of keys: x, y, z, é.
@@ -117,7 +123,7 @@ def test_all_files_by_hand(tmp_path: Path) -> None:
 
 
 def test_integer_keys_are_sorted_as_numbers(tmp_path: Path) -> None:
-    config = write_samples(tmp_path, integer_keys=True)
+    config = replace(write_samples(tmp_path, integer_keys=True), evaluate=Evaluate(seen="shown"))
     draft, _ = write(tmp_path, config, integer_keys=True)
     # Items x 10, y 11, z 12, é 123; users a -13, b -12, é 123.
     assert np.load(draft / "items/trending.npy").tolist() == [2, 0, 0, 1]
@@ -125,16 +131,34 @@ def test_integer_keys_are_sorted_as_numbers(tmp_path: Path) -> None:
     assert not (draft / "items/filters").exists()
 
 
-def test_only_positives_count_as_seen_with_sampled_negatives(tmp_path: Path) -> None:
-    config = write_samples(tmp_path, negatives=Negatives(per_positive=4))
-    draft, _ = write(tmp_path, config)
+def test_only_positives_count_as_seen_by_default(tmp_path: Path) -> None:
+    draft, _ = write(tmp_path, write_samples(tmp_path))
     assert lists(draft / "users/seen_{}.npy") == [[0, 3], [1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("state", "seen", "trending", "until"),
+    [
+        ("train", [[0], [1], [0]], [3, 0, 0, 0], [-5, -90, -3]),
+        ("validation", [[0, 3], [1], [0]], [3, 0, 0, 1], [-1, -90, -3]),
+        ("all", [[0, 3], [1], [0]], [2, 0, 0, 1], [-1, 0, -3]),
+    ],
+)
+def test_users_know_the_rows_up_to_a_split(
+    tmp_path: Path, state: Any, seen: Any, trending: Any, until: Any
+) -> None:
+    config = replace(write_samples(tmp_path), export=Export(users_as_of=state))
+    draft, _ = write(tmp_path, config)
+    assert lists(draft / "users/seen_{}.npy") == seen
+    assert np.load(draft / "items/trending.npy").tolist() == trending
+    # Of a, b, é, in days before the log's end: all rows, liked or not.
+    assert ((np.load(draft / "users/known_until.npy") - NOW) / DAY).tolist() == until
 
 
 def test_seen_items_can_be_switched_off(tmp_path: Path) -> None:
     config = replace(write_samples(tmp_path), export=Export(seen=False))
     draft, _ = write(tmp_path, config)
-    assert list((draft / "users").iterdir()) == []
+    assert not list((draft / "users").glob("seen_*"))
 
 
 def at(days: float) -> datetime.datetime:

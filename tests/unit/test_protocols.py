@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -17,14 +18,20 @@ import pytest
 import torch
 
 from hvdrec.config import Config, Evaluate, Feature, History, Model, Paths, Samples, Split, Train
-from hvdrec.config.sections import Tower
+from hvdrec.config.data_sections import Negatives
+from hvdrec.config.sections import Export, Tower
 from hvdrec.data.collate import table_arrays
+from hvdrec.errors import UserError
 from hvdrec.evaluation.evaluate import evaluate_model
+from hvdrec.exporting import writer
+from hvdrec.exporting.score_file import score_table
 from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import Fitted
 from hvdrec.features.prepare import prepare
 from hvdrec.models.recommender import Recommender
 from hvdrec.samples.make import make_samples
+from hvdrec.scoring import Scorer
+from hvdrec.storage.artifacts import read_manifest, write_manifest
 from hvdrec.training.build import build_model
 
 USERS, ITEMS, LENGTH, KS = 25, 20, 4, (1, 3, 8)
@@ -98,12 +105,14 @@ def prepared(folder: Path, rows: Sequence[Row], method: str, **samples: Any) -> 
         split: ds.dataset(folder / "work" / "samples" / split).to_table().to_pylist()
         for split in SPLITS
     }
-    raw = {(row["user"], row["item"], row.get("t")): row for row in rows}
+    timed = bool(options["time"])
+    raw = {(row["user"], row["item"], row["t"] if timed else row["liked"]): row for row in rows}
+    key = "time" if timed else "label"
     return Run(
         config,
         model.eval(),
         {
-            split: [raw[row["user"], row["item"], row.get("time")] for row in part]
+            split: [raw[row["user"], row["item"], row[key]] for row in part]
             for split, part in split_rows.items()
         },
     )
@@ -254,3 +263,185 @@ def test_leave_last_out_tests_the_last_row_with_the_validation_item_in_the_histo
     assert with_validation["users"] == USERS
     stale = reference(run, "test", model_scores(run, run.rows["train"]), 1)
     assert with_validation["mrr@8"] != pytest.approx(stale["mrr@8"])
+
+
+def hit_rate(scorer: Scorer, rows: Iterable[Row], k: int) -> float:
+    """Return the share of users whose held-out items are among their k candidates."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row["liked"]:
+            wanted[row["user"]].add(row["item"])
+    hits = [
+        bool(items & {r.item for r in scorer.recommend(user, k=k, candidates=k, skip_seen=True)})
+        for user, items in wanted.items()
+    ]
+    return sum(hits) / len(hits)
+
+
+def test_users_as_of_a_split_make_scores_by_key_honest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(tmp_path, random_log(), "leave-last-out")
+    # The three bundles have the same graphs, which take seconds to compile.
+    graphs: dict[str, Any] = {}
+
+    def once(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+        def compiled(model: Recommender, fitted: Fitted, *side: str) -> Any:
+            name = " ".join([compile_graph.__name__, *side])
+            if name not in graphs:
+                graphs[name] = compile_graph(model, fitted, *side)
+            return graphs[name]
+
+        return compiled
+
+    monkeypatch.setattr(writer, "tower", once(writer.tower))
+    monkeypatch.setattr(writer, "ranker", once(writer.ranker))
+    rows = {
+        split: pa.Table.from_pylist(part).select(["user", "item", "t"])
+        for split, part in run.rows.items()
+    }
+    tables = {
+        **rows,
+        "untimed": rows["test"].drop(["t"]),
+        "with raw features": rows["test"].append_column("city", pa.array(["c1"] * USERS)),
+        "text for times": rows["test"].set_column(2, "t", rows["test"]["t"].cast(pa.string())),
+    }
+    for name, table in tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+
+    def warnings(bundle: Path, name: str) -> str:
+        facts = score_table(bundle, tmp_path / f"{name}.parquet", tmp_path / "scored.parquet")
+        assert facts["rows"] == tables[name].num_rows
+        return " ".join(facts["warnings"])
+
+    for state, split in (("train", "validation"), ("validation", "test"), ("all", "")):
+        bundle = tmp_path / state
+        config = replace(
+            run.config,
+            export=Export(users_as_of=state),  # type: ignore[arg-type]
+            paths=replace(run.config.paths, bundle=str(bundle)),
+        )
+        known = writer.write_bundle(config, run.model, checkpoint="c", metrics={})["known"]
+        splits = SPLITS[: 1 + ["train", "validation", "all"].index(state)]
+        until = max(row["t"] for part in splits for row in run.rows[part])
+        assert known["users"] == {"splits": splits, "until": until}
+        assert known["items"]["splits"] == ("train",)
+        scorer = Scorer.load(bundle)
+        if split:
+            expected = run.report(split)["retrieval"]
+            assert hit_rate(scorer, run.rows[split], 3) == expected["hit_rate@3"]
+            assert not warnings(bundle, split)
+        for name in splits:
+            count = tables[name].num_rows
+            assert f"{count} of {count} rows are not later" in warnings(bundle, name)
+        assert "has no column 't'" in warnings(bundle, "untimed")
+        assert "'t' is not a number in 25 of 25" in warnings(bundle, "text for times")
+        assert not warnings(bundle, "with raw features")
+
+
+def test_an_impression_log_has_a_result_because_only_taken_items_are_seen(tmp_path: Path) -> None:
+    # Every user is shown the same items again and takes one of them, later another one.
+    rows = [
+        {
+            "user": f"u{u}",
+            "item": f"i{i:02}",
+            "city": "c",
+            "t": day,
+            "liked": int(i == (u + day) % 6),
+        }
+        for day in range(3)
+        for u in range(USERS)
+        for i in range(6)
+    ]
+    run = prepared(tmp_path, rows, "temporal")
+    assert run.report()["retrieval"]["users"] == USERS
+    report = run.report(seen="shown")
+    assert report["retrieval"]["users"] == 0
+    assert math.isnan(report["retrieval"]["recall@1"])
+    [note] = [line for line in report["notes"] if line.startswith("retrieval")]
+    assert "n/a, all 25 of 25 positive pairs" in note
+    assert "evaluate.seen = 'taken'" in note
+
+
+def test_an_evaluation_without_positives_says_so(tmp_path: Path) -> None:
+    log = random_log()
+    last = sorted(row["t"] for row in log)[-len(log) // 10 :]
+    rows = [{**row, "liked": int(row["t"] < last[0] - 1 and row["liked"])} for row in log]
+    notes = prepared(tmp_path, rows, "temporal").report()["notes"]
+    assert any("auc" in line and "no row" in line and "positive" in line for line in notes)
+    assert any(line.startswith("retrieval: n/a, no row of the test split") for line in notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "time", "copies"),
+    [
+        ("leave-last-out", "t", {"validation": 1, "test": 2}),
+        ("random", "", None),
+    ],
+)
+def test_copies_in_two_splits_are_counted_and_reported(
+    tmp_path: Path, method: str, time: str, copies: dict[str, int] | None
+) -> None:
+    log = [{**row, "t": row["t"] if time else 0} for row in random_log()]
+    # u0's last row comes three times, u1's twice, and u2's twice with another label.
+    extra = []
+    for user, times in (("u0", 2), ("u1", 1), ("u2", 1)):
+        last = max((row for row in log if row["user"] == user), key=lambda row: row["t"])
+        extra += [{**last, "liked": last["liked"] if user != "u2" else 1 - last["liked"]}] * times
+    if not time:
+        extra += log[:40]
+    options = {"time": time} if time else {"time": "", "history": ()}
+    run = prepared(tmp_path, [*log, *extra], method, **options)
+    if copies is None:
+        split_of = [(split, tuple(r.values())) for split in SPLITS for r in run.rows[split]]
+        copies = {
+            split: sum(
+                row in [other for part, other in split_of if SPLITS.index(part) < i]
+                for part, row in split_of
+                if part == split
+            )
+            for i, split in enumerate(SPLITS)
+            if i
+        }
+        assert sum(copies.values())
+    assert read_manifest(tmp_path / "work/samples", "samples").meta["copies"] == copies
+    notes = run.report(split="test").get("notes", [])
+    expected = f"{copies['test']} of {len(run.rows['test'])} test rows are exact copies"
+    assert any(expected in line for line in notes) == bool(copies["test"])
+
+
+def test_features_of_an_earlier_version_are_evaluated_as_they_were_and_say_so(
+    tmp_path: Path,
+) -> None:
+    run = prepared(tmp_path, random_log(), "leave-last-out")
+    for stage in ("samples", "features"):
+        path = tmp_path / "work" / stage
+        (path / "users_validation.parquet").unlink()
+        meta = dict(read_manifest_text(path)["meta"])
+        for key in ("user_states", "copies", "made_from"):
+            meta.pop(key, None)
+        write_manifest(path, stage, meta)
+    report = run.report()
+    stale = reference(run, "test", model_scores(run, run.rows["train"]), 1)
+    assert report["retrieval"]["mrr@8"] == pytest.approx(stale["mrr@8"], rel=1e-12)
+    assert any("earlier version" in line for line in report["notes"])
+    config = replace(run.config, export=Export(users_as_of="validation"))
+    with pytest.raises(UserError, match="earlier version") as caught:
+        writer.write_bundle(config, run.model, checkpoint="c", metrics={})
+    assert (caught.value.field, caught.value.value) == ("export.users_as_of", "validation")
+
+
+def read_manifest_text(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    return found
+
+
+def test_sampled_negatives_were_not_shown() -> None:
+    with pytest.raises(UserError, match=r"samples\.negatives") as caught:
+        Config(
+            "c",
+            (Feature("user"), Feature("item", side="item")),
+            samples=Samples(user="user", item="item", negatives=Negatives(per_positive=1)),
+            evaluate=Evaluate(seen="shown"),
+        )
+    assert (caught.value.field, caught.value.value) == ("evaluate.seen", "shown")

@@ -1,0 +1,127 @@
+"""What stored users know of the log, and which rows to score they know already.
+
+A stored user's embedding depends on the log up to some row. If rows to score are not later, such as
+the held-out rows of an evaluation, their scores by key are better than they would be online.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hvdrec.scoring.array_files import read_array, read_vector
+from hvdrec.scoring.bundle import BundleInfo
+
+Array = NDArray[Any]
+DAY = 86_400
+KNOWN_UNTIL = "users/known_until.npy"
+REMEDY = (
+    "give raw user features, or export with --export.users-as-of train (to score validation rows) "
+    "or validation (test rows)"
+)
+
+
+def comparable_times(column: pa.ChunkedArray | pa.Array) -> tuple[str, Array] | None:
+    """Convert times to numbers, and name what they count; None if the column holds other values.
+
+    Returns:
+        ``timestamp`` and seconds since 1970 for dates and timestamps, ``number`` and the values
+        themselves for numbers; float64 [n], NaN where null.
+    """
+    dtype = column.type
+    if pa.types.is_timestamp(dtype):
+        units = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}
+        return "timestamp", _floats(column.cast(pa.int64())) / units[dtype.unit]
+    if pa.types.is_date(dtype):
+        return "timestamp", _floats(column.cast(pa.date32()).cast(pa.int32())) * DAY
+    if pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_decimal(dtype):
+        return "number", _floats(column)
+    return None
+
+
+def latest_of_each(user: Array, time: Array, users: int) -> Array:
+    """Return the latest time of each user's rows, float64 [users]; NaN for users without rows."""
+    latest = np.full(users, -np.inf)
+    np.maximum.at(latest, user, time)
+    return np.where(np.isinf(latest), np.nan, latest)
+
+
+class KnownRows:
+    """Counts the rows to score, given by user key, that are not later than what the user knows."""
+
+    def __init__(self, info: BundleInfo, source: Path, names: list[str]) -> None:
+        """Prepare the check of a table with columns `names`, read from `source`."""
+        self._info, self._source = info, source
+        self._record: Mapping[str, Any] | None = info.manifest["meta"].get("known")
+        self._column, self._until = "", np.empty(0)
+        self._known = self._unclear = self._rows = 0
+        # Users that come with raw features do not depend on what is stored.
+        raw = {field.name for field in info.side("user")} - {info.user_key}
+        self._uses_keys = not raw & set(names)
+        if self._record is not None and info.holds(KNOWN_UNTIL):
+            self._keys = read_array(info.path, "users/keys.npy")
+            self._until = read_vector(info, KNOWN_UNTIL, "<f8", len(self._keys))
+            self._column = next((n for n in (self._record["time"], "time") if n in names), "")
+
+    def count(self, batch: pa.RecordBatch) -> None:
+        """Count the rows of a batch."""
+        self._rows += batch.num_rows
+        if not self._uses_keys or not self._column or self._record is None:
+            return
+        times = comparable_times(batch[self._column])
+        if times is None or times[0] != self._record["type"]:
+            self._unclear += batch.num_rows
+            return
+        self._unclear += int(np.isnan(times[1]).sum())
+        row = self._stored_rows(batch[self._info.user_key])
+        until = np.where(row >= 0, self._until[row], np.nan)
+        self._known += int((times[1] <= until).sum())
+
+    def warnings(self) -> list[str]:
+        """Return a line if rows are known to the stored users or this cannot be told."""
+        if not self._uses_keys or not self._rows:
+            return []
+        if self._record is None:
+            problem = "does not say which rows its users know, an earlier version wrote it"
+            return [f"{self._info.path}: {problem}; export it again to check the rows to score"]
+        splits = ", ".join(self._record["users"]["splits"])
+        known = f"what the stored users know (splits {splits})"
+        if not len(self._until):
+            text = f"the samples have no times, so rows to score may be part of {known}"
+        elif not self._column:
+            column = self._record["time"]
+            text = f"has no column '{column}', so rows to score may not be later than {known}"
+        elif self._known:
+            text = f"{self._known} of {self._rows} rows are not later than {known}"
+        elif self._unclear:
+            text = (
+                f"'{self._column}' is not a {self._record['type']} in {self._unclear} of "
+                f"{self._rows} rows, so they may not be later than {known}"
+            )
+        else:
+            return []
+        return [f"{self._source}: {text}; to score held-out rows, {REMEDY}"]
+
+    def _stored_rows(self, keys: pa.Array) -> Array:
+        """Return the stored row of each user key, -1 for users that are not stored."""
+        if self._keys.dtype.kind == "S":
+            texts = keys.cast(pa.string()).to_pylist()
+            wanted: Array = np.array([(text or "").encode() for text in texts], dtype=np.bytes_)
+        else:
+            wanted = keys.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+        row = np.searchsorted(self._keys, wanted)
+        row[row == len(self._keys)] = 0
+        if not len(self._keys):
+            return np.full(len(wanted), -1)
+        return np.where(self._keys[row] == wanted, row, -1)
+
+
+def _floats(column: pa.ChunkedArray | pa.Array) -> Array:
+    values = column.cast(pa.float64(), safe=False).fill_null(np.nan)
+    is_chunked = isinstance(values, pa.ChunkedArray)
+    return np.asarray(values.to_numpy() if is_chunked else values.to_numpy(zero_copy_only=False))
