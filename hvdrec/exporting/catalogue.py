@@ -81,14 +81,8 @@ def write_catalogue(
         _write_lists(draft / "users" / "seen_{}.npy", user, item, len(users), len(items))
     for name in export.filters:
         _write_filter(folder / "filters" / name, items[name])
-    known, trained = log.until(STATES.index(users_know)), log.until(0)
-    if known.time is not None:
-        _save(draft / KNOWN_UNTIL, latest_of_each(known.user, known.time, len(users)))
-    return {
-        "time": config.samples.time,
-        "type": log.time_type,
-        "users": {"splits": SPLITS[: known.splits], "until": known.latest},
-        "items": {"splits": SPLITS[: trained.splits], "until": trained.latest},
+    return _write_known(draft, log, STATES.index(users_know), len(users)) | {
+        "time": config.samples.time
     }
 
 
@@ -155,6 +149,18 @@ def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) ->
         None if times is None else times[1],
         "" if times is None else times[0],
     )
+
+
+def _write_known(draft: Path, log: _Log, state: int, users: int) -> dict[str, Any]:
+    """Write the latest time of each user's rows up to a state; return what both sides know."""
+    known, trained = log.until(state), log.until(0)
+    if known.time is not None:
+        _save(draft / KNOWN_UNTIL, latest_of_each(known.user, known.time, users))
+    return {
+        "type": log.time_type,
+        "users": {"splits": SPLITS[: known.splits], "until": known.latest},
+        "items": {"splits": SPLITS[: trained.splits], "until": trained.latest},
+    }
 
 
 def _rows(keys: pa.ChunkedArray, stored: pa.ChunkedArray) -> Array:

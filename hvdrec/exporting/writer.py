@@ -83,16 +83,8 @@ def write_bundle(
     meta = _meta(config, model, checkpoint, metrics) | {MADE_FROM: made_from}
     with write_artifact(out, "bundle", meta, overwrite=overwrite) as draft:
         notify("compiling graphs")
-        _save_graph(tower(model, fitted, "user"), draft / "user_tower.onnx")
-        _save_graph(tower(model, fitted, "item"), draft / "item_tower.onnx")
-        _save_graph(ranker(model, fitted), draft / "ranker.onnx")
-        notify("embedding users")
-        meta["users"] = write_side(draft, "user", users, config.schema, workers)
-        notify("embedding items")
-        items = pq.read_table(samples / "items.parquet")
-        meta["items"] = write_side(draft, "item", items, config.schema, workers)
-        notify("counting popular, trending and seen items")
-        meta["known"] = write_catalogue(draft, users, items, config, notify, users_know=state)
+        _save_graphs(draft, model, fitted)
+        meta |= _write_entities(draft, config, users, state, notify, workers)
         notify("comparing the bundle's scores with torch's")
         write_manifest(draft, "bundle", meta)
         meta["parity"] = _require_parity(draft, config, model, fitted)
@@ -113,6 +105,25 @@ def _check_features(features: Location, samples: Path) -> str:
     if not require_source(features, manifest, samples, "samples", remedy):
         print_line(f"{features}: does not record its samples, so they are not compared")
     return manifest.identity
+
+
+def _write_entities(
+    draft: Path,
+    config: Config,
+    users: pa.Table,
+    state: str,
+    notify: Callable[[str], None],
+    workers: WorkerPool,
+) -> dict[str, Any]:
+    """Write what the bundle holds of users, in a state, and items; return facts for the meta."""
+    items = pq.read_table(config.paths.of("samples") / "items.parquet")
+    notify("embedding users")
+    facts: dict[str, Any] = {"users": write_side(draft, "user", users, config.schema, workers)}
+    notify("embedding items")
+    facts["items"] = write_side(draft, "item", items, config.schema, workers)
+    notify("counting popular, trending and seen items")
+    known = write_catalogue(draft, users, items, config, notify, users_know=state)
+    return facts | {"known": known}
 
 
 def _stored_users(samples: Path, state: str) -> tuple[pa.Table, str]:
@@ -174,6 +185,12 @@ def _request_schema(schema: Schema) -> dict[str, Any]:
         for column in schema.columns()
     ]
     return {"user_key": schema.user_key, "item_key": schema.item_key, "features": columns}
+
+
+def _save_graphs(draft: Path, model: Recommender, fitted: Fitted) -> None:
+    _save_graph(tower(model, fitted, "user"), draft / "user_tower.onnx")
+    _save_graph(tower(model, fitted, "item"), draft / "item_tower.onnx")
+    _save_graph(ranker(model, fitted), draft / "ranker.onnx")
 
 
 def _save_graph(graph: onnx.ModelProto, file: Path) -> None:

@@ -142,11 +142,10 @@ def encode(
             counts = _write_splits(job, config.encode, meta, notify, progress, workers)
             notify("encoding users and items")
             rows = config.encode.row_group_rows
-            _write_side(job, _SideFile("user", SIDE_FILES["user"]), rows, workers, {})
+            for state in ("train", *states):
+                _write_side(job, _SideFile("user", f"users_{state}.parquet"), rows, workers, {})
             items = _SideFile("item", SIDE_FILES["item"])
             _write_side(job, items, rows, workers, {"train_count": counts})
-            for state in states:
-                _write_side(job, _SideFile("user", f"users_{state}.parquet"), rows, workers, {})
             write_checksums(job.draft)
         finally:
             _state.cache_clear()
