@@ -121,8 +121,7 @@ def encode(
         UserError: The samples are missing, damaged, lack a column, have a wrong type or an unknown
             key. Nothing is written then.
     """
-    manifest = verify_artifact(samples, "samples")
-    schema = config.schema
+    manifest, schema = verify_artifact(samples, "samples"), config.schema
     check_task_labels(samples, manifest, config.tasks, "hvdrec samples")
     states = sorted({*manifest.meta.get("user_states", {}).values()} - {"train"})
     _check(samples, schema, config.task_columns, states)
@@ -144,8 +143,8 @@ def encode(
             rows = config.encode.row_group_rows
             for state in ("train", *states):
                 _write_side(job, _SideFile("user", f"users_{state}.parquet"), rows, workers, {})
-            items = _SideFile("item", SIDE_FILES["item"])
-            _write_side(job, items, rows, workers, {"train_count": counts})
+            items = {"train_count": counts}
+            _write_side(job, _SideFile("item", SIDE_FILES["item"]), rows, workers, items)
             write_checksums(job.draft)
         finally:
             _state.cache_clear()
