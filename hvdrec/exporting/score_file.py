@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from hvdrec.errors import choices, invalid_file
 from hvdrec.exporting.known_rows import KnownRows
 from hvdrec.scoring import Scorer
+from hvdrec.storage.drafts import draft_file
 
 BATCH_ROWS = 65_536
 
@@ -55,20 +55,15 @@ def score_table(bundle: Path, source: Path, target: Path, *, verify: bool = True
     kept = [name for name in names if name not in added]
     fields = [file.schema_arrow.field(name) for name in kept]
     schema = pa.schema([*fields, *(pa.field(name, pa.float32()) for name in added)])
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     rows, known = 0, KnownRows(scorer.info, source, names)
-    try:
-        with pq.ParquetWriter(draft, schema) as writer:
-            for batch in file.iter_batches(BATCH_ROWS):
-                table = pa.Table.from_batches([batch]).select(kept)
-                for name, column in zip(added, _scores(scorer, batch), strict=True):
-                    table = table.append_column(name, pa.array(column))
-                writer.write_table(table)
-                known.count(batch)
-                rows += batch.num_rows
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    with draft_file(target) as draft, pq.ParquetWriter(draft, schema) as writer:
+        for batch in file.iter_batches(BATCH_ROWS):
+            table = pa.Table.from_batches([batch]).select(kept)
+            for name, column in zip(added, _scores(scorer, batch), strict=True):
+                table = table.append_column(name, pa.array(column))
+            writer.write_table(table)
+            known.count(batch)
+            rows += batch.num_rows
     return {"rows": rows, "output": str(target), "warnings": known.warnings()}
 
 

@@ -20,6 +20,7 @@ from hvdrec.embeddings.placement import TableGroup
 from hvdrec.embeddings.sharded import replicated_bytes
 from hvdrec.errors import invalid_file
 from hvdrec.parallel.gradients import bucket_bytes
+from hvdrec.storage.drafts import write_text
 from hvdrec.storage.json_text import json_text
 
 
@@ -66,8 +67,7 @@ class Constants:
 
     def save(self, file: Path) -> None:
         """Write the constants as JSON."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json_text(asdict(self), indent=1) + "\n")
+        write_text(file, json_text(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True)

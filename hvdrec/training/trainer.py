@@ -144,7 +144,12 @@ def _train_epoch(
     job.state.model.train()
     sums = _StepSums(torch.zeros(3 + len(job.config.tasks), device=job.device))
     step = position.step
+    due: Position | None = None
     for number, now in enumerate(steps(prepared, job.state.tables, job.device), start=1):
+        # After the epoch's last step there is one checkpoint, with the metrics of its validation.
+        if due is not None:
+            _save(job, due, {})
+            due = None
         progress = (position.epoch + done / loader.rows) / train.epochs
         loss = take_step(job.state, now, step, progress)
         step += 1
@@ -156,7 +161,7 @@ def _train_epoch(
         if train.checkpoint_every and step % train.checkpoint_every == 0:
             past = (*position.past, Progress(world.size, loader.batch_size, number))
             _check_losses(job, sums, step)
-            _save(job, replace(position, step=step, past=past), {})
+            due = replace(position, step=step, past=past)
     _check_losses(job, sums, step)
     return replace(position, step=step)
 
