@@ -170,6 +170,7 @@ def plan(options: argparse.Namespace) -> Answer:
     ),
     argument("--output", type=Path, help="also write the JSON report to this file"),
     example="hvdrec evaluate runs/movielens-1m/run --output report.json",
+    fields=("evaluate.",),
 )
 def evaluate(options: argparse.Namespace) -> Answer:
     """Evaluate a run and its baselines; under horovodrun or mpirun, ranks share the work."""
@@ -183,6 +184,7 @@ def evaluate(options: argparse.Namespace) -> Answer:
         checkpoint=options.checkpoint,
         baselines=options.baselines,
         ease_items=options.ease_items,
+        overrides=options.overrides,
     )
     facts = result.to_dict()
     if options.output is not None and is_first_rank():

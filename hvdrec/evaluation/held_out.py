@@ -166,7 +166,7 @@ class RetrievalQueries:
         text = f"{self.repeats} of {self.positives} positive pairs of the {split} split"
         if self.repeats < self.positives:
             return [f"retrieval: {text} are items that users {had} in {before}; they do not count"]
-        remedy = "; set evaluate.seen = 'taken' to leave out positives only"
+        remedy = "; --evaluate.seen taken leaves out positives only"
         return [
             f"retrieval: n/a, all {text} are items that users {had} in {before}"
             + (remedy if seen_items == "shown" else "")

@@ -5,8 +5,11 @@ This stands in `training` because checkpoints do; `evaluation` holds the metrics
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from hvdrec.config import with_fields
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_value
 from hvdrec.evaluation.evaluate import evaluate_model
@@ -28,6 +31,7 @@ def evaluate(
     checkpoint: Which = "best",
     baselines: bool = True,
     ease_items: int = LARGEST_CATALOGUE,
+    overrides: Mapping[str, Any] | None = None,
 ) -> EvaluationResult:
     """Evaluate a checkpoint of a run on a split, beside the baselines.
 
@@ -40,16 +44,20 @@ def evaluate(
         checkpoint: The checkpoint with the best validation metric, or the latest one.
         baselines: Also measure popularity, means, co-occurrence and EASE.
         ease_items: Largest catalogue for which EASE is fitted, in items; 0: never.
+        overrides: Values of fields of ``[evaluate]``: ``{"evaluate.seen": "shown"}``.
 
     Raises:
         UserError: The run or its features cannot be read, or differ between hosts.
     """
     if ease_items < 0:
         raise invalid_value("ease_items", ease_items, "must not be negative", "0 leaves EASE out")
+    for name, value in (overrides or {}).items():
+        if not name.startswith("evaluate."):
+            raise invalid_value(name, value, "cannot change after training", "[evaluate] can")
     world = ranks.init()
     with watched():
         run = Path(run)
-        config = ranks.run_on_all(lambda: read_config(run))
+        config = ranks.run_on_all(lambda: with_fields(read_config(run), overrides or {}))
         checks.require_same_config(to_dict(config))
         checks.require_same_files(
             config.paths.of("features"), "evaluate the same features everywhere"

@@ -73,3 +73,17 @@ def test_a_negative_catalogue_for_ease_is_refused(small_run: SmallRun) -> None:
         hvdrec.evaluate(small_run.work / "run", ease_items=-1)
     assert caught.value.field == "ease_items"
     assert caught.value.value == -1
+
+
+def test_evaluate_overrides_its_own_fields_only(small_run: SmallRun) -> None:
+    run = small_run.work / "run"
+    taken = hvdrec.evaluate(run, baselines=False)
+    shown = hvdrec.evaluate(
+        run, baselines=False, overrides={"evaluate.seen": "shown", "evaluate.k": [3]}
+    )
+    assert taken.retrieval is not None and shown.retrieval is not None
+    assert shown.retrieval["users"] < taken.retrieval["users"]
+    assert "recall@3" in shown.retrieval
+    with pytest.raises(hvdrec.UserError, match="evaluate") as caught:
+        hvdrec.evaluate(run, overrides={"model.dimension": 4})
+    assert (caught.value.field, caught.value.value) == ("model.dimension", 4)

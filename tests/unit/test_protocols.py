@@ -360,7 +360,7 @@ def test_an_impression_log_has_a_result_because_only_taken_items_are_seen(tmp_pa
     assert math.isnan(report["retrieval"]["recall@1"])
     [note] = [line for line in report["notes"] if line.startswith("retrieval")]
     assert "n/a, all 25 of 25 positive pairs" in note
-    assert "evaluate.seen = 'taken'" in note
+    assert "--evaluate.seen taken" in note
 
 
 def test_an_evaluation_without_positives_says_so(tmp_path: Path) -> None:
