@@ -49,7 +49,7 @@ class RawFiles:
     @property
     def is_parquet(self) -> bool:
         """True for Parquet files, False for CSV files."""
-        return self.file.name.endswith(".parquet")
+        return self.paths[0].endswith(".parquet")
 
 
 @dataclass(frozen=True)
@@ -61,30 +61,59 @@ class CsvHeader:
 
 
 def find_files(raw: Path, name: str) -> RawFiles:
-    """Find the files of the table `name`, a path or a glob relative to `raw`.
+    """Find the files of the table `name`: a file, a directory or a glob relative to `raw`.
 
-    A directory ``key=value`` gives a column if `name` names it or matches it. Directories above
-    are ignored.
+    A directory ``key=value`` gives a column if `name` names it, matches it or contains it.
+    Directories above are ignored.
 
     Raises:
         UserError: There is no such file, or its suffix is not one of SUFFIXES.
     """
     file = raw / name
     text = str(file)
-    if not text.endswith(SUFFIXES):
-        raise invalid_file(file, f"must end in one of {choices(SUFFIXES)}", "convert the table")
     if file.is_dir():
-        raise invalid_file(file, "is a directory", f"name its files, as in '{text}/*.parquet'")
-    paths = [text] if file.is_file() else sorted(glob.glob(text, recursive=True))
+        paths = _files_of(file)
+    elif not text.endswith(SUFFIXES):
+        problem = f"must be a directory or end in one of {choices(SUFFIXES)}"
+        raise invalid_file(file, problem, "check paths.raw and the table's name")
+    else:
+        paths = [text] if file.is_file() else sorted(glob.glob(text, recursive=True))
     if not paths:
         raise invalid_file(file, "no such file", "check paths.raw and the table's name")
     above = len(raw.parts)
-    if Path(name).is_absolute():
+    if Path(name).is_absolute() and file.is_dir():
+        above = len(file.parts)
+    elif Path(name).is_absolute():
         above = next((i for i, part in enumerate(file.parts) if glob.has_magic(part)), above)
     found = [_partition(Path(path).parts[above:-1]) for path in paths]
     keys = dict.fromkeys(key for values in found for key in values)
     partitions = {key: tuple(values.get(key) for values in found) for key in keys}
     return RawFiles(file, tuple(paths), partitions)
+
+
+def _files_of(directory: Path) -> list[str]:
+    """List the files of a table in a directory and those below it, sorted.
+
+    As other readers of Parquet do, it passes over names that start with "_" or ".": Spark and
+    Petastorm use them for what is not part of the table.
+
+    Raises:
+        UserError: The directory holds no table, or files of several formats.
+    """
+    files = [
+        str(path)
+        for path in sorted(directory.rglob("*"))
+        if path.name.endswith(SUFFIXES)
+        and path.is_file()
+        and not any(part.startswith(("_", ".")) for part in path.relative_to(directory).parts)
+    ]
+    if not files:
+        problem = f"holds no files that end in one of {choices(SUFFIXES)}"
+        raise invalid_file(directory, problem, "check paths.raw and the table's name")
+    if len({name.endswith(".parquet") for name in files}) > 1:
+        problem = "holds both Parquet and CSV files"
+        raise invalid_file(directory, problem, f"name some, as in '{directory.name}/*.parquet'")
+    return files
 
 
 def check_parquet(files: RawFiles) -> dict[str, list[str]]:

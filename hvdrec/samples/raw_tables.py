@@ -14,6 +14,7 @@ import pyarrow as pa
 from hvdrec.config.schema import RawType
 from hvdrec.errors import UserError, invalid_file, shown
 from hvdrec.samples.columns import reason
+from hvdrec.samples.petastorm_values import decode_arrays, is_petastorm
 from hvdrec.samples.raw_files import RawFiles, check_parquet, read_headers
 from hvdrec.samples.sql import literal, quoted, without_nan
 from hvdrec.samples.text_types import EXACT, converted, find_types
@@ -59,13 +60,18 @@ class Reader:
             if files.partitions:
                 rows = self._partitioned(rows, files, declared)
             return self._view(f"SELECT {self._values(rows)} FROM {rows}")
-        except (duckdb.Error, pa.ArrowException, OSError) as error:
+        except UserError:
+            raise
+        except (duckdb.Error, pa.ArrowException, OSError, ValueError) as error:
             raise unreadable(files.file, error) from None
 
     def _parquet(self, files: RawFiles) -> str:
         for column, paths in check_parquet(files).items():
             self._require_exact(files.file, column, paths)
-        return self._view(f"SELECT * FROM {_parquet(files.paths)}")
+        view = self._view(f"SELECT * FROM {_parquet(files.paths)}")
+        if any(is_petastorm(folder) for folder in (files.file, files.file.parent)):
+            return decode_arrays(self.connection, view, self.new_name)
+        return view
 
     def _require_exact(self, file: Path, column: str, paths: Sequence[str]) -> None:
         """Refuse integers that lose digits once other files make the column one of floats."""
@@ -131,7 +137,7 @@ def unreadable(file: Path, error: Exception) -> UserError:
     """Build the error for a file that the engine cannot read, with the engine's reason."""
     named = re.search(r"^\s*file = (.+)$", str(error), re.MULTILINE)
     path = named[1].strip() if named else file
-    if file.name.endswith(".parquet"):
+    if str(path).endswith(".parquet") or not file.name.endswith((".csv", ".csv.gz")):
         return invalid_file(path, f"not a readable Parquet file ({reason(error)})", REWRITE)
     is_encoding = re.search("unicode|utf-8", str(error).split("Possible")[0], re.IGNORECASE)
     remedy = "save the file as UTF-8" if is_encoding else "correct the file"
