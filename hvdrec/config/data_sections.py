@@ -121,7 +121,7 @@ class Samples:
     """How raw tables become labelled samples. Fields that hold SQL use DuckDB's dialect."""
 
     interactions: str = ""
-    """Table of exposures or actions: a CSV or Parquet file, a directory of them, or a glob; relative to
+    """Table of exposures or actions: a CSV or Parquet file, a directory or a glob, relative to
     paths.raw."""
     users: str = ""
     """Table with one row per user, joined by the user key. Optional."""
