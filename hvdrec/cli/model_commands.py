@@ -197,6 +197,12 @@ def evaluate(options: argparse.Namespace) -> Answer:
     argument("--to", help="directory or URL of the bundle (default paths.bundle)"),
     CHECKPOINT,
     argument("--parity-rows", type=int, help="held-out rows to compare with torch"),
+    argument(
+        "--allow-worse",
+        action="store_true",
+        help="export a model that is worse than the base rate, the means or popularity on the "
+        "validation split",
+    ),
     WORKERS,
     OVERWRITE,
     example="hvdrec export runs/movielens-1m/run --export.embeddings int8",
@@ -221,7 +227,12 @@ def export(options: argparse.Namespace) -> Answer:
         if options.parity_rows is not None:
             config = replace(config, export=replace(config.export, parity_rows=options.parity_rows))
         result = export_with(
-            pool, options.run, config, checkpoint=options.checkpoint, overwrite=options.overwrite
+            pool,
+            options.run,
+            config,
+            checkpoint=options.checkpoint,
+            overwrite=options.overwrite,
+            allow_worse=options.allow_worse,
         )
     lines = [
         f"{result.users} users, {result.items} items; {result.parity['rows']} scores of held-out "

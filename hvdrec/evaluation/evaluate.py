@@ -14,9 +14,17 @@ from torch import Tensor
 from hvdrec.config import Config
 from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
-from hvdrec.evaluation.compare import compare
+from hvdrec.evaluation.compare import CHOICE_USERS, compare
 from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of, user_state
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
+from hvdrec.evaluation.references import (
+    LabelFacts,
+    Reference,
+    describe_worse,
+    label_facts,
+    popularity_of,
+    worse_than,
+)
 from hvdrec.features.sample_checks import check_task_labels
 from hvdrec.models.embedding import BatchRows
 from hvdrec.models.recommender import Recommender
@@ -80,6 +88,9 @@ def evaluate_model(
     if with_baselines:
         report["baselines"], remarks = compare(config, split, rows, queries, ease_items)
         notes += remarks
+    report["worse_than"] = _worse_than(config, split, report)
+    if report["worse_than"]:
+        notes.append(f"the model is worse than {describe_worse(report['worse_than'])}")
     return report | ({"notes": notes} if notes else {})
 
 
@@ -89,6 +100,25 @@ def _copies_note(manifest: Manifest, split: str) -> list[str]:
     if not copies:
         return []
     return [f"{copies} of {rows} {split} rows are exact copies of rows of earlier splits"]
+
+
+def _worse_than(config: Config, split: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the simple baselines that the model does not reach; see `references.worse_than`."""
+    worse: list[dict[str, Any]] = []
+    if "ranking" in report:
+        facts = ranks.broadcast_object(
+            ranks.run_on_all(
+                lambda: label_facts(config, split).to_dict() if ranks.current().is_first else None
+            )
+        )
+        metrics = {**report["ranking"], "tasks": report.get("tasks", {})}
+        worse += worse_than(metrics, LabelFacts.from_dict(facts).references)
+    popularity = report.get("baselines", {}).get("popularity", {}).get("retrieval")
+    if popularity:
+        name = f"recall@{config.evaluate.k[0]}"
+        reference = Reference("popularity", name, popularity[name])
+        worse += worse_than(report["retrieval"], [reference])
+    return worse
 
 
 def validation_metric(
@@ -102,6 +132,30 @@ def validation_metric(
         if tasks:
             metrics |= {"tasks": tasks, "task_auc": task_auc(tasks, config)}
     return float(metrics[name]), metrics
+
+
+def retrieval_worse_than_popularity(model: Recommender, config: Config) -> list[dict[str, Any]]:
+    """Compare a model's retrieval with popularity on at most 10,000 users of the validation split.
+
+    This process works alone.
+
+    Args:
+        model: The model, with its tables, in evaluation mode.
+        config: Its run.
+
+    Returns:
+        See `references.worse_than`.
+    """
+    features, ks = config.paths.of("features"), config.evaluate.k
+    with ranks.single_rank():
+        seen = config.evaluate.seen
+        queries = RetrievalQueries.read(features, "validation", seen, CHOICE_USERS)
+        own = queries.metrics(
+            embed_side(model, config, "user"), embed_side(model, config, "item"), ks
+        )
+        popularity = queries.metrics(*popularity_of(features), ks)
+    name = f"recall@{ks[0]}"
+    return worse_than(own, [Reference("popularity", name, popularity[name])])
 
 
 def task_auc(tasks: Mapping[str, Any], config: Config) -> float:

@@ -1,4 +1,4 @@
-"""What is known about a validation split before training: its metrics, and what to beat on it."""
+"""What is known about a split without a model: which metrics it defines, and what to beat on it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hvdrec.evaluation.baselines import TrainingSums
 from hvdrec.evaluation.held_out import RetrievalQueries
 from hvdrec.evaluation.ranking_metrics import auc, gauc, log_loss
 from hvdrec.storage.parquet import read_metadata, read_parts, read_table, read_tables
+from hvdrec.storage.urls import Location
 
 Array = NDArray[Any]
 KEYS = ("user_index", "item_index", "label", "weight")
@@ -24,7 +25,7 @@ LOSSES = ("log_loss",)
 
 @dataclass(frozen=True)
 class Reference:
-    """The value of a metric that a baseline reaches on the validation split.
+    """The value of a metric that a baseline reaches on a split.
 
     Attributes:
         baseline: ``base_rate`` predicts the training rows' share of positives for every row; the
@@ -42,14 +43,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class LabelFacts:
-    """Facts about the labels of the training and the validation split.
+    """Facts about the labels of the training split and of another one, mostly validation.
 
     Attributes:
         rates: Share of positives, by weight, in the training split: of the label, then of each
             task; NaN without weight.
-        undefined: Ranking metric -> why it is not defined on the validation split; metrics that
-            are defined are absent.
-        references: What baselines reach on the validation split.
+        undefined: Ranking metric -> why it is not defined on the other split; metrics that are
+            defined are absent.
+        references: What baselines reach on the other split.
     """
 
     rates: Sequence[float]
@@ -67,8 +68,8 @@ class LabelFacts:
         return LabelFacts(plain["rates"], plain["undefined"], references)
 
 
-def label_facts(config: Config) -> LabelFacts:
-    """Read the labels of the training split, shard by shard, and of the validation split.
+def label_facts(config: Config, split: str = "validation") -> LabelFacts:
+    """Read the labels of the training split, shard by shard, and of another split.
 
     One rank calls this.
     """
@@ -81,7 +82,7 @@ def label_facts(config: Config) -> LabelFacts:
         for row, values in zip(tasks, labels, strict=True):
             row += [weight[~np.isnan(values)].sum(), np.nansum(weight * values)]
     rates = [sums.rate, *(positive / total if total else nan for total, positive in tasks)]
-    held_out = read_tables(features / "validation", columns)
+    held_out = read_tables(features / split, columns)
     user, item, label, weight, *labels = (held_out[name].to_numpy() for name in columns)
     undefined = undefined_metrics(user, label, weight)
     if config.tasks:
@@ -126,11 +127,16 @@ def popularity_reference(config: Config, metric: str) -> tuple[Reference, list[s
     """
     features, seen = config.paths.of("features"), config.evaluate.seen
     queries = RetrievalQueries.read(features, "validation", seen)
-    items = read_table(features / "items.parquet", ["train_count"])["train_count"].to_numpy()
-    users = np.ones((read_metadata(features / "users.parquet").num_rows, 1))
-    metrics = queries.metrics(users, items[:, None].astype(np.float64), config.evaluate.k)
+    metrics = queries.metrics(*popularity_of(features), config.evaluate.k)
     notes = queries.notes("validation", seen)
     return Reference("popularity", metric, float(metrics[metric])), notes
+
+
+def popularity_of(features: Location) -> tuple[Array, Array]:
+    """Return vectors of all users and items that retrieve by training positives, [n, 1]."""
+    items = read_table(features / "items.parquet", ["train_count"])["train_count"].to_numpy()
+    users = np.ones((read_metadata(features / "users.parquet").num_rows, 1))
+    return users, items[:, None].astype(np.float64)
 
 
 def worse_than(metrics: Mapping[str, Any], references: Iterable[Reference]) -> list[dict[str, Any]]:
@@ -153,13 +159,15 @@ def worse_than(metrics: Mapping[str, Any], references: Iterable[Reference]) -> l
     return worse
 
 
-def describe_worse(worse: Mapping[str, Any]) -> str:
-    """Return an entry of `worse_than` as text: ``base_rate (log_loss 0.7 against 0.03)``."""
-    task = f" of task {worse['task']}" if worse["task"] else ""
-    return (
-        f"{worse['baseline']} ({worse['metric']}{task} {worse['model']:.4g} against "
-        f"{worse['value']:.4g})"
-    )
+def describe_worse(worse: Iterable[Mapping[str, Any]]) -> str:
+    """Return the entries of `worse_than` as text: ``base_rate (log_loss 0.7 against 0.03)``."""
+    texts = []
+    for each in worse:
+        metric = f"{each['metric']} of task {each['task']}" if each["task"] else each["metric"]
+        texts.append(
+            f"{each['baseline']} ({metric} {each['model']:.4g} against {each['value']:.4g})"
+        )
+    return ", ".join(texts)
 
 
 def _undefined_tasks(

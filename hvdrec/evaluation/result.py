@@ -31,6 +31,8 @@ class EvaluationResult:
             were left out.
         notes: Remarks: what is left out, why a metric is not defined, and which settings of the
             baselines were chosen.
+        worse_than: The simple baselines that the model does not reach: ``baseline``, ``metric``,
+            ``task``, the baseline's ``value`` and that of the ``model``.
     """
 
     run: str
@@ -41,6 +43,7 @@ class EvaluationResult:
     retrieval: Metrics | None = None
     baselines: Mapping[str, Mapping[str, Any]] | None = None
     notes: Sequence[str] | None = None
+    worse_than: Sequence[Mapping[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values; NaN becomes None."""

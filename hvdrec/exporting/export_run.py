@@ -11,6 +11,7 @@ from typing import Any
 from hvdrec.config import Config, with_fields
 from hvdrec.errors import invalid_value
 from hvdrec.evaluation.result import as_json
+from hvdrec.exporting.worse import compare_with_baselines
 from hvdrec.exporting.writer import write_bundle
 from hvdrec.parallel.pool import WorkerPool, open_pool
 from hvdrec.parallel.progress import show_progress
@@ -67,6 +68,7 @@ def export(
     checkpoint: Which = "best",
     overrides: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    allow_worse: bool = False,
     workers: int = 0,
     progress: bool = True,
 ) -> ExportResult:
@@ -81,14 +83,15 @@ def export(
         overrides: New values of fields that do not influence training:
             ``{"export.embeddings": "int8", "tasks.0.share": 2.0, "model.ranker.combine": "sum"}``.
         overwrite: Replace a bundle that is already there.
+        allow_worse: Export a model that is worse than simple baselines on the validation split.
         workers: Number of processes that share the work, except under mpirun; 0 for one per core,
             at most 8. The bundle does not depend on it.
         progress: Whether the first rank prints the steps on standard error.
 
     Raises:
         UserError: The run cannot be read, a field cannot be overridden, a bundle is already there,
-            or its scores differ from torch by more than ``export.tolerance``; nothing is
-            published.
+            the model is worse than a simple baseline, or its scores differ from torch by more than
+            ``export.tolerance``; nothing is published.
     """
     changes = dict(overrides or {}) | ({} if to is None else {"paths.bundle": str(to)})
     with open_pool(workers) as pool:
@@ -100,6 +103,7 @@ def export(
                 config,
                 checkpoint=checkpoint,
                 overwrite=overwrite,
+                allow_worse=allow_worse,
                 progress=progress,
             )
     # The first rank of the MPI job has written the bundle; all ranks can read it.
@@ -114,17 +118,22 @@ def export_with(
     *,
     checkpoint: Which = "best",
     overwrite: bool = False,
+    allow_worse: bool = False,
     progress: bool = True,
 ) -> ExportResult:
     """Do what `export` does, with an open pool of workers and the complete configuration."""
     model, loaded = load_model(run, config, checkpoint)
     with show_progress(progress) as display:
+        worse = compare_with_baselines(
+            config, model, loaded, allow_worse=allow_worse, notify=display.describe
+        )
+        metrics = loaded.metrics | ({} if worse is None else {"worse_than": worse})
         meta = write_bundle(
             config,
             model,
             checkpoint=loaded.name,
             checkpoint_identity=loaded.manifest.identity,
-            metrics=loaded.metrics,
+            metrics=metrics,
             overwrite=overwrite,
             notify=display.describe,
             workers=pool,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from hvdrec.config import Config
 from hvdrec.data.sampler import Progress
 from hvdrec.evaluation.evaluate import validation_metric
-from hvdrec.evaluation.references import worse_than
+from hvdrec.evaluation.references import describe_worse, worse_than
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import global_sum
 from hvdrec.parallel.watchdog import watched
@@ -28,6 +28,7 @@ from hvdrec.training.log import TrainingLog
 from hvdrec.training.machine import no_gc_pauses
 from hvdrec.training.objective import StepLoss
 from hvdrec.training.pipeline import Prepared, make_preparer, steps
+from hvdrec.training.pointers import find_checkpoint
 from hvdrec.training.step import take_step
 
 Stop = Callable[[int, float], bool]
@@ -46,6 +47,8 @@ class TrainResult:
         metric: Name of the validation metric.
         best: Its best value; None if there was no validation.
         best_step: The step at which it was reached.
+        worse_than: The simple baselines that the best checkpoint does not reach on the validation
+            split; see `evaluation.references.worse_than`.
     """
 
     run: str
@@ -55,6 +58,7 @@ class TrainResult:
     metric: str
     best: float | None
     best_step: int
+    worse_than: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
@@ -64,6 +68,7 @@ class TrainResult:
             "epochs": self.epochs,
             "world_size": self.world_size,
             "validation": {self.metric: self.best, "step": self.best_step},
+            "worse_than": [dict(each) for each in self.worse_than],
         }
 
 
@@ -104,10 +109,15 @@ def train(
             _log_start(job, log)
             with no_gc_pauses():
                 end = _fit(job, log, stop)
-            log.write("end", step=end.step, best=end.best, best_step=end.best_step)
-    metric = metric_name(config)
+            worse = _worse_than(job)
+            if worse:
+                log.note(f"the best checkpoint is worse on validation than {describe_worse(worse)}")
+            log.write(
+                "end", step=end.step, best=end.best, best_step=end.best_step, worse_than=worse
+            )
+    metric = metric_name(job.config)
     return TrainResult(
-        str(job.run), end.step, end.epoch, world.size, metric, end.best, end.best_step
+        str(job.run), end.step, end.epoch, world.size, metric, end.best, end.best_step, worse
     )
 
 
@@ -280,6 +290,19 @@ def judged(position: Position, value: float, *, is_loss: bool, counts: bool = Tr
     if math.isfinite(value) and (best is None or (value < best if is_loss else value > best)):
         return replace(position, best=value, best_step=position.step, stale=0)
     return replace(position, stale=position.stale + counts)
+
+
+def _worse_than(job: TrainJob) -> list[dict[str, Any]]:
+    """Return the simple baselines that the best checkpoint does not reach, as it records."""
+
+    def read() -> list[dict[str, Any]]:
+        if not ranks.current().is_first:
+            return []
+        found: list[dict[str, Any]] = find_checkpoint(job.run, "best").metrics.get("worse_than", [])
+        return found
+
+    worse: list[dict[str, Any]] = ranks.broadcast_object(ranks.run_on_all(read))
+    return worse
 
 
 def _save(job: TrainJob, position: Position, metrics: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from hvdrec.parallel.agreement import digest
 from hvdrec.parallel.progress import print_line
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training.checkpoint import CONFIG_FILE, read_config
-from hvdrec.training.labels import metric_name
+from hvdrec.training.labels import metric_name, read_label_facts, with_defined_metric
 from hvdrec.training.pointers import has_checkpoint, latest_meta
 from hvdrec.training.run_directory import check_features
 from hvdrec.training.trainer import train
@@ -82,6 +82,7 @@ def tune(
     if trials < 1:
         raise invalid_value("trials", trials, "must be at least 1")
     features = ranks.run_on_all(lambda: check_features(config)).identity
+    config = _with_metric(config)
     folder = Path(config.paths.work) / FOLDER
 
     def begin() -> Any:
@@ -102,6 +103,21 @@ def tune(
             if progress:
                 print_line(describe_trial(state, trial))
     return TuneResult(str(folder / FILE), state.metric, state.trials)
+
+
+def _with_metric(config: Config) -> Config:
+    """Return the configuration with a metric that the validation split defines.
+
+    Raises:
+        UserError: There is none, or ``train.metric`` is "none".
+    """
+    chosen, _, lines = with_defined_metric(config, read_label_facts(config))
+    for line in lines:
+        print_line(line)
+    if metric_name(chosen) == "none":
+        problem = "a search compares trials by a metric on the validation split"
+        raise invalid_value("train.metric", config.train.metric, problem, "change samples.split")
+    return chosen if lines else config
 
 
 @contextmanager
