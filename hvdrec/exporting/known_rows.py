@@ -21,9 +21,11 @@ Array = NDArray[Any]
 DAY = 86_400
 KNOWN_UNTIL = "users/known_until.npy"
 REMEDY = (
-    "give raw user features, or export with --export.users-as-of train (to score validation rows) "
-    "or validation (test rows)"
+    "to score held-out rows, give raw user features, or export with --export.users-as-of train "
+    "(to score validation rows) or validation (test rows)"
 )
+TRAINED = "scores of training rows are too good, those of held-out rows are not"
+"""What a warning says about users who know the training split alone."""
 
 
 def comparable_times(column: pa.ChunkedArray | pa.Array) -> tuple[str, Array] | None:
@@ -105,7 +107,8 @@ class KnownRows:
             )
         else:
             return []
-        return [f"{self._source}: {text}; to score held-out rows, {REMEDY}"]
+        is_trained = len(self._record["users"]["splits"]) == 1
+        return [f"{self._source}: {text}; {TRAINED if is_trained else REMEDY}"]
 
     def _stored_rows(self, keys: pa.Array) -> Array:
         """Return the stored row of each user key, -1 for users that are not stored."""

@@ -333,7 +333,9 @@ def test_users_as_of_a_split_make_scores_by_key_honest(
             assert not warnings(bundle, split)
         for name in splits:
             count = tables[name].num_rows
-            assert f"{count} of {count} rows are not later" in warnings(bundle, name)
+            warning = warnings(bundle, name)
+            assert f"{count} of {count} rows are not later" in warning
+            assert ("--export.users-as-of" in warning) == (state != "train")
         assert "has no column 't'" in warnings(bundle, "untimed")
         assert "'t' is not a number in 25 of 25" in warnings(bundle, "text for times")
         assert not warnings(bundle, "with raw features")
