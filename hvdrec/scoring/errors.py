@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+TYPE_WORDS: tuple[tuple[type, str], ...] = (
+    (bool, "a boolean"),  # before int, its base
+    (int, "an integer"),
+    (float, "a number"),
+    (str, "a string"),
+    (list, "a list"),
+    (Mapping, "an object"),
+)
 
 
 class ScoringError(ValueError):
@@ -30,7 +39,14 @@ class ReplacedError(BundleError):
 
 
 class RequestError(ScoringError):
-    """A request has an unknown field or a value that is not allowed."""
+    """A request has an unknown field or a value that is not allowed.
+
+    Attributes:
+        problem: The text after ``field = value: ``, for callers that show the value in another
+            notation; empty if the text does not show a value.
+    """
+
+    problem: str = ""
 
 
 class StoreError(ScoringError):
@@ -39,8 +55,10 @@ class StoreError(ScoringError):
 
 def invalid_request(field: str, value: object, problem: str, remedy: str = "") -> RequestError:
     """Build the error for a value that is not allowed: ``field = value: problem; remedy``."""
-    text = f"{field} = {shown(value)}: {problem}" + (f"; {remedy}" if remedy else "")
-    return RequestError(text, field=field, value=value)
+    problem = f"{problem}; {remedy}" if remedy else problem
+    error = RequestError(f"{field} = {shown(value)}: {problem}", field=field, value=value)
+    error.problem = problem
+    return error
 
 
 def unknown_field(field: str, known: Iterable[object], remedy: str = "") -> RequestError:
@@ -59,6 +77,14 @@ def invalid_bundle(
 def choices(names: Iterable[object]) -> str:
     """Format the allowed choices for an error message: ``[a, b, c]``."""
     return "[" + ", ".join(str(name) for name in names) + "]"
+
+
+def type_words(value: object) -> str:
+    """Return the type of a value in words, in those of JSON where it has one."""
+    for kind, words in TYPE_WORDS:
+        if isinstance(value, kind):
+            return words
+    return "null" if value is None else type(value).__name__
 
 
 def shown(value: object) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hvdrec.scoring.array_files import Array
 from hvdrec.scoring.bundle import Field
-from hvdrec.scoring.errors import invalid_request, shown, unknown_field
+from hvdrec.scoring.errors import invalid_request, shown, type_words, unknown_field
 
 MISSING: Mapping[str, Any] = {"string": "", "int": -(2**63), "float": math.nan}
 NUMPY: Mapping[str, Any] = {"string": object, "int": np.int64, "float": np.float64}
@@ -81,13 +81,13 @@ def as_list(values: Any, name: str) -> Sequence[Any]:
         return plain
     if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray):
         return list(values)
-    raise invalid_request(name, values, f"must be a list, not {_type_name(values)}")
+    raise invalid_request(name, values, f"must be a list, not {type_words(values)}")
 
 
 def check_names(values: Any, known: Collection[str], name: str) -> None:
     """Raise RequestError if ``values`` is not a mapping or has a field that is not known."""
     if not isinstance(values, Mapping):
-        problem = f"must be a mapping of fields to values, not {_type_name(values)}"
+        problem = f"must be a mapping of fields to values, not {type_words(values)}"
         raise invalid_request(name, values, problem)
     for field in values:
         if field not in known:
@@ -114,12 +114,12 @@ def key_value(key: Any, dtype: str, name: str, key_name: str = "the key") -> str
     if dtype == "string":
         if isinstance(key, str):
             return _valid_text(str(key), name)
-        problem = f"{key_name} is a string, not {_type_name(key)}"
+        problem = f"{key_name} is a string, not {type_words(key)}"
         raise invalid_request(name, _plain(key), problem, _quoted(key))
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         return _int64(int(key), name)
     is_digits = isinstance(key, str) and key.isascii() and key.removeprefix("-").isdigit()
-    problem = f"{key_name} is an integer, not {_type_name(key)}"
+    problem = f"{key_name} is an integer, not {type_words(key)}"
     raise invalid_request(name, key, problem, f"pass {key}" if is_digits else "")
 
 
@@ -160,7 +160,7 @@ def _scalar(field: Field, value: Any) -> Any:
     elif field.dtype == "float" and isinstance(value, float | np.floating):
         return float(value)
     remedy = _quoted(value) if field.dtype == "string" else ""
-    problem = f"must be {DESCRIPTIONS[field.dtype]}, not {_type_name(value)}"
+    problem = f"must be {DESCRIPTIONS[field.dtype]}, not {type_words(value)}"
     raise invalid_request(field.path, _plain(value), problem, remedy)
 
 
@@ -174,7 +174,7 @@ def _float64(value: int, name: str) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise invalid_request(name, value, "is too large for a float") from None
+        raise invalid_request(name, value, "is too large for a 64-bit number") from None
 
 
 def _entries(field: Field, value: Any) -> Sequence[Any]:
@@ -209,7 +209,3 @@ def _quoted(value: Any) -> str:
 def _plain(value: Any) -> Any:
     """Return a numpy scalar as a Python value, which reads better in a message."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _type_name(value: Any) -> str:
-    return type(value).__name__

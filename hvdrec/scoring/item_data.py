@@ -25,6 +25,7 @@ from hvdrec.scoring.errors import (
     choices,
     invalid_bundle,
     invalid_request,
+    type_words,
     unknown_field,
 )
 from hvdrec.scoring.graph_inputs import DESCRIPTIONS, as_list, check_names
@@ -230,7 +231,7 @@ class ItemFilter:
         known: list[Any] = self.values(SHOWN_VALUES)
         if len(self._values) > SHOWN_VALUES:
             known.append("...")
-        problem = f"must be {DESCRIPTIONS[self._field.dtype]}, not {type(value).__name__}"
+        problem = f"must be {DESCRIPTIONS[self._field.dtype]}, not {type_words(value)}"
         raise invalid_request(name, value, problem, f"known: {choices(known)}")
 
     def _index(self, value: str | int) -> int:

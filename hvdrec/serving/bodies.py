@@ -11,11 +11,22 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect, Request
 
 from hvdrec.scoring.errors import choices, shown
-from hvdrec.serving.problems import JSON, Problem, unavailable
+from hvdrec.serving.problems import JSON, Problem, invalid_field, unavailable
 
 DRAINED_BODIES = 8
 """A body of up to this many times the limit is read and discarded: a client that is still sending
 would not see the response."""
+EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "list_type": "a list",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+"""What pydantic's types of errors mean, in the words of JSON."""
 
 
 def _limited(value: Any, info: ValidationInfo) -> Any:
@@ -184,6 +195,6 @@ def parse_body(model: type[B], values: Any, max_candidates: int) -> B:
     elif first["type"] == "missing":
         text = f"{field}: is missing"
     else:
-        problem = first["msg"].removeprefix("Input should be ")
-        text = f"{field} = {shown(first['input'])}: must be {problem}"
+        problem = EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input should be ")
+        raise invalid_field(field, first["input"], f"must be {problem}")
     raise Problem(422, text, field)

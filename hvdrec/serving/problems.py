@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import orjson
@@ -9,6 +10,8 @@ from starlette.responses import Response
 
 RETRY_SECONDS = 1
 JSON = "application/json"
+SHOWN = 60
+"""Characters of a value that an error shows."""
 
 
 class Problem(Exception):
@@ -44,3 +47,10 @@ class Problem(Exception):
 def unavailable(text: str) -> Problem:
     """Build the problem of a request that the client may repeat in a moment."""
     return Problem(503, text, headers={"retry-after": str(RETRY_SECONDS)})
+
+
+def invalid_field(field: str, value: object, problem: str) -> Problem:
+    """Build the problem of a field with an invalid value, which it shows as JSON."""
+    text = " ".join(json.dumps(value, ensure_ascii=False, default=str).split())
+    shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return Problem(422, f"{field} = {shown}: {problem}", field)

@@ -12,10 +12,9 @@ import orjson
 
 from hvdrec.scoring import BundleError, Recommendation, RequestError, Scorer, StoreError
 from hvdrec.scoring.bundle import BundleInfo
-from hvdrec.scoring.errors import shown
 from hvdrec.serving.bodies import RecommendBody, ScoreBody, from_json, parse_body, with_integers
 from hvdrec.serving.description import LARGEST_NUMBER
-from hvdrec.serving.problems import Problem, unavailable
+from hvdrec.serving.problems import Problem, invalid_field, unavailable
 
 LOG = logging.getLogger("hvdrec.serving")
 T = TypeVar("T")
@@ -71,8 +70,7 @@ def recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
     for name, accepted in (body.allowed or {}).items():
         for value in accepted:
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                text = f"allowed.{name} = {shown(value)}: does not fit 64 bits"
-                raise Problem(422, text, f"allowed.{name}")
+                raise invalid_field(f"allowed.{name}", value, "does not fit 64 bits")
     check_numbers(scorer.info, "user", [body.user])
     check_numbers(scorer.info, "scene", [body.scene])
     items = _scored(
@@ -119,8 +117,7 @@ def check_numbers(info: BundleInfo, side: str, entries: list[Any]) -> None:
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and abs(number) > LARGEST_NUMBER:
                     problem = f"must be within {LARGEST_NUMBER:g} of 0"
-                    text = f"{field.path} = {shown(number)}: {problem}"
-                    raise Problem(422, text, field.path)
+                    raise invalid_field(field.path, number, problem)
 
 
 def _check_finite(scores: Any) -> None:
@@ -133,6 +130,8 @@ def _scored(call: Callable[[], T]) -> T:
     try:
         return call()
     except RequestError as error:
+        if error.problem:
+            raise invalid_field(error.field, error.value, error.problem) from None
         raise Problem(422, str(error), error.field or None) from None
     except StoreError as error:
         raise unavailable(str(error)) from None

@@ -205,12 +205,12 @@ def test_filtered_items_do_not_count_as_candidates(scorer: Scorer) -> None:
     [
         ({"genre": ["War"]}, "allowed.genre", ["unknown", "[genres, year]"]),
         ({"item_id": ["10"]}, "allowed.item_id", ["unknown", "[genres, year]", "export.filters"]),
-        ({"genres": "War"}, "allowed.genres", ["= 'War':", "must be a list, not str"]),
-        ({"genres": [7]}, "allowed.genres", ["= 7:", "a string, not int", "[Drama, War]"]),
+        ({"genres": "War"}, "allowed.genres", ["= 'War':", "must be a list, not a string"]),
+        ({"genres": [7]}, "allowed.genres", ["= 7:", "a string, not an integer", "[Drama, War]"]),
         ({"genres": ["War", None]}, "allowed.genres", ["= None:", "a string", "[Drama, War]"]),
         ({"year": ["2000"]}, "allowed.year", ["= '2000':", "an integer", "[1990, 2000, 2010]"]),
         ({"year": [True]}, "allowed.year", ["= True:", "an integer", "[1990, 2000, 2010]"]),
-        (["War"], "allowed", ["= ['War']:", "must be a mapping", "not list"]),
+        (["War"], "allowed", ["= ['War']:", "must be a mapping", "not a list"]),
     ],
 )
 def test_invalid_filters_are_refused(

@@ -46,24 +46,24 @@ def check(error: RequestError, field: str, *words: str) -> None:
 @pytest.mark.parametrize(
     ("user", "field", "words"),
     [
-        (1, "user", ["user = 1: user_id is a string, not int", 'pass "1"']),
+        (1, "user", ["user = 1: user_id is a string, not an integer", 'pass "1"']),
         (np.int64(1), "user", ["user = 1:", "string, not int64", 'pass "1"']),
-        (1.5, "user", ["user = 1.5:", "string, not float", 'pass "1.5"']),
-        (True, "user", ["user = True:", "string, not bool"]),
+        (1.5, "user", ["user = 1.5:", "string, not a number", 'pass "1.5"']),
+        (True, "user", ["user = True:", "string, not a boolean"]),
         (b"1", "user", ["user = b'1':", "string, not bytes"]),
-        (["1"], "user", ["user = ['1']:", "string, not list"]),
+        (["1"], "user", ["user = ['1']:", "string, not a list"]),
         ("\ud800", "user", ["user = '\\ud800':", "Unicode"]),
         ({"age": 1, "shoe size": 4}, "user.shoe size", ["unknown", "[user_id, age, history]"]),
-        ({"user_id": 1}, "user.user_id", ["= 1: must be a string, not int", 'pass "1"']),
-        ({"age": "old"}, "user.age", ["= 'old': must be a number, not str"]),
-        ({"age": True}, "user.age", ["= True:", "number, not bool"]),
-        ({"age": [1]}, "user.age", ["= [1]:", "number, not list"]),
+        ({"user_id": 1}, "user.user_id", ["= 1: must be a string, not an integer", 'pass "1"']),
+        ({"age": "old"}, "user.age", ["= 'old': must be a number, not a string"]),
+        ({"age": True}, "user.age", ["= True:", "number, not a boolean"]),
+        ({"age": [1]}, "user.age", ["= [1]:", "number, not a list"]),
         ({"age": 10**400}, "user.age", [f"= 1{'0' * 56}...:", "too large"]),
         ({"age": 10**5000}, "user.age", ["= <int>:", "too large"]),
-        ({"history": "10"}, "user.history", ["= '10':", "list, not str"]),
-        ({"history": 10}, "user.history", ["= 10:", "list, not int"]),
+        ({"history": "10"}, "user.history", ["= '10':", "list, not a string"]),
+        ({"history": 10}, "user.history", ["= 10:", "list, not an integer"]),
         ({"history": {"10"}}, "user.history", ["= {'10'}:", "list, not set"]),
-        ({"history": ["10", 20]}, "user.history", ["= 20:", "string, not int", 'pass "20"']),
+        ({"history": ["10", 20]}, "user.history", ["= 20:", "string, not an integer", 'pass "20"']),
         ({"history": ["a", "\udfff"]}, "user.history", ["= '\\udfff':", "Unicode"]),
         ({"history": np.zeros((1, 2))}, "user.history", ["array([[0., 0.]])", "list, not ndarray"]),
     ],
@@ -81,15 +81,15 @@ def test_an_invalid_user_is_refused_by_every_method(
 @pytest.mark.parametrize(
     ("user", "field", "words"),
     [
-        ("1", "user", ["= '1': user_id is an integer, not str", "pass 1"]),
-        ("one", "user", ["= 'one':", "integer, not str"]),
-        (True, "user", ["= True:", "integer, not bool"]),
+        ("1", "user", ["= '1': user_id is an integer, not a string", "pass 1"]),
+        ("one", "user", ["= 'one':", "integer, not a string"]),
+        (True, "user", ["= True:", "integer, not a boolean"]),
         (np.True_, "user", [f"= {np.True_!r}:", f"integer, not {type(np.True_).__name__}"]),
-        (1.0, "user", ["= 1.0:", "integer, not float"]),
+        (1.0, "user", ["= 1.0:", "integer, not a number"]),
         (2**63, "user", [f"= {2**63}:", "64 bits"]),
         ({"user_id": -(2**63) - 1}, "user.user_id", [f"= {-(2**63) - 1}:", "64 bits"]),
-        ({"user_id": 1.0}, "user.user_id", ["= 1.0:", "integer, not float"]),
-        ({"history": [10, False]}, "user.history", ["= False:", "integer, not bool"]),
+        ({"user_id": 1.0}, "user.user_id", ["= 1.0:", "integer, not a number"]),
+        ({"history": [10, False]}, "user.history", ["= False:", "integer, not a boolean"]),
     ],
 )
 def test_an_invalid_user_is_refused_where_keys_are_integers(
@@ -114,20 +114,20 @@ def test_an_error_holds_the_value_as_it_was_passed(scorers: dict[str, Scorer]) -
 @pytest.mark.parametrize(
     ("items", "field", "words"),
     [
-        ("10", "items", ["= '10': must be a list, not str"]),
-        ({"item_id": "10"}, "items", ["= {'item_id': '10'}:", "list, not dict"]),
+        ("10", "items", ["= '10': must be a list, not a string"]),
+        ({"item_id": "10"}, "items", ["= {'item_id': '10'}:", "list, not an object"]),
         ({"10"}, "items", ["= {'10'}:", "list, not set"]),
-        (10, "items", ["= 10:", "list, not int"]),
-        (["10", 20], "items", ["= 20: item_id is a string, not int", 'pass "20"']),
-        (np.array([10]), "items", ["= 10:", "string, not int", 'pass "10"']),
+        (10, "items", ["= 10:", "list, not an integer"]),
+        (["10", 20], "items", ["= 20: item_id is a string, not an integer", 'pass "20"']),
+        (np.array([10]), "items", ["= 10:", "string, not an integer", 'pass "10"']),
         (np.array([["10"]]), "items", ["array([['10']], dtype='<U2')", "list, not ndarray"]),
         (["10", {"title": "Ten"}], "items.title", ["unknown", "[item_id, genres, year]"]),
-        ([{"year": 1999.0}], "items.year", ["= 1999.0:", "integer, not float"]),
-        ([{"year": math.inf}], "items.year", ["= inf:", "integer, not float"]),
-        ([{"year": "1999"}], "items.year", ["= '1999':", "integer, not str"]),
+        ([{"year": 1999.0}], "items.year", ["= 1999.0:", "integer, not a number"]),
+        ([{"year": math.inf}], "items.year", ["= inf:", "integer, not a number"]),
+        ([{"year": "1999"}], "items.year", ["= '1999':", "integer, not a string"]),
         ([{"year": 2**64}], "items.year", [f"= {2**64}:", "64 bits"]),
-        ([{"genres": "Drama"}], "items.genres", ["= 'Drama':", "list, not str"]),
-        ([{"genres": [1.5]}], "items.genres", ["= 1.5:", "string, not float", 'pass "1.5"']),
+        ([{"genres": "Drama"}], "items.genres", ["= 'Drama':", "list, not a string"]),
+        ([{"genres": [1.5]}], "items.genres", ["= 1.5:", "string, not a number", 'pass "1.5"']),
     ],
 )
 def test_invalid_items_are_refused(
@@ -149,12 +149,12 @@ def test_a_time_is_not_an_integer(scorers: dict[str, Scorer]) -> None:
     ("scene", "field", "words"),
     [
         ({"hours": 1}, "scene.hours", ["unknown", "[hour, place, temperature]"]),
-        ({"hour": "21"}, "scene.hour", ["= '21':", "integer, not str"]),
-        ({"hour": 21.0}, "scene.hour", ["= 21.0:", "integer, not float"]),
-        ({"hour": [21]}, "scene.hour", ["= [21]:", "integer, not list"]),
-        ({"place": 4}, "scene.place", ["= 4:", "string, not int", 'pass "4"']),
-        ({"temperature": "warm"}, "scene.temperature", ["= 'warm':", "number, not str"]),
-        ([("hour", 21)], "scene", ["= [('hour', 21)]:", "mapping of fields to values, not list"]),
+        ({"hour": "21"}, "scene.hour", ["= '21':", "integer, not a string"]),
+        ({"hour": 21.0}, "scene.hour", ["= 21.0:", "integer, not a number"]),
+        ({"hour": [21]}, "scene.hour", ["= [21]:", "integer, not a list"]),
+        ({"place": 4}, "scene.place", ["= 4:", "string, not an integer", 'pass "4"']),
+        ({"temperature": "warm"}, "scene.temperature", ["= 'warm':", "number, not a string"]),
+        ([("hour", 21)], "scene", ["= [('hour', 21)]:", "mapping of fields to values, not a list"]),
     ],
 )
 def test_an_invalid_scene_is_refused(
@@ -172,8 +172,12 @@ def test_an_invalid_scene_is_refused(
         ({"k": 2.0}, "k", ["= 2.0:", "integer of at least 1"]),
         ({"k": True}, "k", ["= True:", "integer of at least 1"]),
         ({"candidates": -1}, "candidates", ["= -1:", "integer of at least 1"]),
-        ({"exclude": "10"}, "exclude", ["= '10':", "list, not str"]),
-        ({"exclude": [10]}, "exclude", ["= 10:", "item_id is a string, not int", 'pass "10"']),
+        ({"exclude": "10"}, "exclude", ["= '10':", "list, not a string"]),
+        (
+            {"exclude": [10]},
+            "exclude",
+            ["= 10:", "item_id is a string, not an integer", 'pass "10"'],
+        ),
     ],
 )
 def test_invalid_options_of_recommend_are_refused(
@@ -189,10 +193,10 @@ def test_invalid_rows_are_refused(scorers: dict[str, Scorer]) -> None:
     error = refusal(score_rows, ["1"], ["10"], {"minute": [1]})
     check(error, "scene.minute", "unknown", "[hour, place, temperature]")
     error = refusal(score_rows, ["1"], ["10"], {"hour": 1})
-    check(error, "scene.hour", "= 1:", "list, not int")
+    check(error, "scene.hour", "= 1:", "list, not an integer")
     error = refusal(score_rows, ["1"], ["10"], {"hour": ["x"]})
-    check(error, "scene.hour", "= 'x':", "integer, not str")
-    check(refusal(score_rows, "1", ["10"]), "users", "= '1':", "list, not str")
+    check(error, "scene.hour", "= 'x':", "integer, not a string")
+    check(refusal(score_rows, "1", ["10"]), "users", "= '1':", "list, not a string")
 
 
 @pytest.mark.parametrize(
