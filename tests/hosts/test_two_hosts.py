@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,25 @@ def test_one_rank_in_trouble_ends_the_job(
     assert done.ended - float(note.read_text()) < LIMIT
     assert len(done.complaints) == 1
     assert done.complaints[0].startswith(message)
+
+
+LOOKING = """
+import os, pathlib
+seen = any("not-to-be-" + "seen" in path.read_text(errors="replace")
+           for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"))
+print("has", os.environ.get("SECRET") == "not-to-be-" + "seen", "shown", seen, flush=True)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun --gloo", "horovodrun --mpi"])
+def test_no_command_line_shows_the_environment(
+    launcher: str, hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "looking.py"
+    program.write_text(LOOKING)
+    monkeypatch.setenv("SECRET", "not-to-be-seen")
+    done = hosts.launch(launcher, 2, [str(BIN / "python"), str(program)])
+    assert done.status == 0, done.output
+    # Open MPI prefixes each part of a line.
+    output = re.sub(r"\[\d+,\d+\]<stdout>:", "", done.output)
+    assert output.count("has True shown False") == 2, done.output

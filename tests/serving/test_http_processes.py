@@ -9,6 +9,9 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import run
 from typing import Any
@@ -155,6 +158,45 @@ def test_a_new_bundle_replaces_the_old_one(bundle: Path, tmp_path: Path) -> None
         wait_for(lambda: refused_once in httpx.get(f"{running.url}/metrics").text)
         assert post(running).headers["bundle-version"] == versions[1]
         assert "ranker.onnx: has 8 bytes" in running.log.read_text()
+
+
+def test_fifty_renames_under_load_refuse_nothing(bundle: Path, tmp_path: Path) -> None:
+    pair = (bundle, write_other_bundle(tmp_path / "other"))
+    path = tmp_path / "served"
+    put(bundle, path)
+    with serving(path, *PATIENT) as running:
+        expected = {
+            scorer.version: scorer.score("1", ["10"], {"hour": 21}).tolist()
+            for scorer in map(Scorer.load, pair)
+        }
+        is_done = threading.Event()
+
+        def ask() -> list[httpx.Response]:
+            answers = []
+            with httpx.Client(base_url=running.url, timeout=60) as client:
+                while not is_done.is_set():
+                    answers += [client.post("/v1/score", json=ONE), client.get("/readyz")]
+            return answers
+
+        with ThreadPoolExecutor(2) as pool:
+            asking = [pool.submit(ask) for _ in range(2)]
+            for turn in range(1, 51):
+                put(pair[turn % 2], path)
+                time.sleep(0.05)
+            put(pair[1], path)
+            wait_for(
+                lambda: post(running).headers["bundle-version"] == Scorer.load(pair[1]).version
+            )
+            is_done.set()
+            answers = [answer for each in asking for answer in each.result()]
+        assert {answer.status_code for answer in answers} == {200}
+        for answer in answers:
+            if "scores" in (body := answer.json()):
+                scores = expected[answer.headers["bundle-version"]]
+                assert body["scores"] == pytest.approx(scores)
+        metrics = httpx.get(f"{running.url}/metrics").text
+        assert "hvdrec_bundle_refused_total 0.0\n" in metrics
+        assert "refused" not in running.log.read_text()
 
 
 def test_without_watching_the_bundle_stays(bundle: Path, tmp_path: Path) -> None:
