@@ -161,7 +161,7 @@ def test_refuses_a_scene_value_of_the_wrong_type(small_run: SmallRun) -> None:
 
 def test_refuses_a_user_feature_of_the_wrong_type(small_run: SmallRun) -> None:
     done = hvdrec("recommend", small_run.work / "bundle", "--user", '{"user_id": 7}')
-    refused(done, 'user_id = 7: must be a string, not int; pass "7"')
+    refused(done, 'user_id = 7: must be a string, not an integer; pass "7"')
 
 
 def test_refuses_a_directory_without_a_bundle(tmp_path: Path) -> None:

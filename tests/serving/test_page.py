@@ -160,7 +160,7 @@ def test_a_user_key_of_the_wrong_type(page: Page, int_service: Running) -> None:
     expect(page.locator("#items li")).to_have_count(4)
     page.fill("#user", "alice")
     error = page.locator(".field", has=page.locator("#user")).get_by_role("alert")
-    expect(error).to_have_text("user = 'alice': user_id is an integer, not a string")
+    expect(error).to_have_text('user = "alice": user_id is an integer, not a string')
     page.fill("#user", "99999999999999999999")
     expect(error).to_contain_text("user = 1e+20: user_id is an integer")
     # The page sends an integer that a JavaScript number would round unchanged.
