@@ -31,7 +31,7 @@ def read_array(path: Path, name: str) -> Array:
 
 
 def read_vector(info: BundleInfo, name: str, dtype: str, length: int | None = None) -> Array:
-    """Memory-map an array of one dimension, of any length if it is None.
+    """Memory-map an array of one dimension; a ``length`` of None accepts any length.
 
     Raises:
         BundleError: The manifest does not list the file, or the array has another type or shape.
@@ -46,7 +46,7 @@ def read_vector(info: BundleInfo, name: str, dtype: str, length: int | None = No
 
 
 def read_offsets(info: BundleInfo, name: str, parts: int, size: int) -> Array:
-    """Memory-map offsets int64 [parts + 1] that divide ``size`` values into parts.
+    """Memory-map the offsets, int64 [parts + 1], at which the parts of ``size`` values begin.
 
     Only the first and the last offset are checked; `hvdrec.scoring.verify` checks the others.
     """

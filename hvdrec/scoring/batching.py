@@ -1,4 +1,4 @@
-"""Requests of the scorer: their types, and those of `Scorer.score_many` that share a run."""
+"""Types of scoring requests, and the grouping of small requests by `Scorer.score_many`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Scenes = Mapping[str, Sequence[Any] | Array]
 Entries = Sequence[Key | Raw | None] | Array
 Request = tuple[Key | Raw | None, Entries, Raw | None]
 ALONE_ITEMS = 64
-"""A request of this many items runs alone: for one user, the ranker folds the user's part of its
-first layer into the weights."""
+"""A request with at least this many items is scored alone: with a single user, the ranker's graph
+computes the user's part of its first layer once instead of once per item."""
 
 
 def shared_runs(counts: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the indices of the requests that share a run of the graphs.
+    """Group requests that are scored by one run of the ONNX graphs; yield each group's indices.
 
-    A run has at most BLOCK_ROWS items. A request of ALONE_ITEMS or more runs alone.
+    A group has at most BLOCK_ROWS items. A request with ALONE_ITEMS or more is a group of its own.
 
     Args:
         counts: Number of items of each request.

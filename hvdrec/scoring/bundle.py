@@ -1,7 +1,7 @@
-"""Read and check a bundle's manifest; a bundle is not trusted.
+"""Read and check a bundle's manifest. A bundle may come from anyone, so nothing in it is trusted.
 
-Only regular files inside the bundle directory are opened. Files that the manifest does not list may
-lie beside them; they are ignored.
+Only regular files inside the bundle directory are opened. Files that the manifest does not list are
+ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from hvdrec.scoring.file_checksums import FileFacts, check_files, check_manifest
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 16 << 20
 MOST_WIDTH = 1 << 16
-"""Entries of an embedding: a request allocates rows of them before it looks anything up."""
+"""Largest accepted width of an embedding: each request allocates whole embeddings, so a false width
+in a manifest could exhaust memory."""
 FORMAT = 2
 GRAPHS = ("user_tower.onnx", "item_tower.onnx", "ranker.onnx")
 REQUIRED = (
@@ -40,7 +41,7 @@ REQUIRED = (
 Stamp = tuple[int, int, int, int]
 SIDES = ("user", "item", "scene")
 ARGUMENTS = {"item": "items"}
-"""Argument of `Scorer.score` that holds a side's fields, where it differs from the side's name."""
+"""Side -> name of its argument of `Scorer.score`, for the sides whose argument has another name."""
 DTYPES = ("string", "int", "float")
 KINDS = ("categorical", "categorical_list", "sequence", "numeric", "hashed")
 
@@ -52,17 +53,18 @@ class Field:
     name: str
     """Name of the feature in a request."""
     side: str
-    """Side that the feature describes: "user", "item" or "scene"."""
+    """What the feature describes: "user", "item" or "scene" (time, place, device, placement)."""
     dtype: str
     """Type of a raw value, or of the entries of a list: "string", "int" or "float"."""
     is_list: bool
     """True if a raw value is a list."""
     pads_left: bool
-    """True for a sequence: the newest entry is last, and a list is cut and padded on the left."""
+    """True for a sequence, whose newest entry is last: it is cut and padded on the left. Other
+    lists are cut and padded on the right."""
     max_length: int
-    """Number of entries that are used: the first ones of a list, the last ones of a sequence."""
+    """Largest number of entries used: the first ones of a list, the last ones of a sequence."""
     default: str | int | float | None
-    """Value of a scene field that a request omits; None means missing."""
+    """Value that a scene field takes if a request omits it; None is the missing value."""
 
     @property
     def path(self) -> str:
@@ -89,15 +91,18 @@ class BundleInfo:
     item_width: int
     """Width of an item's embedding."""
     retrieval_width: int
-    """Number of leading entries whose inner product retrieves items; 0 if there is no retrieval."""
+    """Number of leading embedding entries that retrieval compares by inner product; 0 if the model
+    has no retrieval."""
     manifest: Mapping[str, Any]
     """The whole manifest as parsed from JSON."""
     tasks: tuple[str, ...] = ()
-    """Labels that the ranker predicts besides its score; empty in most bundles."""
+    """Names of the labels that the ranker predicts in addition to the score; empty in most
+    bundles."""
     version: str = ""
     """First 12 hexadecimal digits of the SHA-256 of manifest.json; identifies the bundle."""
     model: str = ""
-    """Digest of the graphs' checksums, 12 digits; embeddings fit only graphs of the same model."""
+    """Digest of the graphs' checksums, 12 hexadecimal digits. Embeddings may only be used with
+    graphs of the same digest."""
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
     """Stamp of each file when the manifest was read; see `stamp_of`."""
 
@@ -123,8 +128,8 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
         The contents of the manifest.
 
     Raises:
-        BundleError: The bundle is missing, damaged or of another format.
-        ReplacedError: Another bundle replaced it meanwhile.
+        BundleError: The bundle is missing, damaged or has another format.
+        ReplacedError: Another bundle was moved to the path during the read.
     """
     try:
         path = path.resolve()
@@ -150,7 +155,7 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
         if verify:
             check_files(path, files)
     except BundleError:
-        check_unchanged(info)  # a file of the bundle that replaces this one is not damage
+        check_unchanged(info)  # if another bundle replaced this one, report that, not damage
         raise
     return info
 
@@ -158,8 +163,8 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
 def check_unchanged(info: BundleInfo) -> None:
     """Raise ReplacedError if a file changed since `read_bundle` saw it.
 
-    Call it after all files are open: then no file comes from a bundle that replaced this one in the
-    meantime.
+    Called after all files are open, it guarantees that they all belong to the same bundle, even if
+    another bundle has replaced it.
     """
     for name, stamp in info.stamps.items():
         try:
@@ -171,30 +176,31 @@ def check_unchanged(info: BundleInfo) -> None:
 
 
 def replaced(path: Path, when: str) -> ReplacedError:
-    """Build the error for a file that another one replaced."""
+    """Build the error for a file that another one replaced; ``when`` ends the sentence."""
     return ReplacedError(f"{path}: was replaced {when}; load it again", field=str(path))
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
     """Return device, inode, size and modification time of a file.
 
-    They change when another file replaces it and when it is overwritten.
+    Together they change when the file is replaced or overwritten.
     """
-    # Not ctime: it also changes when a hard link to the file is removed.
+    # ctime is left out: it also changes when a hard link to the file is removed.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def regular_file(path: Path, name: str) -> os.stat_result:
-    """Return the status of a regular file of the bundle that no symbolic link leads to.
+    """Return the `os.stat` result of a regular file inside the bundle at ``path``.
 
     Raises:
-        BundleError: The file is missing, is not a regular file or leaves the bundle.
+        BundleError: The file is missing, is not a regular file, or a link or ``..`` in its name
+            leads out of the bundle.
     """
     file = path / name
     try:
         if not file.resolve().is_relative_to(path):
             raise ValueError
-    except (OSError, RuntimeError, ValueError):  # also for NUL in a name and cyclic links
+    except (OSError, RuntimeError, ValueError):  # cyclic links and NUL in a name raise these, too
         problem = f"file name {shown(name)} leaves the bundle"
         raise invalid_bundle(path, problem, "do not use this bundle") from None
     try:
@@ -208,7 +214,7 @@ def regular_file(path: Path, name: str) -> os.stat_result:
 
 
 def missing_file(info: BundleInfo, name: str) -> BundleError:
-    """Build the error for a file that the manifest must list and does not."""
+    """Build the error for a required file that the manifest does not list."""
     problem = f"'{name}' is missing from the bundle"
     return invalid_bundle(info.path, problem, "export it again")
 
@@ -262,7 +268,7 @@ def _parse_file(raw: Mapping[str, Any]) -> FileFacts:
 
 
 def _model_digest(files: Mapping[str, FileFacts]) -> str:
-    """Return the digest of the checksums of the graphs and of their external data."""
+    """Return one digest over the checksums of the ONNX graphs and their external data files."""
     parts = [files[name].sha256 for name in sorted(files) if name.startswith(GRAPHS)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 

@@ -29,37 +29,42 @@ class Recommendation:
     item: Key
     """Key of the item."""
     score: float
-    """Probability that the ranker predicts for the item in the scene."""
+    """Probability of a positive label that the ranker predicts for the item in this scene."""
     retrieval_score: float
-    """Score by which the item was retrieved: the inner product of the embeddings; the popularity
-    if the model has no retrieval; the trending count if the source is "trending"."""
+    """Score that selected the item for ranking: the inner product of the user's and the item's
+    embedding, the popularity if the model has no retrieval, or the trending count if ``source`` is
+    "trending"."""
     title: str | None = None
     """Title of the item; None if the bundle has none."""
     source: CandidateSource = "stored"
-    """Source of the candidates: "stored" for the user's stored embedding, "features" for an
-    embedding of the user's raw features, "trending" if nothing is known of the user."""
+    """What the items were selected by: "stored" for the user's stored embedding, "features" for an
+    embedding computed from raw features, "trending" if nothing is known about the user."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Items to rank for a user.
+    """Items that were retrieved for a user and will be ranked.
 
-    The rows are unique. Trending items come in their order, others in the order of keys.
+    No item occurs twice. Trending items are sorted by trending count, others by key.
     """
 
     user_embedding: Array
     """Embedding of the user, float32 [1, user_width]."""
     rows: Array
-    """Rows of the items, int64 [n]."""
+    """Row of each item in the bundle's arrays, int64 [n]."""
     retrieval_scores: Array
-    """Score by which each item was retrieved [n]; see `Recommendation.retrieval_score`."""
+    """`Recommendation.retrieval_score` of each item [n]."""
     source: CandidateSource
-    """See `Recommendation.source`."""
+    """`Recommendation.source` of all items."""
 
     def ordered(self, scores: Array, vectors: Array, k: int, diversity: float) -> Array:
         """Return the indices of the k best candidates, best first, int64 [min(k, n)].
 
-        The ranker's scores are [n], the items' vectors float32 [n, width]; see `diversified`.
+        Args:
+            scores: Score of each candidate by the ranker [n].
+            vectors: Embedding of each candidate, float32 [n, width].
+            k: Number of candidates to return.
+            diversity: Weight of the similarity between candidates; see `diversified`.
         """
         is_trending = self.source == "trending"
         if diversity:
@@ -68,7 +73,7 @@ class Candidates:
             return diversified(relevance, vectors, k, diversity)
         if is_trending:
             return np.arange(min(k, len(self.rows)))
-        # Candidates come in the order of keys, so a stable sort breaks ties by key.
+        # Candidates are sorted by key, so a stable sort leaves equal scores in the order of keys.
         return np.argsort(-scores, kind="stable")[:k]
 
 
@@ -76,7 +81,7 @@ class CandidateRetriever:
     """Retrieves candidates from a bundle's items; safe to share between threads."""
 
     def __init__(self, info: BundleInfo, users: Embedder, items: Embedder) -> None:
-        """Open the item data and the index of a bundle."""
+        """Open the item data of a bundle and its index for approximate retrieval, if it has one."""
         self._users, self._items = users, items
         self._width = info.retrieval_width
         self.item_data = ItemData(info, len(users.store), len(items.store))
@@ -86,7 +91,7 @@ class CandidateRetriever:
             self._search = HnswSearch(info.path, exact, self._width, stamps=info.stamps)
 
     def open(self) -> None:
-        """Open the files and sort the orders that the first requests would otherwise wait for."""
+        """Do now what the first requests would wait for: open the index, sort items by counts."""
         if isinstance(self._search, HnswSearch):
             self._search.open()
         self.item_data.order("trending")
@@ -102,7 +107,7 @@ class CandidateRetriever:
         allowed: Mapping[str, Collection[Any]] | None = None,
         skip_seen: bool = False,
     ) -> Candidates:
-        """Return at most ``count`` items for a user; arguments are those of `Scorer.recommend`."""
+        """Return at most ``count`` items for a user; for the arguments see `Scorer.recommend`."""
         excluded = self._rows(exclude)
         kept = self.item_data.allowed(allowed)
         if not isinstance(skip_seen, bool | np.bool_):
@@ -129,7 +134,13 @@ class CandidateRetriever:
     def recommendations(
         self, candidates: Candidates, scores: Array, order: Array
     ) -> list[Recommendation]:
-        """Build recommendations for the candidates at indices ``order``; scores are for all [n]."""
+        """Build recommendations in a given order.
+
+        Args:
+            candidates: n candidates.
+            scores: Score of each candidate by the ranker, float32 [n].
+            order: Indices of the candidates to recommend, int64 [at most n].
+        """
         rows = candidates.rows[order]
         columns = (
             self._items.store.keys_of(rows),
@@ -141,7 +152,7 @@ class CandidateRetriever:
         return [Recommendation(*values, source) for values in zip(*columns, strict=True)]
 
     def _rows(self, exclude: Collection[Key]) -> Array:
-        """Return the rows of the keys that are stored."""
+        """Return the item rows of the keys to exclude; keys that are not stored are skipped."""
         keys = as_list(list(exclude) if isinstance(exclude, Set) else exclude, "exclude")
         rows = self._items.store.cached_rows(keys)
         if rows is None:

@@ -10,20 +10,21 @@ from hvdrec.scoring.array_files import Array
 def diversified(relevance: Array, vectors: Array, k: int, diversity: float) -> Array:
     """Choose k candidates that are relevant and differ from each other.
 
-    Each step chooses the candidate with the largest ``(1 - diversity) * relevance - diversity *
-    similarity``; similarity is the largest cosine of its vector with a vector chosen before. The
-    first step chooses the most relevant candidate. Ties go to the first candidate. See Carbonell
-    and Goldstein: The Use of MMR, Diversity-Based Reranking for Reordering Documents and Producing
-    Summaries, 1998.
+    The first step chooses the most relevant candidate. Each later step chooses the one with the
+    largest ``(1 - diversity) * relevance - diversity * similarity``, where similarity is the
+    largest cosine between its vector and those already chosen. If two are equal, the one with the
+    smaller index is chosen. See Carbonell and Goldstein: The Use of MMR, Diversity-Based Reranking
+    for Reordering Documents and Producing Summaries, 1998.
 
     Args:
         relevance: Relevance of the candidates [n].
-        vectors: Embeddings of the candidates, float32 [n, width]; a zero vector resembles nothing.
+        vectors: Embeddings of the candidates, float32 [n, width]. The similarity of a zero vector
+            to any other is 0.
         k: Number of candidates to choose.
         diversity: Weight of the similarity, in [0, 1).
 
     Returns:
-        Indices of the chosen candidates in the order of the steps, int64 [min(k, n)].
+        Indices of the chosen candidates in the order in which they were chosen, int64 [min(k, n)].
     """
     count = min(k, len(relevance))
     chosen = np.empty(count, dtype=np.int64)

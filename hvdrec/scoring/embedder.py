@@ -25,10 +25,17 @@ class Embedder:
     def __init__(
         self, info: BundleInfo, side: str, threads: int, store: Store | None = None
     ) -> None:
-        """Open the "user" or "item" side of a bundle.
+        """Open the tower and the stored embeddings of a bundle's users or items.
 
-        ``store`` replaces the bundle's own arrays as the source of stored embeddings. BundleError
-        if arrays or graph do not fit the manifest, or the store has another key type or model.
+        Args:
+            info: The bundle.
+            side: "user" or "item".
+            threads: Number of threads of one run of the tower.
+            store: Source of stored embeddings in place of the bundle's own arrays.
+
+        Raises:
+            BundleError: The arrays or the graph contradict the manifest, or the store has keys of
+                another type or embeddings of another model.
         """
         self.key_name = info.user_key if side == "user" else info.item_key
         width = info.user_width if side == "user" else info.item_width
@@ -38,7 +45,7 @@ class Embedder:
         if store is not None and store.dtype != self.store.dtype:
             problem = f"{side} keys are {self.store.dtype}, the given store holds {store.dtype}"
             raise invalid_bundle(info.path, problem, "publish this bundle")
-        # Embeddings fit only the graphs of the model that computed them.
+        # The ranker understands only embeddings of the model that it was trained with.
         if store is not None and store.model != info.model:
             problem = f"has model {info.model}, the given store's {side}s have model {store.model}"
             raise invalid_bundle(info.path, problem, "open the store for this bundle")
@@ -59,8 +66,8 @@ class Embedder:
     def embed(self, entries: Sequence[Any]) -> Array:
         """Embed n keys or mappings of raw features; return float32 [n, width].
 
-        A key that is not stored goes through the tower, with all other features missing.
-        RequestError if a field is unknown or a value has the wrong type.
+        For a key that is not stored, the tower computes an embedding with all other features
+        missing. Raises RequestError if a field is unknown or a value has the wrong type.
         """
         rows = None if self._shared is not None else self.store.cached_rows(entries)
         if rows is not None:
@@ -80,8 +87,8 @@ class Embedder:
     def embed_one(self, entry: Any) -> tuple[Array, EmbeddingSource]:
         """Embed one entry; return the embedding, float32 [1, width], and its source.
 
-        The source is "stored" for a stored key, "features" for raw features of which at least one
-        is not missing, otherwise "nothing".
+        The source is "stored" for a stored key, "features" if at least one raw feature is not
+        missing, otherwise "nothing".
         """
         if not _is_mapping(entry):
             key = self.key(entry)
@@ -96,7 +103,10 @@ class Embedder:
         return self.graph.run(inputs), "features" if present else "nothing"
 
     def row(self, entry: Any) -> int:
-        """Return the bundle's row of a key, or of the key in a mapping; -1 if it is not stored."""
+        """Return the row of a key in the bundle's arrays; -1 if the key is not stored.
+
+        ``entry`` is a key, or a mapping of raw features that may contain the key.
+        """
         key = self.key(entry.get(self.key_name) if _is_mapping(entry) else entry)
         return int(self.store.rows([key])[0])
 
@@ -106,7 +116,10 @@ class Embedder:
         return self.graph.run_blocks(inputs, rows=len(rows), block=BLOCK_ROWS)
 
     def key(self, key: Any, argument: str = "") -> str | int | None:
-        """Convert a key to its type; ``argument`` names its place in the request for an error."""
+        """Return a key as a string or an integer, as the bundle stores it; None if it is missing.
+
+        ``argument`` is the part of the request that an error names.
+        """
         return key_value(key, self.store.dtype, argument or self._argument, self.key_name)
 
     def _raw(self, entry: Any, key: str | int | None) -> Mapping[str, Any]:
@@ -120,7 +133,7 @@ class Embedder:
 
 
 def _has_value(field: Field, values: Array) -> bool:
-    """Return True if a graph's input holds anything but missing values."""
+    """Return True if the array of a field holds at least one value that is not missing."""
     if field.dtype == "float":
         return not np.isnan(values).all()
     return bool((values != MISSING[field.dtype]).any())

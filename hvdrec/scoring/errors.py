@@ -1,4 +1,4 @@
-"""Errors of the slim module: one line that names the field, the value and the remedy."""
+"""Errors of `hvdrec.scoring`. Each message is one line with the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TYPE_WORDS: tuple[tuple[type, str], ...] = (
 
 
 class ScoringError(ValueError):
-    """An error that a user of the scorer can fix; the base of all errors that scoring raises.
+    """Base class of the errors that scoring raises for wrong arguments and unusable bundles.
 
     Attributes:
         field: The argument, request field or file at fault, such as ``k``, ``scene.hour``,
-            ``items.year`` or ``bundle/ranker.onnx``; empty if there is not one.
-        value: Its value; None if there is not one.
+            ``items.year`` or ``bundle/ranker.onnx``; empty if the error is about none of them.
+        value: The refused value; None for an error that is not about a value.
     """
 
     def __init__(self, text: str, *, field: str = "", value: object = None) -> None:
@@ -31,11 +31,11 @@ class ScoringError(ValueError):
 
 
 class BundleError(ScoringError):
-    """The bundle is missing, damaged or of another format."""
+    """The bundle is missing, damaged or has another format."""
 
 
 class ReplacedError(BundleError):
-    """Another bundle replaced this one while it was read; load it again."""
+    """Another bundle was moved to the path while this one was read; loading again helps."""
 
 
 class RequestError(ScoringError):
@@ -50,7 +50,7 @@ class RequestError(ScoringError):
 
 
 class StoreError(ScoringError):
-    """An embedding store cannot answer now; the request may be repeated."""
+    """An embedding store cannot answer now; the same request may succeed later."""
 
 
 def invalid_request(field: str, value: object, problem: str, remedy: str = "") -> RequestError:
@@ -62,7 +62,7 @@ def invalid_request(field: str, value: object, problem: str, remedy: str = "") -
 
 
 def unknown_field(field: str, known: Iterable[object], remedy: str = "") -> RequestError:
-    """Build the error for a field that does not exist, with the known fields."""
+    """Build the error for a field that does not exist; the message lists the known fields."""
     text = f"{field}: unknown field; known: {choices(known)}" + (f"; {remedy}" if remedy else "")
     return RequestError(text, field=field)
 
@@ -75,7 +75,7 @@ def invalid_bundle(
 
 
 def choices(names: Iterable[object]) -> str:
-    """Format the allowed choices for an error message: ``[a, b, c]``."""
+    """Format the allowed names for an error message: ``[a, b, c]``."""
     return "[" + ", ".join(str(name) for name in names) + "]"
 
 

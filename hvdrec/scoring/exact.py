@@ -1,4 +1,4 @@
-"""Exact retrieval: the items whose embeddings have the largest inner products with the user's."""
+"""Exact retrieval: find the items with the largest inner product of item and user embedding."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import numpy as np
 from hvdrec.scoring.array_files import Array
 
 BLOCK_ROWS = 4096
-"""Rows that are converted to float32 at a time; they fit a core's cache."""
+"""Number of rows converted to float32 at a time; few enough to fit a core's cache."""
 GROUP_ROWS = 64
-"""Rows of a group; `largest` first compares the maximum score of each group."""
+"""Number of rows in a group; `largest` first compares the maximum score of each group."""
 SPARSE = 2
-"""Allowed rows are gathered if they are at most one in this many; otherwise all rows are scored."""
+"""If at most one row in this many is allowed, only the allowed rows are copied and scored;
+otherwise all rows are scored."""
 
 
 class ExactSearch:
-    """Computes the inner products of all items' vectors with a query."""
+    """Finds vectors by their inner product with a query, computed for all vectors."""
 
     def __init__(self, vectors: Array, scales: Array | None = None) -> None:
-        """Search vectors, whose leading entries are used, as many as a query has.
+        """Hold the vectors to search.
 
         Args:
-            vectors: float32, float16 or int8 [n, >= width].
-            scales: Scale of each row of int8 vectors, float32 [n].
+            vectors: float32, float16 or int8 [n, at least width], where width is that of a query.
+                Only the first ``width`` entries are used.
+            scales: Factor of each row of int8 vectors, float32 [n]; None for other dtypes.
         """
         self.vectors, self.scales = vectors, scales
 
@@ -37,13 +39,13 @@ class ExactSearch:
 
         Args:
             query: float32 [width].
-            count: Number of rows.
-            excluded: Rows to leave out; they may repeat.
-            allowed: bool [n], or None to allow all rows.
+            count: Largest number of rows to return.
+            excluded: Rows to leave out; a row may occur more than once.
+            allowed: True for each row that may be returned, bool [n]; None to allow all rows.
 
         Returns:
-            Rows, int64 [m], ascending, and their inner products, float32 [m]; m is ``count`` or the
-            number of rows left.
+            The rows in ascending order, int64 [m], and their inner products, float32 [m]. m is less
+            than ``count`` only if fewer rows are allowed and not excluded.
         """
         if allowed is None:
             scores = self.products(query)
@@ -61,7 +63,7 @@ class ExactSearch:
         return inner_products(self.vectors, query, self.scales)
 
     def products_of(self, rows: Array, query: Array) -> Array:
-        """Return the inner products of some rows' vectors with a query, float32 [len(rows)]."""
+        """Return the inner products of the vectors in ``rows`` with a query, float32 [rows]."""
         parts = [np.empty(0, dtype=np.float32)]
         for start in range(0, len(rows), BLOCK_ROWS):
             part = rows[start : start + BLOCK_ROWS]
@@ -80,15 +82,15 @@ def remaining(allowed: Array, excluded: Array) -> Array:
 
 
 def inner_products(vectors: Array, query: Array, scales: Array | None = None) -> Array:
-    """Return the inner product of each vector's first entries with a query, float32 [n].
+    """Return the inner product of a query with the first entries of each vector, float32 [n].
 
     Args:
-        vectors: float32, float16 or int8 [n, >= width], finite.
+        vectors: float32, float16 or int8 [n, at least width], finite.
         query: float32 [width], finite.
-        scales: Scale of each row of int8 vectors, float32 [n].
+        scales: Factor of each row of int8 vectors, float32 [n]; None for other dtypes.
     """
     if len(query) < vectors.shape[1]:
-        # Padding the query is cheap; numpy would copy a slice of the columns.
+        # Pad the query with zeros, which is cheap. A slice of the columns would be copied.
         query = np.pad(query, (0, vectors.shape[1] - len(query)))
     scores = np.empty(len(vectors), dtype=np.float32)
     if vectors.dtype == np.float32:
@@ -119,8 +121,8 @@ def inner_products(vectors: Array, query: Array, scales: Array | None = None) ->
 def _write_scaled(halves: Array, out: Array) -> None:
     """Write float16 numbers times 2**-112 as float32, in a fifth of the time of a cast.
 
-    Sign, exponent and fraction are shifted to their positions in float32. The exponent's bias is
-    larger by 112 there, which gives the factor.
+    Sign, exponent and fraction are shifted to their positions in float32. The exponent keeps its
+    value, but float32 subtracts a bias that is larger by 112: this gives the factor.
     """
     bits = out.view(np.int32)
     np.copyto(bits, halves.view(np.int16))
@@ -132,14 +134,14 @@ _HALF_BITS = np.array(0x8FFFE000, dtype=np.uint32).view(np.int32)[()]
 
 
 def largest(scores: Array, count: int, excluded: Array | None = None) -> Array:
-    """Return the rows of the ``count`` largest scores that are not excluded, int64, ascending.
+    """Return the rows of the ``count`` largest scores, int64, in ascending order.
 
-    Among equal scores at the threshold, the first rows are taken.
+    If several rows share the smallest score that is taken, those with the smallest numbers win.
 
     Args:
         scores: float32 [n] without NaN; the scores of excluded rows are overwritten.
-        count: Number of rows; fewer are returned if fewer are left.
-        excluded: Rows to leave out; they may repeat.
+        count: Largest number of rows to return.
+        excluded: Rows to leave out; a row may occur more than once.
     """
     left = len(scores)
     if excluded is not None and excluded.size:
@@ -158,13 +160,13 @@ def largest(scores: Array, count: int, excluded: Array | None = None) -> Array:
 
 
 def _contenders(scores: Array, count: int) -> Array:
-    """Return rows, ascending, that include those of the ``count`` largest scores."""
+    """Return few rows, in ascending order, that contain those of the ``count`` largest scores."""
     groups = len(scores) // GROUP_ROWS
     if groups <= count:
         return np.arange(len(scores))
-    # At least ``count`` scores reach the count-th largest of the groups' maxima. The rows of a
-    # group are ``groups`` apart: so the maxima are computed on whole vectors, and large scores of
-    # neighbouring rows fall into different groups.
+    # Each of the ``count`` largest group maxima is a score, so at least ``count`` scores reach the
+    # smallest of these maxima. The rows of a group are ``groups`` apart: then numpy computes the
+    # maxima of whole vectors, and large scores of neighbouring rows are in different groups.
     maxima = scores[: groups * GROUP_ROWS].reshape(GROUP_ROWS, groups).max(axis=0)
     bound = np.partition(maxima, groups - count)[groups - count]
     return np.flatnonzero(scores >= bound)

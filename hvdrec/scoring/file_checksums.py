@@ -1,8 +1,9 @@
 """Compare a bundle's files with the checksums in its manifest, on several threads.
 
-A file of more than `BLOCK_BYTES` has a tree checksum beside its SHA-256: the SHA-256 of the digests
-of its blocks. Threads hash the blocks of one file at the same time; hashlib and `readinto` release
-Python's global lock.
+The manifest holds a SHA-256 of each file. For a file larger than `BLOCK_BYTES` it also holds a tree
+checksum: each block of the file is hashed alone, then the digests of the blocks are hashed. So
+several threads can hash one file at the same time; hashlib and `readinto` release Python's global
+lock.
 """
 
 from __future__ import annotations
@@ -23,30 +24,31 @@ from hvdrec.scoring.errors import BundleError, first_line, invalid_bundle
 
 BLOCK_BYTES = 4 << 20
 READ_BYTES = 1 << 18
-"""Bytes of one read; they stay in the processor's cache until they are hashed."""
+"""Bytes of one read: few enough to be in the processor's cache still when they are hashed."""
 MOST_THREADS = 8
 SPARSE_BYTES = 1 << 30
-"""A larger file that consists of holes is refused: reading it would take hours."""
+"""A larger file that consists almost entirely of holes (a sparse file) is refused: it takes no disk
+space, but reading it could take hours."""
 MOST_HOLES = 10_000
 CHECKSUM = "checksum"
-"""Key of the manifest's own checksum."""
+"""Key under which a manifest stores the checksum of its other keys."""
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What the manifest says about a file."""
+    """Size and checksums of a file, as listed in the manifest."""
 
     size: int
     """Size in bytes."""
     sha256: str
     """Hexadecimal SHA-256 of the contents."""
     tree: str = ""
-    """Tree checksum, hexadecimal; empty for a small file and in bundles of earlier versions."""
+    """Hexadecimal tree checksum; empty for a small file and in bundles of earlier versions."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Bytes that one thread hashes: a block of a file, or all of it."""
+    """Range of a file that one thread hashes: a block, or the whole file."""
 
     name: str
     start: int
@@ -54,10 +56,10 @@ class _Part:
 
 
 def check_files(folder: Path, files: Mapping[str, FileFacts]) -> None:
-    """Read every file once and compare its checksum.
+    """Read every file once and compare its contents with its checksum.
 
-    The files are read through the page cache, so arrays that are memory-mapped afterwards are
-    already in memory.
+    Reading fills the operating system's page cache, so arrays that are memory-mapped afterwards
+    need no further disk access.
 
     Raises:
         BundleError: A file cannot be read or its contents differ.
@@ -80,7 +82,7 @@ def check_files(folder: Path, files: Mapping[str, FileFacts]) -> None:
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Compare a parsed manifest with its own checksum, which earlier versions did not write.
+    """Compare a parsed manifest with the checksum in it; earlier versions wrote none.
 
     Raises:
         ValueError: The checksum differs.
@@ -100,7 +102,7 @@ def _parts(name: str, facts: FileFacts) -> Iterator[_Part]:
 
 
 def _stored_bytes(file: Path, size: int) -> int:
-    """Return the bytes of a file that are not in holes; all of them if it has very many holes."""
+    """Return how many bytes of a file are outside its holes; ``size`` if it has very many holes."""
     if not hasattr(os, "SEEK_HOLE"):
         return size
     stored = end = 0
@@ -109,14 +111,14 @@ def _stored_bytes(file: Path, size: int) -> int:
             try:
                 start = os.lseek(opened.fileno(), end, os.SEEK_DATA)
                 end = os.lseek(opened.fileno(), start, os.SEEK_HOLE)
-            except OSError as error:  # no data follows, or the file system knows no holes
+            except OSError as error:  # no more data, or a file system that does not report holes
                 return stored if error.errno == errno.ENXIO else size
             stored += end - start
     return size
 
 
 def _digests(folder: Path, parts: list[_Part]) -> dict[_Part, bytes]:
-    """Return the digest of each part; raises what reading the parts raised first."""
+    """Return the digest of each part; if reading fails, raise the first error."""
     digests: dict[_Part, bytes] = {}
     errors: list[BundleError] = []
     waiting = deque(parts)

@@ -1,9 +1,9 @@
-"""Read the structure of an ONNX file without trusting it: nodes, shapes, sizes of tensors.
+"""Read the operators and tensor shapes of an ONNX file that may be hostile.
 
 ONNX files are protobuf messages (https://protobuf.dev/programming-guides/encoding/). This reader
-knows the fields that `hvdrec export` writes and refuses all others: subgraphs apart from the
-branches of an `If`, functions, sparse tensors, types that are not tensors. It never copies weights,
-and its work is bounded by `MOST_FIELDS` and the file's size.
+accepts the parts that `hvdrec export` writes. It refuses functions, sparse tensors, types that are
+not tensors, and subgraphs other than the branches of an `If`. It does not copy weights, and its
+work is bounded by `MOST_FIELDS` and the size of the file.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from functools import cache
 
 Buffer = memoryview
 Value = int | tuple[int, int]
-"""A number, or where the bytes of a message begin and end."""
+"""Value of a protobuf field: a number, or the offsets in the file where its bytes begin and end."""
 
 LONG_BYTES = 4096
 MOST_FIELDS = 4_000_000
 MOST_NODES = 20_000
 MOST_DEPTH = 4
-"""Graphs inside graphs."""
+"""Levels of graphs that are nested in other graphs."""
 MOST_VALUES = 64
-"""Entries of an integer tensor whose values are read: axes and shapes."""
+"""Largest number of entries of an integer tensor whose values are read: it may hold axes or a
+shape."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 8: 1, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8}
-"""Code of a data type -> bytes of an element; 8 is a string, of one byte or more."""
+"""ONNX data type -> bytes of an element. Type 8 is a string, which takes at least one byte."""
 STRING = 8
 MOST_TEXT = 4096
-"""Bytes of a constant of strings, which an operator may repeat in each row."""
+"""Largest size in bytes of a constant with strings: an operator may repeat them in each row."""
 INTEGERS = {6: 4, 7: 8}
 
-# Fields of each message by number: a name, or "" to skip the field.
+# For each type of message: field number -> the name that this module uses, or "" to skip the field.
 MODEL = {1: "", 2: "", 3: "", 4: "", 5: "", 6: "", 7: "graph", 8: "", 14: ""}
 GRAPH = {
     1: "nodes",
@@ -63,9 +64,9 @@ _LIST_TAGS = b"\x4a\x40\x3d"
 
 @cache
 def _lists() -> re.Pattern[bytes]:
-    """Return the pattern of an attribute's list: strings of up to 127 bytes, integers or floats.
+    """Return a pattern for the entries of a list: strings of up to 127 bytes, integers or floats.
 
-    It passes over the million keys of a vocabulary ten times as fast as a loop.
+    It skips the million keys of a vocabulary ten times as fast as a loop.
     """
     texts = (re.escape(bytes([size])) + b".{%d}" % size for size in range(128))
     parts = (rb"\x4a(?:%s)" % b"|".join(texts), rb"\x40[\x80-\xff]{0,9}[\x00-\x7f]", rb"\x3d.{4}")
@@ -73,35 +74,35 @@ def _lists() -> re.Pattern[bytes]:
 
 
 class GraphError(ValueError):
-    """The file is not a graph that hvdrec runs."""
+    """The file is not an ONNX graph of the form that hvdrec writes."""
 
 
 class UnsafeGraphError(GraphError):
-    """The graph could take time or memory without bound."""
+    """Running the graph could take unlimited time or memory."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A constant, without its contents."""
+    """Shape of a constant tensor; its contents only if they are few integers."""
 
     shape: tuple[int, ...]
-    """Sizes of its dimensions."""
+    """Sizes of the dimensions."""
     values: tuple[int, ...] | None = None
-    """Its contents if it is a small tensor of integers."""
+    """Contents of a small tensor of integers; None for other tensors."""
     external: tuple[str, int, int] | None = None
-    """File, offset and bytes of contents that another file holds."""
+    """File name, offset and number of bytes of contents in another file; None if there is none."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """An operator with the names of its tensors."""
+    """An operator of a graph."""
 
     op: str
-    """Name of the operator, after its domain and a colon unless it is ONNX's own."""
+    """Name of the operator; with a domain other than ONNX's own, ``domain:name``."""
     inputs: tuple[str, ...]
-    """Names of its inputs; "" for one that is left out."""
+    """Names of its input tensors; "" for an optional input that is omitted."""
     outputs: tuple[str, ...]
-    """Names of its outputs."""
+    """Names of its output tensors."""
     numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Attributes that are integers or short lists of integers."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -115,20 +116,21 @@ class Graph:
     """A graph or a branch of an `If`."""
 
     nodes: tuple[Node, ...]
-    """Its operators in the order of the file."""
+    """Operators in the order of the file."""
     tensors: Mapping[str, Tensor]
-    """Its constants by name."""
+    """Name of a constant -> the constant."""
     inputs: Mapping[str, tuple[int | None, ...]]
-    """Sizes of each input's dimensions; None for one that varies."""
+    """Name of an input -> sizes of its dimensions; None for a size that varies."""
     outputs: tuple[str, ...]
-    """Names of its outputs."""
+    """Names of the graph's outputs."""
 
 
 def parse_model(data: Buffer) -> Graph:
     """Parse the bytes of an ONNX file.
 
     Raises:
-        GraphError: The bytes are not an ONNX model, or it has something that hvdrec never writes.
+        GraphError: The bytes are not an ONNX model, or the model has a part that hvdrec never
+            writes.
     """
     reader = _Reader(data)
     model = reader.message((0, len(data)), MODEL)
@@ -136,7 +138,7 @@ def parse_model(data: Buffer) -> Graph:
 
 
 class _Reader:
-    """Reads messages of one file and counts their fields."""
+    """Reads the protobuf messages of one file; counts fields to bound the work."""
 
     def __init__(self, data: Buffer) -> None:
         self._data = data
@@ -185,7 +187,7 @@ class _Reader:
         )
 
     def _tensor(self, span: tuple[int, int]) -> tuple[str, Tensor]:
-        """Read a constant; GraphError unless the file holds all of its elements."""
+        """Read a constant and its name; raise GraphError if the file lacks some of its elements."""
         parts = self.message(span, TENSOR)
         name = self._text(_span(parts, "name")) if "name" in parts else ""
         shape = tuple(_signed(size) for size in self._numbers(parts, "dims"))
@@ -197,7 +199,7 @@ class _Reader:
             return name, Tensor(shape, None, self._external(parts, name, size))
         raw = _spans(parts, "raw")
         held = sum(end - start for start, end in raw)
-        # An element of a packed list has one byte or more.
+        # Each element of a packed list takes at least one byte.
         listed = sum(each[1] - each[0] for each in _spans(parts, "data") or [(0, 0)])
         listed += sum(isinstance(each, int) or each[0] == each[1] for each in parts.get("data", ()))
         if held != size if raw else listed < count:
@@ -252,7 +254,7 @@ class _Reader:
         return name, tuple(sizes)
 
     def message(self, span: tuple[int, int], known: Mapping[int, str]) -> dict[str, list[Value]]:
-        """Return the values of a message's fields by name."""
+        """Return the values of each field of a message, under the field's name in ``known``."""
         parts: dict[str, list[Value]] = {}
         for number, value in self._walk(*span, is_attribute=known is ATTRIBUTE):
             if number not in known:
@@ -286,7 +288,7 @@ class _Reader:
             at += size
 
     def _pass_over(self, at: int, end: int) -> int:
-        """Return the end of a long list of an attribute's strings or numbers that begins here."""
+        """Return the end of an attribute's list of strings or numbers that begins at ``at``."""
         if end - at > LONG_BYTES and self._data[at] in _LIST_TAGS:
             found = _lists().match(self._data, at, end)
             if found is not None and found.end() - at > LONG_BYTES:
@@ -305,7 +307,7 @@ class _Reader:
         raise GraphError("is cut off or not an ONNX file")
 
     def _numbers(self, parts: Mapping[str, list[Value]], key: str) -> Iterator[int]:
-        """Yield a repeated number, packed or not."""
+        """Yield the numbers of a repeated field, in protobuf's packed or plain encoding."""
         for value in parts.get(key, ()):
             if isinstance(value, int):
                 yield value
@@ -316,7 +318,7 @@ class _Reader:
                 yield number
 
     def _number(self, parts: Mapping[str, list[Value]], key: str) -> int:
-        """Return a single number; 0 if it is left out."""
+        """Return the number in a field that occurs at most once; 0 if the field is omitted."""
         found = parts.get(key, [0])
         if len(found) != 1 or not isinstance(found[0], int):
             raise GraphError(f"has a damaged field '{key}'")
@@ -336,7 +338,7 @@ def _spans(parts: Mapping[str, list[Value]], key: str) -> list[tuple[int, int]]:
 
 
 def _span(parts: Mapping[str, list[Value]], key: str) -> tuple[int, int]:
-    """Return a part that must occur exactly once: protobuf would merge two of them."""
+    """Return a field that must occur exactly once, since protobuf parsers would merge two."""
     found = parts.get(key, [])
     if len(found) != 1 or isinstance(found[0], int):
         raise GraphError(f"has {len(found)} fields '{key}', expected one")

@@ -1,7 +1,8 @@
 """Convert the raw values of requests to the arrays that the ONNX graphs take.
 
 A missing value is None or NaN in a request. In an array it is "" for strings, -2**63 for integers
-and NaN for floats. Lists are padded with it on the right, sequences on the left.
+and NaN for floats. Short lists are filled up with missing values on the right, short sequences on
+the left.
 """
 
 from __future__ import annotations
@@ -23,21 +24,25 @@ PLAIN: Mapping[str, frozenset[type]] = {
     "int": frozenset({int}),
     "float": frozenset({float, int}),
 }
-"""Python types whose values need no conversion."""
+"""Type of a field -> Python types whose values need no conversion."""
 DESCRIPTIONS: Mapping[str, str] = {"string": "a string", "int": "an integer", "float": "a number"}
-"""Description of each type in error messages."""
+"""Type of a field -> its description in error messages."""
 
 
 def rows_to_inputs(fields: Sequence[Field], rows: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
-    """Convert N rows of raw values to graph inputs; an omitted field is missing. See `column`."""
+    """Convert n rows of raw values to one array per field; see `column`.
+
+    A field that a row omits has the missing value there.
+    """
     return {field.name: column(field, [row.get(field.name) for row in rows]) for field in fields}
 
 
 def column(field: Field, values: Sequence[Any]) -> Array:
-    """Convert N raw values of one field to an array; lists are cut to ``max_length``.
+    """Convert n raw values of one field to an array; lists are cut to ``max_length``.
 
     Returns:
-        An array [N], or [N, L] for lists, of dtype object for strings, int64 or float64.
+        An array [n], or [n, longest list] if the field is a list. The dtype is object for strings,
+        else int64 or float64.
 
     Raises:
         RequestError: A value has the wrong type.
@@ -70,8 +75,8 @@ def check_share(name: str, value: Any) -> None:
 def as_list(values: Any, name: str) -> Sequence[Any]:
     """Return a caller's sequence as a list; values of a numpy array become Python values.
 
-    RequestError for text, a mapping, a set or anything else that is not a list; ``name`` is its
-    place in the request.
+    Raises RequestError, which names the argument ``name``, for a string, a mapping, a set or any
+    other value that is not a sequence.
     """
     if isinstance(values, list | tuple):
         return values
@@ -85,7 +90,7 @@ def as_list(values: Any, name: str) -> Sequence[Any]:
 
 
 def check_names(values: Any, known: Collection[str], name: str) -> None:
-    """Raise RequestError if ``values`` is not a mapping or has a field that is not known."""
+    """Raise RequestError if ``values`` is not a mapping or has a key that is not in ``known``."""
     if not isinstance(values, Mapping):
         problem = f"must be a mapping of fields to values, not {type_words(values)}"
         raise invalid_request(name, values, problem)
@@ -95,19 +100,19 @@ def check_names(values: Any, known: Collection[str], name: str) -> None:
 
 
 def key_value(key: Any, dtype: str, name: str, key_name: str = "the key") -> str | int | None:
-    """Convert the key of a user or an item to its type.
+    """Return the key of a user or an item as a string or an integer.
 
     Args:
-        key: What a caller passed as the key.
-        dtype: Type of the side's keys, "string" or "int".
-        name: Where the key stands in the request, for the error.
-        key_name: Name of the key's column, for the error.
+        key: The value that a caller passed as the key.
+        dtype: Type of the keys in the bundle, "string" or "int".
+        name: Argument or field of the request that holds the key, for the error message.
+        key_name: Name of the key's column, for the error message.
 
     Returns:
-        The key; None if it is None or NaN.
+        The key; None if the value is None or NaN.
 
     Raises:
-        RequestError: The key has another type.
+        RequestError: The value has another type.
     """
     if is_missing(key):
         return None
@@ -129,7 +134,7 @@ def is_missing(value: Any) -> bool:
 
 
 def _converted(field: Field, values: Sequence[Any]) -> Sequence[Any]:
-    """Return values in the type of their field; None and NaN become the missing value."""
+    """Convert values to the type of their field; None and NaN become the missing value."""
     dtype = field.dtype
     if set(map(type, values)) <= PLAIN[dtype] and _is_in_range(dtype, values):
         return values
@@ -137,14 +142,14 @@ def _converted(field: Field, values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _is_in_range(dtype: str, values: Sequence[Any]) -> bool:
-    """Return True if a graph can take all values, which have a plain type."""
+    """Return True if all values, which are of `PLAIN` types, are valid as inputs of a graph."""
     if dtype == "string":
         return all(map(str.isascii, values)) or all(map(_is_unicode, values))
     return not values or (min(values) >= -(2**63) and max(values) < 2**63)
 
 
 def _scalar(field: Field, value: Any) -> Any:
-    """Return one value in the type of its field; None and NaN become the missing value."""
+    """Convert one value to the type of its field; None and NaN become the missing value."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if is_missing(value):
@@ -194,18 +199,18 @@ def _valid_text(text: str, name: str) -> str:
 
 def _is_unicode(text: str) -> bool:
     try:
-        text.encode()  # fails for half of a surrogate pair
+        text.encode()  # fails for a lone surrogate
     except UnicodeEncodeError:
         return False
     return True
 
 
 def _quoted(value: Any) -> str:
-    """Return the remedy for a number where a string is expected; empty for other values."""
+    """Return the remedy if a number stands where a string is expected; "" for other values."""
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     return f'pass "{shown(_plain(value))}"' if is_number else ""
 
 
 def _plain(value: Any) -> Any:
-    """Return a numpy scalar as a Python value, which reads better in a message."""
+    """Convert a numpy scalar to a Python value, which is easier to read in a message."""
     return value.item() if isinstance(value, np.generic) else value

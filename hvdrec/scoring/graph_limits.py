@@ -1,9 +1,10 @@
-"""Refuse graphs that take time or memory without bound, before ONNX Runtime opens them.
+"""Refuse graphs that could take unlimited time or memory, before ONNX Runtime opens them.
 
-ONNX Runtime evaluates constant parts of a graph while it opens the file, so limits at run time come
-too late. A graph may use the operators in `RULES`, which have no loops and whose output shapes
-follow from the shapes of their inputs. Its tensors are sized for one row, for very many rows and
-for very long lists. Sizes may grow in proportion to rows and entries, but not faster.
+ONNX Runtime evaluates constant parts of a graph while it opens the file, so a limit at run time
+would come too late. A graph may use only the operators in `RULES`: they contain no loops, and the
+shapes of their outputs follow from those of their inputs. The sizes of all tensors are computed for
+one row, for very many rows and for very long lists. They may grow in proportion to the number of
+rows and of list entries, but not faster.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from hvdrec.scoring.graph_file import Graph, GraphError, Tensor, UnsafeGraphErro
 from hvdrec.scoring.graph_shapes import Sizes
 
 MOST_BYTES = (1 << 31) - 1
-"""Size limit of a protobuf message."""
+"""Largest size of a protobuf message, in bytes."""
 CASES = ((1, 64), (1 << 20, 64), (1, 1 << 20))
-"""Numbers of rows and of entries in a list that tensors are sized for."""
+"""Pairs (rows, list entries) for which the sizes of tensors are computed."""
 
 
 def check_graph(folder: Path, name: str, listed: Collection[str]) -> None:
-    """Check the operators and the tensors' sizes of a graph without running it.
+    """Check the operators of a graph and the sizes of its tensors without running it.
 
     Args:
-        folder: The bundle's directory.
-        name: Name of the graph's file in it.
+        folder: Directory of the bundle.
+        name: File name of the graph in the bundle.
         listed: Names of the files that the manifest lists.
 
     Raises:
-        BundleError: The file is not a graph, or hvdrec does not run it.
+        BundleError: The file is not a graph, or the graph is not safe to run.
     """
     file = folder / name
     status = regular_file(folder, name)
@@ -68,7 +69,7 @@ def _all_tensors(graph: Graph) -> Iterator[Tensor]:
 
 
 def _check_external(folder: Path, name: str, listed: Collection[str], graph: Graph) -> None:
-    """Check that external weights are in the listed file beside the graph, each byte used once."""
+    """Check that external weights are in the graph's own file, which is listed, and fit in it."""
     used: Counter[str] = Counter()
     for tensor in _all_tensors(graph):
         if tensor.external is None:

@@ -1,7 +1,8 @@
-"""Bound the sizes of a graph's tensors for a number of rows and of list entries.
+"""Compute upper bounds for the sizes of a graph's tensors.
 
-A shape here is an upper bound: each size is at least the one at run time. An output that is
-reshaped or expanded must get its shape from constants and from shapes of other tensors.
+The bounds hold for a given number of rows and of list entries. A shape in this module is a bound,
+too: none of its sizes is smaller than at run time. The operators that reshape or expand a tensor
+must take the new shape from constants and from shapes of other tensors.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ Shape = tuple[int, ...]
 MOST_RANK = 8
 
 PER_ROW = 1 << 18
-"""Elements of one tensor for each row or list entry."""
+"""Limit on the elements of one tensor, per row or list entry, whichever there are more of."""
 ALL_PER_ROW = 1 << 20
-"""Elements of all tensors of a run for each row or list entry."""
+"""Limit on the elements of all tensors of a run together, counted in the same way."""
 PRODUCTS_PER_ROW = 1 << 30
-"""Multiplications in matrix products for each row."""
+"""Limit on the multiplications in matrix products, counted in the same way."""
 CONSTANT = 1 << 22
-"""Elements that do not depend on the number of rows, besides four times the weights."""
+"""Elements that a tensor may have in addition, for any number of rows; a graph with weights may
+have four times their number more."""
 
 _ELEMENTWISE = """
 Abs Acos Acosh Add And Asin Asinh Atan Atanh BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast
@@ -42,33 +44,33 @@ _LIKE_FIRST = "LayerNormalization RMSNormalization ScatterElements ScatterND"
 
 @dataclass(frozen=True)
 class Sized:
-    """What is known of a tensor."""
+    """What is known about a tensor before the graph runs."""
 
     shape: Shape
     """Upper bounds of the sizes of its dimensions."""
     values: tuple[int, ...] | None = None
-    """Its contents if they are constants and sizes of other tensors."""
+    """Contents of the tensor if they follow from constants and from sizes of other tensors."""
     is_constant: bool = False
-    """True if they are constants alone."""
+    """True if the contents follow from constants alone."""
 
 
 @dataclass
 class Sizes:
-    """Sizes of the tensors of one graph."""
+    """Adds up the sizes of the tensors of one graph."""
 
     rows: int
-    """Size of each input's first dimension, if it varies."""
+    """Size to assume for the first dimension of each input, if the graph leaves it open."""
     entries: int
-    """Size of every other dimension that varies."""
+    """Size to assume for every other input dimension that the graph leaves open."""
     elements: int = 0
-    """Elements of all tensors that operators return."""
+    """Number of elements in the outputs of all operators so far."""
     products: int = 0
-    """Multiplications in matrix products."""
+    """Number of multiplications in matrix products so far."""
     weights: int = field(default=0, init=False)
-    """Elements of all constants."""
+    """Number of elements in all constants."""
 
     def check(self, graph: Graph) -> None:
-        """Raise GraphError if a tensor, all tensors or the products are too large."""
+        """Raise GraphError if one tensor, all tensors together or the products are too large."""
         inputs = {}
         for name, shape in graph.inputs.items():
             varying = [self.rows if axis == 0 else self.entries for axis in range(len(shape))]
@@ -78,7 +80,7 @@ class Sizes:
         self._run(graph, inputs)
 
     def _run(self, graph: Graph, outer: dict[str, Sized]) -> list[Sized]:
-        """Size all tensors of a graph and return its outputs."""
+        """Compute the sizes of all tensors of a graph and return those of its outputs."""
         known = outer | {name: _constant(tensor) for name, tensor in graph.tensors.items()}
         for node in graph.nodes:
             inputs = [known[name] for name in node.inputs if name in known]
@@ -102,7 +104,7 @@ class Sizes:
         rule = RULES.get(node.op)
         if node.graphs or rule is None:
             raise UnsafeGraphError(f"uses the operator {node.op[:60]}, which a bundle may not use")
-        # An input that is left out keeps its place.
+        # None stands for an omitted input, so that the other inputs keep their positions.
         inputs = [known[name] if name else None for name in node.inputs]
         try:
             outputs = rule(node, inputs)
@@ -151,7 +153,7 @@ def _given(inputs: Inputs, index: int = 0) -> Sized:
 
 
 def _constants(node: Node, inputs: Inputs, index: int, name: str) -> tuple[int, ...] | None:
-    """Return integers from an input that is constant or from an attribute; None without both."""
+    """Return the integers of a constant input or of an attribute; None if neither is there."""
     sized = inputs[index] if index < len(inputs) else None
     if sized is None:
         return node.numbers.get(name)
@@ -177,7 +179,7 @@ def _larger(left: Sized, right: Sized) -> Shape:
 
 
 def _broadcast(*shapes: Shape) -> Shape:
-    # Sizes that do not fit each other fail at run time: then the larger one is a bound too.
+    # Sizes that do not match fail at run time, so the larger one is a valid bound for them, too.
     reverse = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
     return tuple(0 if 0 in sizes and max(sizes) <= 1 else max(sizes) for sizes in reverse)[::-1]
 
@@ -248,7 +250,7 @@ def _concat(node: Node, inputs: Inputs) -> Sequence[Sized]:
 def _squeeze(node: Node, inputs: Inputs) -> Sequence[Sized]:
     data = _given(inputs)
     axes = _constants(node, inputs, 1, "axes")
-    if axes is None:  # every size that is 1 then goes, and only constants are sure to be 1
+    if axes is None:  # removes each dimension of size 1, but the sizes here are only bounds
         if data.shape != (1,):
             raise ValueError
         axes = (0,)
@@ -280,7 +282,7 @@ def _slice(node: Node, inputs: Inputs) -> Sequence[Sized]:
     sizes, values = list(data.shape), data.values
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         place = _axis(axis, len(sizes))
-        if step < 1:  # only its length is known, not its order
+        if step < 1:  # the length of the slice is known, but not which values it has
             values = None
             continue
         cut = slice(start, end, step)
@@ -347,7 +349,7 @@ def _gemm(node: Node, inputs: Inputs) -> Sequence[Sized]:
 
 
 def _inner(node: Node, inputs: Inputs) -> int:
-    """Return the number of products that are added up for an element of a matrix product."""
+    """Return the number of products that are summed for one element of a matrix product."""
     shape = _given(inputs).shape
     return shape[0] if node.op == "Gemm" and _number(node, "transA", 0) else shape[-1]
 
@@ -390,4 +392,4 @@ RULES: dict[str, Rule] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
-"""Operator -> the function that bounds the shapes of its outputs; besides these, `If`."""
+"""Operator -> function that bounds the shapes of its outputs. `If` is allowed, too."""

@@ -1,16 +1,16 @@
 """Approximate retrieval through an HNSW graph of near neighbours.
 
-Malkov and Yashunin: Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical
+See Malkov and Yashunin: Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical
 Navigable Small World Graphs, 2016. faiss, which the extra ``index`` installs, builds and searches
 the graph.
 
-The graph's vectors are int8. They only select candidates, which are then scored with the bundle's
-own embeddings. A search leads to the nearest vectors. These have the largest inner products only if
-all vectors have the same length, so vectors of different lengths get one more entry that makes the
-lengths equal (Bachrach et al.: Speeding Up the Xbox Recommender System Using a Euclidean
-Transformation for Inner-Product Spaces, 2014). Neighbours are stored near each other, which halves
-the time of a search: so the graph has its own order of rows, and a second file maps it to the rows
-of the items.
+The graph stores int8 vectors. They only select candidates, which are then scored with the bundle's
+own embeddings. HNSW finds the nearest vectors. These are also the vectors with the largest inner
+products if all vectors have the same length. So vectors of different lengths get one more entry
+that makes the lengths equal (Bachrach et al.: Speeding Up the Xbox Recommender System Using a
+Euclidean Transformation for Inner-Product Spaces, 2014). The index stores neighbours near each
+other, which halves the time of a search. Its rows are therefore in another order than the items; a
+second file holds the item row of each of its rows.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ from hvdrec.scoring.exact import ExactSearch, largest, remaining
 INDEX = "items/index.faiss"
 INDEX_ROWS = "items/index_rows.npy"
 COST = 100
-"""Cost of one item of an index search, in vectors of an exact search."""
+"""An index search takes as long for one item as an exact search takes for this many."""
 SPARE = 1.5
-"""Factor on the number of items to fetch from the index if only some items are allowed."""
+"""If only some items are allowed, more items are fetched from the index, so that enough of them are
+allowed. This factor makes up for items that are allowed less often near a query than elsewhere."""
 
 
 class HnswSearch:
-    """Search through a bundle's index, or exactly where that is faster or finds more items.
+    """Searches a bundle's index, or all vectors where that is faster or finds more items.
 
-    Safe to share between threads. Without faiss, every search is exact, after a warning.
+    Safe to share between threads. If faiss is not installed, it warns once and searches all
+    vectors.
     """
 
     def __init__(
@@ -49,10 +51,14 @@ class HnswSearch:
         *,
         stamps: Mapping[str, Stamp] | None = None,
     ) -> None:
-        """Search the index of the bundle at ``path`` for queries [width].
+        """Prepare to search; the first search, or `open`, opens the files of the index.
 
-        ``exact`` searches the same items. The first search or `open` opens the index's files, which
-        must still have their ``stamps``.
+        Args:
+            path: Directory of the bundle.
+            exact: Exact search over the same items.
+            width: Width of a query.
+            stamps: `BundleInfo.stamps`, to detect files that were replaced since; None to skip the
+                check.
         """
         self._path = path
         self._stamps = {} if stamps is None else stamps
@@ -67,7 +73,7 @@ class HnswSearch:
         """Memory-map the index.
 
         Raises:
-            BundleError: The index is damaged, belongs to other items or was replaced.
+            BundleError: The index is damaged, was built for other items or was replaced.
         """
         with self._lock:
             if self._index is None and self._has_library:
@@ -76,7 +82,7 @@ class HnswSearch:
                     self.use(*opened)
 
     def use(self, index: Any, rows: Array) -> None:
-        """Use an open faiss index; ``rows`` holds the item row of each of its vectors."""
+        """Search an open faiss index; ``rows`` holds the item row of each vector in it."""
         self._rows = rows
         self._index = index  # last, since other threads check it
 
@@ -85,8 +91,8 @@ class HnswSearch:
     ) -> tuple[Array, Array]:
         """Return rows near a query and their inner products; see `ExactSearch.search`.
 
-        If the index returns fewer than ``count`` rows that are allowed and not excluded, the search
-        is repeated exactly: a filter loses no items.
+        If the index returns fewer than ``count`` rows that are allowed and not excluded, all
+        vectors are searched instead, so a filter never makes the result too short.
         """
         if self._index is None:
             self.open()
@@ -109,11 +115,17 @@ class HnswSearch:
         return rows[best], scores[best]
 
     def _near(self, query: Array, wanted: int, left: int) -> Array:
-        """Return at least ``wanted`` rows int64 from the index; none if exact search is faster."""
+        """Return about ``wanted`` rows from the index, int64; none if exact search is faster.
+
+        Args:
+            query: float32 [width].
+            wanted: Number of rows to fetch.
+            left: Number of vectors that an exact search would score.
+        """
         index = self._index
         if index is None:
             return np.empty(0, dtype=np.int64)
-        # The search visits this many near items anyway, so all of them are scored.
+        # The search visits at least efSearch near items in any case, so fetch all of them.
         wanted = max(wanted, min(index.hnsw.efSearch, len(self.exact)))
         if wanted * COST > left:
             return np.empty(0, dtype=np.int64)
@@ -128,7 +140,7 @@ class HnswSearch:
         return rows
 
     def _opened(self) -> tuple[Any, Array] | None:
-        """Return the memory-mapped index and the item rows of its vectors; None without faiss."""
+        """Return the memory-mapped index and the item row of each vector; None without faiss."""
         file = self._path / INDEX
         try:
             import faiss
@@ -167,7 +179,7 @@ class HnswSearch:
 
 
 def _is_permutation(rows: Array, count: int) -> bool:
-    """Return True if rows are a permutation of 0 ... count - 1."""
+    """Return True if ``rows`` is a permutation of 0 to ``count - 1``."""
     if rows.shape != (count,) or (count and (rows.min() < 0 or rows.max() >= count)):
         return False
     seen = np.zeros(count, dtype=bool)

@@ -1,8 +1,8 @@
-"""Read what a bundle stores about items besides embeddings: titles, counts, filters, seen items.
+"""Read a bundle's data about items: titles, popularity, filters and the items each user has seen.
 
 All arrays are memory-mapped. Types, shapes and the first and last offset are checked when a bundle
 is loaded. The other offsets and the rows are checked at each read, so that a damaged bundle cannot
-cause a read outside of an array.
+cause a read outside an array.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hvdrec.scoring.graph_inputs import DESCRIPTIONS, as_list, check_names
 
 FILTERS = "items/filters"
 SHOWN_VALUES = 20
-"""Number of a filter's values that an error message lists."""
+"""Largest number of a filter's values that an error message lists."""
 
 
 class ItemData:
@@ -62,8 +62,9 @@ class ItemData:
     def counts(self, name: str) -> Array:
         """Return the number of positive samples of each item, int64 [items].
 
-        "popularity" counts the training split, "trending" the recent part of it. A bundle without
-        trending counts uses popularity instead.
+        Args:
+            name: "popularity" to count the training split, "trending" to count the last days of the
+                log. A bundle without trending counts uses popularity instead.
         """
         counts = self._counts.get(name, self._counts.get("popularity"))
         if counts is None:
@@ -71,9 +72,10 @@ class ItemData:
         return counts
 
     def order(self, name: str) -> Array:
-        """Return all rows, int32 [items], by descending `counts`; sorted at the first call.
+        """Return all item rows sorted by descending `counts`, int32 [items].
 
-        Items of equal trending count are ordered by popularity, then by row.
+        Items with the same trending count are sorted by popularity, then by row. The first call
+        sorts; the result is kept.
         """
         order = self._orders.get(name)
         if order is None:
@@ -81,15 +83,18 @@ class ItemData:
             if name == "trending":
                 keys.append(self.counts("trending"))
             order = np.lexsort([-count for count in keys]).astype(np.int32)
-            # Two threads may both sort; they get the same order.
+            # If two threads sort at the same time, they get the same result.
             self._orders[name] = order
         return order
 
     def first(self, name: str, count: int, excluded: Array, allowed: Array | None) -> Array:
-        """Return the first ``count`` rows, int64 [<= count], of an order.
+        """Return the items with the largest counts, int64 [at most count].
 
-        Rows in ``excluded``, which may repeat, are left out, and those where ``allowed``, bool
-        [items] or None, is False.
+        Args:
+            name: "popularity" or "trending", as in `counts`.
+            count: Largest number of rows to return.
+            excluded: Rows to leave out; a row may occur more than once.
+            allowed: True for each row that may be returned, bool [items]; None to allow all rows.
         """
         order = self.order(name)
         searched = count + len(excluded)
@@ -104,10 +109,10 @@ class ItemData:
             searched *= 8
 
     def seen(self, user_row: int) -> Array:
-        """Return the rows, int32 [n], of the items that a user has seen in the log.
+        """Return the rows of the items that a user has seen, int32 [n].
 
-        A user who is not stored has row -1 and has seen nothing. RequestError if the bundle does
-        not hold seen items.
+        For a user who is not stored, ``user_row`` is -1 and the result is empty. Raises
+        RequestError if the bundle was exported without seen items.
         """
         if self._seen is None:
             problem = "the bundle does not hold the items that users have seen"
@@ -115,10 +120,11 @@ class ItemData:
         return self._seen[user_row] if user_row >= 0 else np.empty(0, dtype=np.int32)
 
     def allowed(self, wanted: Mapping[str, Any] | None) -> Array | None:
-        """Return True for each item that has one of the wanted values in every field, bool [items].
+        """Return True for each item that passes a request's filters, bool [items].
 
-        ``wanted`` holds a list of values for each field; returns None if it is None or empty.
-        RequestError if a field is unknown or a value has another type.
+        ``wanted`` maps fields to lists of values: an item passes if, in every field, it has at
+        least one of the listed values. The result is None, which allows all items, if ``wanted`` is
+        None or empty. Raises RequestError if a field is unknown or a value has the wrong type.
         """
         if wanted is None:
             return None
@@ -136,10 +142,10 @@ class ItemData:
 
 
 class Titles:
-    """Titles of items: UTF-8 text without separators, and offsets int64 [items + 1] into it."""
+    """Titles of items, stored as one UTF-8 text and the offset at which each title begins."""
 
     def __init__(self, info: BundleInfo, items: int) -> None:
-        """Open the titles, if the bundle has any."""
+        """Open the titles if the bundle has any."""
         self._path = info.path
         self._offsets: Array | None = None
         if info.holds("items/titles.npy"):
@@ -147,7 +153,10 @@ class Titles:
             self._offsets = read_offsets(info, "items/titles_offsets.npy", items, len(self._text))
 
     def __getitem__(self, rows: Array) -> list[str | None]:
-        """Return the titles of rows, None for an item without one; BundleError if damaged."""
+        """Return the titles of item rows, None for an item without one.
+
+        Raises BundleError if the stored offsets or the text are damaged.
+        """
         if self._offsets is None:
             return [None] * len(rows)
         starts, stops = self._offsets[rows], self._offsets[rows + 1]
@@ -168,10 +177,18 @@ class Titles:
 
 
 class RowLists:
-    """Lists of item rows: concatenated rows int32, and offsets int64 [lists + 1] into them."""
+    """Lists of item rows, stored as one concatenated array and the offset of each list in it."""
 
     def __init__(self, info: BundleInfo, offsets: str, rows: str, lists: int, items: int) -> None:
-        """Open two arrays, ``offsets`` and ``rows``, that hold ``lists`` lists."""
+        """Open lists of item rows.
+
+        Args:
+            info: The bundle.
+            offsets: File name of the offsets, int64 [lists + 1].
+            rows: File name of the concatenated rows, int32.
+            lists: Number of lists.
+            items: Number of items; every row must be smaller.
+        """
         self._offsets_file, self._rows_file, self._items = (
             info.path / offsets,
             info.path / rows,
@@ -181,7 +198,7 @@ class RowLists:
         self._offsets = read_offsets(info, offsets, lists, len(self._rows))
 
     def __getitem__(self, index: int) -> Array:
-        """Return the rows of one list, int32 [n]; BundleError if damaged."""
+        """Return the rows of one list, int32 [n]; raise BundleError if the list is damaged."""
         start, stop = self._offsets[index : index + 2].tolist()
         if not 0 <= start <= stop <= len(self._rows):
             raise invalid_bundle(self._offsets_file, "does not ascend")
@@ -192,10 +209,10 @@ class RowLists:
 
 
 class ItemFilter:
-    """Values of an item feature, sorted and unique, and the rows of the items that have each."""
+    """The distinct values of an item feature, and for each value the items that have it."""
 
     def __init__(self, info: BundleInfo, field: Field, items: int) -> None:
-        """Open the filter of one field; its values are int64 or fixed-width UTF-8 bytes."""
+        """Open the filter of one field; the values are stored as int64 or fixed-width UTF-8."""
         self._field, self._items = field, items
         name = f"{FILTERS}/{field.name}"
         self._values = read_array(info.path, f"{name}/values.npy")
@@ -208,7 +225,7 @@ class ItemFilter:
         )
 
     def values(self, count: int | None = None) -> list[str | int]:
-        """Return the first ``count`` values in ascending order; all if it is None."""
+        """Return the ``count`` smallest values in ascending order; all values if it is None."""
         values: list[Any] = self._values[:count].tolist()
         return [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values]
 
@@ -238,7 +255,8 @@ class ItemFilter:
         """Return the index of a value by binary search; -1 if no item has it."""
         stored: Any = value
         if isinstance(value, str):
-            # Fixed-width bytes drop trailing NULs and cut longer text: neither can be stored.
+            # numpy drops trailing NULs and cuts text that is too wide, so such text, which cannot
+            # be stored, would match another value.
             stored = value.encode(errors="surrogatepass")
             if len(stored) > self._values.dtype.itemsize or stored.endswith(b"\0"):
                 return -1

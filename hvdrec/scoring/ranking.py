@@ -16,19 +16,28 @@ from hvdrec.scoring.graph_inputs import as_list, check_names, column
 from hvdrec.scoring.session import FLOAT32_TENSOR, INT64_TENSOR, GraphSession, input_types
 
 RankerInputs = dict[str, Array]
-"""Inputs of the ranker's graph: for r requests ``user_embedding`` float32 [r, user_width] and scene
-fields [r]; for n items ``item_embedding`` float32 [n, item_width] and ``request`` int64 [n], the
-index of the item's request."""
+"""Inputs of one run of the ranker's graph. A run scores n items for r requests, each with one user
+and one scene. ``user_embedding`` is float32 [r, user_width]; each scene field is an array [r];
+``item_embedding`` is float32 [n, item_width]; ``request``, int64 [n], is the index of the request
+that each item belongs to."""
 
 
 class PairRanker:
-    """The ranker of a bundle, with the embedders of both sides; safe to share between threads.
+    """Scores pairs of a user and an item: embeds both, then runs the bundle's ranker.
 
-    Blocks of inputs hold at most BLOCK_ROWS items, to bound the memory of a run.
+    Safe to share between threads. Many items are scored in blocks of at most BLOCK_ROWS, to bound
+    the memory of a run.
     """
 
     def __init__(self, info: BundleInfo, users: Embedder, items: Embedder, threads: int) -> None:
-        """Open the ranker; ``threads`` is the number of threads of one run."""
+        """Open the ranker.
+
+        Args:
+            info: The bundle.
+            users: Embeds users.
+            items: Embeds items.
+            threads: Number of threads of one run of the ranker.
+        """
         self._users, self._items = users, items
         scene = info.side("scene")
         self._fields = {field.name: field for field in scene}
@@ -46,7 +55,7 @@ class PairRanker:
         self._one_request = np.zeros(BLOCK_ROWS, dtype=np.int64)
 
     def score(self, user: Key | Raw | None, items: Entries, scene: Raw | None) -> Array:
-        """Return the scores of items, float32 [n]; arguments are those of `Scorer.score`."""
+        """Return the scores of n items, float32 [n]; for the arguments see `Scorer.score`."""
         inputs = self.scene_inputs(scene)
         inputs["user_embedding"] = self._users.embed([user])
         entries = as_list(items, "items")
@@ -55,30 +64,39 @@ class PairRanker:
         return self.score_embedded(inputs, self._items.embed(entries))
 
     def score_embedded(self, inputs: RankerInputs, items: Array) -> Array:
-        """Return the scores, float32 [n], of item embeddings, float32 [n, item_width].
+        """Return the scores of items whose embeddings are known.
 
-        ``inputs`` are the other inputs of one request; they are changed.
+        Args:
+            inputs: The user's embedding and the scene fields of one request, each with one row.
+                Entries for the items are added to this dictionary.
+            items: Embeddings of the items, float32 [n, item_width].
+
+        Returns:
+            Scores, float32 [n].
         """
         if len(items) > BLOCK_ROWS:
             return self.run(self._embedding_blocks(inputs, items))
-        # Without a generator: this is the path of most requests.
+        # Most requests take this path, so it avoids the cost of a generator.
         inputs["item_embedding"] = items
         inputs["request"] = self._one_request[: len(items)]
         return self._graph.run(inputs)
 
     def run(self, blocks: Iterable[RankerInputs]) -> Array:
-        """Return the scores of all blocks, float32 [n]."""
+        """Run the ranker on blocks of inputs; return the scores of all their items, float32 [n]."""
         return np.concatenate([np.empty(0, dtype=np.float32), *map(self._graph.run, blocks)])
 
     def run_tasks(self, blocks: Iterable[RankerInputs]) -> dict[str, Array]:
-        """Return "score" and the probability of each task for all blocks, float32 [n] each."""
+        """Run the ranker on blocks of inputs; return all its outputs for their n items.
+
+        The result maps "score" and the name of each task to probabilities, float32 [n].
+        """
         empty = [np.empty(0, dtype=np.float32)] * len(self._outputs)
         parts = [empty, *map(self._graph.run_all, blocks)]
         columns = (np.concatenate(column) for column in zip(*parts, strict=True))
         return dict(zip(self._outputs, columns, strict=True))
 
     def run_together(self, requests: Sequence[Request]) -> list[Array]:
-        """Return the scores of each request, float32 [n]; all share a run of each graph."""
+        """Score several requests with one run of each graph; return float32 [items] for each."""
         if len(requests) == 1:
             return [self.score(*requests[0])]
         scenes = [{} if scene is None else scene for _, _, scene in requests]
@@ -99,7 +117,7 @@ class PairRanker:
     def request_blocks(
         self, user: Key | Raw | None, items: Entries, scene: Raw | None
     ) -> Iterator[RankerInputs]:
-        """Yield the inputs for a request; arguments are those of `Scorer.score`."""
+        """Yield the ranker's inputs for a request; for the arguments see `Scorer.score`."""
         inputs = self.scene_inputs(scene)
         inputs["user_embedding"] = self._users.embed([user])
         entries = as_list(items, "items")
@@ -114,7 +132,7 @@ class PairRanker:
     def row_blocks(
         self, users: Entries, items: Entries, scenes: Scenes | None
     ) -> Iterator[RankerInputs]:
-        """Yield the inputs for rows; arguments are those of `Scorer.score_rows`."""
+        """Yield the ranker's inputs for rows; for the arguments see `Scorer.score_rows`."""
         check_names({} if scenes is None else scenes, self._fields, "scene")
         columns = {name: as_list(v, f"scene.{name}") for name, v in (scenes or {}).items()}
         users, items = as_list(users, "users"), as_list(items, "items")
@@ -139,7 +157,7 @@ class PairRanker:
             }
 
     def scene_inputs(self, scene: Raw | None) -> RankerInputs:
-        """Return the inputs for the scene of one request; omitted fields have their default."""
+        """Return the ranker's inputs for the scene of one request, with defaults filled in."""
         inputs = dict(self._defaults)
         if scene is not None:
             check_names(scene, self._fields, "scene")

@@ -1,4 +1,4 @@
-"""The scorer: a bundle that is opened once and shared by all threads of a service."""
+"""The public class `Scorer`. A service opens a bundle once and shares the scorer among threads."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ R = TypeVar("R")
 class Scorer:
     """Scores and recommends the items of a bundle; safe to share between threads.
 
-    A user or an item is given by its key, or by a mapping of its raw features, with or without the
-    key. A key that is not stored is embedded as an unknown one. None, NaN and omitted features are
-    missing values; an omitted scene field takes its default. Methods raise `RequestError` for an
-    unknown field or a value of the wrong type.
+    Callers pass a user or an item as its key, or as a mapping of its raw features, which may
+    include the key. For a key that is not stored, the tower computes an embedding as for an unknown
+    user or item. The scene is the context of a request: time, place, device, placement. Features
+    that are None, NaN or omitted are missing values; a scene field that is omitted takes its
+    default. Methods raise `RequestError` for an unknown field or a value of the wrong type.
 
     >>> scorer = Scorer.load("bundle/")  # doctest: +SKIP
     >>> scorer.score("1", ["1193", "661"], {"hour": 21})  # doctest: +SKIP
@@ -58,7 +59,7 @@ class Scorer:
     def __init__(
         self, info: BundleInfo, threads: int, users: Store | None = None, items: Store | None = None
     ) -> None:
-        """Open the graphs and arrays of a bundle; use `load` instead."""
+        """Open the graphs and arrays of a bundle. Callers use `load` instead."""
         self.info = info
         self._users = Embedder(info, "user", threads, users)
         self._items = Embedder(info, "item", threads, items)
@@ -77,7 +78,8 @@ class Scorer:
     ) -> Scorer:
         """Open a bundle.
 
-        A tower with a large vocabulary is opened by the first request that needs it, or by `warm`.
+        A tower with a large vocabulary takes long to open. The first request that needs it, or
+        `warm`, opens it.
 
         Args:
             path: Directory of the bundle.
@@ -85,11 +87,12 @@ class Scorer:
             verify: True to compare the checksum of each file and to check the arrays' contents,
                 which reads every file once; False to compare only sizes, types and shapes.
             users: Source of the users' embeddings in place of the bundle's own arrays.
-            items: The same for items. Retrieval always uses the bundle's arrays.
+            items: Source of the items' embeddings for scoring in place of the bundle's own arrays.
+                Retrieval always uses the bundle's arrays.
 
         Raises:
-            BundleError: The bundle is missing, damaged or of another format.
-            ReplacedError: Other bundles replaced it at each of three tries.
+            BundleError: The bundle is missing, damaged or has another format.
+            ReplacedError: The bundle was replaced by another one during each of three tries.
         """
         check_count("threads", threads)
         arguments = (Path(path), int(threads), verify, lambda _: (users, items))
@@ -107,24 +110,24 @@ class Scorer:
         on_reload: Callable[[Scorer], object] | None = None,
         on_refused: Callable[[ScoringError], object] | None = None,
     ) -> WatchedScorer:
-        """Open a bundle and follow its path: a new bundle there replaces the old one.
+        """Open a bundle and watch its path; when a new bundle appears there, switch to it.
 
-        The path is a directory that is replaced, or a link that is changed. A new bundle is
-        verified, loaded and tried beside the old one, then swapped in. A bundle that fails is
-        refused and logged once; the old one stays in use.
+        To publish a bundle, replace the directory at the path, or change the link. While the old
+        bundle stays in use, the new one is verified, loaded and tried. Then it takes over. A bundle
+        that fails is refused and logged once, and the old one stays in use.
 
         Args:
             path: Directory of the bundle, or a link to it.
             interval: Seconds between two checks of the path.
             threads: As in `load`.
             verify: As in `load`, for the first bundle and for each reload.
-            stores: Opens the stores of users and items for a bundle; called for each bundle, since
-                every model has its own embeddings.
-            on_reload: Called with the new scorer after a swap.
+            stores: Function that opens the embedding stores of users and items for a bundle. It is
+                called for each new bundle, since every model has its own embeddings.
+            on_reload: Called with the new scorer when it has taken over.
             on_refused: Called with the error if a new bundle is refused.
 
         Raises:
-            BundleError: The first bundle is missing, damaged or of another format.
+            BundleError: The first bundle is missing, damaged or has another format.
             StoreError: The first bundle's stores cannot answer.
         """
         check_count("threads", threads)
@@ -140,7 +143,7 @@ class Scorer:
     def _load(
         cls, path: Path, threads: int, verify: bool, stores: Stores | None, tries: bool = False
     ) -> Scorer:
-        """Open a bundle; ReplacedError if another one replaces it meanwhile."""
+        """Open a bundle; raise ReplacedError if another bundle replaces it during the load."""
         info = read_bundle(path, verify=verify)
         users, items = stores(info) if stores else (None, None)
         try:
@@ -150,7 +153,7 @@ class Scorer:
             if tries:
                 scorer._try()
         except BundleError:
-            check_unchanged(info)  # files of two bundles do not fit each other
+            check_unchanged(info)  # the error may come from a mix of the files of two bundles
             raise
         check_unchanged(info)
         return scorer
@@ -189,21 +192,21 @@ class Scorer:
 
     @property
     def version(self) -> str:
-        """Version of the bundle: 12 hexadecimal digits that depend on all its contents."""
+        """Version of the bundle: 12 hexadecimal digits of a hash of all its contents."""
         return self.info.version
 
     @property
     def model(self) -> str:
-        """Version of the graphs, 12 hexadecimal digits; embeddings fit only their own model."""
+        """Version of the graphs, 12 hexadecimal digits. Only embeddings of this model fit them."""
         return self.info.model
 
     def score(self, user: Key | Raw | None, items: Entries, scene: Raw | None = None) -> Array:
         """Score items for a user in a scene.
 
         Args:
-            user: Key or raw features of the user.
+            user: Key or mapping of raw features; None for an unknown user.
             items: n keys or mappings of raw features.
-            scene: Fields of the scene.
+            scene: Values of scene fields.
 
         Returns:
             Probabilities in the order of the items, float32 [n].
@@ -216,23 +219,23 @@ class Scorer:
         """Score items as `score` does and return each task's probabilities as well.
 
         Returns:
-            "score" and the name of each task with its probabilities, float32 [n] each.
+            A mapping of "score" and the name of each task to probabilities, float32 [n].
 
         Raises:
-            RequestError: Also if the bundle has no tasks.
+            RequestError: The bundle has no tasks, or an argument is not valid.
         """
         self._require_tasks()
         return self._ranker.run_tasks(self._ranker.request_blocks(user, items, scene))
 
     def score_many(self, requests: Sequence[Request]) -> list[Array]:
-        """Score many requests; those with few items share runs of the graphs.
+        """Score many requests; requests with few items are scored together, which is faster.
 
         Args:
-            requests: Tuples (user, items, scene) of the arguments of `score`.
+            requests: Tuples (user, items, scene), each with the arguments of one call of `score`.
 
         Returns:
-            Probabilities for each request, float32 [n]. They may differ from those of `score` in
-            the last bits.
+            For each request, the probabilities of its items, float32. They may differ from those of
+            `score` in the last bits.
         """
         checked = [checked_request(index, request) for index, request in enumerate(requests)]
         scores: dict[int, Array] = {}
@@ -248,25 +251,28 @@ class Scorer:
         return [scores[index] for index in range(len(checked))]
 
     def score_rows(self, users: Entries, items: Entries, scenes: Scenes | None = None) -> Array:
-        """Score n rows: user ``users[i]``, item ``items[i]``, scene field ``scenes[name][i]``.
+        """Score n rows, each with its own user ``users[i]``, item ``items[i]`` and scene.
 
         Args:
             users: n keys or mappings of raw features.
             items: n keys or mappings of raw features.
-            scenes: A column of n values for each scene field; others take their default.
+            scenes: Mapping of scene fields to n values each; other fields take their default.
 
         Returns:
             Probabilities, float32 [n].
 
         Raises:
-            RequestError: Also if the columns have different lengths.
+            RequestError: The columns have different lengths, or a value is not valid.
         """
         return self._ranker.run(self._ranker.row_blocks(users, items, scenes))
 
     def score_tasks_rows(
         self, users: Entries, items: Entries, scenes: Scenes | None = None
     ) -> dict[str, Array]:
-        """Return the results of `score_tasks`, float32 [n] each, for the rows of `score_rows`."""
+        """Score n rows as `score_rows` does and return each task's probabilities as well.
+
+        For the result see `score_tasks`.
+        """
         self._require_tasks()
         return self._ranker.run_tasks(self._ranker.row_blocks(users, items, scenes))
 
@@ -285,8 +291,9 @@ class Scorer:
         """Recommend items to a user in a scene: retrieve candidates, then rank them.
 
         The candidates are the items whose embeddings have the largest inner products with the
-        user's, by exact search or the bundle's index. If nothing is known of the user (None, a key
-        that is not stored, only missing features), trending items are returned in their order.
+        user's, found by exact search or with the bundle's index. If nothing is known about the user
+        (None, a key that is not stored, only missing features), the trending items are returned,
+        sorted by their trending counts.
 
         Args:
             user: As in `score`.
@@ -294,14 +301,15 @@ class Scorer:
             k: Number of items to return.
             candidates: Number of items to retrieve and rank, at least ``k``.
             exclude: Keys of items to leave out.
-            allowed: For fields of ``export.filters``, the values of which an item must have at
-                least one: ``{"genres": ["Drama", "War"]}``.
-            skip_seen: True to leave out the items that a stored user has seen in the log.
-            diversity: In [0, 1); above 0, each next item is chosen by its score and by how little
-                it resembles those before it (maximal marginal relevance).
+            allowed: Mapping of fields of ``export.filters`` to lists of values, such as
+                ``{"genres": ["Drama", "War"]}``. Only items that have at least one of the values in
+                each field are recommended.
+            skip_seen: True to leave out the items that a stored user has seen.
+            diversity: In [0, 1). Above 0, items that resemble those chosen before them rank lower;
+                see `hvdrec.scoring.diversity`.
 
         Returns:
-            Up to k recommendations, best first, ties in the order of keys.
+            Up to k recommendations, best first. Items with equal scores are sorted by key.
         """
         check_count("k", k)
         check_count("candidates", candidates)
@@ -321,12 +329,12 @@ class Scorer:
         return self._retriever.recommendations(retrieved, scores, order)
 
     def embed_user(self, user: Key | Raw | None) -> Array:
-        """Return a user's embedding, float32 [user_width]; the user is given as in `score`."""
+        """Return a user's embedding, float32 [user_width]; ``user`` is as in `score`."""
         embedding: Array = self._users.embed([user])[0]
         return embedding
 
     def embed_items(self, items: Entries) -> Array:
-        """Return embeddings, float32 [n, item_width]; the items are given as in `score`."""
+        """Return the embeddings of n items, float32 [n, item_width]; ``items`` is as in `score`."""
         return self._items.embed(as_list(items, "items"))
 
     def title(self, item: Key) -> str | None:
@@ -335,7 +343,7 @@ class Scorer:
         return self._retriever.item_data.titles[np.array([row])][0] if row >= 0 else None
 
     def key_dtype(self, side: str) -> str:
-        """Return the type of the keys of side "user" or "item": "string" or "int"."""
+        """Return the type of keys, "string" or "int"; ``side`` is "user" or "item"."""
         return (self._users if side == "user" else self._items).store.dtype
 
     def _require_tasks(self) -> None:
@@ -345,7 +353,7 @@ class Scorer:
             raise RequestError(f"{problem}; {remedy}", field="tasks")
 
     def _name_invalid(self, index: int, request: Request) -> None:
-        """Score one request; if it is invalid, raise the error with the request's index."""
+        """Score one request of many; if it is invalid, raise an error that names its index."""
         try:
             self.score(*request)
         except RequestError as error:
@@ -354,7 +362,7 @@ class Scorer:
             raise RequestError(f"{name}{error}", field=field, value=error.value) from None
 
     def _try(self) -> None:
-        """Run every graph and the retrieval once; BundleError if an output is not as expected."""
+        """Run every graph and retrieval once; raise BundleError if an output is not usable."""
         self.warm()
         info = self.info
         keys: list[Key | None] = [None]
@@ -387,9 +395,9 @@ def _delegated(
 
 
 class WatchedScorer(BundleWatcher[Scorer]):
-    """A scorer that follows the path of its bundle; returned by `Scorer.watch`.
+    """A scorer that switches to each new bundle at its path; returned by `Scorer.watch`.
 
-    Each call uses one scorer from beginning to end: the current one when it begins. Safe to share
+    A call uses the bundle that is current when the call begins, until it ends. Safe to share
     between threads.
     """
 

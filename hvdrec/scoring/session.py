@@ -22,10 +22,10 @@ LARGE_BYTES = 8 << 20
 
 
 class GraphSession:
-    """An ONNX graph whose outputs have one row for each input row; safe to share between threads.
+    """An ONNX graph of a bundle; safe to share between threads.
 
-    A file of `LARGE_BYTES` or more is opened by the first run or by `open`, since its vocabularies
-    take long to load.
+    The vocabularies in a large graph take long to load. So a file of `LARGE_BYTES` or more is only
+    opened by `open` or by the first run.
     """
 
     def __init__(
@@ -37,15 +37,18 @@ class GraphSession:
         threads: int,
         more: Sequence[str] = (),
     ) -> None:
-        """Open a graph, unless it is large; BundleError if its inputs or outputs differ.
+        """Open a graph, unless it is large.
 
         Args:
             info: The bundle.
-            name: Name of the ONNX file in it.
-            inputs: Tensor type of each input that the graph must have.
+            name: Name of the ONNX file in the bundle.
+            inputs: Name of each input that the graph must have -> its tensor type.
             output: Name of the output that `run` returns.
             threads: Number of threads of one run.
             more: Names of further outputs, which `run_all` returns after ``output``.
+
+        Raises:
+            BundleError: The graph cannot be opened, or has other inputs or outputs.
         """
         self._info = info
         self._file = file = info.path / name
@@ -64,26 +67,26 @@ class GraphSession:
             self.open()
 
     def open(self) -> Any:
-        """Return the onnxruntime session; BundleError if the graph cannot be opened."""
+        """Return the onnxruntime session; raise BundleError if the graph cannot be opened."""
         with self._lock:
             if self._session is None:
                 self._session = self._opened()
             return self._session
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
-        """Return the first output, float32 [N] or [N, width]."""
+        """Run the graph and return its first output, float32 [rows] or [rows, width]."""
         session = self._session or self.open()
         output: Array = session.run(self._outputs, inputs)[0]
         return output
 
     def run_all(self, inputs: Mapping[str, Array]) -> list[Array]:
-        """Return all outputs, float32 [N] each."""
+        """Run the graph and return all its outputs, float32 [rows] each."""
         session = self._session or self.open()
         outputs: list[Array] = session.run(self._all_outputs, inputs)
         return outputs
 
     def run_blocks(self, inputs: Mapping[str, Array], rows: int, block: int) -> Array:
-        """Return the first output for ``rows`` rows; runs ``block`` rows at a time."""
+        """Run the graph on ``block`` rows at a time; return the first output for all ``rows``."""
         if rows <= block:
             return self.run(inputs)
         parts = [
@@ -111,7 +114,7 @@ class GraphSession:
 
 
 def input_types(fields: Iterable[Field]) -> dict[str, str]:
-    """Return the tensor type of each field's graph input."""
+    """Return the name of each field -> tensor type of its input in a graph."""
     return {field.name: TENSOR_TYPES[field.dtype] for field in fields}
 
 
@@ -121,7 +124,7 @@ def _create_session(file: Path, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Without this, waiting threads of an idle service keep a core busy.
+    # By default, waiting threads spin: an idle service would keep a core busy.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""Check the contents of a bundle's arrays; their types and shapes are checked at each load."""
+"""Check the contents of a bundle's arrays; every load of a bundle checks their types and shapes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BLOCK_ROWS = 1 << 18
 def verify_arrays(info: BundleInfo) -> None:
     """Read every array of a bundle and check that its contents are consistent.
 
-    Keys must ascend without duplicates and strings must be UTF-8, because lookups rely on it.
-    Numbers must be finite, offsets must ascend, and rows must be rows of items. Embeddings and keys
-    are read in blocks to bound the memory.
+    Keys must be sorted and unique, and strings must be UTF-8, because lookups rely on it. Numbers
+    must be finite, offsets must ascend, and item rows must be less than the number of items.
+    Embeddings and keys are read in blocks to bound the memory.
 
     Raises:
-        BundleError: An array holds something that the exporter never writes.
+        BundleError: An array breaks one of these rules.
     """
     users, items = _verify_side(info, "user"), _verify_side(info, "item")
     if info.holds("items/titles.npy") or info.holds("items/titles_offsets.npy"):
@@ -50,7 +50,7 @@ def verify_arrays(info: BundleInfo) -> None:
 
 
 def _verify_side(info: BundleInfo, side: str) -> int:
-    """Check keys and embeddings of one side and return their number."""
+    """Check the keys and embeddings of users or of items; return the number of keys."""
     name = f"{side}s/keys.npy"
     keys = read_array(info.path, name)
     _verify_keys(info, name, keys)
@@ -71,13 +71,14 @@ def _verify_keys(info: BundleInfo, name: str, keys: Array) -> None:
             raise invalid_bundle(info.path / name, "does not hold unique keys in ascending order")
         if block.dtype.kind == "S" and block.dtype.itemsize:
             letters = np.ascontiguousarray(block).view(np.uint8).reshape(len(block), -1)
-            # A key must not start within a character either.
+            # The keys are decoded as one text. So also check that no key starts in the middle of a
+            # character.
             if (letters[:, 0] & 0xC0 == 0x80).any() or not _is_utf8(letters):
                 raise invalid_bundle(info.path / name, "holds keys that are not UTF-8 text")
 
 
 def _verify_filter(info: BundleInfo, folder: str, items: int) -> None:
-    """Check that values are unique and sorted, and that the rows of each value ascend."""
+    """Check that a filter's values are unique and sorted and that each value's rows ascend."""
     name = f"{folder}values.npy"
     values = read_array(info.path, name)
     if values.ndim != 1 or (values.dtype.kind != "S" and values.dtype != np.dtype("<i8")):
@@ -105,7 +106,7 @@ def _verify_rows(info: BundleInfo, name: str, rows: Array, items: int) -> None:
 
 
 def _blocks(array: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield the rows of an array in blocks, each with the rows that follow its rows."""
+    """Yield an array in blocks, each with the same block shifted by one row to compare it with."""
     for start in range(0, len(array), BLOCK_ROWS):
         yield array[start : start + BLOCK_ROWS], array[start + 1 : start + BLOCK_ROWS + 1]
 

@@ -1,4 +1,4 @@
-"""Follow the path of a bundle: verify and load a new bundle beside the old one, then swap."""
+"""Watch the path of a bundle: verify and load each new bundle, then switch to it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ if TYPE_CHECKING:
     import logging
 
 LISTED_FILES = 4096
-"""Number of files of a refused bundle that are checked for changes."""
+"""Largest number of files of a refused bundle that are checked for changes."""
 FIRST_TRIES = 3
 RETRY_SECONDS = 0.05
-"""Pause before another try: a replacement by two renames leaves the path empty for a moment."""
+"""Pause before another try. Some publishers move the old bundle away, then the new one to its path,
+which leaves the path empty for a moment."""
 PAUSES = 10.0
-"""If a store does not answer, the bundle is loaded again after this many times the loading time."""
+"""If an embedding store does not answer, loading is tried again after a pause: this factor times
+the duration of the failed try."""
 STOP_SECONDS = 10.0
-"""Time for which `close` and the end of the process wait for a bundle that is being loaded."""
+"""Longest time that `close` and the end of the process wait for a load that is under way."""
 
 
 class Versioned(Protocol):
-    """Something loaded from a bundle."""
+    """An object that was loaded from a bundle."""
 
     @property
     def version(self) -> str:
@@ -47,11 +49,11 @@ T = TypeVar("T", bound=Versioned)
 
 
 class BundleWatcher(Generic[T]):
-    """Holds what was loaded from a bundle and replaces it when the bundle is replaced.
+    """Holds an object loaded from a bundle; loads it again when another bundle is at the path.
 
     A thread checks the path every ``interval`` seconds, which costs one `stat`. It ends when the
-    watcher is closed or garbage-collected. It does not survive a fork: create the watcher after the
-    fork. A replaced object is freed when its last user drops it.
+    watcher is closed or garbage-collected. A process that forks must create the watcher after the
+    fork, because threads do not survive it. A replaced object is freed when nothing refers to it.
     """
 
     def __init__(
@@ -63,9 +65,10 @@ class BundleWatcher(Generic[T]):
         on_reload: Callable[[T], object] | None = None,
         on_refused: Callable[[ScoringError], object] | None = None,
     ) -> None:
-        """Load a bundle and follow its path; ``load`` opens and verifies the bundle at a path.
+        """Load a bundle and watch its path.
 
-        The other arguments are those of `Scorer.watch`.
+        ``load`` opens and verifies the bundle at a path. For the other arguments see
+        `Scorer.watch`.
         """
         is_number = isinstance(interval, int | float) and not isinstance(interval, bool)
         if not is_number or not 0 < interval <= threading.TIMEOUT_MAX:
@@ -93,23 +96,23 @@ class BundleWatcher(Generic[T]):
 
     @property
     def current(self) -> T:
-        """The object in use. Take it once if several answers must come from one bundle."""
+        """The object in use. Keep the reference if several results must come from one bundle."""
         return self._current
 
     @property
     def reloads(self) -> int:
-        """Number of bundles that were swapped in after the first."""
+        """Number of times that a new bundle has taken over."""
         return self._reloads
 
     @property
     def last_error(self) -> ScoringError | None:
-        """Error that keeps the bundle at the path from being used; None if it is in use."""
+        """Error for which the bundle at the path was refused; None if the bundle is in use."""
         return self._last_error
 
     def look(self) -> bool:
-        """Check the path now; return True if a new bundle was swapped in.
+        """Check the path now; return True if a new bundle has taken over.
 
-        Returns False without a check if another thread is checking.
+        If another thread is checking at the same time, return False without a check.
         """
         if not self._looking.acquire(blocking=False):
             return False
@@ -119,7 +122,7 @@ class BundleWatcher(Generic[T]):
             self._looking.release()
 
     def close(self) -> None:
-        """Stop following the path; the current object stays in use."""
+        """Stop watching the path; the current object stays in use."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -137,12 +140,12 @@ class BundleWatcher(Generic[T]):
 
     def _look(self) -> bool:
         manifest = _manifest_stamp(self._path)
-        # A refused bundle may be repaired in any of its files.
+        # A refused bundle may be repaired without a new manifest, so check the stamps of all files.
         stamp = manifest if self._refused is None else _all_stamps(self._path)
         if stamp == self._seen and time.monotonic() < self._retry_time:
             return False
         if manifest is None and not self._is_gone:
-            # A replacement by two renames leaves the path empty for a moment.
+            # The path may be empty between the two renames of a replacement: look once more.
             self._is_gone = True
             return False
         self._is_gone = False
@@ -150,12 +153,12 @@ class BundleWatcher(Generic[T]):
         try:
             new = self._loaded()
         except ReplacedError:
-            return False  # the next look sees the bundle that replaced it
+            return False  # the next check finds the bundle that replaced it
         except ScoringError as error:
             self._refuse(error)
             self._seen, self._retry_time = files, math.inf
             if isinstance(error, StoreError):
-                # No file changes when the store answers again, so retry, but not at every look.
+                # When the store answers again, no file changes. So try again, but not every time.
                 now = time.monotonic()
                 self._retry_time = now + PAUSES * (now - started)
             return False
@@ -174,7 +177,7 @@ class BundleWatcher(Generic[T]):
         return True
 
     def _load_first(self) -> T:
-        """Load the first bundle; load it again if it is replaced meanwhile."""
+        """Load the first bundle; load again if another bundle replaces it during the load."""
 
         def load() -> T:
             self._seen = _manifest_stamp(self._path)
@@ -192,8 +195,8 @@ class BundleWatcher(Generic[T]):
             raise invalid_bundle(self._path, f"fails ({reason})") from None
 
     def _refuse(self, error: ScoringError) -> None:
-        """Keep the old bundle; log each refused content once, not at every look."""
-        # A traceback would keep the loaded arrays alive.
+        """Keep the old bundle and log the error, once for each refused manifest."""
+        # A traceback refers to local variables, which would keep the loaded arrays in memory.
         error.__context__ = error.__cause__ = None
         self._last_error = error.with_traceback(None)
         content = str(_manifest_stamp(self._path))
@@ -214,7 +217,7 @@ class BundleWatcher(Generic[T]):
 
 
 def load_unreplaced(load: Callable[[], T]) -> T:
-    """Load a bundle; load again, at most `FIRST_TRIES` times, if another one replaces it."""
+    """Load a bundle; try up to `FIRST_TRIES` times if another bundle replaces it during a load."""
     for _ in range(FIRST_TRIES - 1):
         try:
             return load()
@@ -226,7 +229,7 @@ def load_unreplaced(load: Callable[[], T]) -> T:
 def _follow(
     reference: weakref.ref[BundleWatcher[Any]], stop: threading.Event, interval: float
 ) -> None:
-    """Look every ``interval`` seconds, until the watcher is closed or garbage-collected."""
+    """Check the path at each interval until the watcher is closed or garbage-collected."""
     while not stop.wait(interval):
         watcher = reference()
         if watcher is None:
@@ -267,5 +270,5 @@ def _all_stamps(path: Path) -> list[tuple[str, Stamp]]:
                 break
             stamps.append((str(file), stamp_of(file.lstat())))
     except OSError:
-        pass  # a file was removed meanwhile
+        pass  # a file was removed while the files were listed
     return sorted(stamps)

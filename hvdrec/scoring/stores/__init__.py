@@ -1,7 +1,7 @@
-"""Embedding stores: where a scorer reads the embeddings of users and items.
+"""Embedding stores: the places from which a scorer reads the embeddings of users and items.
 
-A bundle brings its own embeddings. A store in a database is shared by many services and updated
-between bundles. Its URL chooses the implementation:
+By default a scorer reads them from the bundle. A store in a database can be shared by many services
+and updated without a new bundle. The scheme of its URL selects the implementation:
 
 >>> users, items = open_stores("redis://host:6379/0", "bundle/")  # doctest: +SKIP
 >>> scorer = Scorer.load("bundle/", users=users, items=items)  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Embeddings of a bundle: memory-mapped arrays with sorted keys."""
+"""Look up the embeddings of a bundle in memory-mapped arrays with sorted keys."""
 
 from __future__ import annotations
 
@@ -19,17 +19,26 @@ EMBEDDING_DTYPES = {**FLOAT32, "<f2": "float16", "|i1": "int8"}
 
 
 class ArrayStore:
-    """The `Store` of a bundle's own embeddings. Opening it reads no embedding.
+    """The `Store` of a bundle's own embeddings. Opening it does not read them.
 
     Attributes:
-        model: `BundleInfo.model`.
+        model: `BundleInfo.model` of the bundle.
         keys: Sorted keys, int64 [n] or fixed-width UTF-8 bytes [n].
         embeddings: float32, float16 or int8 [n, width].
         scales: Factors of int8 rows, float32 [n]; None for other dtypes.
     """
 
     def __init__(self, info: BundleInfo, side: str, width: int) -> None:
-        """Map the arrays of ``"user"`` or ``"item"``; BundleError for a wrong dtype or shape."""
+        """Map the arrays of a bundle's users or items.
+
+        Args:
+            info: The bundle.
+            side: "user" or "item".
+            width: Width of an embedding.
+
+        Raises:
+            BundleError: An array has the wrong dtype or shape.
+        """
         self.model = info.model
         self.keys = read_array(info.path, f"{side}s/keys.npy")
         if self.keys.ndim != 1 or not (self.keys.dtype.kind == "S" or self.keys.dtype.str == "<i8"):
@@ -41,7 +50,8 @@ class ArrayStore:
             self.scales = _read(info, f"{side}s/scales.npy", FLOAT32, (rows,))
         self._is_float32 = self.embeddings.dtype == np.float32
         self._key_type: type = str if self.keys.dtype.kind == "S" else int
-        # One byte wider than the keys: numpy cuts a longer query, which could then equal a key.
+        # One byte wider than the keys: numpy cuts text that is too wide, which could make a longer
+        # key equal to a stored one.
         self._query_dtype = f"S{self.keys.dtype.itemsize + 1}"
         self._cache: dict[str | int | None, int] = {}
 
@@ -57,9 +67,10 @@ class ArrayStore:
     def cached_rows(self, keys: Sequence[Any]) -> Array | None:
         """Return the rows of k keys, int64 [k], if all are cached; None if not.
 
-        This is the fast path of a request. Entries may also be mappings of raw features.
+        Most requests need only this fast lookup. ``keys`` may contain mappings of raw features,
+        which are never cached.
         """
-        # True == 1 == 1.0 in Python, so integers need this check; a string equals only strings.
+        # In Python, True == 1 == 1.0, so check the type of integer keys. A string equals no number.
         if self._key_type is int and not set(map(type, keys)) <= {int}:
             return None
         try:
@@ -78,14 +89,14 @@ class ArrayStore:
         queries: list[Any] = [keys[i] for i in missed]
         rows[missed] = searched = self._search(queries)
         if len(cache) + len(missed) > CACHED_KEYS:
-            # Replaced, not cleared: other threads may be reading the old dictionary.
+            # Assign a new dictionary, since other threads may be reading the old one.
             self._cache = cache = {}
         pairs = zip(queries[:CACHED_KEYS], searched.tolist(), strict=False)
         cache.update((key, row) for key, row in pairs if row >= 0)
         return rows
 
     def take(self, rows: Array) -> Array:
-        """Read the embeddings of rows int64 [k], float32 [k, width]."""
+        """Return the embeddings of ``rows``, int64 [k], as float32 [k, width]."""
         taken = self.embeddings.take(rows, axis=0)
         if self._is_float32:
             return taken
@@ -118,12 +129,12 @@ class ArrayStore:
                 queries = np.array(keys, dtype=self._query_dtype)
             except UnicodeEncodeError:  # numpy encodes only ASCII
                 queries = np.array([key.encode() for key in keys], dtype=self._query_dtype)
-        # For queries of another dtype numpy would convert all stored keys.
+        # If the queries had another dtype, numpy would convert all stored keys.
         position = np.searchsorted(self.keys, queries.astype(self.keys.dtype))
         rows = np.minimum(position, len(self.keys) - 1)
         rows[self.keys[rows] != queries] = -1
         if self._key_type is str and "\0" in "".join(keys):
-            # Fixed-width bytes lose trailing NULs, so equal bytes may stand for different keys.
+            # numpy drops trailing NULs, so equal bytes may come from different keys.
             for i, key in enumerate(keys):
                 if "\0" in key and rows[i] >= 0 and self.keys_of(rows[i : i + 1]) != [key]:
                     rows[i] = -1

@@ -30,8 +30,8 @@ class Store(Protocol):
             keys: k keys of type `dtype`; None is never stored.
 
         Returns:
-            Embeddings, float32 [k, width], zeros for keys that are not stored; and bool [k], True
-            for keys that are stored. The caller owns both arrays.
+            Two new arrays: embeddings, float32 [k, width], with zeros for keys that are not stored;
+            and bool [k], True for each key that is stored.
 
         Raises:
             StoreError: The store cannot answer now.

@@ -1,4 +1,4 @@
-"""Embedding stores by URL scheme."""
+"""Registry of embedding stores: the scheme of a store's URL selects the implementation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from hvdrec.scoring.stores.protocol import Store, StoreFactory
 
 GROUP = "hvdrec.stores"
 _REDIS = "hvdrec.scoring.stores.redis.store:open_redis"
-# A built-in store is named, not imported: its database client may not be installed.
+# A built-in store is given by name and imported on use: its database client may not be installed.
 _factories: dict[str, StoreFactory | str] = {"redis": _REDIS, "rediss": _REDIS, "unix": _REDIS}
 
 
 def register_store(scheme: str, factory: StoreFactory) -> None:
     """Make `open_stores` accept URLs of another scheme.
 
-    A package that declares its factory as an entry point of the group ``hvdrec.stores``, named by
-    the scheme, needs no call; ``hvdrec serve --store`` finds it too.
+    A package can instead declare its factory as an entry point of the group ``hvdrec.stores`` whose
+    name is the scheme. Then `open_stores` and ``hvdrec serve --store`` find it without a call.
 
     Args:
-        scheme: What stands before ``://`` in the URL.
-        factory: Opens the stores of users and items for a bundle. It should not connect yet: a
-            database that is down must fail lookups, not the start of a service.
+        scheme: The part of the URL before ``://``.
+        factory: Opens the stores of users and items for a bundle. It should connect only at the
+            first lookup, so that a service can start while its database is down.
     """
     _factories[scheme] = factory
 
@@ -34,7 +34,7 @@ def open_stores(url: str, bundle: str | Path | BundleInfo) -> tuple[Store, Store
 
     Args:
         url: Address of the store; its scheme chooses the implementation.
-        bundle: The bundle, or its directory; the stores serve the embeddings of its model.
+        bundle: The bundle or its directory. The stores return the embeddings of its model.
 
     Returns:
         The store of users and the store of items.
@@ -49,7 +49,7 @@ def open_stores(url: str, bundle: str | Path | BundleInfo) -> tuple[Store, Store
         from importlib.metadata import entry_points  # here: it is slow to import
 
         factory = next((point.load() for point in entry_points(group=GROUP, name=scheme)), None)
-    if factory is None:  # the URL may hold a password: the message does not show it
+    if factory is None:  # do not show the URL in the message: it may contain a password
         known = choices(f"{name}://" for name in sorted(_factories))
         raise StoreError(f"store: the URL has an unknown scheme; known: {known}", field="store")
     if isinstance(factory, str):

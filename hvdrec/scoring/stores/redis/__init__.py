@@ -1,1 +1,1 @@
-"""The embedding store in Redis and its publisher; they need the extra ``redis``."""
+"""Store embeddings in Redis, and publish a bundle's embeddings there; needs the extra ``redis``."""

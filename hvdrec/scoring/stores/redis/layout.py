@@ -1,15 +1,18 @@
-"""The layout of embeddings in Redis: names of keys, metadata of a version, rows as bytes.
+"""Layout of embeddings in Redis: names of Redis keys, metadata of a version, rows as bytes.
+
+A version is one publication of a bundle's embeddings. The Redis keys are:
 
 PREFIX:{MODEL}:current                string: the version to read
 PREFIX:{MODEL}:VERSION:meta           hash: `VersionInfo`
-PREFIX:{MODEL}:VERSION:user:BUCKET    hash: a user's key -> its row, and MARK; the same for "item"
+PREFIX:{MODEL}:VERSION:user:BUCKET    hash: a user's key -> the user's row, and MARK
+PREFIX:{MODEL}:VERSION:item:BUCKET    the same for items
 PREFIX:NAME:models                    sorted set: models of bundles called NAME, by publication time
 
-MODEL is `BundleInfo.model`: embeddings fit only the ranker they were trained with. The braces are
-the hash tag of Redis Cluster: they keep a model on one node, so one transaction can cover it. A
-hash field is a key in UTF-8, or an integer key in decimal digits; it is stored in bucket
-CRC-32(field) % buckets. A row is little-endian: float32 or float16 [width], or a float32 scale
-followed by int8 [width].
+MODEL is `BundleInfo.model`, since embeddings fit only the ranker that they were trained with. The
+braces are a hash tag of Redis Cluster: they keep all keys of a model on one node, so that a
+transaction can change them together. A field of a hash is the key of a user or an item, as UTF-8 or
+as decimal digits. It is stored in bucket CRC-32(field) % buckets. A row is an embedding in
+little-endian bytes: float32 or float16 [width], or a float32 scale followed by int8 [width].
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ FORMAT = 1
 PREFIX = "hvdrec"
 SIDES = ("user", "item")
 MARK = b"\xff"
-"""A field of every bucket, not valid UTF-8. A bucket without it has expired or was evicted."""
+"""A field that every bucket has; it is not valid UTF-8, so it is never a key. If a bucket does not
+have it, Redis has expired or evicted the bucket."""
 BUCKET_ROWS = 16384
-"""Redis frees an expired hash at once and blocks meanwhile: milliseconds at this size."""
+"""Number of rows in a bucket. Redis answers nobody while it frees an expired hash; at this size
+that takes milliseconds."""
 ROW_DTYPES = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
 
 
@@ -43,7 +48,7 @@ class Names:
     model: str
 
     def __post_init__(self) -> None:
-        """Raise StoreError for a prefix that would break the names."""
+        """Raise StoreError if the prefix is not valid in the names."""
         if not self.prefix or set(self.prefix) & set("{} \t\r\n"):
             raise StoreError(
                 f"prefix = {shown(self.prefix)}: must be text without braces and blanks",
@@ -52,19 +57,19 @@ class Names:
             )
 
     def current(self) -> str:
-        """Name the key that holds the current version."""
+        """Return the Redis key that holds the name of the current version."""
         return f"{self.prefix}:{{{self.model}}}:current"
 
     def meta(self, version: str) -> str:
-        """Name the key of a version's metadata."""
+        """Return the Redis key of a version's metadata."""
         return f"{self.prefix}:{{{self.model}}}:{version}:meta"
 
     def bucket(self, version: str, side: str, number: int) -> str:
-        """Name the key of a bucket of rows."""
+        """Return the Redis key of a bucket of rows."""
         return f"{self.prefix}:{{{self.model}}}:{version}:{side}:{number}"
 
     def all_of(self, version: VersionInfo) -> list[str]:
-        """Name every key of a version, the metadata first."""
+        """Return every Redis key of a version, the metadata first."""
         buckets = [
             self.bucket(version.name, side, number)
             for side in SIDES
@@ -75,14 +80,14 @@ class Names:
 
 @dataclass(frozen=True)
 class SideInfo:
-    """Users or items of a version.
+    """How the users or the items of a version are stored.
 
     Attributes:
-        rows: Number of rows.
-        width: Length of an embedding.
-        dtype: Stored dtype: ``"float32"``, ``"float16"`` or ``"int8"``.
-        keys: Type of the keys: ``"string"`` or ``"int"``.
-        buckets: Number of hashes that share the rows.
+        rows: Number of users or items.
+        width: Width of an embedding.
+        dtype: Dtype of the stored embeddings: ``"float32"``, ``"float16"`` or ``"int8"``.
+        keys: Type of the users' or items' keys: ``"string"`` or ``"int"``.
+        buckets: Number of Redis hashes over which the rows are divided.
     """
 
     rows: int
@@ -97,7 +102,7 @@ class SideInfo:
 
     @property
     def row_dtype(self) -> np.dtype[Any]:
-        """Structured dtype of a row's bytes."""
+        """Structured numpy dtype of the bytes of a row."""
         values = ("values", ROW_DTYPES[self.dtype], (self.width,))
         return np.dtype([("scale", "<f4"), values] if self.dtype == "int8" else [values])
 
@@ -110,7 +115,7 @@ class VersionInfo:
         name: Unique name of the version.
         bundle: `BundleInfo.version` of the published bundle.
         created: Time of the publication, ISO 8601, UTC.
-        sides: Facts about ``"user"`` and ``"item"``.
+        sides: How ``"user"`` and ``"item"`` are stored.
     """
 
     name: str
@@ -120,17 +125,17 @@ class VersionInfo:
 
 
 def buckets_for(rows: int) -> int:
-    """Return the number of buckets for a number of rows."""
+    """Return the number of buckets over which to divide ``rows`` rows."""
     return max(1, -(-rows // BUCKET_ROWS))
 
 
 def models_key(prefix: str, bundle: str) -> str:
-    """Name the key that lists the published models of bundles with one name."""
+    """Return the Redis key that lists the published models of all bundles called ``bundle``."""
     return f"{prefix}:{bundle}:models"
 
 
 def meta_fields(version: VersionInfo) -> dict[str, str | int]:
-    """Convert a version's metadata to the fields of a hash."""
+    """Convert a version's metadata to the fields of a Redis hash."""
     fields: dict[str, str | int] = {
         "format": FORMAT,
         "bundle": version.bundle,
@@ -142,7 +147,7 @@ def meta_fields(version: VersionInfo) -> dict[str, str | int]:
 
 
 def parse_meta(name: str, fields: Mapping[bytes, bytes]) -> VersionInfo:
-    """Parse a version's metadata; ValueError with the reason if it is damaged."""
+    """Parse a version's metadata; raise ValueError with the reason if it is damaged."""
     text = {key.decode(): value.decode() for key, value in fields.items()}
     try:
         if text["format"] != str(FORMAT):
@@ -163,12 +168,18 @@ def _parse_side(side: str, text: Mapping[str, str]) -> SideInfo:
 
 
 def field_of(key: str | int) -> bytes:
-    """Convert a user's or item's key to the field of a hash."""
+    """Convert the key of a user or an item to the name of a hash field."""
     return key.encode() if isinstance(key, str) else b"%d" % key
 
 
 def pack(info: SideInfo, stored: Array, scales: Array | None) -> list[bytes]:
-    """Convert embeddings [n, width], and scales float32 [n] of int8 ones, to n rows of bytes."""
+    """Convert n embeddings to n rows of bytes.
+
+    Args:
+        info: How the rows are stored.
+        stored: Embeddings [n, width].
+        scales: Factors of int8 embeddings, float32 [n]; None for other dtypes.
+    """
     rows = np.empty(len(stored), dtype=info.row_dtype)
     rows["values"] = stored
     if scales is not None:
@@ -187,7 +198,7 @@ def unpack(info: SideInfo, rows: Sequence[bytes]) -> Array:
 
 
 def incomplete_version(label: str, names: Names, version: str) -> StoreError:
-    """Build the error for a version that misses rows; ``label`` names the server."""
+    """Build the error for a version that lacks rows; ``label`` names the server."""
     return StoreError(
         f"{label}: version {version} of model {names.model} is incomplete; make sure that the "
         "server does not evict keys (maxmemory-policy noeviction), and run hvdrec publish"

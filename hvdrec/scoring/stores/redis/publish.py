@@ -1,9 +1,10 @@
-"""Publishes a bundle's embeddings to Redis, for `hvdrec.scoring.stores.redis.store` to read.
+"""Publish a bundle's embeddings to Redis, where `hvdrec.scoring.stores.redis.store` reads them.
 
-A publication writes a new version beside the current one, with an expiry that it renews while it
-writes. Then one transaction makes the new version current, removes its expiry and sets one on the
-previous version. If a publication fails before that, readers keep the previous version and the
-new rows expire. Publications may run concurrently: the last one wins.
+A publication writes a new version beside the current one. The new rows have an expiry, which the
+publisher renews while it writes. Then one transaction makes the new version current, removes its
+expiry and lets the previous version expire. If a publication fails before that, readers keep the
+previous version, and the new rows expire. Publications may run concurrently: the version of the one
+that finishes last stays current.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ from hvdrec.scoring.verify import verify_arrays
 
 Array = NDArray[Any]
 LEASE_SECONDS = 900.0
-"""Rows of a version that is not current expire this long after the last renewal."""
+"""Rows that are being written expire this long after the last renewal."""
 STAGGER_SECONDS = 0.1
-"""Delay between the expiries of two buckets: Redis blocks while it frees one."""
+"""Time between the expiries of two buckets. Redis blocks while it frees a bucket; so it can answer
+in between."""
 COMMAND_ROWS = 1024
 BLOCK_COMMANDS = 10_000
 TRIES = 20
@@ -59,14 +61,15 @@ class Publication:
     """The result of `publish`.
 
     Attributes:
-        server: URL of the server, without password.
-        model: Model whose embeddings were published.
+        server: URL of the server, without the password.
+        model: `BundleInfo.model` of the published bundle.
         version: Name of the new version.
         replaced: The previous version, which now expires; None if there was none.
         users: Number of users.
         items: Number of items.
         seconds: Duration.
-        dropped_models: Models of bundles with the same name that nobody reads; they now expire.
+        dropped_models: Older models of bundles with the same name, which now expire because nobody
+            reads them.
     """
 
     server: str
@@ -90,9 +93,9 @@ def publish(
 ) -> Publication:
     """Write a bundle's users and items to Redis and make them the current version.
 
-    The embeddings of a new model (a retrained bundle) are published beside those of the previous
-    model, which other services may still read. Of the bundles with one name the two newest models
-    stay; an older one expires once nobody has read it for an hour.
+    The embeddings of a new model (a retrained bundle) are stored beside those of the previous
+    model, which other services may still read. Among bundles with the same name, the two newest
+    models stay. An older one expires when nobody has read it for an hour.
 
     Args:
         bundle: Directory of the bundle; it is verified first.
@@ -122,7 +125,7 @@ def publish(
             for rows in draft.write(side, store):
                 done += rows
                 progress(done, total)
-        # Before the switch, so that a concurrent `_drop_unread` does not drop this model.
+        # Register before the switch, so that a concurrent `_drop_unread` does not drop this model.
         _register(server, prefix, info)
         replaced = draft.switch(keep)
     _register(server, prefix, info)
@@ -165,7 +168,7 @@ class _Draft:
 
     @contextmanager
     def dropped_on_failure(self) -> Iterator[None]:
-        """Delete the written keys if the body fails; if that fails too, they expire."""
+        """Delete the written Redis keys if the ``with`` body fails; if that fails, they expire."""
         try:
             yield
         except BaseException as error:
@@ -179,7 +182,7 @@ class _Draft:
             raise
 
     def open(self) -> None:
-        """Create the metadata and every bucket, each with its mark and an expiry."""
+        """Create the metadata and every bucket; set `MARK` and an expiry for each bucket."""
         self._renewed = time.monotonic()
         with self._server.guarded() as client:
             pipeline = client.pipeline(transaction=True)
@@ -189,7 +192,7 @@ class _Draft:
             pipeline.execute()
 
     def write(self, side: str, store: ArrayStore) -> Iterator[int]:
-        """Write one side's rows, one bucket per round trip; yield the rows of each bucket."""
+        """Write the rows of ``side``, one bucket per round trip; yield each bucket's row count."""
         info = self.version.sides[side]
         numbers = np.fromiter(map(info.bucket_of, _fields(store.keys)), np.int32, len(store))
         order = np.argsort(numbers, kind="stable")
@@ -217,7 +220,7 @@ class _Draft:
         current = self._names.current()
         with self._server.guarded() as client, client.pipeline(transaction=True) as pipeline:
             for _ in range(TRIES):
-                # A change to these keys from here on makes the transaction fail.
+                # If one of these keys changes from now on, the transaction fails.
                 pipeline.watch(current, *self._keys)
                 self._check_complete()
                 name = pipeline.get(current)
@@ -242,7 +245,7 @@ class _Draft:
             raise incomplete_version(self._server.label, self._names, self.version.name)
 
     def _renew(self) -> None:
-        """Renew the expiry of all keys after a quarter of the lease."""
+        """Renew the expiry of all keys if a quarter of `LEASE_SECONDS` has passed."""
         if time.monotonic() - self._renewed > LEASE_SECONDS / 4:
             self._renewed = time.monotonic()
             self._run([("PEXPIRE", key, int(LEASE_SECONDS * 1000)) for key in self._keys])
@@ -271,7 +274,7 @@ def _new_version(info: BundleInfo, stores: dict[str, ArrayStore]) -> VersionInfo
 
 
 def _fields(keys: Array) -> Iterator[bytes]:
-    """Yield the hash fields of a bundle's keys, int64 [n] or bytes [n]."""
+    """Yield the hash field of each key in a bundle's array of keys, int64 [n] or bytes [n]."""
     for start in range(0, len(keys), BUCKET_ROWS):
         part = keys[start : start + BUCKET_ROWS].tolist()
         yield from part if keys.dtype.kind == "S" else map(field_of, part)
@@ -283,7 +286,7 @@ def _expire(pipeline: Any, keys: Sequence[str], seconds: float) -> None:
 
 
 def _keys_of(pipeline: Any, names: Names, version: bytes | None) -> list[str]:
-    """Return the keys of a version; only the metadata's if that is damaged."""
+    """Return the Redis keys of a version; if the metadata is damaged, only the metadata's key."""
     if version is None:
         return []
     name = version.decode(errors="replace")
@@ -294,7 +297,7 @@ def _keys_of(pipeline: Any, names: Names, version: bytes | None) -> list[str]:
 
 
 def _register(server: RedisServer, prefix: str, info: BundleInfo) -> None:
-    """Record the time at which a model of the bundle's name is published."""
+    """Record the bundle's model and the time of publication under the bundle's name."""
     server.run([("ZADD", models_key(prefix, info.name), time.time(), info.model)])
 
 
@@ -303,7 +306,7 @@ def _drop_unread(
 ) -> tuple[str, ...]:
     """Let old models that nobody reads expire, and return them.
 
-    A failure is ignored: the next publication tries again.
+    A failure is ignored, since the next publication tries again.
     """
     dropped: list[str] = []
     with suppress(StoreError):
@@ -322,7 +325,7 @@ def _drop_unread(
 
 
 def _drop(server: RedisServer, names: Names, registry: str, score: Any, keep: float) -> bool:
-    """Let a model expire, unless it expires already or is being published again."""
+    """Let a model expire, unless it has an expiry already or is being published again."""
     current = names.current()
     with server.guarded() as client, client.pipeline(transaction=True) as pipeline:
         pipeline.watch(current)

@@ -1,4 +1,4 @@
-"""A connection to a Redis server: few round trips, bounded waits, errors of one line."""
+"""Talk to a Redis server in few round trips, with bounded waits and one-line errors."""
 
 from __future__ import annotations
 
@@ -32,16 +32,21 @@ class RedisServer:
     """One server and its connection pool; thread-safe.
 
     Nothing is retried: a failure raises StoreError, and `CircuitBreaker` decides when the next
-    caller may try.
+    caller may contact the server.
 
     Attributes:
-        label: The server's URL without password, for messages.
+        label: The server's URL without the password, for messages.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
-        """Check the URL without connecting; StoreError, which never shows a password.
+        """Check the URL without connecting.
 
-        ``timeout`` is in seconds, for a connection and for each part of a reply.
+        Args:
+            url: URL of the server; it may contain a password, which no message shows.
+            timeout: Seconds to wait for a connection and for each part of a reply.
+
+        Raises:
+            StoreError: The URL or the timeout is not valid.
         """
         if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
             raise StoreError(
@@ -70,7 +75,7 @@ class RedisServer:
             ) from None
 
     def run(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands in one round trip and return their replies; StoreError on failure."""
+        """Send commands in one round trip and return their replies; raise StoreError on failure."""
         with self.guarded() as client:
             pipeline = client.pipeline(transaction=False)
             for command in commands:
@@ -83,7 +88,7 @@ class RedisServer:
 
     @contextmanager
     def guarded(self) -> Iterator[Any]:
-        """Yield the Redis client; raise StoreError if it fails or has just failed."""
+        """Yield the Redis client; raise StoreError if a call fails or the server has just failed."""
         attempt = self._breaker.admit()
         try:
             yield self._client
@@ -135,13 +140,13 @@ class RedisServer:
 class CircuitBreaker:
     """Refuses calls to a server that has just failed.
 
-    After a failure all callers are refused for a pause; then one may try while the others are
-    still refused. Each consecutive failure doubles the pause, from `FIRST_PAUSE` to
-    `LONGEST_PAUSE` seconds. Failures of calls that ran concurrently count once.
+    After a failure, all callers are refused for a pause. After the pause, one caller may try, and
+    the others are refused until it has succeeded. Each further failure doubles the pause, from
+    `FIRST_PAUSE` to `LONGEST_PAUSE` seconds. Calls that fail at the same time count as one failure.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start closed: every caller is admitted. ``clock`` returns seconds."""
+        """Start without a failure. ``clock`` returns the time in seconds."""
         self._clock = clock
         self._lock = threading.Lock()
         self._error: str | None = None
@@ -150,7 +155,7 @@ class CircuitBreaker:
         self._until = 0.0
 
     def admit(self) -> int:
-        """Return the attempt number to pass to `failed`; StoreError during a pause."""
+        """Admit a call, or raise StoreError during a pause; return a number to pass to `failed`."""
         if self._error is None:
             return self._failures
         with self._lock:
@@ -161,7 +166,7 @@ class CircuitBreaker:
             return self._failures
 
     def failed(self, attempt: int, error: str) -> None:
-        """Record a failed attempt; callers during the pause get its error text."""
+        """Record a failed call; callers that are refused during the pause get its error text."""
         with self._lock:
             if attempt != self._failures:
                 return
@@ -172,19 +177,19 @@ class CircuitBreaker:
             self._error = error
 
     def succeeded(self) -> None:
-        """Record a reply, which ends the pauses."""
+        """Record a successful call, which ends the pauses."""
         if self._error is not None:
             with self._lock:
                 self._error = None
 
 
 def _checked(url: str) -> tuple[str, list[str]]:
-    """Return a URL without its password, and the texts that no message may show."""
+    """Return a URL without its password, and the secret texts that no message may show."""
     try:
         parts = urlsplit(url)
         public_url = _without_secrets(parts)
     except (AttributeError, TypeError, ValueError):
-        # The parser's reason may quote a part of the password.
+        # Leave out the parser's reason: it may quote a part of the password.
         raise StoreError(f"the URL of the Redis server cannot be parsed; {EXPECTED_URL}") from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise StoreError(f"the URL of the Redis server has scheme '{parts.scheme}'; {EXPECTED_URL}")

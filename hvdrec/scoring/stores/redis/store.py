@@ -1,4 +1,4 @@
-"""Embeddings of users and items in Redis, shared by many services and updated between bundles."""
+"""Read embeddings of users and items from Redis, which many services can share."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from hvdrec.scoring.stores.redis.server import Command, RedisServer
 Array = NDArray[Any]
 TRIES = 4
 BLOCK_KEYS = 4096
-"""Keys of one round trip."""
+"""Largest number of keys that one round trip looks up."""
 REQUEST_SECONDS = 1.0
-"""An item lookup this soon after a user lookup of the same thread belongs to the same request."""
+"""If a thread looks up items within this time after a user, both belong to the same request."""
 
 
 def open_redis(
@@ -39,11 +39,11 @@ def open_redis(
 ) -> tuple[RedisStore, RedisStore]:
     """Open the stores that `publish` wrote for the bundle's model.
 
-    The server is first contacted by the first lookup.
+    Opening does not contact the server; the first lookup does.
 
     Args:
         url: ``redis://``, ``rediss://`` (TLS) or ``unix://``.
-        bundle: The bundle that the scorer opens.
+        bundle: The bundle that the scorer uses.
         prefix: Prefix of all Redis keys.
         timeout: Seconds to wait for a connection and for a reply.
 
@@ -63,12 +63,12 @@ def open_redis(
 
 
 class VersionReader:
-    """The current version of one model; the stores of users and of items share one reader."""
+    """Finds the current version of a model; the stores of users and of items share one reader."""
 
     def __init__(
         self, server: RedisServer, names: Names, expected: Mapping[str, tuple[int, str]]
     ) -> None:
-        """Read versions whose width and type of keys are the expected ones for each side."""
+        """Prepare to read; ``expected`` maps "user" and "item" to (width, type of keys)."""
         self.server = server
         self.names = names
         self.expected = expected
@@ -76,7 +76,7 @@ class VersionReader:
         self._thread = threading.local()
 
     def versions(self, side: str) -> Iterator[VersionInfo]:
-        """Yield the version to read; if it has expired, continue for the version after it."""
+        """Yield the version to read; if it has expired, the next one yielded is its successor."""
         expired = ""
         for _ in range(TRIES):
             version = self._version(side)
@@ -89,13 +89,13 @@ class VersionReader:
                 self._current = None
 
     def notice(self, current: bytes | None) -> None:
-        """Note the version that is current now, so that the next request reads it."""
+        """Take note of the name of the current version: if it is new, the next request reads it."""
         known = self._current
         if known is not None and current is not None and current != known.name.encode():
             self._current = None
 
     def _version(self, side: str) -> VersionInfo:
-        """Return the version to read; for items, the version that their user was read from."""
+        """Return the version to read; for items, the version from which the user was read."""
         now = time.monotonic()
         of_user: tuple[VersionInfo, float] | None = getattr(self._thread, "of_user", None)
         if side == "item" and of_user is not None and now < of_user[1]:
@@ -108,7 +108,7 @@ class VersionReader:
         return version
 
     def _read_version(self) -> VersionInfo:
-        """Read the metadata of the current version; StoreError if it does not fit the bundle."""
+        """Read the metadata of the current version; StoreError if it contradicts the bundle."""
         name, label = "", self.server.label
         for _ in range(TRIES):
             (current,) = self.server.run([("GET", self.names.current())])
@@ -122,7 +122,7 @@ class VersionReader:
             name = current.decode(errors="replace")
             (fields,) = self.server.run([("HGETALL", self.names.meta(name))])
             if not fields:
-                continue  # replaced and expired in between
+                continue  # it was replaced and has expired since its name was read
             try:
                 return self._checked(parse_meta(name, fields))
             except ValueError as error:
@@ -147,13 +147,13 @@ class RedisStore:
     """The `Store` of embeddings in Redis; opened by `open_redis`.
 
     A lookup takes one round trip and reads one version. The same round trip reads the name of the
-    current version, so the next lookup follows a publication. A lookup of items reads the version
-    of the user that the same thread has just looked up. After a failure, lookups fail at once
-    for a moment (`CircuitBreaker`) and recover when the server answers again.
+    current version, so that the next lookup notices a new publication. A lookup of items reads the
+    version from which the same thread has just read a user. After a failure, lookups fail at once
+    for a short time (`CircuitBreaker`); they succeed again when the server answers.
     """
 
     def __init__(self, reader: VersionReader, side: str) -> None:
-        """Read one side, ``"user"`` or ``"item"``, of the reader's model."""
+        """Read the embeddings of one ``side``, ``"user"`` or ``"item"``."""
         self._reader = reader
         self._side = side
         self._width, self._key_type = reader.expected[side]
@@ -188,7 +188,7 @@ class RedisStore:
         return embeddings, is_stored
 
     def _rows(self, fields: Sequence[bytes]) -> tuple[VersionInfo, list[bytes | None]]:
-        """Read the rows of fields from one version; None for fields that are not stored."""
+        """Return a version and the row of each hash field in it; None for a missing field."""
         name = ""
         for version in self._reader.versions(self._side):
             name = version.name
@@ -203,7 +203,7 @@ class RedisStore:
         raise incomplete_version(self._reader.server.label, self._reader.names, name)
 
     def _block(self, version: VersionInfo, fields: Sequence[bytes]) -> list[bytes | None] | None:
-        """Read the rows of fields in one round trip; None if the version has expired."""
+        """Read the rows of hash fields in one round trip; None if the version has expired."""
         names, info = self._reader.names, version.sides[self._side]
         buckets: dict[int, list[int]] = {}
         for position, field in enumerate(fields):
@@ -226,7 +226,7 @@ class RedisStore:
     def _damaged(
         self, version: VersionInfo, fields: Sequence[bytes], rows: Sequence[bytes | None]
     ) -> StoreError:
-        """Build the error for the first row of the wrong length."""
+        """Build the error for the first row that has the wrong length."""
         size = version.sides[self._side].row_dtype.itemsize
         pairs = zip(fields, rows, strict=True)
         field, row = next(pair for pair in pairs if pair[1] is not None and len(pair[1]) != size)
