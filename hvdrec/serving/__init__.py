@@ -1,4 +1,4 @@
-"""HTTP service around a scorer, behind ``hvdrec serve``; needs the extra ``serve``.
+"""The HTTP service that ``hvdrec serve`` starts; needs the extra ``serve``.
 
 >>> from hvdrec.serving import Options, serve
 >>> serve(Options(Path("bundle"), port=8080, workers=2))  # doctest: +SKIP
@@ -13,7 +13,7 @@ __all__ = ["Options", "add_arguments", "from_arguments", "serve"]
 def serve(options: Options) -> None:
     """Serve a bundle until SIGTERM or SIGINT, then finish the requests in progress.
 
-    Must be called in the main thread of a process.
+    Call it in the main thread of a process, since it handles signals.
 
     Raises:
         UserError: The port is not available, or the extra ``serve`` is not installed.

@@ -1,4 +1,6 @@
-"""Responses, as pydantic models for the OpenAPI document; the service itself serializes faster."""
+"""Pydantic models of the responses. They only describe them in the OpenAPI document: the service
+writes its JSON without them, which is faster.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from pydantic import BaseModel
 
 
 class ScoreAnswer(BaseModel):
-    """One probability per item, in the order of the request; per task if requested."""
+    """The probability of each item, in the order of the request; on request also of each task."""
 
     scores: list[float]
     tasks: dict[str, list[float]] | None = None
 
 
 class RankedItem(BaseModel):
-    """A recommended item; with the probability of each task if requested."""
+    """A recommended item; on request with the probability of each task."""
 
     item: str | int
     title: str | None
@@ -32,14 +34,14 @@ class RecommendAnswer(BaseModel):
 
 
 class KeyAnswer(BaseModel):
-    """Name and type of the key of users or items."""
+    """Name and type of the key that identifies users, or items."""
 
     name: str
     dtype: Literal["string", "int"]
 
 
 class FieldAnswer(BaseModel):
-    """A raw feature that a request may give."""
+    """A raw feature that a request may contain."""
 
     name: str
     side: Literal["user", "item", "scene"]
@@ -58,14 +60,14 @@ class LimitsAnswer(BaseModel):
 
 
 class ExamplesAnswer(BaseModel):
-    """Example keys."""
+    """Keys that are stored in the bundle, for use in examples."""
 
     users: list[str | int]
     items: list[str | int]
 
 
 class BundleAnswer(BaseModel):
-    """The bundle being served."""
+    """The bundle that the service uses."""
 
     name: str
     version: str
@@ -83,13 +85,13 @@ class BundleAnswer(BaseModel):
 
 
 class StateAnswer(BaseModel):
-    """State of the service."""
+    """State of the service, for health checks."""
 
     state: str
 
 
 class ErrorAnswer(BaseModel):
-    """An error: its text on one line, and the field at fault, such as ``scene.hour``."""
+    """An error: a message of one line, and the field at fault, such as ``scene.hour``."""
 
     status: int
     error: str

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, limits, and the path of a request to the scorer and back."""
+"""The ASGI application: routes, limits on requests, and calls of the scorer."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ PROBLEMS = {
 
 
 class DirectRoute(APIRoute):
-    """A route whose endpoint maps the request to the response, without FastAPI's validation."""
+    """A FastAPI route that skips FastAPI's validation: the endpoint itself parses the request."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the endpoint itself."""
+        """Return the endpoint without the code that FastAPI usually wraps around it."""
         return self.endpoint
 
 
 class Service:
-    """One worker: the FastAPI application `app` around a bundle, with routes at `paths`."""
+    """The FastAPI application of one worker process: `app`, and the `paths` of its routes."""
 
     def __init__(
         self,
@@ -148,14 +148,15 @@ class Service:
         return Response(self._page, 200, self._page_headers, "text/html")
 
     async def _scored(self, request: Request, path: str, route: work.Route) -> Response:
-        """Answer a request with one scorer, once a thread is free."""
+        """Compute the response in a scoring thread as soon as one is free."""
         options, metrics = self._options, self._metrics
         scorer = self._served.current
         self._check_load()
         metrics.in_flight.inc()
         try:
             body = await read_body(request, options.max_body, options.max_wait, self._memory)
-            # Only complete requests count: a client that stops sending takes no other's place.
+            # Count a request only when its body is complete. Otherwise clients that stop sending
+            # would use up the limit.
             self._check_load()
             self._in_progress += 1
             try:
@@ -176,7 +177,7 @@ class Service:
             raise unavailable(f"overloaded: {self._in_progress} requests in progress; try again")
 
     def _describe(self, scorer: Scorer) -> tuple[bytes, bytes]:
-        """Build the answer of `/v1/bundle` and the OpenAPI document for a scorer's bundle."""
+        """Build the response of `/v1/bundle` and the OpenAPI document for a scorer's bundle."""
         bundle, app = describe(scorer, self._options), self.app
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
@@ -213,7 +214,7 @@ class Service:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        """Load the bundle; a single worker accepts requests meanwhile and answers 503."""
+        """Load the bundle. A single worker accepts requests during the load and answers 503."""
         self._threads = ScoringThreads(self._options.scoring_threads, self._options.max_wait)
         loading = asyncio.create_task(asyncio.to_thread(self._load))
         sweeping = asyncio.create_task(self._connections.sweep())
@@ -221,9 +222,9 @@ class Service:
         try:
             with drained_before_stop(drain, seconds, self._listener):
                 if self._options.workers > 1:
-                    await loading  # the other workers answer until this one can
+                    await loading  # accept no requests: the other workers answer them
                     if self._connections.is_draining:
-                        os._exit(0)  # rather than accept connections only to close them
+                        os._exit(0)  # do not accept connections only to close them
                 yield {"connections": self._connections}  # `GuardedProtocol` reads it
         finally:
             sweeping.cancel()
@@ -233,7 +234,7 @@ class Service:
             self._served.close()
 
     def _load(self) -> None:
-        """Load the bundle, retrying until that works; one of several workers exits instead."""
+        """Load the bundle; after an error try again. One of several workers exits instead."""
         logged = ""
         while not self._stopping.is_set():
             try:
@@ -251,13 +252,13 @@ class Service:
 
 
 class CountedApp:
-    """An ASGI application that counts the requests of another by route and status.
+    """ASGI middleware that counts requests by route and status.
 
-    It passes HEAD on as GET; uvicorn sends the headers of the response alone.
+    It passes a HEAD request on as GET. uvicorn then sends only the headers of the response.
     """
 
     def __init__(self, app: ASGIApp, paths: frozenset[str], metrics: Metrics) -> None:
-        """Count requests of ``app`` in ``metrics``; other paths than ``paths`` share a route."""
+        """Count the requests of ``app`` in ``metrics``, those for unknown paths as one route."""
         self._app = app
         self._paths = paths
         self._metrics = metrics
@@ -268,7 +269,7 @@ class CountedApp:
             await self._app(scope, receive, send)
             return
         if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # a copy: uvicorn looks at its own
+            scope = {**scope, "method": "GET"}  # a copy, since uvicorn reads the original
         started = time.perf_counter()
         status = 500
 
@@ -287,7 +288,13 @@ class CountedApp:
 
 
 def make_app(options: Options, listener: socket.socket | None = None) -> ASGIApp:
-    """Build the application of one worker; of the only one if it gets the listening socket."""
+    """Build the application of a worker process.
+
+    Args:
+        options: Settings of the service.
+        listener: The listening socket if this is the only worker, which closes it when it stops;
+            None for one of several workers.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("hvdrec").setLevel(logging.INFO)
     _exit_with_parent()
@@ -297,7 +304,7 @@ def make_app(options: Options, listener: socket.socket | None = None) -> ASGIApp
 
 
 def _exit_with_parent() -> None:
-    """Stop this worker when its parent process dies, since nothing else would stop it."""
+    """Stop this worker when its parent process dies; nothing else would stop it then."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -315,7 +322,7 @@ async def _problem(request: Request, problem: Problem) -> Response:
 
 
 async def _http_problem(request: Request, error: HTTPException) -> Response:
-    """Give the router's own errors, unknown paths and methods, the shape of all problems."""
+    """Answer the router's errors (unknown path, wrong method) in the JSON form of all errors."""
     path = request.url.path
     texts = {404: f"{path}: unknown path", 405: f"{path}: method {request.method} is not allowed"}
     text = texts.get(error.status_code, str(error.detail))
@@ -326,12 +333,12 @@ async def _http_problem(request: Request, error: HTTPException) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    """Hide an internal error from the client; the server logs it."""
+    """Answer 500 without details of an internal error, which the server logs."""
     return Problem(500, "internal error").response()
 
 
 def _page() -> tuple[bytes, dict[str, str]]:
-    """Read the page, and build headers that let it use only itself and this service."""
+    """Read the web page; build headers that forbid it to contact anything but this service."""
     text = resources.files("hvdrec.serving").joinpath("page.html").read_text(encoding="utf-8")
     hashes = {}
     for tag in ("script", "style"):

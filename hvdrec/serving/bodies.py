@@ -1,4 +1,4 @@
-"""Request bodies: read within limits and parsed; the scorer checks values of features and keys."""
+"""Read request bodies within limits and parse them; the scorer checks the features and keys."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hvdrec.scoring.errors import choices, shown
 from hvdrec.serving.problems import JSON, Problem, invalid_field, unavailable
 
 DRAINED_BODIES = 8
-"""A body of up to this many times the limit is read and discarded: a client that is still sending
-would not see the response."""
+"""A body that is too long is read to the end and discarded if it has at most this many times the
+allowed size, since a client that is still sending may not see the response."""
 EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "an object",
@@ -26,7 +26,7 @@ EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
-"""What pydantic's types of errors mean, in the words of JSON."""
+"""Pydantic's type of an error -> description of the expected value in the terms of JSON."""
 
 
 def _limited(value: Any, info: ValidationInfo) -> Any:
@@ -42,7 +42,7 @@ Limited = AfterValidator(_limited)
 
 
 class Body(BaseModel):
-    """Fields of both requests; `Scorer` describes the arguments."""
+    """The fields that both requests have. `hvdrec.scoring.Scorer` documents their meaning."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -89,21 +89,21 @@ B = TypeVar("B", bound=Body)
 
 
 class BodyMemory:
-    """Limits the bytes of all bodies that are being received."""
+    """Limits the memory for the bodies that are being received at the same time."""
 
     def __init__(self, limit: int) -> None:
-        """Allow ``limit`` bytes."""
+        """Allow ``limit`` bytes in total."""
         self._limit = limit
         self._used = 0
 
     def take(self, size: int) -> None:
-        """Count bytes that were received; Problem if they are too many."""
+        """Count received bytes; raise Problem if the total exceeds the limit."""
         self._used += size
         if self._used > self._limit:
             raise unavailable("overloaded: too many bodies are being received; try again")
 
     def release(self, size: int) -> None:
-        """Give back bytes that `take` counted."""
+        """Subtract bytes that `take` has counted, once their memory is free."""
         self._used -= size
 
 
@@ -111,7 +111,8 @@ async def read_body(request: Request, limit: int, max_wait: float, memory: BodyM
     """Read the body of a JSON request, at most ``limit`` bytes within ``max_wait`` seconds.
 
     Raises:
-        Problem: The body is not JSON by its headers, too long or too slow, or ``memory`` is full.
+        Problem: The headers do not declare plain JSON, the body is too long or too slow, or
+            ``memory`` is used up.
     """
     headers = request.headers
     content_type = headers.get("content-type", "")
@@ -131,14 +132,14 @@ async def read_body(request: Request, limit: int, max_wait: float, memory: BodyM
 
 
 def long_body(limit: int) -> Problem:
-    """Build the problem of a body of more than ``limit`` bytes."""
+    """Build the error for a body of more than ``limit`` bytes."""
     text = f"body: has more than {limit} bytes; send fewer items at a time"
     return Problem(413, text, "body", {"connection": "close"})
 
 
 async def _received(request: Request, limit: int, memory: BodyMemory) -> bytes:
     length = request.headers.get("content-length", "")
-    # With "Expect: 100-continue" the client has sent nothing yet.
+    # A client that sent "Expect: 100-continue" is still waiting, so nothing need be discarded.
     drained = 0 if "expect" in request.headers else DRAINED_BODIES * limit
     if length.isdecimal() and int(length) > max(limit, drained):
         raise long_body(limit)
@@ -163,7 +164,7 @@ async def _received(request: Request, limit: int, memory: BodyMemory) -> bytes:
 
 
 def from_json(body: bytes) -> Any:
-    """Parse a body; Problem if it is not valid JSON."""
+    """Parse a body; raise Problem if it is not valid JSON."""
     try:
         # orjson refuses NaN, unpaired surrogates and nesting beyond 1024 levels.
         return orjson.loads(body)
@@ -172,8 +173,8 @@ def from_json(body: bytes) -> Any:
 
 
 def with_integers(value: Any) -> Any:
-    """Replace whole floats such as 3.0 by integers: JSON does not distinguish them."""
-    # Beyond 2**53 one float stands for several integers.
+    """Replace floats such as 3.0 by integers, since JSON does not distinguish the two."""
+    # Above 2**53, one float may stand for several integers.
     if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         return int(value)
     if isinstance(value, list):
@@ -184,7 +185,7 @@ def with_integers(value: Any) -> Any:
 
 
 def parse_body(model: type[B], values: Any, max_candidates: int) -> B:
-    """Check a body; Problem, which names the field, for the first invalid value."""
+    """Check a body; for the first invalid value raise a Problem that names the field."""
     try:
         return model.model_validate(values, context=max_candidates)
     except ValidationError as error:

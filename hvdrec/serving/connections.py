@@ -1,4 +1,4 @@
-"""The open connections of a worker: how many there may be, and how long each may wait."""
+"""Limits on the open connections of a worker: their number, and how long each may wait."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from hvdrec.serving.options import Options
 
 SWEEP_SECONDS = 0.25
 RESERVED_FILES = 64
-"""File descriptors kept for bundles, stores and the listening socket."""
+"""Number of file descriptors reserved for bundles, stores and the listening socket."""
 
 
 class Connection(Protocol):
-    """What the limits need of a connection."""
+    """The part of a connection that `Connections` uses."""
 
     deadline: float
-    """Time of the event loop at which `expire` is due; infinity while a request is answered."""
+    """Time, on the event loop's clock, at which `expire` is called; infinity while a response is
+    being computed."""
 
     @property
     def address(self) -> str:
         """IP address of the client."""
 
     def expire(self) -> None:
-        """End a connection whose deadline has passed."""
+        """End the connection because its deadline has passed."""
 
     def evict(self) -> None:
-        """Close a connection at once, to make room for another."""
+        """Close the connection at once, to make room for another."""
 
     def close_after_response(self) -> None:
-        """Close a connection once the request in progress is answered."""
+        """Close the connection as soon as the request in progress is answered."""
 
 
 class Connections:
     """Keeps the connections of one worker within the limits of its options.
 
-    A new connection beyond a limit replaces the one whose deadline comes first: a half-sent request
-    rather than an idle connection, and never a request in progress.
+    If a limit is reached, a new connection replaces the one with the earliest deadline. That is
+    usually one with a half-sent request, else an idle one, never one whose request is being
+    answered.
     """
 
     def __init__(self, options: Options) -> None:
-        """Start with no connection; a low limit of open files lowers ``max_connections``."""
+        """Start without connections. A low limit on open files lowers ``max_connections``."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         spare = max(files - RESERVED_FILES, files // 2)
         self._most = min(options.max_connections, spare)
@@ -61,13 +63,14 @@ class Connections:
             is_admitted = self._evict_one(group)
         elif self._count >= self._most:
             is_admitted = self._evict_one(set().union(*self._by_address.values()))
-        # A refused connection counts until its client has read the refusal; it is evicted first.
+        # A refused connection counts until its client has read the refusal. Its short deadline
+        # makes it the first to be evicted.
         self._by_address[_client(connection.address)].add(connection)
         self._count += 1
         return is_admitted
 
     def remove(self, connection: Connection) -> None:
-        """Forget a connection that is closed, if it is still counted."""
+        """Stop counting a connection that is closed."""
         client = _client(connection.address)
         group = self._by_address.get(client)
         if group is not None and connection in group:
@@ -77,7 +80,7 @@ class Connections:
                 del self._by_address[client]
 
     def drain(self) -> None:
-        """Close each connection after its next response from now on."""
+        """From now on, close each connection after its next response."""
         self.is_draining = True
         for connection in self._all():
             connection.close_after_response()
@@ -105,7 +108,7 @@ class Connections:
 
 
 def _client(address: str) -> str:
-    """Return what identifies a client: its IPv4 address, or its IPv6 network of 64 bits."""
+    """Return the part of an address that identifies a client: IPv4 address or /64 of IPv6."""
     if ":" not in address:
         return address
     number = ipaddress.IPv6Address(address.partition("%")[0])

@@ -1,4 +1,4 @@
-"""The description of a bundle: the answer of ``/v1/bundle`` and the request schemas of OpenAPI."""
+"""Describe a bundle: the response of ``/v1/bundle`` and the request schemas for OpenAPI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hvdrec.serving.options import Options
 
 EXAMPLES = 5
 LARGEST_NUMBER = 1e30
-"""A model soon turns larger numbers into infinity, in float32."""
+"""Larger numbers are refused: the model computes in float32, where they may become infinite."""
 FILTER_FILE = re.compile(r"items/filters/(.+)/values\.npy")
 TYPES: Mapping[str, Any] = {
     "string": str,
@@ -27,7 +27,7 @@ TYPES: Mapping[str, Any] = {
     "float": Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)],
 }
 list_of: Any = list
-"""`list` for element types that only the bundle determines; mypy checks `list[...]` statically."""
+"""`list`, for element types that are only known at run time: mypy would refuse `list[variable]`."""
 EXAMPLE_VALUES: Mapping[str, Any] = {"string": "a", "int": 1, "float": 1.0}
 
 Json = dict[str, Any]
@@ -59,7 +59,7 @@ def describe(scorer: Scorer, options: Options) -> BundleAnswer:
 
 
 def add_requests(document: Json, scorer: Scorer, bundle: BundleAnswer) -> None:
-    """Add the schemas and examples of the bundle's requests to an OpenAPI document, in place."""
+    """Add the schemas and examples of requests for this bundle to an OpenAPI document, in place."""
     models = _request_models(scorer, bundle)
     _, schemas = models_json_schema(
         [(model, "validation") for model in models.values()],
@@ -84,7 +84,7 @@ def add_requests(document: Json, scorer: Scorer, bundle: BundleAnswer) -> None:
 
 
 def _request_models(scorer: Scorer, bundle: BundleAnswer) -> dict[str, type[BaseModel]]:
-    """Build a model of each route's body, with the bundle's keys and raw features."""
+    """Build a pydantic model of each route's body, with the bundle's keys and raw features."""
     info, most = scorer.info, bundle.limits.max_candidates
     user_key: Any = TypeAliasType("UserKey", TYPES[bundle.user_key.dtype])
     item_key: Any = TypeAliasType("ItemKey", TYPES[bundle.item_key.dtype])
@@ -124,13 +124,13 @@ def _request_models(scorer: Scorer, bundle: BundleAnswer) -> dict[str, type[Base
 
 
 def _like(model: type[BaseModel], name: str, **changes: Any) -> Any:
-    """Declare a field with the default and description of a model's field."""
+    """Declare a field with the default and description of field ``name`` of a model."""
     field = model.model_fields[name]
     return Field(**{"default": field.default, "description": field.description, **changes})
 
 
 def _features_model(name: str, fields: Sequence[RawField], key: Json) -> Any:
-    """Build the model of raw features; each may be omitted, and null is a missing value."""
+    """Build the pydantic model of raw features. Each may be omitted; null is a missing value."""
     types = {field: (value, _omitted(field)) for field, value in key.items()}
     for field in fields:
         value = TYPES[field.dtype] | None
@@ -144,12 +144,12 @@ def _features_model(name: str, fields: Sequence[RawField], key: Json) -> Any:
 
 
 def _omitted(name: str) -> Any:
-    """Declare a field that may be omitted and has no default in the schema."""
+    """Declare an optional field that has no default in the schema."""
     return Field(default_factory=lambda: None, alias=name)
 
 
 def _model(name: str, types: Json) -> Any:
-    # Aliases, because a feature's name need not be a legal name of a pydantic field.
+    # Use aliases, because the name of a feature may not be a valid name for a pydantic field.
     aliased = {f"field_{number}": each for number, each in enumerate(types.values())}
     return create_model(name, __config__=ConfigDict(extra="forbid"), **aliased)
 
@@ -159,7 +159,7 @@ def _features(scorer: Scorer, side: str) -> list[RawField]:
 
 
 def _example(field: RawField, bundle: BundleAnswer) -> Any:
-    """Return an example value of a raw feature."""
+    """Return a value of a raw feature to show in an example request."""
     if field.default is not None:
         return field.default
     if not field.is_list:
@@ -169,7 +169,7 @@ def _example(field: RawField, bundle: BundleAnswer) -> Any:
 
 
 def _first_users(scorer: Scorer) -> list[str | int]:
-    """Read a few user keys; none if another bundle has replaced the files."""
+    """Read a few user keys for examples; empty if another bundle has replaced the files."""
     try:
         keys = read_array(scorer.info.path, "users/keys.npy")[:EXAMPLES].tolist()
     except BundleError:

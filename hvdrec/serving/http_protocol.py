@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections of uvicorn with limits on what a client may send and leave unread."""
+"""HTTP/1.1 connections for uvicorn that limit the data a client may send or leave unread."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from hvdrec.serving.options import Options
 from hvdrec.serving.problems import Problem, unavailable
 
 KEEP_ALIVE_SECONDS = 75
-"""Longer than load balancers keep idle connections, so that they close them first."""
+"""Time after which an idle connection is closed. Load balancers close theirs earlier, so they never
+send a request on a connection that is just being closed."""
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 1 << 20
-"""After a refusal, this much is read and discarded: with unread input the operating system resets
-the connection, and the client may not see the refusal."""
+"""After a refusal, up to this much more input is read and discarded. If input were left unread, the
+operating system would reset the connection, and the client might not see the refusal."""
 SLOWEST_READER = 10 * 1024
-"""Bytes per second at which a client must at least read a response."""
+"""Lowest accepted speed at which a client reads responses, in bytes per second."""
 SLICE = 8192
-"""Bytes parsed at a time: pipelined requests in the rest wait as bytes, which take less memory."""
+"""Number of bytes parsed at a time. Pipelined requests in the rest wait unparsed, since parsed
+requests take more memory."""
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """A connection that ends when its client exceeds a limit, and does not disturb the others."""
+    """A connection that is closed if its client exceeds a limit, so that others do not suffer."""
 
     deadline: float = math.inf
 
@@ -49,12 +51,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._connections: Connections = app_state["connections"]
         self._most_bytes = options.max_header + DRAINED_BODIES * options.max_body
         self._messages = 0
-        self._is_receiving = False  # a request has begun and is not complete
+        self._is_receiving = False  # True while a request has begun and is not complete
         self._is_in_header = False
         self._is_header_checked = False
-        self._fed = 0  # bytes of the request, without those that came with the one before it
-        self._held = b""  # not parsed yet
-        self._problem: Problem | None = None  # ends the connection
+        self._fed = 0  # bytes of this request, without those received along with the previous one
+        self._held = b""  # input that is not parsed yet
+        self._problem: Problem | None = None  # the refusal that ends the connection
         self._parser_problem = Problem(400, "not a valid HTTP/1.1 request")
         self._discarded = 0
 
@@ -64,7 +66,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return self.client[0] if self.client else ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Admit or refuse the client."""
+        """Admit the client, or refuse it if there are too many connections."""
         super().connection_made(transport)
         self.flow = _Flow(transport, self)
         self.deadline = self.loop.time() + self._options.header_wait
@@ -72,13 +74,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(unavailable("overloaded: too many connections; try again"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Stop counting the connection."""
         self._connections.remove(self)
         self._held = b""
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what arrived, unless requests before it wait for their turn."""
+        """Parse new input, or keep it unparsed while earlier requests wait for their response."""
         if self._problem is not None:
             self._discarded += len(data)
             if self._discarded > LINGER_BYTES:
@@ -98,7 +100,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         message, was_receiving = self._messages, self._is_receiving
-        # A header within one short chunk cannot be too long.
+        # A header that arrives whole in one short chunk cannot be too long.
         self._is_header_checked = was_receiving or len(data) > self._options.max_header
         super().data_received(data)
         if not (was_receiving and self._is_receiving and message == self._messages):
@@ -106,7 +108,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._fed += len(data)
         if self._is_in_header and self._fed > self._options.max_header:
             self._refuse(self._long_header())
-        elif self._fed > self._most_bytes:  # trailers and chunk extensions count, too
+        elif self._fed > self._most_bytes:  # includes trailers and chunk extensions
             self._refuse(long_body(self._options.max_body))
 
     def on_message_begin(self) -> None:
@@ -115,7 +117,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._messages += 1
         self._fed = 0
         self._is_receiving = self._is_in_header = True
-        if self.cycle is not None:  # the first request has its time since the connection was made
+        if self.cycle is not None:  # the first request's deadline was set on connection
             self._set_deadline()
 
     def on_headers_complete(self) -> None:
@@ -150,26 +152,26 @@ class GuardedProtocol(HttpToolsProtocol):
         self._set_deadline()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse a request that the parser or a limit stopped."""
+        """Refuse a request that is not valid HTTP or whose header is too long."""
         self._refuse(self._parser_problem)
 
     def shutdown(self) -> None:
-        """Close an idle connection; one with a request begun closes after its response."""
+        """Close the connection if it is idle, else after the response to the request begun."""
         if not self._is_in_header:
             super().shutdown()
 
     def pause_writing(self) -> None:
-        """Note that the client does not read its responses."""
+        """Set a deadline, because the client does not read its responses."""
         super().pause_writing()
         self._set_deadline()
 
     def resume_writing(self) -> None:
-        """Note that the client reads again."""
+        """Update the deadline, because the client reads again."""
         super().resume_writing()
         self._set_deadline()
 
     def expire(self) -> None:
-        """End a connection whose deadline has passed."""
+        """End the connection because its deadline has passed."""
         is_ending = self._problem is not None or self.transport.is_closing()
         if is_ending or self.flow.write_paused or (self._is_receiving and not self._is_in_header):
             self.transport.abort()
@@ -184,7 +186,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def close_after_response(self) -> None:
-        """Close the connection once the last request in progress is answered."""
+        """Close the connection as soon as the requests in progress are answered."""
         if self._is_answering:
             self.cycle.keep_alive = False
 
@@ -204,17 +206,17 @@ class GuardedProtocol(HttpToolsProtocol):
             self.deadline = now + (wait if self._is_receiving else KEEP_ALIVE_SECONDS)
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer with a problem after the requests before it, and close the connection."""
+        """Answer earlier requests, then send the error and close the connection."""
         self._problem = problem
         self._held = b""
         is_body = self._is_receiving and not self._is_in_header
         if self._is_answering:
             if not is_body or self.pipeline or self.cycle.response_started:
-                return  # `on_response_complete` comes back
+                return  # `on_response_complete` calls this method again
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             is_body = False
-        if not is_body:  # a request whose body is at fault may have been answered before
+        if not is_body:  # if the fault is in a body, the request has already been answered
             self._write(problem)
         self.transport.write_eof()
         self.flow.resume_reading()
@@ -233,7 +235,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 class _Flow(FlowControl):
-    """Does not read on while parsed or held requests of the same connection wait."""
+    """Pauses reading from a connection while earlier requests on it wait for their response."""
 
     def __init__(self, transport: asyncio.Transport, protocol: GuardedProtocol) -> None:
         super().__init__(transport)

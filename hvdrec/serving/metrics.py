@@ -1,4 +1,4 @@
-"""Prometheus metrics; several workers write files that any of them can sum."""
+"""Prometheus metrics. Several workers write theirs to files, which any of them can add up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GAUGE_FILE = re.compile(r"gauge_live\w+_(\d+)\.db$")
 
 @contextlib.contextmanager
 def shared_folder() -> Iterator[None]:
-    """Let processes started in the body share metrics in a temporary directory."""
+    """Let processes started in the ``with`` body share metrics in a temporary directory."""
     try:
         temporary = tempfile.TemporaryDirectory(prefix="hvdrec-metrics-")
     except OSError as error:
@@ -34,7 +34,7 @@ def shared_folder() -> Iterator[None]:
             field="--workers",
         ) from None
     with temporary as folder:
-        os.environ[FOLDER] = folder  # prometheus_client reads it when it is imported
+        os.environ[FOLDER] = folder  # prometheus_client reads this variable at its import
         try:
             yield
         finally:
@@ -42,16 +42,16 @@ def shared_folder() -> Iterator[None]:
 
 
 def remove_shared_folder() -> None:
-    """Remove the shared directory, for when the process that created it has died."""
+    """Remove the shared directory in a worker whose parent process, which created it, has died."""
     if folder := os.environ.get(FOLDER):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class Metrics:
-    """Metrics of one worker; each describes itself in Prometheus' help text."""
+    """The metrics of one worker. Their Prometheus help texts describe them."""
 
     def __init__(self) -> None:
-        """Create the metrics at zero."""
+        """Create all metrics with value zero."""
         self._registry = registry = CollectorRegistry()
         labels = ["route", "status"]
         counter = partial(Counter, registry=registry)
@@ -82,7 +82,7 @@ class Metrics:
         self._labelled: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count a request."""
+        """Count a request that was answered with ``status`` after ``seconds``."""
         labelled = self._labelled.get((route, status))
         if labelled is None:
             labels = (route, str(status))
@@ -92,7 +92,7 @@ class Metrics:
         labelled[1].observe(seconds)
 
     def serves(self, name: str, version: str) -> None:
-        """Record the bundle that answers from now on."""
+        """Record the name and version of the bundle that is used from now on."""
         if self._served is not None:
             self._served.set(0)
         self._served = self._bundle.labels(name, version)
@@ -109,7 +109,7 @@ class Metrics:
 
 
 def _remove_dead_gauges(folder: Path) -> None:
-    """Remove the gauge files of dead workers, which would otherwise be summed."""
+    """Remove the files with the gauges of dead workers, so that they are not added up."""
     matches = (GAUGE_FILE.match(file.name) for file in folder.iterdir())
     for pid in {int(match[1]) for match in matches if match}:
         if not Path("/proc", str(pid)).exists():

@@ -1,4 +1,4 @@
-"""Settings of the service and their command-line options; needs no extra."""
+"""Settings of the service and their command-line options; usable without the extra ``serve``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_THREADS = 4
 
 
 def _option(default: Any, text: str, low: float = 0, high: float = 0) -> Any:
-    """Declare a setting with its help text, and for numbers the smallest and largest value."""
+    """Declare a setting with its help text and, for numbers, the smallest and largest value."""
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
@@ -70,7 +70,7 @@ class Options:
     store: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value out of range."""
+        """Raise UserError if a number is out of range."""
         for setting in fields(self):
             low, high = (setting.metadata.get(name, 0) for name in ("low", "high"))
             value = getattr(self, setting.name)
@@ -79,7 +79,7 @@ class Options:
 
     @property
     def scoring_threads(self) -> int:
-        """Number of requests that a worker scores at once."""
+        """Number of requests that a worker scores at the same time."""
         affinity = getattr(os, "sched_getaffinity", None)  # not on every system
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         return self.threads or min(max(cores // self.workers, 1), MOST_THREADS)
@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> Options:
-    """Build the settings from a parsed command line; UserError for a value out of range."""
+    """Build the settings from a parsed command line; raise UserError if one is out of range."""
     return Options(
         **{setting.name: getattr(arguments, setting.name) for setting in fields(Options)}
     )

@@ -1,4 +1,4 @@
-"""Error responses; all have one JSON shape."""
+"""Error responses, which all have the same JSON form."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Problem(Exception):
     Attributes:
         status: HTTP status.
         text: What is wrong, on one line.
-        field: The part of the request at fault, such as ``scene.hour``; None if there is not one.
-        headers: Further response headers.
+        field: The part of the request at fault, such as ``scene.hour``; None if no part is.
+        headers: Additional headers of the response.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Problem(Exception):
         field: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Describe the error; line breaks in ``text`` become blanks."""
+        """Describe the error; line breaks in ``text`` become spaces."""
         super().__init__(text)
         self.status = status
         self.text = " ".join(text.split())
@@ -45,7 +45,7 @@ class Problem(Exception):
 
 
 def unavailable(text: str) -> Problem:
-    """Build the problem of a request that the client may repeat in a moment."""
+    """Build the error for a request that may succeed if the client repeats it a moment later."""
     return Problem(503, text, headers={"retry-after": str(RETRY_SECONDS)})
 
 

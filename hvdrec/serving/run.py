@@ -1,4 +1,4 @@
-"""Processes of the service: one port, one or several workers, a shutdown that loses no request."""
+"""Run the processes of the service, one or several workers that share a port, and stop them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hvdrec.serving.stopping import SIGNALS, StopSignals, drop_new_connections
 
 BACKLOG = 2048
 SHUTDOWN_SECONDS = 30
-"""Time for requests in progress to finish after the signal to stop."""
+"""Longest time that requests in progress may take to finish after no more are accepted."""
 
 
 def run(options: Options) -> None:
@@ -33,7 +33,7 @@ def run(options: Options) -> None:
         scorer = open_scorer(options)
         with _listening(options.host, options.port) as listener:
             name, version = scorer.info.name, scorer.version
-            del scorer  # each worker opens its own
+            del scorer  # each worker opens the bundle itself
             workers = f"{options.workers} worker{'s' if options.workers > 1 else ''}"
             address = _address(options.host, listener.getsockname()[1])
             print(f"serving {name} {version} on http://{address} with {workers}", file=sys.stderr)
@@ -58,13 +58,13 @@ class _Workers(Multiprocess):
             signal.signal(number, self._stop)
 
     def run(self) -> None:
-        """Run until a signal; SystemExit if a second signal killed the workers."""
+        """Run until a signal to stop; raise SystemExit if a second signal killed the workers."""
         super().run()
         if self._killed_by:
             raise SystemExit(128 + self._killed_by)
 
     def terminate_all(self) -> None:
-        """Stop all workers; close the port just before they do, for this process has it, too."""
+        """Stop all workers, and close the port in this process just before they close it."""
         super().terminate_all()
         end = time.monotonic() + self._drain
         while not self._killed_by and (left := end - time.monotonic()) > 0:
@@ -82,12 +82,12 @@ class _Workers(Multiprocess):
 
 
 class _Stopped(BaseException):
-    """A signal to stop arrived outside uvicorn's own handling."""
+    """A signal to stop arrived while uvicorn was not handling signals."""
 
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """End the body quietly on SIGTERM and SIGINT, which uvicorn raises again after it stopped."""
+    """End the ``with`` body on SIGTERM or SIGINT, which uvicorn raises again when it has stopped."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped
@@ -120,13 +120,13 @@ def _config(options: Options, listener: socket.socket | None = None) -> Config:
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        timeout_worker_healthcheck=60,  # loading a large bundle may block a worker this long
+        timeout_worker_healthcheck=60,  # loading a large bundle may block a worker for a while
     )
 
 
 @contextlib.contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Bind the port that all workers share; UserError if it is not available."""
+    """Bind the port that all workers share; raise UserError if it is not available."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = addresses[0]

@@ -1,4 +1,4 @@
-"""The bundle that a worker serves."""
+"""Open the bundle that a worker serves, and replace it by new ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hvdrec.serving.problems import unavailable
 
 
 class ServedBundle:
-    """The scorer that answers requests; none until `load` returns."""
+    """Holds the scorer that answers requests; there is none until `load` returns."""
 
     def __init__(self, options: Options, metrics: Metrics) -> None:
-        """Serve ``options.bundle`` and count reloads in ``metrics``."""
+        """Prepare to serve ``options.bundle`` and to count reloads in ``metrics``."""
         self._options = options
         self._metrics = metrics
         self._scorer: Scorer | None = None
@@ -26,7 +26,7 @@ class ServedBundle:
 
     @property
     def current(self) -> Scorer:
-        """The current scorer; use one for a whole request. Problem if none is loaded yet."""
+        """The current scorer; keep it for a whole request. Raises Problem if none is loaded yet."""
         if self._watched is not None:
             return self._watched.current
         if self._scorer is None:
@@ -34,7 +34,7 @@ class ServedBundle:
         return self._scorer
 
     def load(self) -> None:
-        """Open and warm up the bundle and watch its path; raises ScoringError."""
+        """Open and warm up the bundle and watch its path; raise ScoringError if that fails."""
         if self._options.watch:
             self._watched = Scorer.watch(
                 self._options.bundle,
@@ -63,7 +63,7 @@ class ServedBundle:
 
 
 def open_scorer(options: Options) -> Scorer:
-    """Open the bundle without watching it; raises ScoringError."""
+    """Open the bundle without watching its path; raise ScoringError if that fails."""
     if options.store is None:
         return Scorer.load(options.bundle, verify=options.verify)
     users, items = open_stores(options.store, read_bundle(options.bundle, verify=False))
@@ -71,5 +71,5 @@ def open_scorer(options: Options) -> Scorer:
 
 
 def stores_from(url: str | None) -> Stores | None:
-    """Return a function that opens the stores for a bundle; None without a URL."""
+    """Return a function that opens the stores at a URL for a bundle; None if the URL is None."""
     return None if url is None else partial(open_stores, url)

@@ -1,4 +1,4 @@
-"""The end of a worker: first unready, then no new connections, then requests in progress."""
+"""Stop a worker in steps: report unready, accept no connections, finish requests in progress."""
 
 from __future__ import annotations
 
@@ -20,40 +20,42 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_SECONDS = 0.1
-"""Signals closer than this are one: programs such as timeout signal a process and its group."""
+"""Signals within this time count as one: some programs, such as ``timeout``, send a signal to a
+process and again to its process group."""
 
 SETTLE_SECONDS = 0.2
-"""Time to accept the last connections and to read their requests."""
+"""Time that a single worker takes to accept the last connections and to read their requests."""
 WORKER_SETTLE_SECONDS = 1.0
-"""The same for one of several workers: uvicorn's parent process looks for signals every 0.5 s."""
-SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
+"""The same time for one of several workers. It is longer because uvicorn's parent process looks for
+signals only every 0.5 s."""
+SO_ATTACH_FILTER = 26  # the value in Linux; Python does not define it
 
 
 class StopSignals:
-    """Tells a first signal to stop from a second."""
+    """Distinguishes the first signal to stop from a second one."""
 
     def __init__(self) -> None:
-        """Start with no signal."""
+        """Start before the first signal."""
         self._first: float | None = None
 
     def is_first(self) -> bool:
-        """Note a signal; return True if it is the first."""
+        """Record a signal; return True if it is the first."""
         if self._first is None:
             self._first = time.monotonic()
             return True
         return False
 
     def is_second(self) -> bool:
-        """Return True if a signal now is one more than the first."""
+        """Return True if a signal that arrives now counts as a second one."""
         return self._first is not None and time.monotonic() - self._first > REPEAT_SECONDS
 
 
 def drop_new_connections(listener: socket.socket) -> None:
-    """Drop what reaches a listening socket, so that none is reset when it closes after a moment.
+    """Ignore new connections to a listening socket that is closed a moment later.
 
-    The kernel completes connections that the process has not accepted yet, and resets them when the
-    socket is closed. A filter that accepts no packet keeps further ones from being completed; their
-    clients find the port closed when they try again after a second.
+    The kernel establishes connections before the process accepts them; those not accepted yet are
+    reset when the socket is closed. With a filter that drops every packet the kernel establishes
+    none. The clients' kernels try again after a second and find the port closed.
     """
     if sys.platform != "linux":
         return
@@ -68,14 +70,21 @@ def drop_new_connections(listener: socket.socket) -> None:
 def drained_before_stop(
     drain: Callable[[], None], seconds: float, listener: socket.socket | None
 ) -> Iterator[None]:
-    """Call ``drain`` on a signal to stop, and the handler before this one ``seconds`` later.
+    """Delay the stop of the server while the ``with`` body runs, so that clients can leave first.
 
-    ``listener`` is closed to new connections shortly before; None if the parent process does so.
-    A second signal ends the process at once, unless it is one of several workers: a terminal or a
-    service manager signals all of them, and their parent decides.
+    On a signal to stop, ``drain`` is called at once. The handler that was installed before, which
+    stops the server, is called ``seconds`` later. A second signal ends the process at once. Only if
+    it is one of several workers is the second signal ignored: a terminal or a service manager
+    signals all processes, and the workers' parent decides.
+
+    Args:
+        drain: Function that starts to close connections.
+        seconds: Delay of the stop.
+        listener: Listening socket, which ignores new connections shortly before the stop; None if
+            the parent process takes care of it.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # cannot handle signals here
+        yield  # only the main thread can handle signals
         return
     loop = asyncio.get_running_loop()
     previous: dict[int, Any] = {int(number): signal.getsignal(number) for number in SIGNALS}

@@ -1,4 +1,4 @@
-"""The work of a scoring thread: from the bytes of a request's body to those of the response."""
+"""The work of a scoring thread: parse the body of a request, score, write the response's body."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Route = Callable[[Scorer, Any, int], Answer]
 
 
 def answer(route: Route, scorer: Scorer, body: bytes, max_candidates: int) -> Answer:
-    """Answer a request for at most ``max_candidates`` items; Problem if that is not possible."""
+    """Answer a request for at most ``max_candidates`` items; raise Problem if it is not valid."""
     values = from_json(body)
     try:
         try:
@@ -40,14 +40,14 @@ def answer(route: Route, scorer: Scorer, body: bytes, max_candidates: int) -> An
         except Problem as problem:
             if problem.status != 422:
                 raise
-        # Converting whole floats costs time, so only a refused body is converted and tried again.
+        # Converting floats to integers takes time, so do it only if the body was refused.
         return route(scorer, with_integers(values), max_candidates)
     except RecursionError:
         raise Problem(422, "body: is nested too deeply", "body") from None
 
 
 def score(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
-    """Answer ``/v1/score`` for the values of a JSON body; raises Problem."""
+    """Answer ``/v1/score`` for the values of a JSON body; raise Problem if they are not valid."""
     body = parse_body(ScoreBody, values, max_candidates)
     check_numbers(scorer.info, "user", [body.user])
     check_numbers(scorer.info, "scene", [body.scene])
@@ -65,7 +65,7 @@ def score(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
 
 
 def recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
-    """Answer ``/v1/recommend`` for the values of a JSON body; raises Problem."""
+    """Answer ``/v1/recommend`` for the values of a JSON body; raise Problem if they are invalid."""
     body = parse_body(RecommendBody, values, max_candidates)
     for name, accepted in (body.allowed or {}).items():
         for value in accepted:
@@ -78,7 +78,7 @@ def recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
             body.user,
             body.scene,
             body.k,
-            # Only the default can be above the limit.
+            # A given value has been checked, so only the default can exceed the limit.
             candidates=min(body.candidates, max_candidates),
             exclude=body.exclude,
             allowed=body.allowed,
@@ -94,7 +94,7 @@ def recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
 def _with_tasks(
     scorer: Scorer, body: RecommendBody, items: list[Recommendation]
 ) -> list[dict[str, Any]]:
-    """Add each task's probability; this scores the few returned items once more."""
+    """Add the probability of each task to recommended items, which are scored again for it."""
     keys = [item.item for item in items]
     by_task = _scored(lambda: scorer.score_tasks(body.user, keys, body.scene))
     columns = [by_task[task].tolist() for task in scorer.tasks]
@@ -105,7 +105,7 @@ def _with_tasks(
 
 
 def check_numbers(info: BundleInfo, side: str, entries: list[Any]) -> None:
-    """Raise Problem if a raw feature of one side would become infinite as float32."""
+    """Raise Problem if a number among the raw features of one ``side`` is too large for float32."""
     fields = [field for field in info.side(side) if field.dtype == "float"]
     if not fields:
         return
@@ -126,7 +126,7 @@ def _check_finite(scores: Any) -> None:
 
 
 def _scored(call: Callable[[], T]) -> T:
-    """Call the scorer and turn its errors into problems."""
+    """Call the scorer and convert its errors to Problem."""
     try:
         return call()
     except RequestError as error:
@@ -135,6 +135,6 @@ def _scored(call: Callable[[], T]) -> T:
         raise Problem(422, str(error), error.field or None) from None
     except StoreError as error:
         raise unavailable(str(error)) from None
-    except BundleError as error:  # a large tower is opened late; its file may be gone by then
+    except BundleError as error:  # a large tower is opened on first use; its file may be gone
         LOG.error("%s", error)
         raise unavailable("the bundle cannot be read") from None

@@ -88,7 +88,7 @@ class RedisServer:
 
     @contextmanager
     def guarded(self) -> Iterator[Any]:
-        """Yield the Redis client; raise StoreError if a call fails or the server has just failed."""
+        """Yield the Redis client; StoreError if a call fails or the server has just failed."""
         attempt = self._breaker.admit()
         try:
             yield self._client
