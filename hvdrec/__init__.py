@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# onnxruntime 1.31 and later store a device id in the user's home and report usage unless this is
-# set before the import. Set the variable to 0 to allow that.
+# Unless this is set before its import, onnxruntime 1.31 and later store a device id in the user's
+# home directory and report usage. To allow that, set the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
@@ -73,7 +73,7 @@ _EXPORTS = {
     "hvdrec.planner.plan": ("PlanResult", "plan"),
     "hvdrec.scoring": ("Scorer",),
 }
-"""The public names of each module."""
+"""Module -> the public names that it provides."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""``python -m hvdrec`` is the command line."""
+"""Run the command line as ``python -m hvdrec``."""
 
 from hvdrec.cli import main
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix: one line that names the file or field, the value and the remedy."""
+"""Errors that a user can fix. Each message is one line with the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ WRITE_REMEDIES = {
     errno.EACCES: "change its permissions, or choose another directory",
     errno.EPERM: "change its permissions, or choose another directory",
 }
-"""Errors of a write that a user can fix, and how."""
+"""System error of a failed write -> what the user can do about it."""
 
 
 class UserError(ValueError):
     """A mistake in the configuration, the data or the command line.
 
-    The text is one line: what is wrong, what is allowed and what to do. The command line prints it
-    and exits with code 2.
+    The message is one line: what is wrong, what is allowed and what to do. ``hvdrec`` prints it and
+    exits with code 2.
 
     Attributes:
-        field: The file, configuration field or option at fault; empty if there is not one.
-        value: Its value; None if there is not one.
+        field: The file, configuration field or option at fault; empty if the error has none.
+        value: The refused value; None if the error is not about a value.
     """
 
     def __init__(self, text: str, *, field: str = "", value: object = None) -> None:
@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class SharedError(UserError):
-    """A mistake that all ranks of a job know about; only rank 0 prints it."""
+    """A mistake that every rank of a job has detected, so that only rank 0 prints it."""
 
 
 def invalid_value(field: str, value: object, problem: str, remedy: str = "") -> UserError:
@@ -52,13 +52,13 @@ def invalid_file(path: object, problem: str, remedy: str = "") -> UserError:
 
 
 def unknown_name(field: str, name: object, known: Iterable[object]) -> UserError:
-    """Build the error for a name that does not exist, with the known names and the nearest one."""
+    """Build the error for a name that does not exist; the message lists the known names."""
     text = f"{field} = {shown(name)}: unknown; {_known(name, known)}"
     return UserError(text, field=field, value=name)
 
 
 def unknown_key(field: str, known: Iterable[object]) -> UserError:
-    """Build the error for a key that does not exist in its table; `field` is dotted."""
+    """Build the error for an unknown key; `field` is the dotted name, such as ``train.epoch``."""
     name = field.rpartition(".")[2]
     return UserError(f"{field}: unknown key; {_known(name, known)}", field=field)
 
@@ -70,12 +70,12 @@ def _known(name: object, known: Iterable[object]) -> str:
 
 
 def choices(names: Iterable[object]) -> str:
-    """Format the allowed choices for an error message: ``[a, b, c]``."""
+    """Format the allowed names for an error message: ``[a, b, c]``."""
     return "[" + ", ".join(str(name) for name in names) + "]"
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """Format a value as it stands in TOML, cut to `limit` characters."""
+    """Format a value for an error message, with booleans as in TOML; at most `limit` characters."""
     if isinstance(value, bool):
         return str(value).lower()
     text = repr(value)
@@ -84,10 +84,11 @@ def shown(value: object, limit: int = 60) -> str:
 
 @contextmanager
 def write_errors_named(path: object) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into an error that names what is written.
+    """Convert a failed write in the ``with`` body to an error that names `path` and the remedy.
 
     Raises:
-        UserError: Writing to `path` failed with one of WRITE_REMEDIES.
+        UserError: The disk is full or read-only, or the permissions do not allow the write; see
+            `WRITE_REMEDIES`. Other errors are not converted.
     """
     try:
         yield

@@ -34,9 +34,9 @@ class Command:
     run: Callable[[argparse.Namespace], Answer]
     arguments: tuple[AddArgument, ...]
     example: str
-    """An example of a command line, which ends the --help text."""
+    """An example of a command line, shown at the end of --help."""
     notes: str
-    """Text of --help between the options and the example."""
+    """Text that --help shows between the options and the example."""
     fields: tuple[str, ...]
     """Prefixes of the dotted names of the configuration fields that are options of the command."""
 

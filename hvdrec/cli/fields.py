@@ -15,13 +15,15 @@ from hvdrec.config.structure import field_docs, from_text, type_of
 from hvdrec.errors import UserError, choices, invalid_value, unknown_key
 
 DEST = "field "
-"""Prefix of the attributes of the parsed options that hold the values of fields."""
+"""Prefix of the attributes in which the parsed options hold the values of configuration fields."""
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}"}
 
 
 @dataclasses.dataclass(frozen=True)
 class FieldOption:
-    """A configuration field as --help shows it; N stands for a number and NAME for a key."""
+    """A configuration field as --help shows it. In its name, N stands for the number of an entry in
+    a list, and NAME for a key that the user chooses.
+    """
 
     path: tuple[str, ...]
     kind: Any
@@ -37,7 +39,7 @@ class FieldOption:
 def add_field_options(
     parser: argparse.ArgumentParser, arguments: Sequence[str], allowed: tuple[str, ...] = ("",)
 ) -> None:
-    """Add options to a parser, for those configuration fields that occur in the arguments.
+    """Add an option to a parser for each configuration field that occurs in the arguments.
 
     Args:
         parser: The parser to extend.
@@ -61,7 +63,7 @@ def add_field_options(
 
 
 def _kind_of(path: Sequence[str]) -> Any:
-    """Return the type of a field; raise UserError if it does not exist or is a table of fields."""
+    """Return the type of a field; raise UserError if it does not exist or is a whole table."""
     kind: Any = Config
     for end, name in enumerate(path, start=1):
         option = _option(".".join(path[:end]))
@@ -81,7 +83,7 @@ def _names(kind: Any) -> list[str]:
 
 
 def read_fields(options: argparse.Namespace) -> dict[str, object]:
-    """Return the values of the fields in parsed options: dotted field -> value.
+    """Return the configuration fields in parsed options: dotted name -> value.
 
     Raises:
         UserError: A value does not have the field's type.

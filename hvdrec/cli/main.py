@@ -1,4 +1,4 @@
-"""Run a command of the command line."""
+"""The entry point of ``hvdrec``: parse the command line, run the command, print the result."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from hvdrec.cli.reports import render_evaluation, render_plan, render_search
 from hvdrec.parallel.progress import is_first_rank
 
 EXPORT_FIELDS = ("export.", "evaluate.seen", "tasks.N.share", "model.ranker.combine")
-"""Prefixes of the fields that can change after training."""
+"""Prefixes of the configuration fields that ``hvdrec export`` may change after training."""
 TUNE_NOTES = """\
 ranges and choices:
   train.learning_rate=log:1e-4:1e-2     logarithmic, both ends included

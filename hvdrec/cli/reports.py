@@ -66,7 +66,7 @@ def _format_metric(value: Any) -> str:
 
 
 def render_search(search: TuneResult) -> str:
-    """Format the best trials of a search, and the best one's values as options and as TOML."""
+    """Format the best trials of a search, and the values of the best one as options and TOML."""
     from hvdrec.tuning.search import ranked
     from hvdrec.tuning.space import as_overrides, as_toml
 

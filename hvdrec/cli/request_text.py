@@ -35,7 +35,10 @@ def parse_user(scorer: Scorer, text: str) -> Key | Raw:
 
 
 def parse_scene(scorer: Scorer, pairs: Sequence[str]) -> dict[str, Any]:
-    """Parse scene (context) fields such as ``hour=21``; an empty value means missing."""
+    """Parse fields of the scene (the context of a request), such as ``hour=21``.
+
+    An empty value is a missing value.
+    """
     fields = {field.name: field for field in scorer.info.side("scene")}
     scene: dict[str, Any] = {}
     for pair in pairs:

@@ -1,7 +1,4 @@
-"""Format tables as text.
-
-An install for scoring only prints tables too and has no library for them.
-"""
+"""Format tables as text, without a library: the slim install for scoring has none."""
 
 from __future__ import annotations
 

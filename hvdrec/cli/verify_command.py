@@ -1,4 +1,4 @@
-"""The command that verifies artifacts."""
+"""The command ``hvdrec verify``."""
 
 from __future__ import annotations
 

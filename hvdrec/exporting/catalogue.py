@@ -1,4 +1,4 @@
-"""Item and user data of a bundle besides embeddings: titles, counts, filters, seen items."""
+"""Write the data of a bundle besides embeddings: titles, counts, filters, items seen by users."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from hvdrec.storage.parquet import read_table
 
 Array = NDArray[Any]
 EPOCH_SECONDS = (1e8, 1e11)
-"""Range of times in seconds since 1970 (years 1973 to 5138). Numbers that are 1e3, 1e6 or 1e9 times
-as large are milli-, micro- or nanoseconds; smaller numbers are not times."""
+"""Smallest and largest number taken for a time in seconds since 1970 (years 1973 to 5138). Numbers
+that are 1e3, 1e6 or 1e9 times as large are milli-, micro- or nanoseconds. Smaller numbers are not
+times."""
 
 
 def write_catalogue(
@@ -35,31 +36,33 @@ def write_catalogue(
     *,
     users_know: str = "all",
 ) -> dict[str, Any]:
-    """Write titles, popularity, trending counts, filters and seen items, in the order of keys.
+    """Write titles, popularity, trending counts, filters and seen items, sorted by item key.
 
-    Popularity counts positives of the training split. Trending counts positives of the log's last
-    ``export.trending_days``, or equals popularity if the samples have no times. Seen items are the
-    distinct pairs of users and items: of positive rows, or of all rows with ``evaluate.seen =
-    "shown"``. Both cover the splits of ``export.users_as_of``.
+    Popularity is the number of positive rows of an item in the training split. The trending count
+    is the number in the last ``export.trending_days`` of the log, or the popularity if the samples
+    have no times. The seen items of a user are those of positive rows, or those of all rows if
+    ``evaluate.seen = "shown"``. Trending counts and seen items use the splits that
+    ``export.users_as_of`` names.
 
     Args:
-        draft: The bundle's directory.
-        users: The samples' table of all users.
-        items: The samples' table of all items.
-        config: The run; ``export``, ``samples``, ``paths`` and the schema are used.
-        notify: Called with a line if there are no times.
-        users_know: State of `samples.split.STATES` whose rows the users' embeddings depend on.
+        draft: Directory of the bundle.
+        users: Table of all users from the samples.
+        items: Table of all items from the samples.
+        config: Configuration of the run.
+        notify: Called with a line of text if there are no times.
+        users_know: One of `samples.split.STATES`: the splits that the users' embeddings depend on.
 
     Returns:
-        The latest time in the splits that the users and the items know, for the manifest: ``users``
-        and ``items`` hold ``splits`` and ``until``; ``time`` and ``type`` say what a time is.
+        What the users' and the items' data were computed from, for the manifest. ``users`` and
+        ``items`` each hold the names of the ``splits`` and the latest time in them, ``until``.
+        ``time`` is the name of the time column; ``type`` is "timestamp" or "number".
     """
     schema, export = config.schema, config.export
     item_order = np.argsort(key_array(items[schema.item_key]), kind="stable")
     items = items.take(item_order)
     folder = draft / "items"
     encoded = config.paths.of("features") / "items.parquet"
-    # The encoded table of items has the rows of the samples' table.
+    # The encoded table of items has the same rows, in the same order, as the table in the samples.
     counts = read_table(encoded, ["train_count"])["train_count"].to_numpy()
     popularity = counts[item_order].astype(np.int64)
     _save(folder / "popularity.npy", popularity)
@@ -88,16 +91,16 @@ def write_catalogue(
 
 @dataclass(frozen=True)
 class _Log:
-    """The samples of the first splits, in their order.
+    """n samples from the first splits, ordered by split.
 
     Attributes:
-        split: Index into `SPLITS`, int8 [n].
-        user: Rows of users, int64 [n].
-        item: Rows of items, int64 [n].
-        is_positive: bool [n].
-        time: float64 [n], None if there are no times; see `comparable_times`.
-        time_type: What times count; empty if there are no times.
-        splits: How many splits.
+        split: Split of each sample, as an index into `SPLITS`, int8 [n].
+        user: Row of each sample's user in the bundle, int64 [n].
+        item: Row of each sample's item in the bundle, int64 [n].
+        is_positive: True for each sample with label 1, bool [n].
+        time: Time of each sample, float64 [n]; None if there are no times. See `comparable_times`.
+        time_type: "timestamp" or "number"; empty if there are no times.
+        splits: Number of splits: 1 for train, 2 for train and validation, 3 for all.
     """
 
     split: Array
@@ -109,7 +112,7 @@ class _Log:
     splits: int = len(SPLITS)
 
     def until(self, state: int) -> _Log:
-        """Return the rows that a state, an index into `STATES`, includes."""
+        """Return the samples up to the end of split number `state`."""
         kept = self.split <= state
         return _Log(
             self.split[kept],
@@ -123,14 +126,14 @@ class _Log:
 
     @property
     def latest(self) -> float | None:
-        """The latest time."""
+        """Latest time of a sample; None if there are no times."""
         return float(self.time.max()) if self.time is not None and len(self.time) else None
 
 
 def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) -> _Log:
-    """Read the samples; `users` and `items` are the keys in the order of rows."""
+    """Read all samples; `users` and `items` hold the key of each row in the bundle."""
     samples, schema = config.samples, config.schema
-    # In the samples, a feature or key named "time" replaces samples.time.
+    # If a feature or key is named "time", the samples' column "time" holds it instead of the times.
     names = {schema.user_key, schema.item_key, *(column.name for column in schema.columns())}
     has_time = bool(samples.time) and ("time" not in names or samples.time == "time")
     columns = [schema.user_key, schema.item_key, "label", *(["time"] if has_time else [])]
@@ -152,7 +155,11 @@ def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) ->
 
 
 def _write_known(draft: Path, log: _Log, state: int, users: int) -> dict[str, Any]:
-    """Write the latest time of each user's rows up to a state; return what both sides know."""
+    """Write the latest sample time that each user's data depend on; return facts for the manifest.
+
+    `state` is the number of the last split that the users' data depend on. Those of items depend
+    only on the training split.
+    """
     known, trained = log.until(state), log.until(0)
     if known.time is not None:
         _save(draft / KNOWN_UNTIL, latest_of_each(known.user, known.time, users))
@@ -169,7 +176,7 @@ def _rows(keys: pa.ChunkedArray, stored: pa.ChunkedArray) -> Array:
 
 
 def _seconds(time: Array, time_type: str) -> Array | None:
-    """Convert times to seconds, float64 [n]; None if numbers do not look like times."""
+    """Convert times to seconds, float64 [n]; return None if the numbers cannot be times."""
     if time_type == "timestamp":
         return time
     latest = time.max(initial=0.0)
@@ -198,7 +205,7 @@ def _write_titles(folder: Path, column: pa.ChunkedArray) -> None:
 
 
 def _write_filter(folder: Path, column: pa.ChunkedArray) -> None:
-    """Write the rows that have each value of a column; null and empty values are left out."""
+    """Write each distinct value of a column and the rows that have it, without null and ""."""
     array = one_chunk(column)
     if pa.types.is_list(array.type):
         rows, values = pc.list_parent_indices(array).to_numpy(), array.flatten()
@@ -219,12 +226,12 @@ def _write_filter(folder: Path, column: pa.ChunkedArray) -> None:
 
 
 def _write_lists(file: Path, list_of: Array, rows: Array, lists: int, items: int) -> None:
-    """Write lists of rows int32, ascending and without repetition.
+    """Write lists of item rows; each list is sorted, and no row is in it twice.
 
     Args:
-        file: Path in which ``{}`` stands for "offsets" and "rows".
-        list_of: int64 [n], the list that each row belongs to.
-        rows: int64 [n].
+        file: Path of the two files, with ``{}`` in place of "offsets" and "rows".
+        list_of: Number of the list that each row belongs to, int64 [n].
+        rows: Item rows, int64 [n].
         lists: Number of lists.
         items: Number of items.
     """

@@ -1,4 +1,4 @@
-"""Scores whole tables: Parquet in, Parquet out."""
+"""Score all rows of a Parquet file and write them with their scores to another one."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ BATCH_ROWS = 65_536
 
 
 def score_table(bundle: Path, source: Path, target: Path, *, verify: bool = True) -> dict[str, Any]:
-    """Score every row of a Parquet file and write its columns with ``score`` added.
+    """Score every row of a Parquet file; write the rows and a new column ``score`` to another file.
 
-    A bundle with tasks also adds ``score_NAME`` of each.
+    If the bundle predicts several tasks (labels), a column ``score_NAME`` is added for each.
 
     Args:
         bundle: Directory of the bundle.
-        source: Parquet file. A row needs the user key and the item key. If the file has columns of
-            other raw user (item) features, these are used, otherwise the key's stored embedding.
-            Missing scene columns take their defaults.
-        target: File to write, as a whole or not at all.
+        source: Parquet file with the columns of the user key and the item key. If it has columns of
+            other raw features of users, the users' embeddings are computed from these; otherwise
+            the embeddings stored in the bundle are used. The same holds for items. A scene field
+            without a column takes its default.
+        target: File to write; it appears only when it is complete.
         verify: False to skip the comparison of the bundle's files with their checksums.
 
     Returns:
-        ``rows``, ``output``, and ``warnings``: a line if rows are not later than what the stored
-        users know, or if this cannot be told.
+        ``rows`` is the number of rows, ``output`` is the path of the written file. ``warnings`` has
+        a line if the stored embeddings of users may have been computed from the rows to score, so
+        that their scores are too good.
 
     Raises:
-        UserError: The source is not a Parquet file or lacks a key.
+        UserError: The source is not a Parquet file or lacks the column of a key.
     """
     scorer = Scorer.load(bundle, verify=verify)
     try:
@@ -68,7 +70,7 @@ def score_table(bundle: Path, source: Path, target: Path, *, verify: bool = True
 
 
 def _scores(scorer: Scorer, batch: pa.RecordBatch) -> Sequence[NDArray[np.float32]]:
-    """Return the score of each row and, with tasks, each task's probability."""
+    """Return the scores of a batch of rows; if there are tasks, also the probabilities of each."""
     names, info = batch.schema.names, scorer.info
     entries = []
     for side, key in (("user", info.user_key), ("item", info.item_key)):

@@ -1,4 +1,4 @@
-"""Writes the bundle of a trained model."""
+"""Write the bundle of a trained model."""
 
 from __future__ import annotations
 
@@ -49,25 +49,26 @@ def write_bundle(
     notify: Callable[[str], None] = lambda _: None,
     workers: WorkerPool = THIS_PROCESS,
 ) -> dict[str, Any]:
-    """Write the bundle of a trained model, after comparing its scores with the model's.
+    """Write the bundle of a trained model if it gives the same scores as the model in PyTorch.
 
     Args:
-        config: The run; all of it is stored in the manifest.
+        config: Configuration of the run, which is also stored in the manifest.
         model: The trained model.
-        checkpoint: Name of its checkpoint.
-        metrics: Its validation metrics.
-        checkpoint_identity: The identity in its manifest.
-        overwrite: Replace an existing bundle.
-        notify: Called with a line at the start of each step.
-        workers: Processes that compute embeddings. All their hosts must see the bundle's directory.
+        checkpoint: Name of the checkpoint that the model was loaded from.
+        metrics: Validation metrics of the model.
+        checkpoint_identity: Identity of the checkpoint, from its manifest.
+        overwrite: True to replace an existing bundle.
+        notify: Called with a line of text at the start of each step.
+        workers: Processes that compute embeddings. The directory of the bundle must be visible on
+            all their hosts.
 
     Returns:
-        The manifest's ``meta``.
+        The ``meta`` of the bundle's manifest.
 
     Raises:
-        UserError: The samples or the features are damaged, or the features were made from other
-            samples; or the scores of held-out rows, which enter as raw values, differ from
-            torch's by more than ``export.tolerance``. Nothing is published then.
+        UserError: The samples or the features are damaged; the features were made from other
+            samples; or, for held-out rows given as raw values, the bundle's scores differ from
+            PyTorch's by more than ``export.tolerance``. In all these cases no bundle appears.
     """
     samples, features = config.paths.of("samples"), config.paths.of("features")
     made_from = {
@@ -115,7 +116,11 @@ def _write_entities(
     notify: Callable[[str], None],
     workers: WorkerPool,
 ) -> dict[str, Any]:
-    """Write what the bundle holds of users, in a state, and items; return facts for the meta."""
+    """Write the data of users and items; return facts about them for the manifest's ``meta``.
+
+    `users` are the users as of the end of the splits that `state`, one of `samples.split.STATES`,
+    includes.
+    """
     items = pq.read_table(config.paths.of("samples") / "items.parquet")
     notify("embedding users")
     facts: dict[str, Any] = {"users": write_side(draft, "user", users, config.schema, workers)}
@@ -127,14 +132,23 @@ def _write_entities(
 
 
 def _stored_users(samples: Path, state: str) -> tuple[pa.Table, str]:
-    """Read the users in a state of `samples.split.STATES`, and the state that they depend on."""
+    """Read the users as of the end of certain splits.
+
+    Args:
+        samples: Directory of the samples.
+        state: One of `samples.split.STATES`: the splits whose rows may have changed the users.
+
+    Returns:
+        The users, and the state that they really depend on: "train" if the rows of later splits
+        changed nothing.
+    """
     file = samples / f"users_{state}.parquet"
     if not file.is_file():
         problem = "the samples hold no users of this state, an earlier version wrote them"
         remedy = "choose 'train' or 'all', or run hvdrec samples with --overwrite"
         raise invalid_value("export.users_as_of", state, problem, remedy)
     users = pq.read_table(file)
-    # Without histories and features from the log, later rows change nothing.
+    # Without histories and features computed from the log, the rows of later splits change nothing.
     is_same = state != "train" and users.equals(pq.read_table(samples / "users_train.parquet"))
     return users, "train" if is_same else state
 
@@ -162,7 +176,7 @@ def _meta(
         "schema": _request_schema(config.schema),
         "user_width": stored_width(model, "user"),
         "item_width": stored_width(model, "item"),
-        # Towers that were not trained to retrieve: candidates come by popularity instead.
+        # If the towers were not trained for retrieval, candidates are chosen by popularity.
         "retrieval_width": 0 if config.train.objective == "ranking" else model.output_width,
     }
     if config.tasks:
@@ -172,7 +186,7 @@ def _meta(
 
 
 def _request_schema(schema: Schema) -> dict[str, Any]:
-    """Return the raw values that a scoring request consists of."""
+    """Describe the raw values in a scoring request."""
     columns = [
         {
             "name": column.name,
@@ -198,7 +212,7 @@ def _save_graph(graph: onnx.ModelProto, file: Path) -> None:
     onnx.save(
         graph,
         str(file),
-        # A protobuf message is limited to 2 GB: larger tables go into a separate file.
+        # A protobuf message is limited to 2 GB, so larger tables are written to a separate file.
         save_as_external_data=graph.ByteSize() > EXTERNAL_DATA_BYTES,
         location=f"{file.name}.data",
     )

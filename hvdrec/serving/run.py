@@ -87,7 +87,7 @@ class _Stopped(BaseException):
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """End the ``with`` body on SIGTERM or SIGINT, which uvicorn raises again when it has stopped."""
+    """End the ``with`` body on SIGTERM or SIGINT; uvicorn raises them again when it has stopped."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped

@@ -1,1 +1,1 @@
-"""Files: atomic artifact directories, and local and remote paths."""
+"""Read and write files: artifact directories, Parquet, checksums, local and remote paths."""

@@ -1,13 +1,14 @@
 """Artifact directories that are either complete or absent.
 
-An artifact is written to a draft directory beside its final path (see `drafts`), each file gets a
-SHA-256 in ``manifest.json``, everything is synced to disk, and the directory is renamed last.
+An artifact is the directory that a stage writes: samples, features, a checkpoint, a bundle. It is
+written to a draft directory beside its final path (see `drafts`). ``manifest.json`` lists the files
+with their SHA-256. Everything is synced to disk; the rename to the final path comes last.
 
-Remote stores have no rename. There an artifact is written to a local directory and uploaded, its
-manifest last; an artifact that is replaced loses its manifest first. A directory without a manifest
-counts as absent. Who reads an artifact while it is replaced may get files of the other version,
-which sizes and checksums reveal. During an upload the store holds ``manifest.json.draft``, so
-that the next writer may replace what an interrupted one left behind.
+Remote stores cannot rename directories. There, an artifact is written to a local directory and then
+uploaded, the manifest last. If it replaces another artifact, the old manifest is deleted first. A
+directory without a manifest counts as absent. A reader may get a mix of old and new files during a
+replacement; it detects this by sizes and checksums. During an upload the store holds
+``manifest.json.draft``. It tells the next writer that it may overwrite an interrupted upload.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from hvdrec.storage.urls import Location, Url
 MANIFEST = "manifest.json"
 DRAFT_MANIFEST = f"{MANIFEST}.draft"
 FORMATS = {"bundle": 2}
-"""Kind of artifact -> format version, where it is not 1."""
+"""Kind of artifact -> version of its format; 1 for the kinds that are not listed."""
 MADE_FROM = "made_from"
-"""Key in a manifest's ``meta``: kind of a source -> its identity."""
+"""Key in a manifest's ``meta``. The value maps the kind of each artifact from which this one was
+made to its identity."""
 REWRITE = "write the artifact again"
 REMEDIES = {
     "samples": "run hvdrec samples with --overwrite",
@@ -46,9 +48,9 @@ REMEDIES = {
     ),
     "bundle": "run hvdrec export with --overwrite",
 }
-"""Kind of artifact -> what to do if it is damaged, where it is not REWRITE."""
+"""Kind of artifact -> remedy for a damaged one; REWRITE for the kinds that are not listed."""
 DECODE_ERRORS = (ValueError, KeyError, TypeError)
-"""Errors that a manifest of damaged or unexpected contents raises."""
+"""Exceptions that may be raised when a damaged or unexpected manifest is parsed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Manifest:
 
     Attributes:
         kind: Kind of the artifact, such as "samples".
-        meta: Facts that the writing stage left for its readers.
+        meta: Facts that the stage recorded for readers of the artifact.
         files: Relative POSIX path of each file -> its "sha256" and its size in "bytes".
         format: Version of the format of this kind of artifact.
         written_by: Version of hvdrec that wrote it.
@@ -71,12 +73,12 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits that are equal for artifacts of one kind and equal files."""
+        """16 hexadecimal digits that identify the kind and the contents of the artifact."""
         files = sorted((name, facts["sha256"]) for name, facts in self.files.items())
         return hashlib.sha256(json.dumps([self.kind, files]).encode()).hexdigest()[:16]
 
     def made_from(self, kind: str) -> str:
-        """Return the identity of the artifact of `kind` that this was made from; "" if unknown."""
+        """Return the identity of the `kind` of artifact this one was made from; "" if unknown."""
         return str(self.meta.get(MADE_FROM, {}).get(kind, ""))
 
 
@@ -89,10 +91,16 @@ def write_artifact(
     overwrite: bool = False,
     known: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Iterator[Path]:
-    """Yield an empty directory that becomes the artifact on a clean exit and else is removed.
+    """Yield an empty directory; it becomes the artifact when the ``with`` body ends without error.
 
-    `meta` and `known` (see `write_manifest`) are read on exit, so the caller may fill them
-    meanwhile. `overwrite` replaces an artifact of the same kind once the new one is complete.
+    After an error the directory is removed.
+
+    Args:
+        path: Path of the artifact.
+        kind: Kind of the artifact, such as "samples".
+        meta: Facts for the manifest. They are read at the end, so the body may still add some.
+        overwrite: Replace an artifact of the same kind as soon as the new one is complete.
+        known: As in `write_manifest`; also read at the end.
 
     Raises:
         UserError: There is something at `path` that may not be replaced.
@@ -116,9 +124,10 @@ def write_manifest(
     meta: Mapping[str, Any],
     known: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
-    """Write the manifest of a directory that holds all its files.
+    """Write the manifest of a directory whose other files are complete.
 
-    `known` maps names of files to their `file_facts`; the other files are read.
+    `known` maps file names to their `file_facts` if the caller knows them. All other files are read
+    to compute their checksums.
     """
     files = {
         name: {
@@ -139,16 +148,16 @@ def write_manifest(
 
 
 def file_facts(file: Path) -> dict[str, Any]:
-    """Return what a manifest says about a file."""
+    """Compute the facts that a manifest holds about a file: its size and SHA-256."""
     return {"sha256": sha256(file), "bytes": file.stat().st_size}
 
 
 def read_manifest(path: Location, kind: str) -> Manifest:
-    """Read the manifest of an artifact and check that its files exist with their sizes.
+    """Read the manifest of an artifact and check that its files exist and have the listed sizes.
 
     Raises:
-        UserError: The manifest is missing, damaged, of another kind or of a newer format, or a file
-            is missing, has another size or lies outside the directory.
+        UserError: The manifest is missing or damaged, or has another kind or a newer format; or a
+            file is missing, has another size or lies outside the directory.
     """
     return _check_manifest(_read_manifest(path, kind), path, kind)
 
@@ -166,10 +175,10 @@ def manifest_kind(path: Location) -> str:
 
 
 def verify_artifact(path: Path, kind: str) -> Manifest:
-    """Read the manifest of an artifact and compare the SHA-256 of every file.
+    """Read the manifest of an artifact and compare the SHA-256 of every file with it.
 
     Raises:
-        UserError: `read_manifest` raises it, or a checksum differs.
+        UserError: A check of `read_manifest` fails, or a checksum differs.
     """
     manifest = read_manifest(path, kind)
     files = StoredFiles(path, manifest)
@@ -179,10 +188,10 @@ def verify_artifact(path: Path, kind: str) -> Manifest:
 
 
 class StoredFiles:
-    """The files of a local artifact, each of which is verified when it is first asked for."""
+    """The files of a local artifact; each file is verified when it is first requested."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        """Take an artifact whose manifest was read."""
+        """Hold the directory of an artifact and its manifest."""
         self.directory = directory
         self.manifest = manifest
         self._verified: set[str] = set()
@@ -192,10 +201,11 @@ class StoredFiles:
         return name in self.manifest.files
 
     def verified(self, name: str) -> Path:
-        """Return the path of a file after comparing its SHA-256.
+        """Return the path of a file; on the first call, compare its SHA-256 with the manifest.
 
         Raises:
-            UserError: The file cannot be read, differs, or is not part of the artifact.
+            UserError: The file cannot be read, differs from its checksum, or is not listed in the
+                manifest.
         """
         file = self.directory / name
         remedy = REMEDIES.get(self.manifest.kind, REWRITE)
@@ -215,20 +225,21 @@ class StoredFiles:
 def require_source(
     path: Location, manifest: Manifest, source: Location, kind: str, remedy: str
 ) -> bool:
-    """Check that an artifact was made from what is at `source` now.
+    """Check that an artifact was made from exactly the source that is on disk now.
 
     Args:
-        path: The artifact, for the message.
-        manifest: Its manifest.
-        source: The artifact of `kind` that is read together with it.
+        path: Path of the artifact, for the error message.
+        manifest: Manifest of the artifact.
+        source: Path of the source, such as the samples that features were made from.
         kind: Kind of the source.
-        remedy: What the user can do if it was made from another one.
+        remedy: What the user can do if the source is another one.
 
     Returns:
-        False if an earlier version wrote the artifact and did not record its source.
+        True if the source is the recorded one; False if the artifact, written by an earlier version
+        of hvdrec, does not record its source.
 
     Raises:
-        UserError: It was made from another artifact, or the source cannot be read.
+        UserError: The artifact was made from another source, or the source cannot be read.
     """
     now = read_manifest(source, kind).identity
     recorded = manifest.made_from(kind)
@@ -239,15 +250,17 @@ def require_source(
 
 
 def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = False) -> bool:
-    """Copy an artifact to a local directory and verify the SHA-256 of every file.
+    """Copy an artifact to the local directory `to` and verify the SHA-256 of every file.
 
-    The directory is either complete or absent. `overwrite` replaces another artifact of that kind.
+    The directory appears only when the copy is complete. `overwrite` allows to replace another
+    artifact of the same kind there.
 
     Returns:
-        False if `to` already holds this very artifact, so that nothing was copied.
+        True if files were copied; False if `to` already holds the same artifact.
 
     Raises:
-        UserError: `source` is not a valid artifact or changed during the copy, or `to` is taken.
+        UserError: `source` is not a valid artifact or changed during the copy, or `to` already
+            exists.
     """
     text = _read_manifest(source, kind)
     manifest = _check_manifest(text, source, kind)
@@ -280,7 +293,7 @@ def _read_manifest(path: Location, kind: str) -> bytes:
 
 
 def _check_manifest(text: bytes, path: Location, kind: str) -> Manifest:
-    """Parse a manifest and check it against the files of its directory."""
+    """Parse a manifest and compare it with the names and sizes of the files in its directory."""
     file = path / MANIFEST
     try:
         raw = unsealed(text)
@@ -357,7 +370,7 @@ def _require_free(path: Location, kind: str, overwrite: bool) -> None:
 
 
 def _upload(draft: Path, url: Url) -> None:
-    """Upload a complete directory, its manifest last, and remove files of the old artifact."""
+    """Upload a complete directory, the manifest last; remove files that only the old one had."""
     names = _file_names(draft)
     names.remove(MANIFEST)
     old = _listed_files(url / MANIFEST) | _listed_files(url / DRAFT_MANIFEST)
@@ -376,13 +389,13 @@ def _upload(draft: Path, url: Url) -> None:
 
 
 def _file_names(directory: Path) -> list[str]:
-    """Return the relative POSIX paths of all files below a directory, in order."""
+    """Return the relative POSIX paths of all files below a directory, sorted."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     return [file.relative_to(directory).as_posix() for file in files]
 
 
 def _listed_files(manifest: Url) -> set[str]:
-    """Return the file names in a manifest; none if it is missing or damaged."""
+    """Return the file names in a manifest; empty if it is missing or damaged."""
     try:
         names = set(json.loads(manifest.read_bytes())["files"])
     except (FileNotFoundError, *DECODE_ERRORS):

@@ -1,4 +1,4 @@
-"""Checksums: of files, and of JSON documents that carry their own."""
+"""Checksums of files, and of JSON documents that contain their own checksum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from hvdrec.storage.json_text import json_text
 
 CHECKSUM = "checksum"
-"""Key of a JSON document's own checksum."""
+"""Key under which a JSON document holds the checksum of its other entries."""
 
 
 def sha256(path: Path) -> str:
@@ -21,17 +21,17 @@ def sha256(path: Path) -> str:
 
 
 def sealed(document: Mapping[str, Any], indent: int | None = 1) -> str:
-    """Format a JSON document with the checksum of its contents as its last entry.
+    """Format a JSON document with a checksum as its last entry.
 
-    The checksum is the hexadecimal SHA-256 of the other entries in compact JSON with sorted keys.
-    Numbers that are NaN or infinite become null.
+    The checksum is the hexadecimal SHA-256 of the other entries, written as compact JSON with
+    sorted keys. Numbers that are NaN or infinite become null.
     """
     plain = json.loads(json_text(document))
     return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=indent) + "\n"
 
 
 def unsealed(text: bytes | str) -> dict[str, Any]:
-    """Parse a JSON document and compare its checksum, which documents of earlier versions lack.
+    """Parse a JSON document and compare its checksum; earlier versions wrote none.
 
     Returns:
         The document without its checksum.

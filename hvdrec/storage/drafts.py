@@ -1,9 +1,9 @@
-"""Drafts: files and directories that are written beside their final path and renamed to it.
+"""Drafts: files and directories that are written beside their final path, then renamed to it.
 
-A draft of ``NAME`` is called ``.NAME.XXXXXXXX.partial``. Its writer holds a lock: on the draft
-itself if it is a file, on ``.NAME.XXXXXXXX.lock`` if it is a directory. The operating system
-releases the lock when the writer ends, however it ends, so the next writer can tell a draft that
-was left behind from one that is being written, on network file systems too.
+A draft of ``NAME`` is called ``.NAME.XXXXXXXX.partial``, where the Xs are random. Its writer holds
+a lock: on the draft itself if that is a file, on ``.NAME.XXXXXXXX.lock`` if it is a directory. The
+operating system releases the lock when the writer ends, even if it is killed. So the next writer
+can tell whether a draft is still being written or was left behind, also on network file systems.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from pathlib import Path
 from hvdrec.errors import write_errors_named
 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}(?P<suffix>\.partial|\.old|\.lock|)")
-"""Names of drafts, of what they replace, and of their locks."""
+"""Names of drafts, of locks, and of replaced files that are moved aside for a moment."""
 UNLOCKED_SECONDS = 86_400.0
-"""Age at which a draft counts as left behind where the file system has no locks."""
+"""If the file system has no locks, a draft counts as left behind at this age."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
 def draft_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory beside `path` that is synced and takes its place on a clean exit."""
+    """Yield a new directory; when the ``with`` body ends without error, sync and move it to `path`.
+
+    A directory at `path` is replaced. After an error the new directory is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_directory(path) as draft:
         yield draft
@@ -42,9 +45,9 @@ def draft_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_directory(path: Path, mode: int = 0o777) -> Iterator[Path]:
-    """Yield a new directory beside `path` that is removed on exit, if it is still there.
+    """Yield a new directory beside `path`; remove it at the end, unless it was moved.
 
-    Those of `path` that killed writers left behind are removed first.
+    First remove directories that killed writers left behind for the same `path`.
     """
     remove_leftovers(path.parent, path.name)
     lock, descriptor = _create_locked(path, ".lock")
@@ -60,10 +63,12 @@ def scratch_directory(path: Path, mode: int = 0o777) -> Iterator[Path]:
 
 @contextmanager
 def draft_file(path: Path) -> Iterator[Path]:
-    """Yield an empty file beside `path` that is synced and takes its place on a clean exit.
+    """Yield an empty new file; when the ``with`` body ends without error, move it to `path`.
+
+    It is synced to disk before. After an error the new file is removed.
 
     Raises:
-        UserError: The disk is full or may not be written.
+        UserError: The disk is full, or writing is not permitted.
     """
     with write_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,23 +85,23 @@ def draft_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically.
+    """Write a small file so that it is always complete: either the old or the new text.
 
     Raises:
-        UserError: The disk is full or may not be written.
+        UserError: The disk is full, or writing is not permitted.
     """
     with draft_file(path) as draft:
         draft.write_text(text)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove the drafts that killed writers left in a folder; those of live writers stay.
+    """Remove the drafts that killed writers left in a folder; keep those of running writers.
 
-    An artifact that a writer had moved aside when it was killed is moved back.
+    If a writer was killed after it had moved an old artifact aside, the artifact is moved back.
 
     Args:
         folder: The folder; it need not exist.
-        name: Remove only the drafts of this name.
+        name: Remove only drafts of this final name; None for all drafts.
     """
     with suppress(OSError):
         for entry in sorted(folder.iterdir()):
@@ -112,12 +117,12 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def _left_behind(entry: Path) -> Iterator[bool]:
-    """Yield True if the writer of a draft has ended; hold its lock meanwhile."""
+    """Yield True if the writer of a draft has ended; hold the draft's lock in the ``with`` body."""
     lock = entry.with_suffix(".lock") if entry.is_dir() and not entry.is_symlink() else entry
     try:
         descriptor = os.open(lock, os.O_RDWR)
     except OSError:
-        # Without a lock: an earlier version wrote it, or its lock has already been removed.
+        # There is no lock: an earlier version wrote the draft, or the lock was removed already.
         yield lock != entry and not lock.exists()
         return
     try:
@@ -128,12 +133,12 @@ def _left_behind(entry: Path) -> Iterator[bool]:
 
 
 def _create_locked(path: Path, suffix: str) -> tuple[Path, int]:
-    """Create a file beside `path` and lock it; return it with its descriptor."""
+    """Create a file beside `path` and lock it; return its path and its open descriptor."""
     while True:
         file = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{suffix}")
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         _lock(descriptor, wait=True)
-        # Another process may have removed the file before it was locked.
+        # Another process may have removed the file between its creation and the lock.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 return file, descriptor
@@ -141,7 +146,7 @@ def _create_locked(path: Path, suffix: str) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool | None:
-    """Lock a file; return False if another process has, None if the file system has no locks."""
+    """Lock a file; return False if another process holds the lock, None if there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -152,13 +157,13 @@ def _lock(descriptor: int, *, wait: bool) -> bool | None:
 
 
 def _age(entry: Path) -> float:
-    """Return the seconds since anything in a draft changed."""
+    """Return the seconds since a draft, or a file in it, was last changed."""
     times = [each.stat().st_mtime for each in (entry, *entry.rglob("*"))]
     return time.time() - max(times)
 
 
 def _replace(draft: Path, path: Path) -> None:
-    """Rename a draft to its path; what was there becomes the draft, or is removed."""
+    """Move a draft to its final path; whatever was there takes the draft's name or is removed."""
     if not path.exists():
         draft.rename(path)
     elif not _exchange(draft, path):
@@ -173,7 +178,7 @@ def _replace(draft: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; return False where the system cannot."""
+    """Swap two paths in one atomic step; return False if the system does not support that."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False

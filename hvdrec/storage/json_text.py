@@ -1,4 +1,4 @@
-"""JSON text without NaN and infinity, which JSON does not have."""
+"""Write JSON text without NaN and infinity, which are not valid in JSON."""
 
 from __future__ import annotations
 

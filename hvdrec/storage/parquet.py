@@ -1,9 +1,9 @@
-"""Parquet files whose bytes are verified as they are read.
+"""Read Parquet files and verify their bytes at the same time.
 
-A folder of Parquet files holds ``_checksums.json``: for each file, a CRC-32 of every column chunk
-and of the footer. A reader that asks for some columns of some row groups reads and verifies only
-their chunks. (Parquet's own page checksums leave the headers of pages and the footer unprotected.)
-Folders that an earlier version wrote have no such file and are read without verification.
+``_checksums.json`` in a folder holds, for each Parquet file there, a CRC-32 of every column chunk
+and of the footer. A reader that needs some columns of some row groups reads and verifies only the
+chunks of these. (Parquet's own page checksums do not protect page headers and the footer.) A folder
+that an earlier version wrote has no checksums and is read without verification.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hvdrec.storage.checksums import sealed, unsealed
 from hvdrec.storage.urls import Location, retried
 
 CHECKSUMS = "_checksums.json"
-"""Readers of Parquet folders pass over names that start with an underscore."""
+"""Name of the file with checksums: readers of Parquet folders skip names that begin with "_"."""
 REMEDY = "run hvdrec prepare with --overwrite"
 
 
@@ -35,11 +35,11 @@ class FileChecksums:
     """The checksums of a Parquet file.
 
     Attributes:
-        size: Bytes of the file.
-        starts: Offsets of the column chunks, ascending.
-        stops: Offset behind each column chunk.
+        size: Size of the file in bytes.
+        starts: Offset of the first byte of each column chunk, ascending.
+        stops: Offset of the byte after each column chunk.
         crcs: CRC-32 of each column chunk.
-        footer_start: Offset of the footer, which reaches to the end of the file.
+        footer_start: Offset of the footer, which is the rest of the file.
         footer_crc: CRC-32 of the footer.
     """
 
@@ -52,7 +52,7 @@ class FileChecksums:
 
     @staticmethod
     def compute(file: Path) -> FileChecksums:
-        """Read a file that was just written."""
+        """Compute the checksums of a file, just after it was written."""
         metadata = pq.read_metadata(file)
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         chunks = sorted(
@@ -69,22 +69,30 @@ class FileChecksums:
         return FileChecksums(size, starts, stops, crcs, start, footer)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Convert the checksums to JSON values."""
         chunks = [list(chunk) for chunk in zip(self.starts, self.stops, self.crcs, strict=True)]
         return {"size": self.size, "footer": [self.footer_start, self.footer_crc], "chunks": chunks}
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> FileChecksums:
-        """Return the checksums that `to_dict` gave."""
+        """Build the checksums from the result of `to_dict`."""
         columns = zip(*raw["chunks"], strict=True) if raw["chunks"] else ((), (), ())
         starts, stops, crcs = map(tuple, columns)
         return FileChecksums(raw["size"], starts, stops, crcs, *raw["footer"])
 
     def damage(self, start: int, data: memoryview) -> str:
-        """Return what is wrong with bytes of the file from `start` on; "" if nothing is."""
+        """Compare bytes of the file with the checksums.
+
+        Args:
+            start: Offset of the bytes in the file.
+            data: The bytes; whole column chunks or the footer.
+
+        Returns:
+            A description of the damage; "" if there is none.
+        """
         stop = start + len(data)
         if stop > self.footer_start:
-            # Arrow reads more than the footer and uses the footer alone.
+            # Arrow reads some bytes before the footer, too, but does not use them.
             if start > self.footer_start or zlib.crc32(data[self.footer_start - start :]) != (
                 self.footer_crc
             ):
@@ -104,11 +112,11 @@ class FileChecksums:
 
 
 Checksums = Mapping[str, FileChecksums]
-"""Name of a file -> its checksums."""
+"""Name of a file in a folder -> its checksums."""
 
 
 def write_checksums(folder: Path, checksums: Checksums | None = None) -> None:
-    """Write the checksums of the Parquet files in a folder; they are computed if not given."""
+    """Write the checksums of the Parquet files in a folder; if they are None, compute them."""
     if checksums is None:
         checksums = {file.name: FileChecksums.compute(file) for file in parquet_files(folder)}
     plain = {name: each.to_dict() for name, each in checksums.items()}
@@ -116,10 +124,10 @@ def write_checksums(folder: Path, checksums: Checksums | None = None) -> None:
 
 
 def read_checksums(folder: Location) -> Checksums | None:
-    """Read the checksums of a folder; None if an earlier version wrote it.
+    """Read the checksums of a folder; return None if an earlier version wrote it without any.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file with the checksums is damaged.
     """
     file = folder / CHECKSUMS
     try:
@@ -133,12 +141,12 @@ def read_checksums(folder: Location) -> Checksums | None:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """A Parquet file with its verified footer.
+    """A Parquet file whose footer has been read and verified.
 
     Attributes:
-        file: Where it is.
-        checksums: Its checksums; None if an earlier version wrote it.
-        metadata: Its footer.
+        file: Path or URL of the file.
+        checksums: Checksums of the file; None if an earlier version wrote it without any.
+        metadata: The parsed footer.
     """
 
     file: Location
@@ -147,12 +155,16 @@ class ParquetSource:
 
     @staticmethod
     def open(file: Location, checksums: Checksums | None) -> ParquetSource:
-        """Read and verify the footer of a file; `checksums` are those of its folder.
+        """Read and verify the footer of a file.
+
+        Args:
+            file: Path or URL of the file.
+            checksums: Checksums of the files in its folder; None to read without verification.
 
         Raises:
-            UserError: The file is damaged or has no checksums.
+            UserError: The file is damaged, or `checksums` does not list it.
             OSError: The file cannot be read.
-            pyarrow.ArrowException: It is not a Parquet file.
+            pyarrow.ArrowException: The file is not a Parquet file.
         """
         own = None
         if checksums is not None:
@@ -168,14 +180,14 @@ class ParquetSource:
 
     @contextmanager
     def opened(self) -> Iterator[pq.ParquetFile]:
-        """Open the file for reading columns and row groups, which are verified."""
-        # Without checksums, the number of rows tells whether a file was replaced meanwhile.
+        """Open the file to read columns and row groups; everything that is read is verified."""
+        # Without checksums, parse the footer again, so that a replaced file shows by its row count.
         known = None if self.checksums is None else self.metadata
         with _opened(self.file, self.checksums, known) as parquet:
             yield parquet
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read the table, or some of its columns."""
+        """Read the whole table, or only some of its columns."""
         names = None if columns is None else list(columns)
 
         def read() -> pa.Table:
@@ -186,17 +198,17 @@ class ParquetSource:
 
 
 def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or some of its columns."""
+    """Read a Parquet file, or only some of its columns."""
     return ParquetSource.open(file, read_checksums(file.parent)).read(columns)
 
 
 def read_tables(folder: Location, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read and concatenate all Parquet files of a folder, ordered by name."""
+    """Read all Parquet files of a folder, sorted by name, as one table."""
     return pa.concat_tables(read_parts(folder, columns))
 
 
 def read_parts(folder: Location, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the Parquet files of a folder as tables, ordered by name."""
+    """Yield each Parquet file of a folder, sorted by name, as a table."""
     checksums = read_checksums(folder)
     for file in parquet_files(folder):
         yield ParquetSource.open(file, checksums).read(columns)
@@ -208,12 +220,12 @@ def read_metadata(file: Location) -> pq.FileMetaData:
 
 
 def parquet_files(folder: Location) -> list[Any]:
-    """List the Parquet files of a folder, ordered by name."""
+    """List the Parquet files of a folder, sorted by name."""
     return sorted(folder.glob("*.parquet"))
 
 
 class _VerifiedFile(io.RawIOBase):
-    """A file for Arrow: every read is verified. Arrow reads a whole column chunk at a time."""
+    """A file object for Arrow that verifies every read; Arrow reads whole column chunks."""
 
     def __init__(self, file: Location, opened: Any, checksums: FileChecksums) -> None:
         self._file, self._opened, self._checksums = file, opened, checksums
@@ -259,7 +271,7 @@ def _opened(
         with pq.ParquetFile(file, metadata=metadata) as parquet:
             yield parquet
         return
-    # No read-ahead: Arrow requests exactly the ranges that it needs.
+    # Switch read-ahead off, so that Arrow requests exactly the ranges that it needs.
     with (
         file.open("rb")
         if isinstance(file, Path)
@@ -275,7 +287,7 @@ def _retried(action: Any, file: Location) -> Any:
 
 
 def _bounds(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Return the offsets of a column chunk's first byte and of the byte behind its last."""
+    """Return the offset of a column chunk's first byte and that of the byte after its last."""
     start = int(chunk.data_page_offset)
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
         start = min(start, int(chunk.dictionary_page_offset))

@@ -1,4 +1,4 @@
-"""Checksums of large files that several threads can compare at the same time."""
+"""Compute checksums of large files that a reader can compare with several threads."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 
 BLOCK_BYTES = 4 << 20
 KINDS = ("bundle",)
-"""Kinds of artifacts that are read as a whole while somebody waits."""
+"""Kinds of artifacts whose files get a tree checksum. A service verifies its whole bundle when it
+starts, so that must be fast."""
 
 
 def tree_facts(file: Path, kind: str) -> dict[str, str]:
-    """Return ``tree`` for a file of more than `BLOCK_BYTES` in an artifact of one of `KINDS`.
+    """Return the manifest entry ``tree`` of a file: the tree checksum of a large file.
 
-    It is the hexadecimal SHA-256 of the concatenated SHA-256 digests of the file's blocks.
+    Each block of `BLOCK_BYTES` is hashed with SHA-256; the checksum is the hexadecimal SHA-256 of
+    the concatenated digests. The result is empty for a file of one block and for artifacts of other
+    kinds than `KINDS`.
     """
     if kind not in KINDS or file.stat().st_size <= BLOCK_BYTES:
         return {}

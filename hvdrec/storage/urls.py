@@ -1,8 +1,9 @@
-"""Local directories and remote locations that fsspec reads and writes by URL.
+"""Local paths, and remote locations that fsspec reads and writes by URL.
 
 A ``file://`` URL is a local path. Remote stores have neither renames nor locks; `artifacts`
-explains how an artifact stays consistent there. fsspec and the client of a store read addresses
-and credentials from their own files and variables (AWS_ENDPOINT_URL, FSSPEC_S3_KEY, ...).
+explains how an artifact stays consistent there. fsspec and the client library of a store read
+addresses and credentials from their own configuration files and environment variables
+(AWS_ENDPOINT_URL, FSSPEC_S3_KEY, ...).
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from typing import Any, TypeVar
 from hvdrec.errors import invalid_file
 
 RETRY_SECONDS = 180.0
-"""How long requests to a store that does not respond are retried."""
+"""Time for which requests to a store that does not respond are repeated."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
 """Bounds of the exponential backoff between retries, in seconds."""
 EXTRAS = {"s3": "s3", "s3a": "s3"}
-"""Protocol -> the extra of hvdrec that installs its client."""
+"""URL scheme -> extra of hvdrec that installs the client library of the store."""
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CLIENTS = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "requests", "urllib3")
-"""Packages whose exceptions mean that a store did not respond..."""
+"""Packages whose exceptions mean that a store did not respond, so that a retry may succeed."""
 PERMANENT_NAMES = ("Credential", "Profile", "Region", "Validation")
-"""...unless the name of the exception contains one of these."""
+"""An exception of these packages whose name contains one of these words is not retried."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,9 +41,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, order=True)
 class Url:
-    """A remote location with the part of `pathlib.Path`'s interface that artifacts need.
+    """A remote location. Its methods are those of `pathlib.Path` that artifacts need.
 
-    Methods raise UserError if the store is unreachable, denies access or needs a missing package.
+    They raise UserError if the store does not respond, denies access or needs a package that is not
+    installed.
     """
 
     text: str
@@ -57,12 +59,12 @@ class Url:
 
     @property
     def name(self) -> str:
-        """The last component of the path."""
+        """Last component of the path."""
         return self.text.rsplit("/", 1)[-1]
 
     @property
     def parent(self) -> Url:
-        """The location without the last component of its path."""
+        """Location without the last component of its path."""
         return Url(self.text.rsplit("/", 1)[0])
 
     @cached_property
@@ -84,24 +86,24 @@ class Url:
 
     @property
     def filesystem(self) -> Any:
-        """The fsspec file system."""
+        """The fsspec file system of the store."""
         return self._opened[0]
 
     @property
     def path(self) -> str:
-        """The path in the file system."""
+        """Path in the fsspec file system."""
         return self._opened[1]
 
     def is_file(self) -> bool:
-        """True if there is a file."""
+        """Return True if the location is a file."""
         return self._type() == "file"
 
     def is_dir(self) -> bool:
-        """True if there is a directory or a common prefix of files."""
+        """Return True if the location is a directory, or a common prefix of files."""
         return self._type() == "directory"
 
     def _type(self) -> str:
-        # fsspec's own isfile reports an absent file if the store does not respond.
+        # fsspec's isfile returns False if the store does not respond.
         with suppress(FileNotFoundError):
             return str(self._call("info")["type"])
         return ""
@@ -128,7 +130,7 @@ class Url:
             self._call("rm_file")
 
     def sizes(self) -> dict[str, int]:
-        """Map the relative path of every file below this location to its size in bytes."""
+        """Return the relative path of every file below this location -> its size in bytes."""
         files = self._call("find", detail=True)
         start = len(self.path.rstrip("/")) + 1
         return {name[start:]: int(facts["size"]) for name, facts in files.items()}
@@ -138,7 +140,7 @@ class Url:
         return [self / name for name in self.sizes() if "/" not in name and fnmatch(name, pattern)]
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call a method of the file system on this path, with retries."""
+        """Call a method of the fsspec file system on this path, with retries."""
         return retried(
             lambda: getattr(self.filesystem, method)(self.path, *arguments, **options), self.text
         )
@@ -148,7 +150,7 @@ Location = Path | Url
 
 
 def as_location(text: str) -> Location:
-    """Parse a path or a URL."""
+    """Convert text to a `Url`, or to a `Path` if it is not a remote URL."""
     if text.startswith("file://"):
         from fsspec.implementations.local import LocalFileSystem
 
@@ -157,7 +159,7 @@ def as_location(text: str) -> Location:
 
 
 def is_url(text: str) -> bool:
-    """True if a text is a URL rather than a path."""
+    """Return True if a text is a URL rather than a path."""
     return "://" in text
 
 
@@ -170,12 +172,12 @@ def version(file: Location) -> str:
 
 
 def retried(action: Callable[[], T], what: object, *, stopped: threading.Event | None = None) -> T:
-    """Return the result of an action, retried while a store does not respond.
+    """Call a function; repeat the call while a store does not respond. Return its result.
 
     Args:
-        action: Function to call. Its permanent errors, such as FileNotFoundError, are not retried.
-        what: What is accessed, for messages.
-        stopped: Event that ends the retries; the last error is then raised unchanged.
+        action: Function to call. Permanent errors, such as FileNotFoundError, are not retried.
+        what: Path or URL that is accessed, for messages.
+        stopped: Event that ends the retries; then the last error is raised unchanged.
 
     Raises:
         UserError: The store denies access or has not responded for `RETRY_SECONDS`.
@@ -218,7 +220,7 @@ def retried(action: Callable[[], T], what: object, *, stopped: threading.Event |
 
 
 def _is_transient(error: BaseException) -> bool:
-    """True if a retry may succeed."""
+    """Return True if a retry may succeed."""
     if isinstance(error, OSError):
         # Arrow reports damaged files as plain OSErrors without an errno.
         from_system = type(error) is not OSError or error.errno is not None
