@@ -127,8 +127,8 @@ class GuardedProtocol(HttpToolsProtocol):
             if size > self._options.max_header:
                 self._parser_problem = self._long_header()
                 raise ValueError  # stops the parser
-        self._is_in_header = False
         super().on_headers_complete()
+        self._is_in_header = False
         self.headers = deque(maxlen=0)  # type: ignore[assignment]  # discards trailers
         if self._connections.is_draining:
             self.cycle.keep_alive = False

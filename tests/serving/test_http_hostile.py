@@ -217,7 +217,10 @@ def test_pipelined_requests_that_nobody_reads(strict: Running) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("content", [b"\0\0\0\0", b"GET / HTTP/9.9\r\n\r\n", b"hello\r\n\r\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"\0\0\0\0", b"GET / HTTP/9.9\r\n\r\n", b"hello\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\n\r\n"],
+)
 def test_what_is_not_http(strict: Running, content: bytes) -> None:
     assert "not a valid HTTP" in problem_of(answer_to(connect(strict), content), 400)
 
