@@ -96,15 +96,14 @@ def find_types(
         columns: The columns to look at.
         declared: Column -> the type of its feature; keys are strings.
     """
-    names = list(columns)
-    tests = {name: _tests(declared.get(name)) for name in names}
+    tests = {name: _tests(declared.get(name)) for name in columns}
     sample = f"(SELECT * FROM {view} LIMIT {SAMPLE_ROWS})"
     likely = _passed(connection, sample, tests)
-    passed = _passed(connection, view, likely)
+    first = _first_passed(connection, view, likely)
     types, odd, mixed = {}, {}, {}
-    for name in names:
-        types[name] = next((dtype for dtype in passed[name] if dtype != MAYBE_NUMBER), "VARCHAR")
-        if types[name] != "VARCHAR" or MAYBE_NUMBER not in likely[name]:
+    for name, dtype in first.items():
+        types[name] = dtype or "VARCHAR"
+        if dtype or MAYBE_NUMBER not in likely[name]:
             continue
         value, share, big, decimal = _numbers(connection, view, name)
         if value is None and big is not None and decimal is not None:
@@ -125,6 +124,21 @@ def converted(column: str, dtype: str) -> str:
 
 def _tests(declared: RawType | None) -> dict[str, str]:
     return {**(DECLARED[declared] if declared else UNDECLARED), MAYBE_NUMBER: ANY_NUMBER}
+
+
+def _first_passed(
+    connection: duckdb.DuckDBPyConnection, source: str, tests: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """Return the first type of each column whose test all its values pass, or MAYBE_NUMBER."""
+    first = dict.fromkeys(tests, MAYBE_NUMBER)
+    left = {name: [t for t in types if t != MAYBE_NUMBER] for name, types in tests.items()}
+    while left := {name: types for name, types in left.items() if types}:
+        # Most columns pass their first test, so that one scan of the table is enough.
+        tried = {name: {types[0]: tests[name][types[0]]} for name, types in left.items()}
+        passed = _passed(connection, source, tried)
+        first |= {name: dtype for name, types in passed.items() for dtype in types}
+        left = {name: types[1:] for name, types in left.items() if not passed[name]}
+    return first
 
 
 def _passed(
