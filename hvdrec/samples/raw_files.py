@@ -81,10 +81,9 @@ def find_files(raw: Path, name: str) -> RawFiles:
     if not paths:
         raise invalid_file(file, "no such file", "check paths.raw and the table's name")
     above = len(raw.parts)
-    if Path(name).is_absolute() and file.is_dir():
-        above = len(file.parts)
-    elif Path(name).is_absolute():
-        above = next((i for i, part in enumerate(file.parts) if glob.has_magic(part)), above)
+    if Path(name).is_absolute():
+        patterns = (i for i, part in enumerate(file.parts) if glob.has_magic(part))
+        above = next(patterns, len(file.parts))
     found = [_partition(Path(path).parts[above:-1]) for path in paths]
     keys = dict.fromkeys(key for values in found for key in values)
     partitions = {key: tuple(values.get(key) for values in found) for key in keys}
@@ -237,6 +236,7 @@ def _incompatible(file: Path, column: str, families: Mapping[str, str]) -> UserE
 
 def _check_partitions(files: RawFiles, columns: Mapping[str, Mapping[str, object]]) -> None:
     """Refuse a column that some files have and others take from their directory."""
+    check_names(files.file, dict.fromkeys([*columns, *files.partitions]))
     for key in files.partitions:
         if 0 < len(columns.get(key, ())) < len(files.paths):
             problem = f"column '{key}' is in some files, and only a directory's name in others"

@@ -19,7 +19,7 @@ from hvdrec.samples.raw_files import RawFiles, check_parquet, read_headers
 from hvdrec.samples.sql import literal, quoted, without_nan
 from hvdrec.samples.text_types import EXACT, converted, find_types
 
-FILE = "__file"
+FILE = "__hvdrec_file"
 """Column with the path of a row's file."""
 CSV = (
     "auto_detect = false, header = true, strict_mode = true, "

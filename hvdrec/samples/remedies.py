@@ -5,6 +5,7 @@ None of them recommends a cast that rounds, cuts or merges values.
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,24 @@ import pyarrow.compute as pc
 
 from hvdrec.config.schema import RawType
 from hvdrec.errors import shown
-from hvdrec.samples.sql import derivation, written
+from hvdrec.samples.sql import derivation, literal, written
 
 EXACT = 2**53
 """Floats hold all integers below."""
 SQL_TYPES: dict[RawType, str] = {"string": "VARCHAR", "int": "BIGINT", "float": "DOUBLE"}
-DAY_FIRST, MONTH_FIRST = "%d/%m/%Y", "%m/%d/%Y"
+DAYS = (
+    "%Y/%m/%d",
+    "%Y.%m.%d",
+    "%Y%m%d",
+    "%d/%m/%Y",
+    "%d.%m.%Y",
+    "%d-%m-%Y",
+    "%m/%d/%Y",
+    "%m-%d-%Y",
+)
+TIMES = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
+TESTED_TIMES = 1000
+"""Distinct texts that are tried with each format."""
 ISO_TIME = r"^\d{4}-\d{2}-\d{2}"
 OFFSET = r"\d{2}:\d{2}.*(Z|UTC|[+-]\d{2}(:?\d{2})?)$"
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
@@ -93,8 +106,26 @@ def time_remedy(name: str, array: pa.Array, kind: str) -> str:
     if pc.all(pc.match_substring_regex(texts, ISO_TIME)).as_py():
         has_offset = pc.any(pc.match_substring_regex(texts, OFFSET)).as_py()
         return _derive(name, f"CAST({column} AS TIMESTAMP{'TZ' if has_offset else ''})")
-    example = derivation(name, f"strptime({column}, '{DAY_FIRST}')")
-    return f"derive it with its format, for example {example} (or '{MONTH_FIRST}', month first)"
+    sample = texts.slice(0, TESTED_TIMES).to_pylist()
+    formats = [day + time for day in DAYS for time in TIMES if _all_match(sample, day + time)]
+    if not formats:
+        return f"derive it with a format that fits: {derivation(name, _strptime(column, DAYS[3]))}"
+    first, *others = (derivation(name, _strptime(column, form)) for form in formats)
+    also = f", or {others[0]} if the month is first" if others else ""
+    return f"derive it with its format, for example {first}{also}"
+
+
+def _strptime(column: str, form: str) -> str:
+    return f"strptime({column}, {literal(form)})"
+
+
+def _all_match(texts: list[str], form: str) -> bool:
+    try:
+        for text in texts:
+            datetime.datetime.strptime(text, form)
+    except ValueError:
+        return False
+    return True
 
 
 def _text_remedy(name: str, array: pa.Array, dtype: RawType) -> str:

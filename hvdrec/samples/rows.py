@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from hvdrec.samples.join import (
 )
 from hvdrec.samples.remedies import time_remedy, type_remedy
 from hvdrec.samples.spec import SampleSpec
-from hvdrec.samples.sql import written
+from hvdrec.samples.sql import basic_string, written
 
 Array = NDArray[Any]
 
@@ -174,7 +173,7 @@ def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
             rule = f"NOT isfinite({written(name)})"
         elif dtype == "float":
             rule += f" OR NOT isfinite({written(name)})"
-        remedy = f"every row needs a time: drop them with samples.drop = {json.dumps(rule)}"
+        remedy = f"every row needs a time: drop them with samples.drop = {basic_string(rule)}"
         raise invalid_file(where, problem, remedy)
     return np.asarray(array.to_numpy())
 
@@ -215,7 +214,7 @@ def _check_key(where: str, name: str, array: pa.Array) -> None:
         column = written(name)
         rule = f"{column} IS NULL OR {column} = ''" if is_text else f"{column} IS NULL"
         problem = f"key column '{name}' is null{' or empty' if is_text else ''} in {empty} rows"
-        remedy = f"every row needs a key: drop them with samples.drop = {json.dumps(rule)}"
+        remedy = f"every row needs a key: drop them with samples.drop = {basic_string(rule)}"
         raise invalid_file(where, problem, remedy)
 
 
@@ -225,7 +224,8 @@ def _check_label(key: str, expression: str, file: Path, label: Array) -> None:
         problem = f"is neither 0 nor 1 in {_example(bad, label, file)}"
         remedy = "write a condition such as 'rating > 3'"
         if np.isnan(bad).all():
-            remedy = f"write coalesce({expression}, false), or drop such rows with samples.drop"
+            drop = basic_string(f"({expression}) IS NULL")
+            remedy = f"write coalesce({expression}, false), or samples.drop = {drop}"
         raise invalid_value(key, expression, problem, remedy)
 
 

@@ -25,11 +25,16 @@ def written(name: str) -> str:
     return name if plain and tokens[0][1] == duckdb.token_type.identifier else quoted(name)
 
 
+def basic_string(text: str) -> str:
+    """Return text as a TOML string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def derivation(name: str, expression: str) -> str:
     """Return the TOML line that derives a column: ``samples.derive.NAME = "EXPRESSION"``."""
     bare = name.isascii() and name.replace("_", "a").replace("-", "a").isalnum()
-    key = name if bare else json.dumps(name, ensure_ascii=False)
-    return f"samples.derive.{key} = {json.dumps(expression, ensure_ascii=False)}"
+    key = name if bare else basic_string(name)
+    return f"samples.derive.{key} = {basic_string(expression)}"
 
 
 def without_nan(value: str, dtype: DuckDBPyType) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvdrec.config.schema import Side
-from hvdrec.errors import choices, invalid_file
+from hvdrec.errors import choices, invalid_file, shown
 from hvdrec.samples.columns import cast, concatenate, list_array, plain, reason
 from hvdrec.samples.engine import visible
 from hvdrec.samples.history import EventLog, UserTimes
@@ -174,12 +174,19 @@ def _cast_keys(spec: SampleSpec, where: str, name: str, array: pa.Array) -> pa.A
     """Cast the keys of a users' or items' table to the type that they have in samples."""
     feature = spec.feature(name)
     if feature and feature.dtype == "int" and pa.types.is_dictionary(array.type):
+        texts = plain(array)
+        problem = f"key column '{name}' is string, feature '{name}' has dtype 'int'"
         try:
-            return plain(array).cast(pa.int64())
+            numbers = texts.cast(pa.int64())
         except pa.ArrowInvalid as error:
-            problem = f"key column '{name}' is string, feature '{name}' has dtype 'int'"
             problem += f": {reason(error)}"
             raise invalid_file(where, problem, "declare dtype = 'string'") from None
+        # The join compares texts: '007' is not the key 7.
+        other = texts.filter(pc.not_equal(numbers.cast(pa.string()), texts))
+        if len(other):
+            problem += f": {shown(other[0].as_py())} is not how the number is written"
+            raise invalid_file(where, problem, "declare dtype = 'string'")
+        return numbers
     return plain(spec.cast(name, array, where))
 
 

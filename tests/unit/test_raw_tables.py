@@ -18,7 +18,7 @@ import pytest
 
 from hvdrec.config import Config
 from hvdrec.config.schema import RawType
-from hvdrec.config.structure import from_dict
+from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
 from hvdrec.samples import SamplesResult, make_samples
 from hvdrec.samples.columns import cast, plain
@@ -230,6 +230,11 @@ def test_only_directories_within_the_pattern_give_columns(engine: Engine, tmp_pa
     assert read(engine, raw / "day=2024-05-01" / "store=__HIVE_DEFAULT_PARTITION__", "*.csv") == {
         "x": [1]
     }
+    literal = raw / "day=2024-05-01" / "store=__HIVE_DEFAULT_PARTITION__" / "p.csv"
+    assert read(engine, raw, str(literal)) == {"x": [1]}
+    (raw / "Y=1").mkdir()
+    (raw / "Y=1" / "t.csv").write_text("y\n1\n")
+    assert "differ only in case" in refusal(engine, raw, "*/t.csv")
     # The column of a file stands.
     assert read(engine, tmp_path, "x=7/raw/*/*/*.csv")["x"] == [1, 1]
 
@@ -417,6 +422,9 @@ def microseconds(*time: int) -> int:
     ("texts", "expected"),
     [
         (["03/04/2024"], [microseconds(2024, 4, 3)]),
+        (["03/04/2024", "04/13/2024"], [microseconds(2024, 3, 4), microseconds(2024, 4, 13)]),
+        (["3.4.2024 10:30"], [microseconds(2024, 4, 3, 10, 30)]),
+        (["2024/04/03 10:30:01"], [microseconds(2024, 4, 3, 10, 30, 1)]),
         (["2024-04-03 10:00"], [microseconds(2024, 4, 3, 10)]),
         (["2024-04-03 10:00:00+02:00"], [microseconds(2024, 4, 3, 8)]),
         (
@@ -433,7 +441,7 @@ def test_times_are_right_if_the_remedy_is_followed(
     array = pa.array(texts)
     with pytest.raises(UserError) as raised:
         time_values("file", name, "samples.time", array)
-    remedy = str(raised.value).split(" (or ")[0]
+    remedy = str(raised.value).split(", or ")[0]
     derived = following(engine, remedy, name, array)
     assert time_values("file", name, "samples.time", derived).tolist() == expected
 
@@ -501,6 +509,20 @@ def test_a_missing_label_has_a_remedy_that_works(tmp_path: Path) -> None:
     assert "40 of 60 rows" in str(raised.value) and "for example null" in str(raised.value)
     [label] = re.findall(r"write (coalesce\(.*\)),", str(raised.value))
     assert sum(made(samples(tmp_path, users, keys, label=label)).positives.values()) == 20
+    [drop] = re.findall(r"samples\.drop = (\".*\")$", str(raised.value))
+    config = samples(tmp_path, users, keys, label="age > 10", drop=json.loads(drop))
+    assert sum(made(config).rows.values()) == 20
+
+
+def test_padded_keys_of_a_table_are_not_integers(tmp_path: Path) -> None:
+    users = "user_id,age\n01,20\n2,30\n"
+    features = [{"name": "user_id", "dtype": "int"}, {"name": "age", "dtype": "int"}]
+    config = samples(tmp_path, users, ["1", "2"] * 20)
+    pq.write_table(pa.table({"user_id": ["01", "2"], "age": [20, 30]}), tmp_path / "u.parquet")
+    table = to_dict(config) | {"features": features}
+    table["samples"]["users"] = "u.parquet"
+    with pytest.raises(UserError, match="'01' is not how the number is written"):
+        made(from_dict(Config, table))
 
 
 def test_a_key_may_be_derived_of_a_column_with_a_space(tmp_path: Path) -> None:
