@@ -75,7 +75,8 @@ def find_files(raw: Path, name: str) -> RawFiles:
         paths = _files_of(file)
     elif not text.endswith(SUFFIXES):
         problem = f"must be a directory or end in one of {choices(SUFFIXES)}"
-        raise invalid_file(file, problem, "check paths.raw and the table's name")
+        remedy = "convert the table" if file.suffix else "check paths.raw and the table's name"
+        raise invalid_file(file, problem, remedy)
     else:
         paths = [text] if file.is_file() else sorted(glob.glob(text, recursive=True))
     if not paths:

@@ -777,8 +777,11 @@ def test_missing_tables_are_named(raw: Path) -> None:
     assert error_of(configured(raw, interactions="logs.parquet")) == f"{raw}/logs.parquet: {hint}"
     assert error_of(configured(raw, items="part-*.csv")) == f"{raw}/part-*.csv: {hint}"
     assert error_of(configured(raw, users="users.xlsx")) == (
-        f"{raw}/users.xlsx: must end in one of [.parquet, .csv, .csv.gz]; convert the table"
+        f"{raw}/users.xlsx: must be a directory or end in one of [.parquet, .csv, .csv.gz]; "
+        "convert the table"
     )
+    hint = "must be a directory or end in one of [.parquet, .csv, .csv.gz]; check paths.raw and"
+    assert error_of(configured(raw, users="users")) == f"{raw}/users: {hint} the table's name"
     assert error_of(configured(raw, interactions="")) == (
         "samples.interactions = '': is empty; name the table of impressions or actions"
     )
