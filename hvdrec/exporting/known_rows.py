@@ -29,11 +29,11 @@ TRAINED = "scores of training rows are too good, those of held-out rows are not"
 
 
 def comparable_times(column: pa.ChunkedArray | pa.Array) -> tuple[str, Array] | None:
-    """Convert times to numbers, and name what they count; None if the column holds other values.
+    """Convert a column of times to numbers that can be compared.
 
     Returns:
-        ``timestamp`` and seconds since 1970 for dates and timestamps, ``number`` and the values
-        themselves for numbers; float64 [n], NaN where null.
+        For dates and timestamps, "timestamp" and seconds since 1970; for numbers, "number" and the
+        values themselves. The numbers are float64 [n], NaN for null. None for other columns.
     """
     dtype = column.type
     if pa.types.is_timestamp(dtype):
