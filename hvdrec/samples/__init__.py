@@ -1,4 +1,4 @@
-"""Raw tables to labelled, split samples."""
+"""Turn raw tables into samples: labelled rows, divided into train, validation and test."""
 
 from hvdrec.samples.make import SamplesResult, make_samples
 

@@ -1,7 +1,7 @@
-"""Arrow columns in memory, and casts to the types that features declare.
+"""Hold Arrow columns in memory, and cast them to the types that features declare.
 
-A column is compact if its strings, or the strings in its lists, are dictionary-encoded: each value
-then takes four bytes.
+This package calls a column *compact* if its strings, or the strings in its lists, are
+dictionary-encoded: each distinct string is stored once, and each value takes four bytes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ TARGETS: dict[RawType, pa.DataType] = {
     "float": pa.float64(),
 }
 END_OF_REASON = ("LINE ", "Possible", "Candidate", "  file =", "  delimiter")
-"""Starts of lines that follow the reason of an error of DuckDB."""
+"""In DuckDB's error messages, lines that begin with these follow after the reason of the error."""
 LONGEST_LINE = 200
 
 
 def compact(array: pa.Array) -> pa.Array:
-    """Dictionary-encode the strings of an array or of its lists; null lists become empty."""
+    """Make an array compact: dictionary-encode its strings. Null lists become empty lists."""
     dtype = array.type
     if is_list(dtype):
         return _map_values(compact, array)
@@ -48,7 +48,7 @@ def compact(array: pa.Array) -> pa.Array:
 
 
 def concatenate(arrays: Sequence[pa.Array], dtype: pa.DataType) -> pa.Array:
-    """Concatenate compact arrays of one type; without arrays, return an empty one of `dtype`."""
+    """Concatenate compact arrays of one type; if there are none, return an empty one of `dtype`."""
     if not arrays:
         return compact(pa.array([], dtype))
     if len(arrays) == 1:
@@ -61,12 +61,12 @@ def concatenate(arrays: Sequence[pa.Array], dtype: pa.DataType) -> pa.Array:
 
 
 def list_lengths(array: pa.Array) -> Array:
-    """Return the length of each list, int32 [n]; 0 for a null list."""
+    """Return the length of each of n lists, int32 [n]; 0 for a null list."""
     return np.asarray(pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False))
 
 
 def list_array(lengths: Array, values: pa.Array) -> pa.Array:
-    """Build lists of the given lengths [n] over flat values."""
+    """Divide flat values into n lists of the given lengths [n]."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets), values)
@@ -102,11 +102,12 @@ def encode_keys(array: pa.Array) -> tuple[Array, pa.Array]:
     """Number the distinct keys of a compact column of strings or integers without nulls.
 
     Returns:
-        The rank of each row's key, int64 [n], and the distinct keys, ascending (strings by bytes).
+        The index of each row's key among the distinct keys, int64 [n], and the distinct keys in
+        ascending order (strings by their bytes).
     """
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     index = encoded.indices.to_numpy(zero_copy_only=False)
-    # A dictionary may hold values that no row has.
+    # A dictionary may contain values that no row has.
     used, index = np.unique(index, return_inverse=True)
     values = encoded.dictionary.take(pa.array(used))
     order = pc.sort_indices(values).to_numpy().astype(np.int64)
@@ -116,7 +117,10 @@ def encode_keys(array: pa.Array) -> tuple[Array, pa.Array]:
 
 
 def group_ids(arrays: Sequence[pa.Array], rows: int) -> Array:
-    """Return int64 [rows], equal where rows are equal in all columns (null equals null)."""
+    """Number the distinct rows of a table; return each row's number, int64 [rows].
+
+    Two rows get the same number if they are equal in all columns. Null equals null.
+    """
     group = np.zeros(rows, dtype=np.int64)
     for array in arrays:
         if pa.types.is_dictionary(array.type):
@@ -132,13 +136,21 @@ def group_ids(arrays: Sequence[pa.Array], rows: int) -> Array:
 def cast(
     array: pa.Array, dtype: RawType, *, where: str, name: str, purpose: str, lists: bool = False
 ) -> pa.Array:
-    """Cast a compact column to a declared type: string, int64 or float64, or lists of it.
+    """Cast a compact column to the type that a feature declares.
 
-    Integers become decimal strings if strings are declared. Floats do not: '1.0' is not a key.
-    Errors name the column, its purpose, and `where` it comes from, a file or configuration key.
+    If strings are declared, integers become decimal strings. Floats are refused, since "1.0" would
+    not match the key "1".
+
+    Args:
+        array: The column.
+        dtype: The declared type, "string", "int" (int64) or "float" (float64).
+        where: The file or configuration key that the column comes from, for error messages.
+        name: Name of the column, for error messages.
+        purpose: What the column is needed for, for error messages.
+        lists: True to cast to lists of the declared type.
 
     Raises:
-        UserError: The type of the column or one of its values does not fit.
+        UserError: The column has another type, or a value cannot be converted exactly.
     """
     actual = array.type
     kind = type_name(actual)
@@ -164,7 +176,7 @@ def cast(
 
 
 def family(dtype: pa.DataType) -> str:
-    """Return the family of a type, as error messages name it, such as "integer"."""
+    """Return the group that a type belongs to, such as "integer", as error messages name it."""
     if pa.types.is_dictionary(dtype):
         return family(dtype.value_type)
     if pa.types.is_integer(dtype) or (pa.types.is_decimal(dtype) and dtype.scale <= 0):
@@ -190,7 +202,7 @@ def type_name(dtype: pa.DataType) -> str:
 
 
 def is_binary(dtype: pa.DataType) -> bool:
-    """True for every type of bytes."""
+    """Return True if a type holds bytes."""
     types = pa.types
     return bool(
         types.is_binary(dtype) or types.is_large_binary(dtype) or types.is_fixed_size_binary(dtype)
@@ -198,7 +210,7 @@ def is_binary(dtype: pa.DataType) -> bool:
 
 
 def is_list(dtype: pa.DataType) -> bool:
-    """True for every list type."""
+    """Return True if a type is a list type."""
     types = pa.types
     return bool(
         types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype)
@@ -206,7 +218,7 @@ def is_list(dtype: pa.DataType) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Return the text of an error of Arrow or DuckDB on one line, without advice about its API."""
+    """Return an error of Arrow or DuckDB as one line, without the advice for programmers."""
     kept = []
     for line in str(error).strip().splitlines():
         if line.startswith(END_OF_REASON):

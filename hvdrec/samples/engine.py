@@ -1,4 +1,4 @@
-"""The in-process DuckDB engine: reads raw tables, evaluates user SQL and runs Ibis expressions."""
+"""Run queries in DuckDB, inside this process: raw tables, a user's SQL and Ibis expressions."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ NOTHING: Mapping[str, RawType] = MappingProxyType({})
 
 @contextmanager
 def connect() -> Iterator[Engine]:
-    """Open an in-memory engine that spills to a temporary directory and uses UTC."""
+    """Open an engine in memory. It moves large data to a temporary directory; times are in UTC."""
     with tempfile.TemporaryDirectory(prefix="hvdrec-") as spill, duckdb.connect() as connection:
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET TimeZone = 'UTC'")
-        # Statistics of Parquet files leave NaN out, so that DuckDB takes isnan(column) for false.
+        # Statistics in Parquet files ignore NaN. If DuckDB used them, it would assume that
+        # isnan(column) is always false.
         connection.execute("SET disabled_optimizers = 'statistics_propagation'")
-        # x / 0 is NULL. As NaN or infinity, it would be greater than any number.
+        # Let x / 0 be NULL: NaN and infinity would count as greater than any number.
         connection.execute("SET ieee_floating_point_ops = false")
         with suppress(duckdb.Error):  # older versions have no such setting
             connection.execute("SET error_on_division_by_zero = false")
@@ -45,10 +46,10 @@ def connect() -> Iterator[Engine]:
 
 @dataclass
 class Engine:
-    """Everything that is specific to DuckDB. Tables are Ibis expressions over named views.
+    """Runs queries; all code that depends on DuckDB is in this class.
 
-    Ibis only compiles expressions to SQL and the connection runs them, so the versions of Ibis and
-    of DuckDB's Python interface are independent.
+    A table is an Ibis expression over a named view. Ibis only compiles expressions to SQL, which
+    the DuckDB connection runs. So the versions of Ibis and DuckDB need not match.
     """
 
     connection: duckdb.DuckDBPyConnection
@@ -58,14 +59,16 @@ class Engine:
     _expressions: list[tuple[str, str, str]] = field(default_factory=list)
 
     def read(self, raw: Path, name: str, declared: Mapping[str, RawType] = NOTHING) -> Table:
-        """Open the table `name`: a Parquet or CSV file in the directory `raw`, or all of a glob.
+        """Open a raw table. NaN becomes NULL; the types of CSV columns follow from all values.
 
-        NaN is NULL. A CSV file is read once; its columns have the types that all their values have.
-        `declared` gives the types of features and keys.
+        Args:
+            raw: Directory of the raw tables.
+            name: Path of a Parquet or CSV file in it, a directory, or a glob for many files.
+            declared: Column -> its type, for the columns of features and keys.
 
         Raises:
-            UserError: There is no such file, it is not in the format of its suffix, or its columns
-                are ambiguous.
+            UserError: There is no such file, it does not have the format of its suffix, or its
+                columns are ambiguous.
         """
         files = find_files(raw, name)
         reader = Reader(self.connection, self._name, self.warnings.append)
@@ -74,10 +77,16 @@ class Engine:
         return self._table(view)
 
     def derive(self, table: Table, column: str, expression: str, key: str) -> Table:
-        """Add or replace a column by user SQL over the other columns of the table.
+        """Add a column, or replace it, by an SQL expression over the columns of a table.
+
+        Args:
+            table: The table.
+            column: Name of the new column.
+            expression: SQL from the configuration.
+            key: Configuration key of the expression, for error messages.
 
         Raises:
-            UserError: The expression, given under this configuration key, is invalid.
+            UserError: The expression is invalid.
         """
         for present in table.columns:
             if present.lower() == column.lower() and present != column:
@@ -85,7 +94,7 @@ class Engine:
         view = self._view(_sql(table))
         others = f"* EXCLUDE ({quoted(column)})" if column in table.columns else "*"
         try:
-            # The line break ends a comment at the end of the expression.
+            # The line break ends an SQL comment in which the expression may end.
             query = f"SELECT {others}, ({expression}\n) AS {quoted(column)} FROM {view}"
             derived = self._view(query)
             dtype = self.connection.table(derived).types[-1]
@@ -101,7 +110,7 @@ class Engine:
         return result
 
     def binds(self, table: Table, expression: str) -> bool:
-        """True if the table has all columns that an SQL expression names."""
+        """Return True if the table has all columns that an SQL expression uses."""
         try:
             view = self._view(_sql(table))
             _ = self.connection.sql(f"SELECT ({expression}\n) FROM {view} LIMIT 0").columns
@@ -110,7 +119,7 @@ class Engine:
         return True
 
     def materialize(self, table: Table) -> Table:
-        """Compute a table once and return the stored result."""
+        """Compute a table, store the result and return it as a table."""
         name = self._name()
         try:
             self.connection.execute(f"CREATE TEMP TABLE {name} AS {_sql(table)}")
@@ -119,16 +128,16 @@ class Engine:
         return self._table(name)
 
     def register(self, rows: pa.Table) -> Table:
-        """Make rows in memory available as a table."""
+        """Return a table of rows that are in memory."""
         name = self._name()
         self.connection.register(name, rows)
         return self._table(name)
 
     def collect(self, table: Table) -> dict[str, pa.Array]:
-        """Compute a table and return its compact columns, rows in any order.
+        """Compute a table; return its columns, compact (see `columns`), with rows in any order.
 
         Raises:
-            UserError: A file or a user's expression fails on some row.
+            UserError: A file cannot be read, or an expression of the configuration fails on a row.
         """
         parts: dict[str, list[pa.Array]] = {column: [] for column in table.columns}
         try:
@@ -164,7 +173,7 @@ class Engine:
         )
 
     def _explain(self, error: Exception) -> UserError:
-        """Find the file or expression that made a query fail, and build the error that names it."""
+        """Find the file or expression that made a query fail; build an error that names it."""
         for file, view in self._files:
             if failure := self._failure(f"SELECT hash(v) AS h FROM {view} AS v"):
                 return unreadable(file, failure)
@@ -175,7 +184,7 @@ class Engine:
         return UserError(f"samples: {reason(error)}", field="samples")
 
     def _failure(self, query: str) -> Exception | None:
-        """Return the error of a query, if it fails. Filtering by a hash reads every value."""
+        """Return the error of a query, or None. Filtering by a hash makes it read all values."""
         try:
             self.connection.sql(f"SELECT count(*) FROM ({query}) WHERE h = 0").fetchall()
         except duckdb.Error as error:
@@ -184,12 +193,12 @@ class Engine:
 
 
 def visible(table: Table) -> list[str]:
-    """List the columns of a table without internal ones, which start with two underscores."""
+    """List the columns of a table, except internal ones, which begin with two underscores."""
     return [column for column in table.columns if not column.startswith("__")]
 
 
 def _ibis_type(dtype: pa.DataType) -> ibis.DataType:
-    # Ibis cannot convert this one Arrow type, although it has a type for it.
+    # Ibis has a corresponding type for this Arrow type, but does not convert it.
     if dtype == pa.month_day_nano_interval():
         return ibis.dtype("interval('us')")
     return ibis.schema(pa.schema([("column", dtype)]))["column"]

@@ -1,4 +1,8 @@
-"""Event histories of users: lists cut from one sorted array of events per history."""
+"""Histories: for each sample, the list of items that its user acted on before.
+
+An event is a row of the log that counts for a history. All events of a history are in one array,
+sorted by user and time. Each list is a slice of it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,11 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class UserTimes:
-    """User and time of each of n rows, combined into one sortable key.
+    """User and time of each of n rows, combined into one number that sorts by user, then time.
 
     Attributes:
         user: User codes, int64 [n].
-        key: user * times + rank of the time among all distinct times, int64 [n]. It sorts by user,
-            then time, and is equal for equal times.
+        key: user * times + rank of the row's time among all distinct times, int64 [n].
         times: Number of distinct times.
     """
 
@@ -31,7 +34,7 @@ class UserTimes:
 
     @staticmethod
     def of(user: Array, time: Array) -> UserTimes:
-        """Build the keys of user codes int64 [n] and sortable times [n]."""
+        """Combine user codes, int64 [n], and times [n], which may be any numbers."""
         distinct, rank = np.unique(time, return_inverse=True)
         return UserTimes(user, user * len(distinct) + rank, len(distinct))
 
@@ -41,11 +44,11 @@ class EventLog:
     """The e events of a history, sorted by user and time.
 
     Attributes:
-        items: Item keys, or values of another column, [e].
-        key: Keys of `UserTimes`, int64 [e], ascending.
-        row: Row number of each event, int64 [e].
-        same: Index of the next event of the same user and item, or e if there is none, int64 [e];
-            None if lists keep repeated items.
+        items: Entry that each event adds to a list: the item's key or another column's value [e].
+        key: `UserTimes.key` of each event, int64 [e], ascending.
+        row: Number of the row that each event comes from, int64 [e].
+        same: Index of the next event with the same user and item, int64 [e]; e if there is none.
+            None if a list may contain an item more than once.
     """
 
     items: pa.Array
@@ -57,10 +60,14 @@ class EventLog:
     def of(
         items: pa.Array, times: UserTimes, chosen: Array, item_code: Array | None = None
     ) -> EventLog:
-        """Sort the events among n rows; `chosen` marks them, bool [n].
+        """Collect the events among n rows and sort them.
 
-        Events of one time keep their row order. With `item_code`, int64 [n], lists keep only the
-        latest event of each item.
+        Args:
+            items: Entry that each row adds to a list [n].
+            times: Users and times of the rows.
+            chosen: True for each row that is an event, bool [n].
+            item_code: Number of each row's item, int64 [n], if a list may contain an item only
+                once, at its latest event; otherwise None.
         """
         rows = np.flatnonzero(chosen)
         order = rows[np.argsort(times.key[rows], kind="stable")]
@@ -71,18 +78,25 @@ class EventLog:
         return EventLog(items.take(pa.array(order)), times.key[order], order, same)
 
     def before(self, times: UserTimes, rows: Array, length: int) -> pa.Array:
-        """Return the last `length` events strictly before each row, oldest first."""
+        """Return, for each of `rows`, the user's last `length` events before it, oldest first.
+
+        Only events at an earlier time count.
+        """
         return self._last(times.key[rows], times.user[rows] * times.times, length)
 
     def latest(self, users: int, times: int, length: int) -> pa.Array:
-        """Return the last `length` events of each user 0 ... users - 1, oldest first."""
+        """Return the last `length` events of each user, oldest first.
+
+        `users` is the number of users, `times` the number of distinct times.
+        """
         start = np.arange(users) * times
         return self._last(start + times, start, length)
 
     def others(self, times: UserTimes, rows: Array, length: int) -> pa.Array:
-        """Return the `length` other events of the user nearest to each row in time order.
+        """Return, for each of `rows`, `length` other events of its user that are closest to it.
 
-        Half of them precede the row where there are enough. The row itself is left out.
+        Closest is meant in the sorted order of the user's events: half of them come before the row
+        and half after it, if there are enough on both sides. The row itself is left out.
         """
         start = times.user[rows] * times.times
         first, end = (np.searchsorted(self.key, bound) for bound in (start, start + times.times))
@@ -98,7 +112,7 @@ class EventLog:
         return list_array(lengths - (own >= 0), self.items.take(pa.array(positions[kept])))
 
     def _last(self, key: Array, start: Array, length: int) -> pa.Array:
-        """Return the last `length` events with start <= event key < key."""
+        """Return the last `length` events in [first, stop) for each list, each item once."""
         stop = np.searchsorted(self.key, key)
         first = np.searchsorted(self.key, start)
         if self.same is not None:
@@ -108,8 +122,8 @@ class EventLog:
         return list_array(lengths, self.items.take(pa.array(_ranges(first, lengths))))
 
     def _last_distinct(self, same: Array, first: Array, stop: Array, length: int) -> pa.Array:
-        """Return the last `length` events of [first, stop), each item only at its latest time."""
-        # Rows of one user and time share a list, which is built once.
+        """Return the last `length` events in each [first, stop); of each item only the last."""
+        # Rows with the same user and time have the same list, so build it once.
         empty = first >= stop
         stops, which = np.unique(np.where(empty, -1, stop), return_inverse=True)
         firsts = np.zeros_like(stops)
@@ -127,14 +141,14 @@ class EventLog:
 
 
 def _ranges(first: Array, lengths: Array) -> Array:
-    """Concatenate the ranges first[i] ... first[i] + lengths[i] - 1."""
+    """Concatenate the ranges from first[i] to first[i] + lengths[i] - 1, for all i."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.asarray(np.arange(total) + np.repeat(first - (ends - lengths), lengths))
 
 
 def _next_equal(values: Array) -> Array:
-    """Return the index of the next equal value of each value, or n if there is none."""
+    """Return, for each of n values, the index of the next equal value; n if there is none."""
     following = np.full(len(values), len(values), dtype=np.int64)
     order = np.argsort(values, kind="stable")
     is_equal = values[order[1:]] == values[order[:-1]]

@@ -1,6 +1,6 @@
-"""The label join as Ibis expressions: raw tables, derived columns, labels and weights.
+"""Join the raw tables, derive columns, and compute labels and weights, as Ibis expressions.
 
-Internal columns have names that begin with two underscores.
+Names that begin with two underscores are those of internal columns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ EXAMPLE = "rating > 3"
 
 @dataclass(frozen=True)
 class SideTable:
-    """A table to join: its configuration key, such as "samples.users", and its key columns."""
+    """A table to join to the interactions: configuration key, such as "samples.users", and file.
+
+    `on` lists the columns by which it is joined.
+    """
 
     name: str
     file: Path
@@ -36,10 +39,10 @@ class SideTable:
 
 @dataclass(frozen=True)
 class JoinedTable:
-    """Interactions with all joined and derived columns.
+    """The interactions with all joined and derived columns.
 
     Attributes:
-        table: The rows.
+        table: The rows of the interactions with these columns.
         origin: Column -> the file or configuration key that it comes from.
     """
 
@@ -49,14 +52,15 @@ class JoinedTable:
 
 @dataclass(frozen=True)
 class LabelJoin:
-    """The raw tables of a run and how they become labelled rows.
+    """The raw tables of a run, and the steps that turn them into labelled rows.
 
     Attributes:
-        engine: Runs the expressions.
+        engine: Runs the queries.
         spec: Definition of the samples.
         file: Path or glob of the interactions.
-        interactions: Interactions with a row number that depends only on their contents.
-        sides: Tables to join, in this order.
+        interactions: The interactions with a column of row numbers. The numbers depend only on the
+            contents of the table, not on the order of its rows.
+        sides: The tables to join, in order.
     """
 
     engine: Engine
@@ -67,7 +71,7 @@ class LabelJoin:
 
     @staticmethod
     def open(engine: Engine, spec: SampleSpec, raw: Path) -> LabelJoin:
-        """Open all tables in the directory `raw` and check their key columns.
+        """Open all tables in the directory `raw`, and check the columns by which they are joined.
 
         Raises:
             UserError: A file or a key column is missing, or keys are null or not unique.
@@ -82,7 +86,7 @@ class LabelJoin:
             if column not in interactions.columns and (sql := samples.derive.get(column)):
                 interactions = engine.derive(interactions, column, sql, f"samples.derive.{column}")
             _require(file, interactions, column, key)
-        # Equal rows are interchangeable, so sorting by all columns gives one order of the data.
+        # Sort by all columns: only rows that are completely equal can then change places.
         first = [samples.user, samples.item]
         order = [*first, *(column for column in interactions.columns if column not in first)]
         numbered = interactions.mutate(**{ROW: ibis.row_number().over(order_by=order)})
@@ -103,15 +107,16 @@ class LabelJoin:
         return LabelJoin(engine, spec, file, engine.materialize(numbered), tuple(sides))
 
     def side(self, name: str) -> SideTable | None:
-        """Return the table of a configuration key, if there is one."""
+        """Return the table with configuration key `name`; None if the run has none."""
         return next((side for side in self.sides if side.name == name), None)
 
     def join(self, interactions: Table, known: Collection[str] = ()) -> JoinedTable:
-        """Join every table and derive every column as soon as its inputs are available.
+        """Join all tables to the interactions and derive all columns.
 
-        So a derived column may be a join key or read joined columns. If two tables have a column of
-        the same name, the first one wins: interactions, users, items, then joins in order. `known`
-        names derived columns that the interactions already have.
+        Each column is derived as soon as the columns that it uses are there. So a derived column
+        may be a key of a join, and may use joined columns. If two tables have a column of the same
+        name, the first one counts, in the order interactions, users, items, other joins. `known`
+        names the derived columns that the interactions already contain.
         """
         origin = {column: str(self.file) for column in visible(interactions)}
         pending = {c: sql for c, sql in self.spec.samples.derive.items() if c not in known}
@@ -121,14 +126,17 @@ class LabelJoin:
             origin |= {c: str(side.file) for c in side.table.columns if c not in origin}
             table, pending = self.derive_ready(table, pending, origin)
         for column, expression in pending.items():
-            # This raises: the expression names a missing column or is not valid SQL.
+            # These expressions use a missing column or are not valid SQL, so this raises the error.
             table = self.engine.derive(table, column, expression, f"samples.derive.{column}")
         return JoinedTable(table, origin)
 
     def derive_ready(
         self, table: Table, pending: Mapping[str, str], origin: dict[str, str]
     ) -> tuple[Table, dict[str, str]]:
-        """Derive the pending columns whose inputs are available; return the rest as well."""
+        """Derive the columns in `pending` that use only columns of the table.
+
+        Returns the table and the columns that remain to be derived.
+        """
         left = dict(pending)
         while ready := [c for c, sql in left.items() if self.engine.binds(table, sql)]:
             for column in ready:
@@ -137,9 +145,10 @@ class LabelJoin:
         return table, left
 
     def label(self, joined: JoinedTable, *, negatives: bool = False) -> Table:
-        """Drop unwanted rows and add labels, weight and the events of histories.
+        """Drop rows by ``samples.drop``; add the labels, the weight and a flag for each history.
 
-        Sampled negatives have label 0 and weight 1, and are not events.
+        The flag tells whether the row is an event of the history. With ``negatives``, all rows are
+        sampled negatives: they have label 0 and weight 1 and are not events.
         """
         samples, table = self.spec.samples, joined.table
         if samples.drop:
@@ -168,7 +177,7 @@ class LabelJoin:
         return table
 
     def require_columns(self, joined: JoinedTable, wanted: Mapping[str, str]) -> None:
-        """Raise UserError for a missing column. `wanted` maps columns to what needs them."""
+        """Raise UserError if a column is missing; `wanted` maps each column to what needs it."""
         for column, purpose in wanted.items():
             if column not in joined.table.columns:
                 tables = "the table and those joined to it have" if self.sides else "the table has"
@@ -178,7 +187,10 @@ class LabelJoin:
                 raise invalid_file(self.file, problem, remedy)
 
     def require_one_match(self) -> None:
-        """Raise UserError for the first table with several rows per key: they duplicate samples."""
+        """Raise UserError for a joined table that has several rows with one key.
+
+        The join would repeat a sample for each of them.
+        """
         for side in self.sides:
             _require_unique(self.engine, side, nulls=True)
 
@@ -195,28 +207,31 @@ class LabelJoin:
         dtype = table[column].type()
         if not (dtype.is_numeric() or dtype.is_boolean() or dtype.is_null()):
             raise invalid_value(key, expression, f"has type {dtype}", f"it must give {allowed}")
-        # Some engines cannot cast a boolean to a floating-point number directly.
+        # Cast booleans in two steps: some engines cannot cast them to floats directly.
         value = table[column].cast("int8") if dtype.is_boolean() else table[column]
         return table.mutate(**{column: value.cast("float64")})
 
 
 def event(number: int) -> str:
-    """Return the column that marks the events of a history."""
+    """Return the name of the column that is true for the events of history number `number`."""
     return f"__event{number}"
 
 
 def matched(number: int) -> str:
-    """Return the column that is true where a row of a joined table matched."""
+    """Return the name of the column that is true if joined table `number` has a matching row."""
     return f"__matched{number}"
 
 
 def task_label(number: int) -> str:
-    """Return the column of a task's label."""
+    """Return the name of the column with the label of task number `number`."""
     return f"__task{number}"
 
 
 def _left_join(table: Table, side: SideTable, file: Path, marker: str) -> Table:
-    """Add the columns of a table that the joined table does not have yet, and `marker`."""
+    """Join a table: add those of its columns that are not there yet, and the column `marker`.
+
+    `marker` is true for each row that has a match.
+    """
     present = {column.lower(): column for column in table.columns}
     for column in side.table.columns:
         if (twin := present.get(column.lower(), column)) != column:
@@ -260,7 +275,7 @@ def _require(file: Path, table: Table, column: str, key: str) -> None:
 
 
 def _require_unique(engine: Engine, side: SideTable, *, nulls: bool = False) -> None:
-    """Raise UserError for null keys (unless allowed) or for the first key of several rows."""
+    """Raise UserError if a key is null, unless `nulls` allows it, or if several rows have it."""
     table = side.table
     if not nulls:
         empty = engine.first(table.filter(table[side.on[0]].isnull()).count().as_table())

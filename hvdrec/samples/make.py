@@ -1,4 +1,4 @@
-"""The stage `samples`: join, label, split, draw negatives, build histories, write."""
+"""The stage ``samples``: join tables, label and split rows, draw negatives, build histories."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from hvdrec.samples.write import (
 from hvdrec.storage.artifacts import write_artifact
 
 DRAWN_ROWS = 2_097_152
-"""Negatives that are joined at a time."""
+"""Number of sampled negatives that are joined at a time, to bound memory."""
 Array = NDArray[Any]
 
 
@@ -64,8 +64,9 @@ class SamplesResult:
         positives: Split -> number of samples with label 1.
         users: Number of users.
         items: Number of items.
-        matches: Joined table -> its "file", the number of "rows", and of "matched" rows.
-        warnings: What looks wrong in the raw tables, a line each.
+        matches: Configuration key of a joined table -> its "file", the number of "rows" of the log,
+            and how many of them have a "matched" row in the table.
+        warnings: A line for each thing that looks wrong in the raw tables.
     """
 
     path: str
@@ -83,7 +84,7 @@ class SamplesResult:
 
 @dataclass(frozen=True)
 class _SplitRows:
-    """Labelled rows with codes of their keys, split numbers [n] and times [n], if there are any."""
+    """n labelled rows, their users and items as numbers, and the split and time of each row."""
 
     rows: LabelledRows
     users: KeyCodes
@@ -95,16 +96,19 @@ class _SplitRows:
 def make_samples(
     config: Config, *, overwrite: bool = False, progress: bool = True
 ) -> SamplesResult:
-    """Make labelled, split samples of raw tables and write them to ``paths.samples``.
+    """Make labelled, split samples from raw tables and write them to ``paths.samples``.
 
-    Tables are joined, rows labelled and split. Negatives are drawn after that: they belong to the
-    split of their positive, share its columns of the interactions, and are joined like other rows.
-    The result depends on the contents of the tables and the seeds, not on the order of rows in the
-    files. Features that the table of users (items) lacks come from the latest row: of users in each
-    of `STATES`, of items in the training split.
+    First the tables are joined and the rows are labelled and split. Then negatives are drawn. A
+    negative belongs to the split of its positive row and copies that row's columns of the
+    interactions, except the item; it is joined like other rows. The result depends only on the
+    contents of the tables and the seeds, not on the order of rows in the files.
+
+    The samples also contain a table of users and one of items. A feature of an item that is not in
+    the raw table of items is taken from the item's latest training row. The same holds for users,
+    with one table for each of `STATES`, from the latest row of the splits that it includes.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         overwrite: Replace existing samples once the new ones are complete.
         progress: Print lines of progress on standard error.
 
@@ -136,7 +140,7 @@ def make_samples(
             ("item", spec.samples.item, samples.items),
         )
         for side, key, codes in sides:
-            # Items are what training knows of them; users also have later states.
+            # There is one table of items, after the training rows, and one of users for each state.
             orders = latest_last[:1] if side == "item" else latest_last
             entities = Entities.of(side, key, codes, orders)
             tables = entity_tables(join, joined, samples.rows, entities)
@@ -154,7 +158,7 @@ def make_samples(
 def _label_and_split(
     join: LabelJoin, joined: JoinedTable, notify: Callable[[str], None]
 ) -> _SplitRows:
-    """Collect the labelled interactions and assign them to splits."""
+    """Compute the labelled interactions and assign each to a split."""
     samples = join.spec.samples
     rows = collect_rows(join, joined)
     if not len(rows.label):
@@ -177,7 +181,7 @@ def _label_and_split(
 def _split_order(
     samples: Samples, joined: JoinedTable, rows: LabelledRows, time: Array | None
 ) -> Array | None:
-    """Return the numbers [n] that order rows for the split."""
+    """Return the numbers [n] by which the split orders rows; None if the split ignores time."""
     split = samples.split
     if split.method != "temporal":
         return time
@@ -196,7 +200,7 @@ def _split_order(
 def _add_negatives(
     join: LabelJoin, logged: _SplitRows, notify: Callable[[str], None]
 ) -> _SplitRows:
-    """Append sampled negatives, each in the split and at the time of its positive."""
+    """Append sampled negatives; each has the split and the time of its positive row."""
     _require_item_tables(join)
     samples, rows = join.spec.samples, logged.rows
     negatives = samples.negatives
@@ -220,7 +224,10 @@ def _add_negatives(
 
 
 def _require_item_tables(join: LabelJoin) -> None:
-    """Refuse item features of the interactions: a negative would get the values of its positive."""
+    """Raise UserError if a feature of items is a column of the interactions.
+
+    A sampled negative, which is another item, would get the value of its positive row.
+    """
     columns = set(visible(join.interactions)) - {join.spec.samples.item}
     for feature in join.spec.features:
         if feature.side == "item" and feature.name in columns:
@@ -235,10 +242,16 @@ def _require_item_tables(join: LabelJoin) -> None:
 def _join_negatives(
     join: LabelJoin, number: Array, of: Array, keys: pa.Array
 ) -> tuple[list[LabelledRows], Array]:
-    """Join drawn items to the context of their positives, a bounded number at a time.
+    """Build the rows of m sampled negatives, a bounded number at a time, and join them.
 
-    number: row numbers of the interactions [n]; of: index of each negative's positive [m]; keys:
-    its item [m]. Returns the negatives that samples.drop keeps, and their entries of `of`.
+    Args:
+        join: The raw tables.
+        number: Row number of each of the n interactions, int64 [n].
+        of: Index, among the interactions, of each negative's positive row, int64 [m].
+        keys: Key of each negative's item [m].
+
+    Returns:
+        The negatives that ``samples.drop`` does not remove, and their entries of `of`.
     """
     item = join.spec.samples.item
     first = int(number.max()) + 1
@@ -258,9 +271,9 @@ def _join_negatives(
 
 
 def _build_histories(spec: SampleSpec, samples: _SplitRows) -> Histories:
-    """Collect the events of all histories."""
+    """Collect the events of all histories, for each state."""
     options, rows, user = spec.samples, samples.rows, samples.users.code
-    # Only samples without histories may lack times.
+    # If the samples have no times, they have no histories, so any times will do.
     times = UserTimes.of(user, np.zeros_like(user) if samples.time is None else samples.time)
 
     def events(allowed: Array) -> dict[str, EventLog]:
@@ -276,7 +289,7 @@ def _build_histories(spec: SampleSpec, samples: _SplitRows) -> Histories:
 
 
 def _require_known_labels(spec: SampleSpec, samples: _SplitRows) -> None:
-    """Refuse a task whose label is unknown in every training row."""
+    """Raise UserError for a task whose label is unknown (NULL) in every training row."""
     for i, (task, label) in enumerate(zip(spec.tasks, samples.rows.tasks, strict=True)):
         if np.isnan(label[samples.split == 0]).all():
             problem = "is NULL in every training row"
@@ -291,7 +304,10 @@ def _write_splits(
     histories: Histories,
     notify: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write all splits, training rows shuffled and others by time; return counts for the meta."""
+    """Write all splits: training rows shuffled, the others sorted by time.
+
+    Returns counts of rows and of positives for the ``meta`` of the manifest.
+    """
     rows, time = samples.rows, samples.time
     counts: dict[str, Any] = {"rows": {}, "positives": {}}
     if spec.tasks:
@@ -315,9 +331,9 @@ def _write_splits(
 
 
 def _rows_in_order(logged: _SplitRows, state: str) -> Array:
-    """Return the numbers of the logged rows that a state of the users includes, the latest last.
+    """Return the numbers of the log's rows in the splits that `state` includes, in time order.
 
-    Negatives are left out: the columns of their item say nothing about the user.
+    Sampled negatives are not in the log: they tell nothing about the user.
     """
     rows = np.flatnonzero(logged.split <= STATES.index(state))
     return rows if logged.time is None else rows[np.argsort(logged.time[rows], kind="stable")]
@@ -326,9 +342,10 @@ def _rows_in_order(logged: _SplitRows, state: str) -> Array:
 def _count_copies(
     samples: Samples, logged: _SplitRows, notify: Callable[[str], None]
 ) -> dict[str, int]:
-    """Count the logged rows of held-out splits that are exact copies of rows of earlier splits.
+    """Count the rows of validation and test that are exact copies of rows in earlier splits.
 
-    Copies are equal in user, item, time and label; without times, in all single-valued columns.
+    Copies have the same user, item, time and label. If there are no times, they have the same
+    label and the same values in all columns that are not lists.
     """
     rows = logged.rows
     if samples.time:

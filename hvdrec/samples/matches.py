@@ -1,4 +1,4 @@
-"""How many rows each joined table matches: none is refused, few are reported."""
+"""Check how many rows of the log match each joined table: none is an error, few are a warning."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from hvdrec.samples.rows import LabelledRows
 from hvdrec.samples.sql import derivation, written
 
 LOW_ENTITIES = 0.5
-"""Share below which samples.users and samples.items are reported: they describe most rows."""
+"""If a smaller share of rows matches samples.users or samples.items, a warning is given: usually
+these tables describe most users and items."""
 LOW_JOINS = 0.02
-"""The same for samples.joins, which may hold rare facts, such as promotions."""
+"""The same limit for samples.joins. It is low because these tables may hold rare facts, such as
+promotions."""
 
 
 def report_matches(
     join: LabelJoin, joined: JoinedTable, rows: LabelledRows, notify: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Report the share of rows that each joined table matches; warn if it is low.
+    """Report the share of rows that have a match in each joined table; warn if it is low.
 
     Args:
         join: The tables.
         joined: The joined interactions.
         rows: The labelled interactions, without sampled negatives.
-        notify: Takes lines of progress.
+        notify: Called with a line of text for each table.
 
     Returns:
-        Configuration key of the table -> its file, the number of rows and of matched rows.
+        Configuration key of a table -> its "file", the number of "rows", and how many of them are
+        "matched".
 
     Raises:
-        UserError: A table matches no row.
+        UserError: No row has a match in a table.
     """
     facts: dict[str, dict[str, Any]] = {}
     for side, matched in zip(join.sides, rows.matched, strict=True):
@@ -65,7 +68,7 @@ def report_matches(
 
 
 def _no_match(join: LabelJoin, joined: JoinedTable, side: SideTable) -> UserError:
-    """Build the error for a table that matches no row, with an example of both keys."""
+    """Build the error for a table in which no row has a match, with an example key of each side."""
 
     def example(table: Any) -> dict[str, Any]:
         keys = table.select(*side.on)
@@ -80,7 +83,10 @@ def _no_match(join: LabelJoin, joined: JoinedTable, side: SideTable) -> UserErro
 
 
 def _remedy(on: tuple[str, ...], ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Return how to give the keys one form: by zeros in front, if that is the difference."""
+    """Return the remedy for keys that are written differently in two tables.
+
+    If the difference is leading zeros, it is the SQL that adds or removes them.
+    """
     for column in on:
         a, b = str(ours[column]), str(theirs[column])
         name = f"CAST({written(column)} AS VARCHAR)"
@@ -96,7 +102,7 @@ def _remedy(on: tuple[str, ...], ours: dict[str, Any], theirs: dict[str, Any]) -
 def _twins(
     join: LabelJoin, side: SideTable, keys: pa.Array, matched: np.ndarray[Any, Any]
 ) -> tuple[str, str] | None:
-    """Return a key without a match, and one of the table that differs only in its form."""
+    """Return a key without a match, and a key of the table that differs from it only in form."""
     key = side.on[0]
     missed = _texts(keys.filter(pa.array(~matched)))
     known = _texts(join.engine.collect(side.table.select(key))[key])
@@ -113,7 +119,7 @@ def _texts(array: pa.Array) -> pa.Array:
 
 
 def _normal(keys: pa.Array) -> pa.Array:
-    """Return keys without zeros in front, surrounding spaces, case and '.0' at the end."""
+    """Convert keys to lower case, without leading zeros, outer spaces and '.0' at the end."""
     text = pc.utf8_lower(pc.utf8_trim_whitespace(keys))
     text = pc.replace_substring_regex(text, r"\.0+$", "")
     return pc.replace_substring_regex(text, r"^0+(.)", r"\1")

@@ -1,4 +1,8 @@
-"""Sampled negatives: items of the same context that the user did not interact with."""
+"""Draw negatives: items of the same context that the user did not interact with.
+
+The context is the combination of values in the columns ``samples.negatives.within``. Rows with the
+same context form a group.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,20 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 ROUNDS = 20
-"""Rounds of rejection sampling before the candidates of a row are enumerated."""
+"""Number of rounds of rejection sampling; after them, all candidates of a row are listed."""
 ENUMERATED = 4_000_000
-"""Candidates enumerated at a time."""
+"""Number of candidates that are listed at a time, to bound memory."""
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The distinct items of each group, and those that each (group, user) pair has taken.
+    """The distinct items of each group, and those that each pair of group and user has taken.
 
-    item: int64, sorted by group; start: int64 [groups + 1] into it; taken: sorted pair * items +
-    item; items: number of item codes.
+    Attributes:
+        item: Item codes of all groups, one group after the other, int64.
+        start: Index in `item` at which each group begins, int64 [groups + 1].
+        taken: Sorted numbers ``pair * items + item``, one for each item that a pair has taken.
+        items: Number of item codes.
     """
 
     item: Array
@@ -46,21 +53,22 @@ class _Candidates:
 def draw_negatives(
     group: Array, user: Array, item: Array, positive: Array, per_positive: int, seed: int
 ) -> tuple[Array, Array]:
-    """Draw negatives for positive rows; a pure function of its arguments.
+    """Draw negatives for positive rows.
 
-    The candidates of a row are the distinct items of its group without those that its user has in
-    that group. `per_positive` distinct candidates are drawn uniformly, or all if there are fewer.
+    The candidates of a row are the distinct items of its group, without the items that the row's
+    user has in this group. From them, `per_positive` different items are drawn with equal
+    probability; if there are fewer, all are taken. The result depends only on the arguments.
 
     Args:
-        group: Context codes of all n interactions, int64 [n].
-        user: User codes, int64 [n].
-        item: Item codes, int64 [n].
-        positive: Numbers of the p rows to draw for, int64 [p].
-        per_positive: Negatives per positive row.
-        seed: Seed of the draw.
+        group: Group of each of the n interactions, int64 [n].
+        user: User code of each interaction, int64 [n].
+        item: Item code of each interaction, int64 [n].
+        positive: Numbers of the p interactions to draw negatives for, int64 [p].
+        per_positive: Number of negatives for each of them.
+        seed: Seed of the random numbers.
 
     Returns:
-        Index into `positive` and item code of each negative, sorted.
+        For each negative, the index of its row in `positive` and its item code; sorted by both.
     """
     if not len(positive):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
@@ -75,7 +83,7 @@ def draw_negatives(
     size = candidates.sizes(group)
     free = size - candidates.taken_items(pair)
     wanted = np.minimum(per_positive, free)
-    # Few candidates are enumerated; among many, rejected draws are repeated.
+    # If candidates are few, list them all. If they are many, draw any items and reject taken ones.
     is_few = (wanted > 0) & ((wanted * 4 > free) | (free * 4 < size))
     chosen, left = _reject(
         candidates, group, pair, np.where(is_few, 0, wanted), per_positive, random
@@ -98,7 +106,10 @@ def _reject(
     width: int,
     random: np.random.Generator,
 ) -> tuple[Array, Array]:
-    """Draw by rejection; return items [rows, width] (-1: none) and the rows still incomplete."""
+    """Draw items of the group and reject those that are taken.
+
+    Returns the items, int64 [rows, width], -1 for none; and the rows that still lack items.
+    """
     chosen = np.full((len(group), width), -1, dtype=np.int64)
     row, column = np.nonzero(np.arange(width) < wanted[:, None])
     for _ in range(ROUNDS):
@@ -109,7 +120,7 @@ def _reject(
         ]
         rejected = candidates.is_taken(pair[row], drawn)
         rejected |= (chosen[row] == drawn[:, None]).any(axis=1)
-        # If two columns of a row draw the same item in one round, the first keeps it.
+        # If a row draws the same item twice in one round, only the first draw is kept.
         order = np.lexsort((column, drawn, row))
         rejected[order[1:]] |= (np.diff(row[order]) == 0) & (np.diff(drawn[order]) == 0)
         chosen[row[~rejected], column[~rejected]] = drawn[~rejected]
@@ -125,9 +136,9 @@ def _enumerate(
     rows: Array,
     random: np.random.Generator,
 ) -> tuple[Array, Array]:
-    """Draw for some rows by shuffling all their candidates; return (row, item) of each draw."""
+    """List all candidates of some rows and shuffle them; return (row, item) of each draw."""
     sizes = candidates.sizes(group[rows])
-    # Consecutive rows are processed together up to a bounded number of candidates.
+    # Process consecutive rows together, up to a bounded number of candidates.
     run = np.cumsum(sizes) // ENUMERATED
     all_rows, drawn = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(run)) + 1):

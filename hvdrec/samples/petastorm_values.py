@@ -1,8 +1,9 @@
-"""Arrays in data sets that Petastorm wrote: bytes of NumPy files, decoded to lists in DuckDB.
+"""Read arrays in data sets that Petastorm wrote: NumPy files, decoded to lists in DuckDB.
 
 Petastorm's codecs store scalars as Parquet's own types, and an array as the bytes of a ``.npy``
 file (NdarrayCodec) or of an ``.npz`` file with one array (CompressedNdarrayCodec). The pickled
-schema in ``_common_metadata`` is not read: the bytes themselves tell the type.
+schema in ``_common_metadata`` is not read, because unpickling can run code; the type of an array
+follows from its bytes.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ SCHEMA_KEY = b"dataset-toolkit.unischema.v1"
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 """First bytes of ``.npy`` and ``.npz`` files."""
 MAX_BYTES = 1 << 26
-"""A larger array is damaged, or no feature."""
+"""Largest accepted size of an array: a larger one is damaged, or not a feature."""
 SQL_TYPES = {"b": "BOOLEAN", "i": "BIGINT", "u": "UBIGINT", "f": "DOUBLE", "U": "VARCHAR"}
 """Kind of a NumPy type -> type in DuckDB."""
 
 
 def is_petastorm(folder: Path) -> bool:
-    """True if Petastorm wrote the data set in a folder."""
+    """Return True if Petastorm wrote the data set in a folder."""
     file = folder / METADATA_FILE
     return file.is_file() and SCHEMA_KEY in (pq.read_schema(file).metadata or {})
 
@@ -42,14 +43,14 @@ def is_petastorm(folder: Path) -> bool:
 def decode_arrays(
     connection: duckdb.DuckDBPyConnection, view: str, new_name: Callable[[], str]
 ) -> str:
-    """Return the name of a view in which arrays of one dimension are lists.
+    """Create a view in which arrays of one dimension are lists, and return its name.
 
-    Other binary columns, such as images and matrices, stay as they are.
+    Other binary columns, such as images and matrices, are not changed.
 
     Args:
-        connection: The connection that has `view` and gets the new view.
-        view: The rows as they are stored.
-        new_name: Returns an unused name.
+        connection: The DuckDB connection.
+        view: Name of a view with the rows as Petastorm stored them.
+        new_name: Function that returns an unused name for a view.
     """
     table = connection.table(view)
     replaced = []
@@ -74,7 +75,7 @@ def decode_arrays(
 
 
 def decode(value: bytes) -> NDArray[Any] | None:
-    """Return the array that a codec stored; None if the bytes are not of a NumPy file.
+    """Return the array that a codec stored; None if the bytes are not a NumPy file.
 
     Raises:
         ValueError: The file is damaged, too large, or holds Python objects.
@@ -94,7 +95,7 @@ def decode(value: bytes) -> NDArray[Any] | None:
 
 
 def _decoder(column: str, like: NDArray[Any]) -> Callable[[pa.ChunkedArray], pa.Array]:
-    """Return the function that decodes a column whose arrays have the shape and type of one."""
+    """Return a function that decodes a column of arrays with the shape and type of `like`."""
     value_type = {"b": pa.bool_(), "i": pa.int64(), "u": pa.uint64(), "f": pa.float64()}.get(
         like.dtype.kind, pa.string()
     )

@@ -1,4 +1,4 @@
-"""The files of a raw table: their paths, their columns, and the values in names of directories."""
+"""Find the files of a raw table, their columns, and column values in the names of directories."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ COMPATIBLE = (
     {"integer", "string"},
     {"date", "timestamp"},
 )
-"""Families of types that files of one table may mix: a common type holds the values of both."""
+"""Pairs of type families that a column may have in different files of one table: there is a common
+type for both."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RawFiles:
     """The files of one raw table.
 
     Attributes:
-        file: The table as errors name it: a path or a glob.
+        file: Path or glob of the table, for error messages.
         paths: The files, sorted.
         partitions: Column -> its value for each file, from directories such as ``day=2024-05-01``.
     """
@@ -48,7 +49,7 @@ class RawFiles:
 
     @property
     def is_parquet(self) -> bool:
-        """True for Parquet files, False for CSV files."""
+        """Return True for Parquet files, False for CSV files."""
         return self.paths[0].endswith(".parquet")
 
 
@@ -61,10 +62,14 @@ class CsvHeader:
 
 
 def find_files(raw: Path, name: str) -> RawFiles:
-    """Find the files of the table `name`: a file, a directory or a glob relative to `raw`.
+    """Find the files of a table.
 
-    A directory ``key=value`` gives a column if `name` names it, matches it or contains it.
+    A directory called ``key=value`` becomes a column if it is part of `name` or below it.
     Directories above are ignored.
+
+    Args:
+        raw: Directory of the raw tables.
+        name: Path of a file, a directory or a glob, relative to `raw`.
 
     Raises:
         UserError: There is no such file, or its suffix is not one of SUFFIXES.
@@ -92,10 +97,10 @@ def find_files(raw: Path, name: str) -> RawFiles:
 
 
 def _files_of(directory: Path) -> list[str]:
-    """List the files of a table in a directory and those below it, sorted.
+    """List the files of a table in a directory and in those below it, sorted.
 
-    As other readers of Parquet do, it passes over names that start with "_" or ".": Spark and
-    Petastorm use them for what is not part of the table.
+    Names that begin with "_" or "." are skipped, as other readers of Parquet do: Spark and
+    Petastorm use them for files that are not part of the table.
 
     Raises:
         UserError: The directory holds no table, or files of several formats.
@@ -117,14 +122,15 @@ def _files_of(directory: Path) -> list[str]:
 
 
 def check_parquet(files: RawFiles) -> dict[str, list[str]]:
-    """Check that the columns of all Parquet files fit together.
+    """Check that each column has the same name and compatible types in all Parquet files.
 
     Returns:
-        Column -> the files in which it holds integers, if it holds floats in others. Floats hold
-        integers up to 2**53.
+        For each column that has integers in some files and floats in others: column -> the files
+        with integers. A float can only hold integers up to 2**53.
 
     Raises:
-        UserError: Columns differ only in case, or types of a column do not fit together.
+        UserError: Names of columns differ only in case, or the types of a column have no common
+            type.
     """
     types: dict[str, dict[str, pa.DataType]] = {}
     names = []
@@ -148,10 +154,11 @@ def check_parquet(files: RawFiles) -> dict[str, list[str]]:
 
 
 def read_headers(files: RawFiles) -> dict[CsvHeader, list[str]]:
-    """Group CSV files by delimiter and columns.
+    """Group CSV files that have the same delimiter and columns.
 
     Raises:
-        UserError: A file is empty, its first line is not UTF-8, or columns differ only in case.
+        UserError: A file is empty, its first line is not UTF-8, or names of columns differ only in
+            case.
     """
     groups: dict[CsvHeader, list[str]] = {}
     for path in files.paths:
@@ -164,7 +171,7 @@ def read_headers(files: RawFiles) -> dict[CsvHeader, list[str]]:
 
 
 def read_header(path: str) -> CsvHeader:
-    """Read the first line of a CSV file. Its most frequent delimiter is that of the file.
+    """Read the first line of a CSV file; the most frequent delimiter in it is that of the file.
 
     Raises:
         UserError: The file is empty or its first line is not UTF-8.
@@ -185,7 +192,7 @@ def read_header(path: str) -> CsvHeader:
 
 
 def check_names(file: object, names: Iterable[str]) -> None:
-    """Raise UserError for columns of one name, or of names that differ only in case."""
+    """Raise UserError if two columns have the same name, or names that differ only in case."""
     seen: dict[str, str] = {}
     for name in names:
         twin = seen.get(name.lower())
@@ -197,7 +204,7 @@ def check_names(file: object, names: Iterable[str]) -> None:
 
 
 def names_differ_in_case(file: object, first: str, second: str) -> UserError:
-    """Build the error for two columns that SQL does not tell apart."""
+    """Build the error for two column names that SQL does not distinguish."""
     problem = f"the columns '{first}' and '{second}' differ only in case, which SQL ignores"
     return invalid_file(file, problem, "rename one of them")
 
@@ -208,7 +215,7 @@ def _chain(line: str, lines: Iterable[str]) -> Iterable[str]:
 
 
 def _partition(directories: Iterable[str]) -> dict[str, str | None]:
-    """Return the columns and values in names of directories, such as ``day=2024-05-01``."""
+    """Return column -> value for names of directories such as ``day=2024-05-01``."""
     pairs = (directory.partition("=") for directory in directories)
     return {
         unquote(key): None if value == NULL_PARTITION else unquote(value)
@@ -221,7 +228,7 @@ def _family(dtype: pa.DataType) -> str:
     if is_list(dtype):
         return f"list of {_family(dtype.value_type)}"
     name = family(dtype)
-    # Without a time zone, it is unknown which instant a time means.
+    # A timestamp without a time zone does not say which instant it means, so the two differ.
     return f"{name} with time zone" if name == "timestamp" and dtype.tz else name
 
 
@@ -236,7 +243,7 @@ def _incompatible(file: Path, column: str, families: Mapping[str, str]) -> UserE
 
 
 def _check_partitions(files: RawFiles, columns: Mapping[str, Mapping[str, object]]) -> None:
-    """Refuse a column that some files have and others take from their directory."""
+    """Raise UserError for a column that is in some files and in the directory names of others."""
     check_names(files.file, dict.fromkeys([*columns, *files.partitions]))
     for key in files.partitions:
         if 0 < len(columns.get(key, ())) < len(files.paths):

@@ -1,4 +1,4 @@
-"""Raw tables in DuckDB: Parquet as views, CSV read once as text and stored in strict types."""
+"""Open raw tables in DuckDB. Parquet files become views; CSV files are read as text, then typed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hvdrec.samples.sql import literal, quoted, without_nan
 from hvdrec.samples.text_types import EXACT, converted, find_types
 
 FILE = "__hvdrec_file"
-"""Column with the path of a row's file."""
+"""Name of the internal column with the path of the file that a row comes from."""
 CSV = (
     "auto_detect = false, header = true, strict_mode = true, "
     """quote = '"', escape = '"', nullstr = ''"""
@@ -33,9 +33,9 @@ class Reader:
     """Opens raw tables.
 
     Attributes:
-        connection: The connection that gets the views and tables.
-        new_name: Returns an unused name.
-        warn: Takes a line about a table that is read but looks wrong.
+        connection: The DuckDB connection in which views and tables are created.
+        new_name: Function that returns an unused name.
+        warn: Called with a line about something that looks wrong in a table.
     """
 
     connection: duckdb.DuckDBPyConnection
@@ -43,14 +43,13 @@ class Reader:
     warn: Callable[[str], None]
 
     def open(self, files: RawFiles, declared: Mapping[str, RawType]) -> str:
-        """Make the rows of all files available; NaN is NULL, directories give further columns.
+        """Create a view with the rows of all files and return its name.
+
+        NaN becomes NULL, and names of directories such as ``day=2024-05-01`` become columns.
 
         Args:
             files: The files.
-            declared: Column -> the type of its feature, which the values of CSV files get.
-
-        Returns:
-            The name of a view.
+            declared: Column -> type, for the columns of features and keys in CSV files.
 
         Raises:
             UserError: A file cannot be read, or columns are ambiguous.
@@ -74,7 +73,10 @@ class Reader:
         return view
 
     def _require_exact(self, file: Path, column: str, paths: Sequence[str]) -> None:
-        """Refuse integers that lose digits once other files make the column one of floats."""
+        """Raise UserError if a file has integers that a float cannot hold exactly.
+
+        The column becomes one of floats, because other files have floats in it.
+        """
         values = f"unnest([min({quoted(column)}), max({quoted(column)})])"
         query = f"SELECT {values} AS value FROM {_parquet(paths)}"
         query = f"SELECT value FROM ({query}) WHERE abs(CAST(value AS HUGEINT)) >= {EXACT}"
@@ -82,7 +84,7 @@ class Reader:
             raise _inexact(file, column, rows[0][0], "floats in other files")
 
     def _csv(self, files: RawFiles, declared: Mapping[str, RawType]) -> str:
-        """Read CSV files as text, find the types of the columns and store the typed rows."""
+        """Read CSV files as text, find the types of the columns, and store the converted rows."""
         parts = []
         for header, paths in read_headers(files).items():
             columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in header.names)
@@ -96,7 +98,7 @@ class Reader:
         return typed
 
     def _typed(self, text: str, file: Path, declared: Mapping[str, RawType]) -> str:
-        """Return the SQL that gives the columns of text the types of their values."""
+        """Return the SQL that converts columns of text to the types that all their values have."""
         names = [name for name in self.connection.table(text).columns if name != FILE]
         found = find_types(self.connection, text, names, declared)
         for name, (integer, decimal) in found.mixed.items():
@@ -106,7 +108,7 @@ class Reader:
         return ", ".join([*(converted(name, found.types[name]) for name in names), FILE])
 
     def _partitioned(self, rows: str, files: RawFiles, declared: Mapping[str, RawType]) -> str:
-        """Add the columns of directories that the files lack."""
+        """Add the columns from names of directories, except those that are in the files."""
         present = {name.lower() for name in self.connection.table(rows).columns}
         added = {n: list(v) for n, v in files.partitions.items() if n.lower() not in present}
         text, parts = self.new_name(), self.new_name()
@@ -119,7 +121,7 @@ class Reader:
         return self._view(f"SELECT * FROM {rows} JOIN {parts} USING ({FILE})")
 
     def _values(self, rows: str) -> str:
-        """Return the SQL of all columns, without NaN and without the path of the file."""
+        """Return the SQL that selects all columns but FILE, with NULL in place of NaN."""
         table = self.connection.table(rows)
         return ", ".join(
             f"{without_nan(quoted(name), dtype)} AS {quoted(name)}"
@@ -134,7 +136,7 @@ class Reader:
 
 
 def unreadable(file: Path, error: Exception) -> UserError:
-    """Build the error for a file that the engine cannot read, with the engine's reason."""
+    """Build the error for a file that DuckDB cannot read, with DuckDB's reason."""
     named = re.search(r"^\s*file = (.+)$", str(error), re.MULTILINE)
     path = named[1].strip() if named else file
     if str(path).endswith(".parquet") or not file.name.endswith((".csv", ".csv.gz")):
@@ -152,7 +154,7 @@ def _parquet(paths: Sequence[str]) -> str:
 
 
 def _paths(paths: Sequence[str]) -> str:
-    # DuckDB takes each path as a glob.
+    # DuckDB treats each path as a glob, so escape wildcards.
     return "[" + ", ".join(literal(glob.escape(path)) for path in paths) + "]"
 
 

@@ -1,6 +1,7 @@
-"""Remedies for columns of another type than declared: each is correct for the values at hand.
+"""Suggest remedies for columns whose type is not the declared one.
 
-None of them recommends a cast that rounds, cuts or merges values.
+A suggestion depends on the values of the column. No suggestion rounds values, cuts them off, or
+makes different values equal.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hvdrec.errors import shown
 from hvdrec.samples.sql import derivation, literal, written
 
 EXACT = 2**53
-"""Floats hold all integers below."""
+"""A float holds every integer below this number exactly."""
 SQL_TYPES: dict[RawType, str] = {"string": "VARCHAR", "int": "BIGINT", "float": "DOUBLE"}
 DAYS = (
     "%Y/%m/%d",
@@ -31,7 +32,7 @@ DAYS = (
 )
 TIMES = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
 TESTED_TIMES = 1000
-"""Distinct texts that are tried with each format."""
+"""Largest number of distinct texts that are tried with each format."""
 ISO_TIME = r"^\d{4}-\d{2}-\d{2}"
 OFFSET = r"\d{2}:\d{2}.*(Z|UTC|[+-]\d{2}(:?\d{2})?)$"
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
@@ -40,12 +41,12 @@ AS_INTEGERS = "write the column as integers or text: floats do not hold all inte
 
 
 def type_remedy(name: str, array: pa.Array, kind: str, dtype: RawType) -> str:
-    """Return how to get a column of one value per row that fits a declared type.
+    """Return how to convert a column to its declared type.
 
     Args:
-        name: The column.
-        array: Its values, which may be dictionary-encoded.
-        kind: The family of its type, see `hvdrec.samples.columns.family`.
+        name: Name of the column.
+        array: Its values, one per row; they may be dictionary-encoded.
+        kind: Family of its type; see `hvdrec.samples.columns.family`.
         dtype: The declared type.
     """
     column = written(name)
@@ -72,7 +73,7 @@ def type_remedy(name: str, array: pa.Array, kind: str, dtype: RawType) -> str:
 
 
 def list_remedy(name: str, kind: str, dtype: RawType) -> str:
-    """Return how to get lists from a column of one value per row."""
+    """Return how to convert a column with one value per row to lists."""
     column = written(name)
     split = f"string_split({column}, '|')" if kind == "string" else f"[{column}]"
     needs_cast = (kind == "string") != (dtype == "string")
@@ -80,12 +81,12 @@ def list_remedy(name: str, kind: str, dtype: RawType) -> str:
 
 
 def entries_remedy(name: str, dtype: RawType) -> str:
-    """Return how to get lists with entries of a declared type."""
+    """Return how to convert the entries of a column of lists to the declared type."""
     return _derive(name, f"CAST({written(name)} AS {SQL_TYPES[dtype]}[])")
 
 
 def range_remedy(name: str, array: pa.Array) -> str:
-    """Return how to fit integers beyond 64 bits with sign, each to another value."""
+    """Return how to convert integers that do not fit int64 without making any two of them equal."""
     column = written(name)
     values = array.drop_null().to_pylist()
     if not values or max(values) >= 2**64 or min(values) < 0:
@@ -96,7 +97,7 @@ def range_remedy(name: str, array: pa.Array) -> str:
 
 
 def time_remedy(name: str, array: pa.Array, kind: str) -> str:
-    """Return how to get times from a column of another type."""
+    """Return how to convert a column of another type to times."""
     column = written(name)
     if kind != "string":
         return "name a column of one of these types"
@@ -129,7 +130,7 @@ def _all_match(texts: list[str], form: str) -> bool:
 
 
 def _text_remedy(name: str, array: pa.Array, dtype: RawType) -> str:
-    """Return the remedy for text where numbers are declared."""
+    """Return the remedy for a column of text whose declared type is a number."""
     column, texts = written(name), _texts(array)
     target = SQL_TYPES[dtype]
     is_number = pc.match_substring_regex(texts, NUMBER)

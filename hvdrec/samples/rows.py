@@ -1,4 +1,4 @@
-"""Labelled rows in memory: collected from the engine, checked and cast to declared types."""
+"""Collect labelled rows in memory, check them, and cast them to the declared types."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """n labelled rows in an order that depends only on the data.
+    """n labelled rows, sorted by `number`.
 
     Attributes:
-        number: Row number of the interaction, int64 [n].
-        columns: Keys and features in their declared types, compact.
-        raw: Other columns that the samples need, as collected.
-        label: 0 or 1, float64 [n].
-        weight: float64 [n].
-        events: Per history, whether each row is an event, bool [n].
-        tasks: Per task its label, float64 [n], NaN where unknown.
-        matched: Per joined table, whether it has a row for each row, bool [n].
+        number: Number of each row among the interactions, int64 [n]; it depends only on the data.
+        columns: Name -> column, for keys and features; cast to their declared types and compact
+            (see `columns`).
+        raw: Name -> column, for other columns that the samples need, such as the time; not cast.
+        label: Label of each row, 0 or 1, float64 [n].
+        weight: Weight of each row, float64 [n].
+        events: For each history, True for the rows that are events of it, bool [n].
+        tasks: For each task, the labels of the rows, float64 [n]; NaN if unknown.
+        matched: For each joined table, True for the rows that have a match in it, bool [n].
     """
 
     number: Array
@@ -58,11 +59,11 @@ class LabelledRows:
 
 @dataclass(frozen=True)
 class KeyCodes:
-    """Users or items as numbers.
+    """The users or items of n rows as numbers.
 
     Attributes:
-        code: Rank of each row's key, int64 [n].
-        values: The distinct keys, ascending.
+        code: Index of each row's key in `values`, int64 [n].
+        values: The distinct keys, in ascending order.
     """
 
     code: Array
@@ -75,7 +76,12 @@ class KeyCodes:
 
 
 def collect_rows(join: LabelJoin, joined: JoinedTable, *, negatives: bool = False) -> LabelledRows:
-    """Label joined rows, run the join, check the result and cast features to their types.
+    """Compute the labelled rows, check them, and cast features to their declared types.
+
+    Args:
+        join: The raw tables.
+        joined: The joined interactions.
+        negatives: True if the rows are sampled negatives, which have label 0.
 
     Raises:
         UserError: A column is missing, a key is null, a type is wrong, a label is not 0 or 1, or a
@@ -86,7 +92,7 @@ def collect_rows(join: LabelJoin, joined: JoinedTable, *, negatives: bool = Fals
     join.require_columns(joined, {f.name: f"feature '{f.name}'" for f in spec.raw_features})
     others = _other_columns(spec)
     has_title = samples.title in labelled.columns
-    # Without an items table, the title must be a column of the joined tables.
+    # If there is no table of items, the title must be a column of the interactions or the joins.
     title = {samples.title: "samples.title"} if samples.title and not samples.items else {}
     join.require_columns(joined, others | title)
     raw = [*others, *([samples.title] if has_title else [])]
@@ -122,7 +128,7 @@ def collect_rows(join: LabelJoin, joined: JoinedTable, *, negatives: bool = Fals
 
 
 def concatenate_rows(parts: Sequence[LabelledRows]) -> LabelledRows:
-    """Concatenate rows of several parts."""
+    """Concatenate several sets of rows."""
 
     def columns(of_parts: Iterable[Mapping[str, pa.Array]]) -> dict[str, pa.Array]:
         first, *rest = of_parts
@@ -147,9 +153,13 @@ def concatenate_rows(parts: Sequence[LabelledRows]) -> LabelledRows:
 
 
 def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
-    """Convert a column of numbers, dates or timestamps to sortable numbers [n].
+    """Convert a column of numbers, dates or timestamps to numbers in the same order [n].
 
-    Errors name the column, its file `where`, and the configuration key that names the column.
+    Args:
+        where: File that the column comes from, for error messages.
+        name: Name of the column, for error messages.
+        key: Configuration key that names the column, for error messages.
+        array: The column.
 
     Raises:
         UserError: The column has another type, or a value is null or not finite.
@@ -179,7 +189,7 @@ def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
 
 
 def _other_columns(spec: SampleSpec) -> dict[str, str]:
-    """Map each column that is needed beside keys and features to what needs it."""
+    """Return each column that is needed besides keys and features -> what needs it."""
     samples, split = spec.samples, spec.samples.split
     columns = {samples.time: "samples.time"}
     if split.method == "temporal":
@@ -191,7 +201,7 @@ def _other_columns(spec: SampleSpec) -> dict[str, str]:
 
 
 def _numbers(columns: Mapping[str, pa.Array], names: Sequence[str]) -> list[Array]:
-    # A literal 1.0 is a decimal in DuckDB.
+    # Cast to float, because DuckDB makes a literal such as 1.0 a decimal.
     return [columns[n].cast(pa.float64()).to_numpy(zero_copy_only=False) for n in names]
 
 

@@ -1,4 +1,4 @@
-"""The parts of a configuration that define the samples."""
+"""`SampleSpec`: the parts of a configuration that define the samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvdrec.samples.split import RANDOM
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """The section `samples` with the raw columns of features and the tasks that samples serve."""
+    """The section ``[samples]``, the raw columns of all features, and the tasks (labels)."""
 
     samples: Samples
     features: tuple[Column, ...]
@@ -23,35 +23,35 @@ class SampleSpec:
 
     @property
     def raw_features(self) -> list[Column]:
-        """Features that are columns of the raw tables, not histories."""
+        """The features that are columns of the raw tables; histories are not."""
         histories = {history.name for history in self.samples.history}
         return [feature for feature in self.features if feature.name not in histories]
 
     @property
     def columns(self) -> list[str]:
-        """The keys and the raw features, each once."""
+        """Names of the keys and the raw features, without repetition."""
         names = [self.samples.user, self.samples.item, *(f.name for f in self.raw_features)]
         return list(dict.fromkeys(names))
 
     @property
     def declared(self) -> dict[str, RawType]:
-        """The types of raw columns that features and keys declare; keys are strings by default."""
+        """Raw column -> the type that its feature or key declares; keys are strings by default."""
         dtypes: dict[str, RawType] = dict.fromkeys((self.samples.user, self.samples.item), "string")
         dtypes |= {feature.name: feature.dtype for feature in self.features}
         return {name: t for name, t in dtypes.items() if name not in self.samples.derive}
 
     def side_features(self, side: Side) -> list[Column]:
-        """Return the raw features of one side."""
+        """Return the raw features of one side: "user", "item" or "scene"."""
         return [feature for feature in self.raw_features if feature.side == side]
 
     def feature(self, name: str) -> Column | None:
-        """Return the feature of a column, if there is one."""
+        """Return the feature that reads a column; None if no feature does."""
         return next((feature for feature in self.features if feature.name == name), None)
 
     def cast(self, name: str, array: pa.Array, where: str) -> pa.Array:
         """Cast a key or feature to its declared type; keys are strings by default.
 
-        Errors name `where` the column comes from, a file or configuration key.
+        `where` is the file or configuration key that the column comes from, for error messages.
         """
         feature = self.feature(name)
         if feature is None:
@@ -61,7 +61,10 @@ class SampleSpec:
         return cast(array, feature.dtype, where=where, name=name, purpose=purpose, lists=lists)
 
     def require_time(self) -> None:
-        """Raise UserError for a split or history that the configured time does not allow."""
+        """Raise UserError if a split or history needs times that are not configured.
+
+        Also raise it for histories of a scope that the split does not allow.
+        """
         samples, split = self.samples, self.samples.split
         by_column = split.method == "temporal" and split.column
         remedy = "name the column of the time"

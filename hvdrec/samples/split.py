@@ -1,4 +1,4 @@
-"""Assignment of rows to splits: 0 train, 1 validation, 2 test."""
+"""Assign rows to splits, which have numbers: 0 is train, 1 validation, 2 test."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from hvdrec.errors import UserError, invalid_value
 Array = NDArray[Any]
 SPLITS = ("train", "validation", "test")
 RANDOM = ("random", "random-per-user")
-"""Methods that ignore time."""
+"""Split methods that ignore time."""
 STATES = ("train", "validation", "all")
-"""States of the users: after the rows of the training split, also of validation, and of test."""
+"""The features and histories of users change with each row. A state names the last split whose rows
+they include: "train", "validation" (with the training split) or "all" (with test, too)."""
 
 
 def user_states(method: str) -> dict[str, str]:
-    """Return the state of the users with which each held-out split is evaluated.
+    """Return, for validation and test, the state of `STATES` with which users are evaluated.
 
-    Where splits follow each other in time, a user who is tested has validation rows behind them.
-    Random splits do not, so only training rows count.
+    If the splits follow each other in time, the validation rows of a user are older than the test
+    rows, so they are included for test. In a random split they are not, so only training rows are.
     """
     return {"validation": "train", "test": "train" if method in RANDOM else "validation"}
 
 
 def count_copies(group: Array, split: Array) -> dict[str, int]:
-    """Return, for each held-out split, the rows with an exact copy in an earlier split.
+    """Return, for validation and test, the number of rows that have a copy in an earlier split.
 
     Args:
-        group: Equal for equal rows, not negative, int64 [n].
-        split: Index into `SPLITS`, int8 [n].
+        group: A number for each row, from 0; copies have the same number, int64 [n].
+        split: Split of each row, as an index into `SPLITS`, int8 [n].
     """
     first = np.full(int(group.max(initial=-1)) + 1, len(SPLITS), dtype=split.dtype)
     np.minimum.at(first, group, split)
@@ -41,16 +42,16 @@ def count_copies(group: Array, split: Array) -> dict[str, int]:
 
 
 def split_rows(split: Split, user: Array, time: Array | None, column: str) -> Array:
-    """Assign each of n rows to a split; a pure function of its arguments.
+    """Assign each of n rows to a split; the result depends only on the arguments.
 
     Args:
         split: Method and fractions.
-        user: User codes, int64 [n].
-        time: Numbers that order the rows [n], if there are any.
-        column: Name of the time column, for errors.
+        user: User code of each row, int64 [n].
+        time: Numbers by which the rows are ordered [n]; None for methods that ignore time.
+        column: Name of the time column, for error messages.
 
     Returns:
-        Index into `SPLITS`, int8 [n].
+        Split of each row, as an index into `SPLITS`, int8 [n].
 
     Raises:
         UserError: A split is empty.
@@ -69,7 +70,7 @@ def split_rows(split: Split, user: Array, time: Array | None, column: str) -> Ar
         case "leave-last-out":
             assert time is not None
             rank, count = _rank_in_user(user, time)
-            # A user with fewer than three rows is in the training split only.
+            # All rows of a user with fewer than three rows are training rows.
             number = np.where(count < 3, 0, _cut(rank >= count - 2, rank == count - 1))
     for i, name in enumerate(SPLITS):
         if not (number == i).any():
@@ -78,7 +79,7 @@ def split_rows(split: Split, user: Array, time: Array | None, column: str) -> Ar
 
 
 def shuffled(rows: int, seed: int) -> Array:
-    """Return a permutation of 0 ... rows - 1, int64 [rows], equal on all machines and versions."""
+    """Return a permutation of 0 to rows - 1, int64 [rows], the same on all machines."""
     return np.argsort(_hash(np.arange(rows), seed), kind="stable")
 
 
@@ -94,12 +95,12 @@ def _hash(values: Array, seed: int) -> Array:
 
 
 def _cut(after_train: Array, after_validation: Array) -> Array:
-    """Number rows by how many of two cuts they lie behind."""
+    """Return 0, 1 or 2 for each row: the number of its split, given which splits it is after."""
     return after_train.astype(np.int8) + after_validation
 
 
 def _by_time(fractions: tuple[float, float, float], time: Array, column: str) -> Array:
-    """Cut between distinct times, as close to the fractions as three non-empty splits allow."""
+    """Split between distinct times, close to the fractions; each split gets at least one time."""
     distinct, rank, counts = np.unique(time, return_inverse=True, return_counts=True)
     if len(distinct) < len(SPLITS):
         problem = (
@@ -126,7 +127,10 @@ def _random(split: Split, rows: int) -> Array:
 
 
 def _random_per_user(split: Split, user: Array) -> Array:
-    """Split each user's rows; fractions are rounded down, but users with three rows fill all."""
+    """Split the rows of each user at random.
+
+    Counts are rounded down, but a user with three or more rows has a row in every split.
+    """
     rank, count = _rank_in_user(user, _hash(np.arange(len(user)), split.seed))
     validation, test = (
         np.maximum(np.floor(fraction * count + 1e-9), 1).astype(np.int64)
@@ -136,7 +140,7 @@ def _random_per_user(split: Split, user: Array) -> Array:
 
 
 def _rank_in_user(user: Array, value: Array) -> tuple[Array, Array]:
-    """Return the rank of each row among its user's rows, by value then row, and their number."""
+    """Return each row's rank among its user's rows, by value then row, and the user's row count."""
     order = np.lexsort((value, user))
     ordered = user[order]
     start = np.searchsorted(ordered, ordered)

@@ -1,4 +1,4 @@
-"""Text of SQL: quoted names and literals, and expressions over columns of any type."""
+"""Write SQL text: quoted names and literals, and expressions over columns of any type."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def literal(text: str) -> str:
 
 
 def written(name: str) -> str:
-    """Return a name as a user would write it in SQL: in quotes only where it needs them."""
+    """Return a name as a user would write it in SQL: in quotes only if it needs them."""
     tokens = duckdb.tokenize(name)
     plain = name.isascii() and name.isidentifier() and len(tokens) == 1
     return name if plain and tokens[0][1] == duckdb.token_type.identifier else quoted(name)
@@ -38,7 +38,7 @@ def derivation(name: str, expression: str) -> str:
 
 
 def without_nan(value: str, dtype: DuckDBPyType) -> str:
-    """Return the SQL of a value with NULL in place of each NaN, also within lists and structs."""
+    """Return SQL that replaces each NaN in `value` by NULL, also inside lists and structs."""
     if not _holds_floats(dtype):
         return value
     if dtype.id in ("float", "double"):
@@ -60,5 +60,5 @@ def _holds_floats(dtype: DuckDBPyType) -> bool:
 
 
 def _parts(dtype: DuckDBPyType) -> list[tuple[str, DuckDBPyType]]:
-    # The size of an array is a part without a type.
+    # DuckDB also lists the size of a fixed-size array as a child; it is not a type.
     return [(name, part) for name, part in dtype.children if isinstance(part, DuckDBPyType)]

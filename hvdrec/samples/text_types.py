@@ -1,7 +1,8 @@
-"""SQL types of columns that are read as text, such as those of CSV files.
+"""Find the SQL types of columns that are read as text, such as those of CSV files.
 
-A type is chosen only if all values have its form, so that none is rounded, cut or dropped. Dates
-and times must be in ISO 8601: 03/04/2024 stays text, since either number may be the month.
+A column gets a type only if all its values have the form of this type, so that no value is rounded,
+cut or dropped. Dates and times must be in ISO 8601. 03/04/2024 remains text, since either number
+may be the month.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from hvdrec.config.schema import RawType
 from hvdrec.samples.sql import literal, quoted
 
 SAMPLE_ROWS = 2048
-"""Rows that rule out most types, before the others are tested on all rows."""
+"""Number of rows on which all types are tested first. Types that fail there need no test on all
+rows."""
 MOSTLY = 0.9
-"""Share of numbers from which a text column is reported: its other values are likely mistakes."""
+"""If at least this share of a text column is numbers, it is reported: the other values are probably
+mistakes."""
 EXACT = 2**53
-"""Floats hold all integers below."""
+"""A float holds every integer below this number exactly."""
 
 DIGITS = r"\s*[+-]?[0-9]+\s*"
 INTEGER = r"\s*[+-]?(0|[1-9][0-9]*)\s*"
@@ -35,12 +38,14 @@ OFFSET = r" ?(Z|UTC|[+-][0-9]{2}(:?[0-9]{2})?)"
 
 @dataclass(frozen=True)
 class TextTypes:
-    """What the values of text columns allow.
+    """The types of text columns, and the columns that look wrong.
 
     Attributes:
         types: Column -> its SQL type.
-        odd: Undeclared columns of which most values are numbers -> a value that is not.
-        mixed: Columns of integers that floats do not hold, and of floats -> an example of each.
+        odd: Column without a declared type, in which most values are numbers -> a value that is
+            not a number.
+        mixed: Column with floats and with integers that a float cannot hold exactly -> an example
+            of each.
     """
 
     types: Mapping[str, str]
@@ -70,16 +75,18 @@ UNDECLARED = {
     "TIMESTAMPTZ": _typed(DATE + TIME + OFFSET, "TIMESTAMPTZ"),
     "BOOLEAN": _form("(?i)true|false"),
 }
-"""Type -> the test that all values must pass, in order of preference; text passes no test."""
+"""SQL type -> SQL condition that all values of a column must meet, in the order in which types are
+tried. A column that meets none is text."""
 DECLARED: dict[RawType, dict[str, str]] = {
-    # Keys that were floats on their way are not text: '7.0' is not the key '7'.
+    # A program may have written integer keys as floats. As text, '7.0' would not match the key '7'.
     "string": {"VARCHAR": _form(DIGITS), "DOUBLE": f"({_form(WHOLE)} AND {HOLDS})"},
     "int": {**UNDECLARED, "BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})"},
     "float": {**UNDECLARED, "BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})", "DOUBLE": FLOAT},
 }
-"""The same for the columns of features and keys: zeros in front do not make a number text."""
+"""Declared type -> the same conditions, for columns of features and keys. Here, a number may have
+leading zeros."""
 MAYBE_NUMBER = ""
-"""In place of a type: all values are numbers, though possibly of forms that have no common type."""
+"""Stands for a type: all values are numbers, but they may have no common type."""
 
 
 def find_types(
@@ -91,10 +98,10 @@ def find_types(
     """Find the types of text columns from all their values.
 
     Args:
-        connection: The connection that knows the table.
-        view: Table or view of text columns.
-        columns: The columns to look at.
-        declared: Column -> the type of its feature; keys are strings.
+        connection: The DuckDB connection.
+        view: Name of a table or view whose columns are text.
+        columns: Names of the columns to examine.
+        declared: Column -> type, for the columns of features and keys.
     """
     tests = {name: _tests(declared.get(name)) for name in columns}
     sample = f"(SELECT * FROM {view} LIMIT {SAMPLE_ROWS})"
@@ -129,11 +136,11 @@ def _tests(declared: RawType | None) -> dict[str, str]:
 def _first_passed(
     connection: duckdb.DuckDBPyConnection, source: str, tests: Mapping[str, Mapping[str, str]]
 ) -> dict[str, str]:
-    """Return the first type of each column whose test all its values pass, or MAYBE_NUMBER."""
+    """Return column -> the first type whose test all its values pass; MAYBE_NUMBER if none."""
     first = dict.fromkeys(tests, MAYBE_NUMBER)
     left = {name: [t for t in types if t != MAYBE_NUMBER] for name, types in tests.items()}
     while left := {name: types for name, types in left.items() if types}:
-        # Most columns pass their first test, so that one scan of the table is enough.
+        # Most columns pass their first test, so one scan of the table is usually enough.
         tried = {name: {types[0]: tests[name][types[0]]} for name, types in left.items()}
         passed = _passed(connection, source, tried)
         first |= {name: dtype for name, types in passed.items() for dtype in types}
@@ -144,7 +151,7 @@ def _first_passed(
 def _passed(
     connection: duckdb.DuckDBPyConnection, source: str, tests: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
-    """Return the tests that all values of their column pass."""
+    """Return column -> the tests that all its values pass."""
     pairs = [(name, dtype) for name, of_column in tests.items() for dtype in of_column]
     passed: dict[str, dict[str, str]] = {name: {} for name in tests}
     if not pairs:
@@ -156,7 +163,7 @@ def _passed(
         checks.append(f"bool_and({test}) FILTER ({value} IS NOT NULL)")
     [row] = connection.sql(f"SELECT {', '.join(checks)} FROM {source}").fetchall()
     for (name, dtype), result in zip(pairs, row, strict=True):
-        # No value at all allows every type.
+        # The result is None for a column without values, which may have any type.
         if result is not False:
             passed[name][dtype] = tests[name][dtype]
     return passed
@@ -165,7 +172,11 @@ def _passed(
 def _numbers(
     connection: duckdb.DuckDBPyConnection, view: str, column: str
 ) -> tuple[str | None, float, str | None, str | None]:
-    """Return a value that is no number, the share of numbers, and examples of two forms."""
+    """Examine a text column of numbers.
+
+    Returns a value that is not a number, the share of numbers, an integer that a float cannot hold,
+    and a decimal number; None for each that does not occur.
+    """
     value = quoted(column)
     number, digits, holds = (t.replace("{v}", value) for t in (ANY_NUMBER, _form(DIGITS), HOLDS))
     [row] = connection.sql(

@@ -1,4 +1,4 @@
-"""The files of the samples artifact."""
+"""Write the files of the samples: Parquet files of rows, users and items."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from hvdrec.samples.spec import SampleSpec
 from hvdrec.samples.split import RANDOM
 
 PART_ROWS = 524_288
-"""Rows per file."""
+"""Largest number of rows in a file."""
 ROW_GROUP_ROWS = 65_536
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Histories:
-    """The events of every history, by name.
+    """The events of all histories.
 
     Attributes:
         times: User and time of each row.
-        states: State of `STATES` -> history -> events of the rows that the state includes.
+        states: State of `STATES` -> name of a history -> its events in the splits that the state
+            includes.
     """
 
     times: UserTimes
@@ -49,9 +50,9 @@ class Entities:
     Attributes:
         side: "user" or "item".
         key: Name of the key column.
-        values: Distinct keys that occur in samples, ascending, [k].
-        latest: For each state, the number of the latest row of each key that the state includes,
-            int64 [k]; -1 if there is none.
+        values: The k distinct keys that occur in samples, in ascending order.
+        latest: For each state, the number of each key's latest row in the splits that the state
+            includes, int64 [k]; -1 if there is none.
     """
 
     side: Side
@@ -61,11 +62,11 @@ class Entities:
 
     @staticmethod
     def of(side: Side, key: str, codes: KeyCodes, orders: Sequence[Array]) -> Entities:
-        """Find the last row of each key in each of `orders`, numbers of rows, the latest last."""
+        """Find the latest row of each key; each of `orders` lists row numbers in time order."""
 
         def last(order: Array) -> Array:
             latest = np.full(len(codes.values), -1, dtype=np.int64)
-            # If an index occurs several times, NumPy keeps the last assignment.
+            # If a key occurs several times, NumPy keeps the last assignment: the latest row.
             latest[codes.code[order]] = order
             return latest
 
@@ -75,7 +76,7 @@ class Entities:
 def write_split(
     folder: Path, spec: SampleSpec, rows: LabelledRows, chosen: Array, histories: Histories
 ) -> None:
-    """Write the samples with the row numbers `chosen`, in that order, to files of one folder."""
+    """Write the rows with the numbers `chosen`, in this order, to files in a new folder."""
     folder.mkdir()
     for part, start in enumerate(range(0, len(chosen), PART_ROWS)):
         index = chosen[start : start + PART_ROWS]
@@ -94,7 +95,10 @@ def write_table(file: Path, table: pa.Table) -> None:
 def write_users(
     draft: Path, spec: SampleSpec, users: Sequence[pa.Table], histories: Histories
 ) -> None:
-    """Write the users in each of `STATES`, with the latest events of the rows it includes."""
+    """Write one table of users for each of `STATES`.
+
+    The histories in it are the latest events in the splits that the state includes.
+    """
     for (state, events), table in zip(histories.states.items(), users, strict=True):
         for history in spec.samples.history:
             log = events[history.name]
@@ -106,10 +110,17 @@ def write_users(
 def entity_tables(
     join: LabelJoin, joined: JoinedTable, rows: LabelledRows, entities: Entities
 ) -> list[pa.Table]:
-    """Build tables of keys, features and titles with one row per user or item, sorted by key.
+    """Build a table of all users, or of all items, for each state in ``entities.latest``.
 
-    Items that occur only in the items table are added. Features that the users or items table lacks
-    come from the latest row in `rows`. There is one table for each state of `entities`.
+    A table has one row per user or item, sorted by key, with the key, the features and the title.
+    Items that occur only in the raw table of items are included. Features that the raw table of
+    users (or items) does not have are taken from the latest row of the user (or item) in the log.
+
+    Args:
+        join: The raw tables.
+        joined: The joined interactions.
+        rows: The samples.
+        entities: The users or items, with the number of each one's latest row.
     """
     spec, table = join.spec, join.side(f"samples.{entities.side}s")
     key, values, latest = entities.key, entities.values, entities.latest
@@ -152,9 +163,9 @@ def entity_tables(
 def _own_columns(
     join: LabelJoin, joined: JoinedTable, side: SideTable
 ) -> tuple[dict[str, pa.Array], dict[str, str]]:
-    """Collect the columns that samples take from a table and those derived from them alone.
+    """Collect the columns that samples take from a joined table, and columns derived from these.
 
-    Returns the columns, and the file or configuration key of each.
+    Returns the columns, and the file or configuration key that each comes from.
     """
     spec, derive, file = join.spec, join.spec.samples.derive, str(side.file)
     taken = [
@@ -171,7 +182,7 @@ def _own_columns(
 
 
 def _cast_keys(spec: SampleSpec, where: str, name: str, array: pa.Array) -> pa.Array:
-    """Cast the keys of a users' or items' table to the type that they have in samples."""
+    """Cast the keys in a raw table of users or items to the type that keys have in the samples."""
     feature = spec.feature(name)
     if feature and feature.dtype == "int" and pa.types.is_dictionary(array.type):
         texts = plain(array)
@@ -181,7 +192,7 @@ def _cast_keys(spec: SampleSpec, where: str, name: str, array: pa.Array) -> pa.A
         except pa.ArrowInvalid as error:
             problem += f": {reason(error)}"
             raise invalid_file(where, problem, "declare dtype = 'string'") from None
-        # The join compares texts: '007' is not the key 7.
+        # The join compares keys as text, so '007' would not match the key 7.
         other = texts.filter(pc.not_equal(numbers.cast(pa.string()), texts))
         if len(other):
             problem += f": {shown(other[0].as_py())} is not how the number is written"
@@ -191,10 +202,10 @@ def _cast_keys(spec: SampleSpec, where: str, name: str, array: pa.Array) -> pa.A
 
 
 def _samples(spec: SampleSpec, rows: LabelledRows, index: Array, histories: Histories) -> pa.Table:
-    """Build the samples with the row numbers `index`."""
+    """Build the table of the samples with the row numbers `index`."""
     positions = pa.array(index)
     columns = {name: array.take(positions) for name, array in rows.columns.items()}
-    # With a random split, only training rows may count as history: others leak the future.
+    # With a random split, only training rows may be events: others would leak held-out rows.
     state = "train" if spec.samples.split.method in RANDOM else "all"
     events = histories.states[state]
     for history in spec.samples.history:
@@ -213,7 +224,7 @@ def _samples(spec: SampleSpec, rows: LabelledRows, index: Array, histories: Hist
 
 
 def _take(array: pa.Array, index: pa.Array) -> pa.Array:
-    """Take values by index; a null index gives null, or an empty list."""
+    """Take values by index; a null index gives null, or an empty list in a column of lists."""
     taken = array.take(index)
     if not pa.types.is_list(taken.type) or not taken.null_count:
         return taken
