@@ -254,3 +254,30 @@ def test_a_body_that_does_not_arrive(scorer: Scorer) -> None:
             await in_flight(client, 0)
 
     run(test)
+
+
+def test_bodies_that_are_being_received_share_a_limit_of_memory(scorer: Scorer) -> None:
+    is_enough = asyncio.Event()
+
+    async def large() -> AsyncIterator[bytes]:
+        yield b" " * 90
+        await is_enough.wait()
+
+    async def test() -> None:
+        slow = SlowScorer(scorer)
+        slow.may_finish.set()
+        # Two bodies of 100 bytes may be held at a time.
+        async with running(FakeServedBundle(slow), max_requests=2, max_body=100) as client:
+            held = [
+                asyncio.create_task(client.post("/v1/score", content=large(), headers=JSON))
+                for _ in range(2)
+            ]
+            await in_flight(client, 2)
+            answer = await client.post("/v1/score", json=ONE)
+            assert "too many bodies" in check(answer, 503, None)
+            is_enough.set()
+            for task in held:
+                assert (await task).status_code == 400
+            assert (await client.post("/v1/score", json=ONE)).status_code == 200
+
+    run(test)
