@@ -1,7 +1,7 @@
-"""Encoding samples into shards by running the preprocessing graph.
+"""Encode samples into shards by running the preprocessing graph.
 
-Every shard is one task: its rows and row groups follow from the samples and the configuration
-alone, so the files do not depend on the number of workers.
+A worker writes a whole shard at a time. Which rows and row groups a shard has depends only on the
+samples and the configuration, so the files do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SIDE_FILES: dict[Side, str] = {"user": "users_train.parquet", "item": "items.par
 
 @dataclass(frozen=True)
 class _Job:
-    """What all tasks share: the samples, the draft with the fitted features, label columns."""
+    """What all tasks share: directory of the samples, draft of the features, label columns."""
 
     samples: Path
     draft: Path
@@ -53,7 +53,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard to write: rows of a split from `start` on, in row groups of the given sizes."""
+    """A shard to write: the rows of a split from `start` on, in row groups of given sizes."""
 
     job: _Job
     split: str
@@ -75,7 +75,7 @@ class _SideFile:
 
     @property
     def target(self) -> str:
-        """Name of its encoded table; the users of the training state are plainly the users."""
+        """File name of its encoded table: ``users.parquet`` for the users after training."""
         return "users.parquet" if self.name == SIDE_FILES["user"] else self.name
 
 
@@ -99,27 +99,26 @@ def encode(
     progress: Callable[[int], None] = lambda _: None,
     workers: WorkerPool = THIS_PROCESS,
 ) -> dict[str, Any]:
-    """Fit the features, encode all splits and write the features artifact.
+    """Fit the features on the training split, encode all splits and write the artifact.
 
-    Memory grows, for each worker, with a row group, the keys and the vocabularies, not with the
-    samples.
+    The memory of a worker depends on the size of a row group, the number of keys and the
+    vocabularies, not on the number of samples.
 
     Args:
         samples: Directory that `hvdrec samples` wrote.
-        out: Directory to write.
-        config: The run. Its sections ``encode`` and ``tasks`` and the schema are used, and all of
-            it is stored in the manifest.
+        out: Directory or URL to write.
+        config: Configuration of the run, which is also stored in the manifest.
         overwrite: Replace an existing artifact.
-        notify: Called with a line at the start of each stage.
+        notify: Called with a line of text at the start of each step.
         progress: Called with the number of rows written since the last call.
-        workers: Processes that share the work. All their hosts must see both directories.
+        workers: Processes that share the work. Both directories must be visible on all their hosts.
 
     Returns:
-        The manifest's ``meta``: rows, sizes of tables and shards.
+        The ``meta`` of the manifest: numbers of rows, sizes of tables, shards.
 
     Raises:
-        UserError: The samples are missing, damaged, lack a column, have a wrong type or an unknown
-            key. Nothing is written then.
+        UserError: The samples are missing or damaged, lack a column, or have a wrong type or an
+            unknown key. Then nothing is written.
     """
     manifest, schema = verify_artifact(samples, "samples"), config.schema
     check_task_labels(samples, manifest, config.tasks, "hvdrec samples")
@@ -127,7 +126,7 @@ def encode(
     _check(samples, schema, config.task_columns, states)
     meta: dict[str, Any] = {"config": to_dict(config), "rows": {}, "sizes": {}, "shards": {}}
     meta[MADE_FROM] = {"samples": manifest.identity}
-    # Evaluation reads these: the state of the users for each split, and the number of copies.
+    # Evaluation reads these: as of which split users are evaluated, and the number of copied rows.
     meta |= {key: manifest.meta[key] for key in ("user_states", "copies") if key in manifest.meta}
     with write_artifact(out, "features", meta, overwrite=overwrite) as draft:
         notify("fitting features")
@@ -180,9 +179,9 @@ def _write_splits(
 
 
 def even_sizes(total: int, largest: int) -> list[int]:
-    """Split a total into the fewest parts of at most `largest`, whose sizes differ by at most one.
+    """Divide a total into as few parts of at most `largest` as possible; return their sizes.
 
-    There is always one part, even if it is empty.
+    The sizes differ by at most one. If the total is 0, there is one empty part.
     """
     count = max(1, -(-total // largest))
     return [total * (i + 1) // count - total * i // count for i in range(count)]
@@ -212,7 +211,7 @@ def _shards(job: _Job, split: str, encode: Encode) -> list[_Shard]:
 
 @dataclass(frozen=True)
 class _State:
-    """What a worker builds once, for its first task."""
+    """What a worker builds for its first task and keeps for the others."""
 
     encoder: Encoder
     users: KeyRows
@@ -238,8 +237,10 @@ def _state(job: _Job) -> _State:
 class _Written:
     """A shard that was written.
 
-    items: Item indices of its positive rows, int64 [n].
-    times: How often each of them occurs, int64 [n].
+    Attributes:
+        items: Indices of the n items that occur in its positive rows, int64 [n].
+        times: Number of positive rows of each of them, int64 [n].
+        checksums: Checksums of the file.
     """
 
     items: NDArray[np.int64]
@@ -283,7 +284,7 @@ def _encode_rows(state: _State, rows: pa.Table, labels: Sequence[str]) -> pa.Tab
     columns["label"] = rows["label"].cast(pa.float32())
     columns["weight"] = rows["weight"].cast(pa.float32())
     for name in labels:
-        # NaN marks a row that has no label for this task.
+        # NaN means that a row has no label for this task.
         columns[name] = pc.fill_null(rows[name].cast(pa.float32()), float("nan"))
     return pa.table(columns)
 
@@ -295,7 +296,7 @@ def _write_side(
     workers: WorkerPool,
     further: dict[str, NDArray[np.int64]],
 ) -> None:
-    """Encode a table of users or items, in its order of rows, and add further columns."""
+    """Encode a table of users or items, keep the order of its rows, and add columns `further`."""
     schema = _state(job).encoder.fitted.schema
     side, source = table.side, job.samples / table.name
     types = {"key": pq.read_schema(source).field(schema.key(side)).type}
@@ -315,7 +316,7 @@ def _write_side(
 
 
 def _encode_side(part: _SideRows) -> pa.Table:
-    """Return the keys and codes of some users or items."""
+    """Return the keys and the encoded features of some users or items."""
     encoder = _state(part.job).encoder
     schema = encoder.fitted.schema
     side = part.table.side

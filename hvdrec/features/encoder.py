@@ -1,4 +1,4 @@
-"""Encoding in memory: raw columns to codes by running the preprocessing graph; keys to rows."""
+"""Encode columns in memory: raw values by the preprocessing graph, keys by their row number."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Encoder:
 
         Args:
             features: The features to encode.
-            table: N rows of raw columns.
+            table: n rows of raw columns.
 
         Returns:
-            Name -> int32 [N], float32 [N] for numbers, or list<int32> [N]. Lists are cut as the
-            graph cuts them, and their missing entries are dropped.
+            Name of a feature -> its codes, int32 [n] or list<int32> [n], or its numbers,
+            float32 [n]. Lists are cut to ``max_length``, and their missing entries are dropped.
         """
         encoded: dict[str, pa.Array] = {}
         return {feature.name: self._encode(feature, table, encoded) for feature in features}
 
     def _encode(self, feature: Feature, table: pa.Table, encoded: dict[str, pa.Array]) -> pa.Array:
-        """Encode a feature, and first the features whose codes it combines, into `encoded`."""
+        """Encode a feature, after the features whose codes it combines; store all in `encoded`."""
         if feature.name not in encoded:
             codes = {
                 output_name(name): self._encode(self.fitted.schema[name], table, encoded)
@@ -74,13 +74,13 @@ class Encoder:
             kept, lengths = _cut(lengths, feature)
             codes = codes[kept]
         present = codes != MISSING
-        # The number of present entries up to the end of each row.
+        # Number of entries that are not missing, from the first row to the end of each row.
         ends = np.concatenate([[0], np.cumsum(present)])[np.cumsum(lengths, dtype=np.int64)]
         offsets = np.concatenate([[0], ends]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes[present]))
 
     def _values(self, feature: Feature, column: Column, values: pa.Array) -> NDArray[Any]:
-        """Encode the scalars of one column; a list's entries enter the graph as lists of one."""
+        """Encode flat values of a column; the graph gets each entry of a list as a list of one."""
 
         def run(inputs: NDArray[Any]) -> NDArray[Any]:
             return self._run(feature, {column.name: inputs[:, None] if feature.is_list else inputs})
@@ -94,17 +94,17 @@ class Encoder:
 
 
 class KeyRows:
-    """Finds the rows of keys in a table of users or items, with one hash table."""
+    """Finds the row of each key in a table of users or items, by a hash table."""
 
     def __init__(self, keys: pa.ChunkedArray, file: Path) -> None:
         """Build the hash table.
 
         Args:
-            keys: The distinct keys, in the order of rows; string or int64.
-            file: The table's file, for messages.
+            keys: The key of each row, all distinct; string or int64.
+            file: File of the table, for error messages.
 
         Raises:
-            UserError: There are no keys, or their type is another one.
+            UserError: There are no keys, or they have another type.
         """
         if keys.type not in (pa.string(), pa.int64()):
             raise invalid_file(file, f"the key is {keys.type}, must be string or int64", REMEDY)
@@ -115,17 +115,14 @@ class KeyRows:
         self._rows = pd.Index(flat_to_input(keys))
 
     def find(self, column: pa.ChunkedArray, name: str) -> pa.Array:
-        """Return the row of each key.
+        """Return the row of each of n keys, int64 [n].
 
         Args:
-            column: Keys, [N].
-            name: Name of the column, for messages.
-
-        Returns:
-            int64 [N].
+            column: The keys [n].
+            name: Name of the column, for error messages.
 
         Raises:
-            UserError: A key has no row, or the column's type differs.
+            UserError: A key is not in the table, or the column has another type than its keys.
         """
         if column.type != self._type:
             problem = f"'{name}' is {self._type} here, {column.type} in the samples"
@@ -151,14 +148,14 @@ def _session(fitted: Fitted, feature: Feature) -> onnxruntime.InferenceSession:
 
 
 def _of_distinct(run: Callable[[NDArray[Any]], NDArray[Any]], values: pa.Array) -> NDArray[Any]:
-    """Apply a function to scalars; to strings only once per distinct value.
+    """Apply a function to flat values; call it only once for each distinct string.
 
-    Every string passed on costs a Python object.
+    This saves time, because a Python object is created for every string.
     """
     if values.type != pa.string():
         return run(flat_to_input(values))
     encoded = values.dictionary_encode()
-    # One entry after the distinct values stands for null.
+    # An additional entry after the distinct values is null; null values get its index.
     distinct = pa.concat_arrays([encoded.dictionary, pa.nulls(1, values.type)])
     indices = pc.fill_null(encoded.indices, len(distinct) - 1).to_numpy(zero_copy_only=False)
     results: NDArray[Any] = run(flat_to_input(distinct))[indices]
@@ -166,7 +163,7 @@ def _of_distinct(run: Callable[[NDArray[Any]], NDArray[Any]], values: pa.Array) 
 
 
 def _cut(lengths: NDArray[Any], feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the flat positions of ragged rows that are kept, and the rows' new lengths."""
+    """Cut lists to ``max_length``; return the flat positions that remain, and the new lengths."""
     kept = np.minimum(lengths, feature.max_length)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     if feature.is_sequence:

@@ -1,4 +1,4 @@
-"""Fitting: vocabularies and statistics of the training split, and their files."""
+"""Fit features: learn vocabularies and statistics from the training split; save and load them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,25 @@ from hvdrec.storage.urls import Location
 
 FITTED_FILE = "fitted.json"
 _NO_STATISTICS = {"mean": 0.0, "deviation": 1.0, "boundaries": None}
-"""Statistics that the file has for every feature."""
+"""Statistics of a feature that has none; the file lists these for every feature."""
 LARGEST_CARRIED = 2**24
-"""Codes below it are exact in float32, as which they are stored next to embeddings."""
+"""A float32 holds integers below this number exactly. Codes that are stored in a bundle's float32
+embeddings, for features that combine user or item with scene, must be below it."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The schema and what fitting learned; features that share a vocabulary hold the same one."""
+    """The schema, and what fitting learned about each feature.
+
+    Features that share a vocabulary refer to the same object.
+    """
 
     schema: Schema
     features: Mapping[str, FittedFeature]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of codes of each table, by the name of the feature that owns it."""
+        """Name of the feature that owns an embedding table -> number of its codes."""
         return {
             name: fitted.size
             for name, fitted in self.features.items()
@@ -61,7 +65,7 @@ class Fitted:
 
     @staticmethod
     def load(directory: Location) -> Fitted:
-        """Read what `save` wrote.
+        """Load the files that `save` wrote.
 
         Raises:
             UserError: A file is missing or damaged.
@@ -90,20 +94,20 @@ class Fitted:
 def fit(samples: Path, schema: Schema) -> Fitted:
     """Learn vocabularies and statistics from the training split.
 
-    The same rows give the same result, bit for bit.
+    If the rows are the same, the result is the same, bit for bit.
 
     Args:
         samples: Directory that `hvdrec samples` wrote.
         schema: The features.
 
     Raises:
-        UserError: There are no files, a column is missing or has a wrong type, or a column's
-            values cannot be used.
+        UserError: There are no files, a column is missing or has a wrong type, or its values
+            cannot be used.
     """
-    import duckdb  # slow to import, and every rank would wait for it
+    import duckdb  # slow to import, so not at the top, where every rank would import it
 
     check_columns(samples / "train", schema)
-    # The directory's own name may contain wildcards.
+    # Escape the path, since it may contain wildcards.
     pattern = glob.escape(str(samples / "train")) + "/*.parquet"
     learned: dict[str, FittedFeature] = {}
     with duckdb.connect() as connection:

@@ -1,7 +1,7 @@
-"""The preprocessing graph: fitted features as one ONNX graph from raw values to model inputs.
+"""Compile fitted features into the preprocessing graph, from raw values to inputs of the model.
 
-This graph is the only implementation of preprocessing. Encoding runs it over the samples, and the
-bundle contains it.
+This ONNX graph is the only implementation of preprocessing: `prepare` encodes the samples with it,
+and each graph in a bundle begins with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RAW_TYPES = {
 
 
 def output_name(name: str) -> str:
-    """Return the name of a feature's output in the preprocessing graph."""
+    """Return the name that a feature's output has in the preprocessing graph."""
     return f"{name}__code"
 
 
@@ -37,17 +37,18 @@ def build(fitted: Fitted, names: Sequence[str]) -> onnx.ModelProto:
 
     Args:
         fitted: The fitted features.
-        names: The features to compile.
+        names: Names of the features to compile.
 
     Returns:
-        A graph with one input per raw column: string, int64 or double, [N] or (lists) [N, L]. The
-        codes of source features that are not compiled are int64 [N] inputs named `output_name`.
-        The output `output_name` of each feature is int64 with the input's shape, lists cut to
-        max_length, or float32 [N].
+        A graph with one input for each raw column: string, int64 or double, of shape [rows], or
+        [rows, longest list] for lists. If a feature combines the codes of others that are not in
+        `names`, their codes are inputs, too: int64 [rows], named by `output_name`. Each feature has
+        an output, named by `output_name`: codes, int64 with the shape of the input (lists cut to
+        ``max_length``), or numbers, float32 [rows].
     """
     schema = fitted.schema
     features = [schema[name] for name in names]
-    # A feature comes after the features whose codes it combines.
+    # Sort features that combine the codes of others after those.
     ordered = sorted(features, key=lambda feature: len(feature.sources) > 0)
     inputs: dict[str, ValueInfoProto] = {}
     nodes: list[onnx.NodeProto] = []
@@ -93,7 +94,7 @@ def _output(feature: Feature) -> ValueInfoProto:
 
 
 def _cut(nodes: Nodes, column: Column) -> str:
-    """Keep the entries of a list that count: a sequence's last, another list's first."""
+    """Cut lists to ``max_length``: a sequence keeps its last entries, other lists the first."""
     if not column.is_list:
         return column.name
     length = column.max_length

@@ -15,13 +15,13 @@ from hvdrec.storage.artifacts import read_manifest
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """The encoded features of a run.
+    """The result of `prepare`: the encoded features of a run.
 
     Attributes:
-        path: Directory or URL of the features artifact.
-        rows: Rows of each split.
-        sizes: Number of codes of each embedding table, with the codes for unknown and missing.
-        shards: Rows of each shard, by split.
+        path: Directory or URL of the features.
+        rows: Split -> number of rows.
+        sizes: Embedding table -> number of codes, including those for unknown and missing values.
+        shards: Split -> number of rows of each shard.
     """
 
     path: str
@@ -39,24 +39,24 @@ def prepare(
 ) -> PrepareResult:
     """Fit the features on the training split and encode all splits into shards.
 
-    Reads ``paths.samples`` and writes ``paths.features``. Under mpirun the ranks share the work,
-    and each of them returns the same result.
+    It reads ``paths.samples`` and writes ``paths.features``. Under mpirun, the ranks share the work
+    and all return the same result.
 
     Args:
-        config: The run.
-        overwrite: Replace features that an earlier run wrote.
-        workers: Processes that share the work outside mpirun; 0: one per core, at most 8. The
-            shards do not depend on it.
-        progress: Show a bar, or lines where there is no terminal, on the first rank.
+        config: Configuration of the run.
+        overwrite: Replace features that were written before.
+        workers: Number of processes that share the work, except under mpirun; 0 for one per core,
+            at most 8. The shards do not depend on it.
+        progress: Show a progress bar on the first rank, or lines if there is no terminal.
 
     Raises:
-        UserError: The samples are missing or do not fit the configuration, or features are already
-            there; nothing is written.
+        UserError: The samples are missing or do not match the configuration, or there are features
+            already. Then nothing is written.
     """
     with open_pool(workers) as pool:
         if pool is not None:
             return prepare_with(pool, config, overwrite=overwrite, progress=progress)
-    # The first rank of the MPI job has finished the artifact, which all ranks see.
+    # The first rank of the MPI job has finished the artifact, and all ranks can read it.
     return _result(config, read_manifest(config.paths.of("features"), "features").meta)
 
 

@@ -1,4 +1,4 @@
-"""Raw columns as input arrays of the preprocessing graph."""
+"""Convert raw columns to the arrays that the preprocessing graph takes as inputs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from hvdrec.config.schema import MISSING_INT, Column
 
 ARROW_TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
-"""Arrow types of raw values."""
+"""Declared type of a feature -> Arrow type of its raw values."""
 ARRAY_TYPES: dict[str, Any] = {"string": object, "int": np.int64, "float": np.float64}
-"""numpy types of the graph's inputs."""
+"""Declared type of a feature -> numpy type of its input of the graph."""
 FILL = {pa.string(): "", pa.int64(): MISSING_INT, pa.float64(): float("nan")}
-"""What stands for a missing value in the graph, by Arrow type."""
+"""Arrow type -> value that stands for a missing value in the graph."""
 
 
 def arrow_type(column: Column) -> pa.DataType:
@@ -31,12 +31,12 @@ def rows_to_inputs(columns: Iterable[Column], table: pa.Table) -> dict[str, NDAr
 
     Args:
         columns: The columns to convert.
-        table: N rows that have them.
+        table: n rows with these columns.
 
     Returns:
-        Name -> object array of strings, int64 or float64; [N], or for lists [N, longest list],
-        padded with missing values on the right (sequences: on the left). Nulls become missing
-        values.
+        Name of a column -> array of strings (dtype object), int64 or float64. The shape is [n], or
+        [n, longest list] for lists. Lists are padded with missing values on the right, sequences on
+        the left. Nulls become missing values.
     """
     return {column.name: _input(column, table[column.name]) for column in columns}
 
@@ -57,7 +57,7 @@ def _input(column: Column, values: pa.ChunkedArray) -> NDArray[Any]:
 
 
 def list_lengths(array: pa.ListArray) -> NDArray[Any]:
-    """Return the number of entries of each list, int32 [N]; a null list has none."""
+    """Return the length of each of n lists, int32 [n]; 0 for a null list."""
     lengths: NDArray[Any] = pc.fill_null(pc.list_value_length(array), 0).to_numpy(
         zero_copy_only=False
     )
@@ -65,7 +65,7 @@ def list_lengths(array: pa.ListArray) -> NDArray[Any]:
 
 
 def flat_to_input(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """Convert scalars to a graph input [N]; nulls become missing values."""
+    """Convert n values that are not lists to a graph input [n]; nulls become missing values."""
     filled = pc.fill_null(values, FILL[values.type])
     array: NDArray[Any] = (
         filled.to_numpy()

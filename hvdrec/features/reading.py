@@ -1,4 +1,4 @@
-"""Reading a range of rows of several Parquet files, as tables of given sizes."""
+"""Read a range of rows from several Parquet files, as tables of given sizes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from hvdrec.features.sample_checks import damaged
 
 
 def count_rows(files: Sequence[Path]) -> int:
-    """Return the number of rows of Parquet files."""
+    """Return the number of rows in all Parquet files together."""
     return sum(pq.read_metadata(file).num_rows for file in files)
 
 
 def read_tables(
     files: Sequence[Path], columns: list[str], start: int, sizes: Sequence[int]
 ) -> Generator[pa.Table, None, None]:
-    """Yield consecutive rows of several files.
+    """Yield consecutive rows of several files as tables.
 
     Args:
-        files: Parquet files, read in this order.
+        files: Parquet files, read in this order as if they were one.
         columns: Columns to read.
-        start: First row.
-        sizes: Number of rows of each table to yield.
+        start: Number of the first row.
+        sizes: Number of rows of each table.
 
     Raises:
         UserError: A file is damaged.
@@ -48,7 +48,7 @@ def read_tables(
 def _batches(
     files: Sequence[Path], columns: list[str], start: int, rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows from `start` on, at most `rows` at a time; skip whole row groups before it."""
+    """Yield the rows from `start` on, at most `rows` at a time; skip row groups before `start`."""
     for file in files:
         try:
             with pq.ParquetFile(file) as source:
@@ -59,7 +59,7 @@ def _batches(
                         groups.append(group)
                     else:
                         start -= length
-                # Workers run in parallel, so Arrow needs no threads.
+                # Several workers run in parallel, so Arrow need not use threads.
                 batches = source.iter_batches(rows, groups, columns, use_threads=False)
                 for batch in batches if groups else ():
                     skipped = min(start, batch.num_rows)

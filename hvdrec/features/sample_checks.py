@@ -1,4 +1,4 @@
-"""Checks of samples before features are fitted on them."""
+"""Check samples before features are fitted on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ REMEDY = "make the samples again"
 
 
 def check_columns(folder: Path, schema: Schema, others: Iterable[str] = ()) -> None:
-    """Raise UserError unless a directory of Parquet files has all columns in their types."""
+    """Check that all Parquet files of a directory have the raw columns of a schema.
+
+    Args:
+        folder: The directory.
+        schema: The features.
+        others: Names of other columns that must be there, of any type.
+
+    Raises:
+        UserError: There are no files, or `check_file` refuses one.
+    """
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise invalid_file(folder, "has no Parquet files", REMEDY)
@@ -28,12 +37,15 @@ def check_columns(folder: Path, schema: Schema, others: Iterable[str] = ()) -> N
 
 
 def check_file(file: Path, columns: Iterable[Column], others: Iterable[str] = ()) -> None:
-    """Raise UserError unless a Parquet file has raw columns in their types, and other columns.
+    """Check that a Parquet file has certain columns.
 
     Args:
         file: The file.
-        columns: Raw columns of features.
-        others: Names of further columns, of any type.
+        columns: Raw columns of features, whose types are checked as well.
+        others: Names of other columns that must be there, of any type.
+
+    Raises:
+        UserError: The file cannot be read, a column is missing, or a raw column has the wrong type.
     """
     try:
         schema = pq.read_schema(file)
@@ -57,13 +69,16 @@ def check_file(file: Path, columns: Iterable[Column], others: Iterable[str] = ()
 def check_task_labels(
     directory: Location, manifest: Manifest, tasks: Sequence[Task], remedy: str
 ) -> None:
-    """Raise UserError unless an artifact has the labels of the tasks; it may have more.
+    """Check that samples or features were made with the labels of all tasks.
 
     Args:
-        directory: The artifact, for the message.
-        manifest: Its manifest.
+        directory: Directory of the artifact, for the error message.
+        manifest: Manifest of the artifact; it may list more tasks.
         tasks: ``config.tasks``.
-        remedy: Command that writes the artifact.
+        remedy: Command that writes the artifact, for the error message.
+
+    Raises:
+        UserError: The label of a task is missing or was another expression.
     """
     stored = {t["name"]: t["label"] for t in manifest.meta.get("config", {}).get("tasks", ())}
     for task in tasks:
@@ -74,7 +89,7 @@ def check_task_labels(
 
 
 def one_line(error: Exception) -> str:
-    """Return a library's error message, which may have several lines, as one line."""
+    """Return an error message of a library on one line."""
     return " ".join(str(error).split())
 
 

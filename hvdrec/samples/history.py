@@ -112,7 +112,7 @@ class EventLog:
         return list_array(lengths - (own >= 0), self.items.take(pa.array(positions[kept])))
 
     def _last(self, key: Array, start: Array, length: int) -> pa.Array:
-        """Return the last `length` events in [first, stop) for each list, each item once."""
+        """Return the last `length` events with start[i] <= event key < key[i], for each i."""
         stop = np.searchsorted(self.key, key)
         first = np.searchsorted(self.key, start)
         if self.same is not None:

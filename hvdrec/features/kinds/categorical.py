@@ -4,4 +4,4 @@ from hvdrec.features.kinds.kind import VocabularyKind
 
 
 class Categorical(VocabularyKind):
-    """One string or integer with a vocabulary."""
+    """One string or integer per row, whose code is looked up in a vocabulary."""

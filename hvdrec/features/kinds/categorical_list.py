@@ -4,6 +4,6 @@ from hvdrec.features.kinds.kind import VocabularyKind
 
 
 class CategoricalList(VocabularyKind):
-    """A list of strings or integers with a vocabulary; its first max_length entries count."""
+    """A list of strings or integers, looked up in a vocabulary; ``max_length`` entries are used."""
 
     column_kind = "categorical_list"

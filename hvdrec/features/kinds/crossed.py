@@ -10,10 +10,11 @@ from hvdrec.features.kinds.nodes import Nodes, hash_coefficients
 
 
 class Crossed(Kind):
-    """The combination of several features' codes, hashed into a fixed number of buckets.
+    """The combination of the codes of several features, hashed into a fixed number of buckets.
 
-    The features may be on one side. With ``side = "scene"`` they may be on any sides; the ranker
-    then combines the scene's codes with those that are stored with users and items.
+    The features usually have the same side as the cross. With ``side = "scene"``, a cross may
+    combine features of users, items and the scene. A bundle then stores the codes of users and
+    items with their embeddings, and the ranker combines them with the codes of the scene.
     """
 
     def check(self, feature: Feature) -> None:
@@ -23,22 +24,22 @@ class Crossed(Kind):
             raise feature.invalid("columns", columns)
 
     def columns(self, feature: Feature) -> tuple[Column, ...]:
-        """Return nothing: a crossed feature reads the codes of other features."""
+        """Return (): a crossed feature reads no raw columns, but the codes of other features."""
         return ()
 
     def sources(self, feature: Feature) -> tuple[str, ...]:
-        """Return the features to combine."""
+        """Return the names of the features to combine."""
         return feature.columns
 
     def fit(self, feature: Feature, split: TrainingSplit) -> FittedFeature:
-        """Learn nothing: the size follows from the number of buckets."""
+        """Set the number of codes, which follows from the number of buckets; nothing is learned."""
         return FittedFeature(feature, FIRST_CODE + feature.buckets)
 
     def compile(self, nodes: Nodes, fitted: FittedFeature, inputs: Sequence[str]) -> str:
-        """Hash the codes; missing if any of them is missing."""
+        """Add the nodes that hash the codes; the result is MISSING if any of the codes is."""
         coefficients = hash_coefficients(fitted.feature.name, len(inputs))
         code = nodes.buckets(inputs, coefficients, fitted.feature.buckets)
-        # The product of codes can overflow to 0; their minimum cannot.
+        # MISSING is the smallest code. Use the minimum: a product of codes might overflow to 0.
         least = nodes.add("Min", *inputs)
         missing = nodes.add("Equal", least, nodes.integer(MISSING))
         return nodes.add("Where", missing, nodes.integer(MISSING), code)

@@ -12,19 +12,20 @@ from hvdrec.features.kinds.nodes import HASH_PRIME, Nodes, hash_coefficients
 
 
 class Hashed(Kind):
-    """One integer, hashed into a fixed number of buckets."""
+    """One integer per row, hashed into a fixed number of buckets."""
 
     column_kind = "hashed"
     dtypes = ("int",)
 
     def fit(self, feature: Feature, split: TrainingSplit) -> FittedFeature:
-        """Learn nothing: the size follows from the number of buckets."""
+        """Set the number of codes, which follows from the number of buckets; nothing is learned."""
         return FittedFeature(feature, FIRST_CODE + feature.buckets)
 
     def compile(self, nodes: Nodes, fitted: FittedFeature, inputs: Sequence[str]) -> str:
-        """Hash low = x mod p and high = floor(x / p) mod p of an int64 x.
+        """Add the nodes that hash an int64 x by low = x mod p and high = floor(x / p) mod p.
 
-        Only integers that differ by a multiple of p^2 (about 2^62) always collide.
+        Here p is `HASH_PRIME`. Only integers that differ by a multiple of p^2 (about 2^62) are sure
+        to get the same bucket.
         """
         [raw] = inputs
         zero, prime = nodes.integer(0), nodes.integer(HASH_PRIME)

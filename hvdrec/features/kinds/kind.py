@@ -1,4 +1,4 @@
-"""The interface of a feature kind: what it learns from training data, and its ONNX nodes."""
+"""The interface of a feature kind: how it learns from training data, and its ONNX nodes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ _MISSING_SQL = {"string": "''", "int": f"CAST('{MISSING_INT}' AS BIGINT)", "floa
 
 @dataclass(frozen=True)
 class FittedFeature:
-    """A feature with what fitting learned from the training split.
+    """A feature, and what fitting learned about it from the training split.
 
     Attributes:
         feature: The feature.
-        size: Number of codes, which is the number of rows of its table; 0 for a plain number.
-        values: Vocabulary in the order of its codes, which start at FIRST_CODE; None without one.
-        statistics: Numbers that the kind learned, as JSON values.
+        size: Number of codes, which is also the number of rows of its embedding table; 0 for a
+            feature that is a plain number.
+        values: The vocabulary, sorted by code; its first value has code FIRST_CODE. None for a
+            feature without a vocabulary.
+        statistics: Numbers that the kind has learned, as JSON values.
     """
 
     feature: Feature
@@ -35,9 +37,10 @@ class FittedFeature:
 
 
 class TrainingSplit:
-    """The rows of the training split, for fitting.
+    """Queries over the rows of the training split, for fitting.
 
-    DuckDB streams the files. Memory grows with the distinct values of one feature, not with rows.
+    DuckDB streams the files. So memory depends on the number of distinct values of a feature, not
+    on the number of rows.
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, pattern: str) -> None:
@@ -46,9 +49,9 @@ class TrainingSplit:
         self._rows = connection.read_parquet(pattern)
 
     def values(self, column: Column) -> duckdb.DuckDBPyRelation:
-        """Return the values of a raw column that are not missing, as column ``v``.
+        """Return the values of a raw column, without missing ones, as column ``v`` of a relation.
 
-        Lists are unnested.
+        For a column of lists, these are the entries of the lists.
         """
         name = f'"{column.name}"'
         values = self._rows.project(f"{f'unnest({name})' if column.is_list else name} AS v")
@@ -57,8 +60,8 @@ class TrainingSplit:
     def vocabulary(self, column: Column, min_count: int) -> list[Any]:
         """Return the values that occur `min_count` times or more.
 
-        They are sorted by falling count, then by value (strings bytewise), so the same data gives
-        the same codes.
+        They are sorted by decreasing count, then by value (strings by their bytes). So the same
+        data always gives the same codes.
         """
         counted = self.values(column).aggregate("v, count(*) AS n", "v")
         frequent = counted.filter(f"n >= {min_count}").order("n DESC, v").project("v")
@@ -67,7 +70,7 @@ class TrainingSplit:
 
     @contextmanager
     def in_row_order(self) -> Iterator[None]:
-        """Run queries on one thread, so that floating-point sums are the same on every run."""
+        """Run queries in the ``with`` body on one thread, so that sums of floats are repeatable."""
         self._connection.execute("SET threads = 1")
         try:
             yield
@@ -76,18 +79,18 @@ class TrainingSplit:
 
 
 class Kind(FeatureKind):
-    """A kind of feature: raw columns, fitting, ONNX nodes and encoded type.
+    """A kind of feature: its raw columns, how it is fitted, its ONNX nodes and its encoded type.
 
-    Encoding, shards, the exported graphs, the bundle's fields and the service's OpenAPI document
-    all derive from these methods.
+    All else follows from these methods: encoding, shards, the exported graphs, the fields in the
+    bundle's manifest and the OpenAPI document of the service.
     """
 
     @abstractmethod
     def fit(self, feature: Feature, split: TrainingSplit) -> FittedFeature:
-        """Learn vocabularies or statistics from the training split.
+        """Learn a vocabulary or statistics from the training split.
 
         Raises:
-            UserError: The column's values cannot be used.
+            UserError: The values of the column cannot be used.
         """
 
     @abstractmethod
@@ -95,19 +98,20 @@ class Kind(FeatureKind):
         """Add the nodes that turn raw values into codes, or into a number.
 
         Args:
-            nodes: Where to add nodes.
-            fitted: The feature and what fitting learned.
-            inputs: Names of the tensors to read: the raw columns of `columns`, string, int64 or
-                double [N], or [N, L] for lists (already cut to max_length); then the int64 [N]
-                codes of `sources`. Missing raw values are "", MISSING_INT and NaN.
+            nodes: The graph to which nodes are added.
+            fitted: The feature, and what fitting learned about it.
+            inputs: Names of the tensors to read. First come the raw columns of `columns`: string,
+                int64 or double, of shape [rows], or [rows, longest list] for lists, which are
+                already cut to ``max_length``. Missing values are "", MISSING_INT or NaN. Then come
+                the codes of `sources`, int64 [rows].
 
         Returns:
-            Name of the result: int64 codes of the inputs' shape, or float32 [N].
+            Name of the resulting tensor: int64 codes in the shape of the inputs, or float32 [rows].
         """
 
 
 def kind_of(feature: Feature) -> Kind:
-    """Return the kind of a feature with its code for fitting and encoding."""
+    """Return the object that fits and encodes the features of this feature's kind."""
     kind = feature.definition
     if not isinstance(kind, Kind):
         raise TypeError(f"feature kind '{feature.kind}' is not a hvdrec.features.kinds.Kind")
@@ -115,17 +119,17 @@ def kind_of(feature: Feature) -> Kind:
 
 
 class VocabularyKind(Kind):
-    """A kind whose values get one code each from a fitted vocabulary."""
+    """A kind that gives each value its code in a fitted vocabulary."""
 
     has_vocabulary = True
 
     def fit(self, feature: Feature, split: TrainingSplit) -> FittedFeature:
-        """Learn the vocabulary."""
+        """Learn the vocabulary: the values that occur at least ``min_count`` times."""
         [column] = self.columns(feature)
         values = split.vocabulary(column, feature.min_count)
         return FittedFeature(feature, FIRST_CODE + len(values), values)
 
     def compile(self, nodes: Nodes, fitted: FittedFeature, inputs: Sequence[str]) -> str:
-        """Look up each value's code."""
+        """Add the nodes that look up the code of each value."""
         assert fitted.values is not None
         return nodes.vocabulary(inputs[0], fitted.feature.dtype, fitted.values)

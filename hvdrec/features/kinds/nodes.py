@@ -1,4 +1,4 @@
-"""A builder of ONNX nodes for the preprocessing graph."""
+"""Build the ONNX nodes of the preprocessing graph."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     import onnx
 
 HASH_PRIME = 2**31 - 1
-"""Modulus of all hashes: a product of two residues fits int64."""
+"""Modulus of all hashes; the product of two numbers below it fits into int64."""
 
 
 def hash_coefficients(name: str, count: int) -> tuple[int, ...]:
-    """Draw the multipliers in [1, p) and the last, additive coefficient in [0, p) from a name.
+    """Derive the `count` coefficients of a hash function from the name of a feature.
 
-    They define the multilinear hash (sum of a_i x_i + b) mod p, p = HASH_PRIME, which is universal
-    (Carter and Wegman, 1979): two different inputs collide with a probability of about 1 / buckets.
+    All but the last are multipliers a_i in [1, p); the last is b in [0, p), where p is HASH_PRIME.
+    The hash of numbers x_i is (sum of a_i x_i + b) mod p. It is universal (Carter and Wegman,
+    1979): two different inputs get the same bucket with a probability of about 1 / buckets.
     """
     digest = b"".join(
         hashlib.sha256(name.encode() + (b"/%d" % block if block else b"")).digest()
@@ -33,7 +34,7 @@ def hash_coefficients(name: str, count: int) -> tuple[int, ...]:
 
 
 class Nodes:
-    """The nodes and constants of one feature, under names that start with the feature's.
+    """The nodes and constants of one feature. Their names begin with the name of the feature.
 
     Attributes:
         nodes: ONNX nodes in topological order.
@@ -41,7 +42,7 @@ class Nodes:
     """
 
     def __init__(self, prefix: str) -> None:
-        """Start without nodes; names begin with the prefix."""
+        """Start without nodes; all names will begin with `prefix`."""
         self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
@@ -77,7 +78,10 @@ class Nodes:
         return self.add("Cast", tensor, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def vocabulary(self, raw: str, dtype: str, values: Sequence[Any]) -> str:
-        """Look up codes: MISSING, UNKNOWN, or FIRST_CODE plus the index among `values`."""
+        """Look up the codes of raw values; return the name of the resulting tensor.
+
+        The code is MISSING, UNKNOWN, or FIRST_CODE plus the index of the value in `values`.
+        """
         codes = [MISSING, *range(FIRST_CODE, FIRST_CODE + len(values))]
         attributes: dict[str, Any] = {"values_int64s": codes, "default_int64": UNKNOWN}
         if dtype == "string":
@@ -87,14 +91,14 @@ class Nodes:
         return self.add("LabelEncoder", raw, domain="ai.onnx.ml", **attributes)
 
     def number(self, raw: str, dtype: str) -> tuple[str, str]:
-        """Convert a raw number to double and find missing values.
+        """Convert raw numbers to double and find the missing ones.
 
-        An integer becomes the nearest double: exact up to 2^53, with a relative error of at most
-        2^-53 above it, in fitting as well.
+        An integer becomes the nearest double: this is exact up to 2^53, with a relative error of at
+        most 2^-53 above. Fitting does the same.
 
         Returns:
-            Name of the double tensor, 0 where the value is missing, NaN or infinite; name of the
-            bool mask of these values.
+            The names of two tensors: the doubles, with 0 for values that are missing, NaN or
+            infinite; and a bool mask that is true for these values.
         """
         if dtype == "int":
             missing = self.add("Equal", raw, self.integer(MISSING_INT))
@@ -108,11 +112,11 @@ class Nodes:
         return self.add("Where", missing, self.double(0.0), number), missing
 
     def buckets(self, terms: Sequence[str], coefficients: Sequence[int], buckets: int) -> str:
-        """Hash int64 tensors into codes from FIRST_CODE on; see `hash_coefficients`.
+        """Hash int64 tensors into `buckets` codes, the first of which is FIRST_CODE.
 
         Args:
             terms: Tensors with values in [0, HASH_PRIME).
-            coefficients: A multiplier for each term, and the additive coefficient.
+            coefficients: Coefficients of the hash function; see `hash_coefficients`.
             buckets: Number of buckets.
         """
         prime = self.integer(HASH_PRIME)

@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     import duckdb
 
 LARGEST = 1e6
-"""Standardized numbers are clipped to this many deviations."""
+"""Standardized numbers are clipped to this many standard deviations."""
 
 
 class Numeric(Kind):
-    """One number: standardized, or as the code of its quantile bucket.
+    """One number per row: standardized, or replaced by the code of its quantile bucket.
 
-    Statistics: ``mean`` and ``deviation`` (population) of the finite values, or of their
-    logarithms; ``boundaries``, the lower ends of all quantile buckets but the first, ascending and
-    distinct.
+    The fitted statistics are ``mean`` and ``deviation``, the population standard deviation, of the
+    finite values or of their logarithms; and ``boundaries``, the lower limits of all quantile
+    buckets but the first, ascending and distinct.
     """
 
     column_kind = "numeric"
     dtypes = ("int", "float")
 
     def is_embedded(self, feature: Feature) -> bool:
-        """True if values become codes of quantile buckets."""
+        """Return True if values become codes of quantile buckets."""
         return feature.transform == "quantile"
 
     def fit(self, feature: Feature, split: TrainingSplit) -> FittedFeature:
-        """Learn mean and deviation, or the quantiles (which take 8 bytes of memory per row).
+        """Learn mean and deviation, or the quantiles, which take 8 bytes of memory per row.
 
         Raises:
             UserError: The values have no finite mean or deviation.
@@ -62,14 +62,14 @@ class Numeric(Kind):
             number = nodes.add("Mul", nodes.add("Sign", number), nodes.add("Log", magnitude))
         centered = nodes.add("Sub", number, nodes.double(fitted.statistics["mean"]))
         scaled = nodes.add("Div", centered, nodes.double(fitted.statistics["deviation"]))
-        # Far outliers would become infinite in float32.
+        # Clip before the cast to float32, in which far outliers would become infinite.
         scaled = nodes.add("Clip", scaled, nodes.double(-LARGEST), nodes.double(LARGEST))
         known = nodes.add("Where", missing, nodes.double(0.0), scaled)
         return nodes.cast(known, np.float32)
 
 
 def _bucket(nodes: Nodes, number: str, missing: str, boundaries: Sequence[float]) -> str:
-    """Code FIRST_CODE plus the number of boundaries that are at most the value."""
+    """Return the code of a number's bucket: FIRST_CODE plus the count of boundaries <= number."""
     axis = nodes.constant(np.array([1], np.int64))
     column = nodes.add("Unsqueeze", number, axis)
     limits = nodes.constant(np.array(boundaries, np.float64)[None, :])
@@ -80,12 +80,13 @@ def _bucket(nodes: Nodes, number: str, missing: str, boundaries: Sequence[float]
 
 
 def _quantiles(numbers: duckdb.DuckDBPyRelation, buckets: int) -> NDArray[np.float64]:
-    """Return the distinct values at shares 1/buckets, 2/buckets ... of the sorted numbers.
+    """Return the boundaries between quantile buckets: q-quantiles for q = 1/buckets, 2/buckets, ...
 
-    Share q of n numbers is the ceil(q * n)-th smallest, which is always a value that occurs.
+    The q-quantile of n numbers is the ceil(q * n)-th smallest, which always occurs among them.
+    Equal boundaries are returned once.
     """
     values: NDArray[np.float64] = numbers.to_arrow_table()["v"].to_numpy()
-    # Integer arithmetic: a share as a float may round to the next position.
+    # Use integers: with floats, rounding could give the next position.
     positions = [-(-share * len(values) // buckets) - 1 for share in range(1, buckets)]
     positions = sorted({max(0, position) for position in positions})
     if not positions or not len(values):
@@ -95,7 +96,7 @@ def _quantiles(numbers: duckdb.DuckDBPyRelation, buckets: int) -> NDArray[np.flo
 
 
 def _moments(numbers: duckdb.DuckDBPyRelation, feature: Feature) -> tuple[float, float]:
-    """Return mean and population deviation; (0, 1) without numbers, 1 for a deviation of 0."""
+    """Return mean and population standard deviation; (0, 1) without numbers, and 1 instead of 0."""
     value = "sign(v) * ln(1 + abs(v))" if feature.transform == "log" else "v"
     [(mean, deviation)] = numbers.aggregate(
         f"avg({value}) AS m, stddev_pop({value}) AS d"
