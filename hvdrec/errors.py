@@ -65,8 +65,13 @@ def unknown_key(field: str, known: Iterable[object]) -> UserError:
 
 def _known(name: object, known: Iterable[object]) -> str:
     names = [str(each) for each in known]
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"known: {choices(names)}" + (f"; did you mean '{near[0]}'?" if near else "")
+    near = nearest(str(name), names)
+    return f"known: {choices(names)}" + (f"; did you mean '{near}'?" if near else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is most like another one; empty if none is like it."""
+    return next(iter(difflib.get_close_matches(name, [*known], n=1)), "")
 
 
 def choices(names: Iterable[object]) -> str:

@@ -155,7 +155,8 @@ export class Bundle {
     for (const field of this.fields[side]) {
       inputs[field.name] = column(field, rows.map((row) => row[field.name]));
     }
-    const { embedding } = await this.tower[side].run(inputs, ['embedding']);
+    const output = this.tensor('embedding');
+    const embedding = (await this.tower[side].run(inputs, [output]))[output];
     computed.forEach(([place], row) => {
       out.set(embedding.data.subarray(row * width, (row + 1) * width), place * width);
     });
@@ -165,11 +166,17 @@ export class Bundle {
   async rank(inputs, users, items, count) {
     const all = {
       ...inputs,
-      user_embedding: new ort.Tensor('float32', users, [1, this.meta.user_width]),
-      item_embedding: new ort.Tensor('float32', items, [count, this.meta.item_width]),
-      request: new ort.Tensor('int64', new BigInt64Array(count), [count]), // all of one request
+      [this.tensor('user_embedding')]: new ort.Tensor('float32', users, [1, this.meta.user_width]),
+      [this.tensor('item_embedding')]: new ort.Tensor('float32', items, [count, this.meta.item_width]),
+      [this.tensor('request')]: new ort.Tensor('int64', new BigInt64Array(count), [count]), // all of one request
     };
-    return (await this.ranker.run(all, ['score'])).score.data;
+    const output = this.tensor('score');
+    return (await this.ranker.run(all, [output]))[output].data;
+  }
+
+  /** Return the name of a tensor in the graphs: another one if a field has its usual name. */
+  tensor(name) {
+    return this.meta.names?.[name] ?? name;
   }
 
   /** Return what candidates are chosen by, one number for each item; more is better. */
@@ -204,7 +211,7 @@ export class Bundle {
   /** Return, of each field that is asked for, the rows of the items with one of the values. */
   allowed(wanted) {
     if (!isObject(wanted)) throw wrong('allowed', wanted, 'must be an object of fields');
-    const folder = (name) => `items/filters/${name}`;
+    const folder = (name) => `items/filters/${this.meta.filters?.[name] ?? name}`;
     const known = this.fields.item.filter(({ name }) => this.holds(`${folder(name)}/values.npy`));
     this.checkNames('allowed', wanted, known.map(({ name }) => name));
     return Object.entries(wanted).map(([name, values]) => {

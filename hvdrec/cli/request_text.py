@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hvdrec.scoring.batching import Raw
@@ -42,7 +42,7 @@ def parse_scene(scorer: Scorer, pairs: Sequence[str]) -> dict[str, Any]:
     fields = {field.name: field for field in scorer.info.side("scene")}
     scene: dict[str, Any] = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
+        name, equals, text = _split(pair, fields)
         if not equals:
             raise invalid_request("scene", pair, "must be FIELD=VALUE", "for example hour=21")
         if name not in fields:
@@ -56,7 +56,7 @@ def parse_allowed(scorer: Scorer, pairs: Sequence[str]) -> dict[str, list[Any]]:
     fields = {field.name: field for field in scorer.info.side("item")}
     allowed: dict[str, list[Any]] = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
+        name, equals, text = _split(pair, fields)
         if not equals:
             raise invalid_request(
                 "allowed", pair, "must be FIELD=VALUE", "for example genres=Drama"
@@ -66,6 +66,15 @@ def parse_allowed(scorer: Scorer, pairs: Sequence[str]) -> dict[str, list[Any]]:
         value = text if field is None else _parse_scalar(field, text)
         allowed.setdefault(name, []).append(value)
     return allowed
+
+
+def _split(pair: str, fields: Collection[str]) -> tuple[str, str, str]:
+    """Split FIELD=VALUE after the longest known field, whose name may contain an equals sign."""
+    known = [name for name in fields if pair.startswith(f"{name}=")]
+    if not known:
+        return pair.partition("=")
+    name = max(known, key=len)
+    return name, "=", pair[len(name) + 1 :]
 
 
 def _parse(field: Field, text: str) -> Any:

@@ -99,6 +99,18 @@ def recommend(options: argparse.Namespace) -> Answer:
     BUNDLE,
     argument("input", type=Path, help="Parquet file with raw user, item and scene columns"),
     argument("output", type=Path, help="Parquet file to write: columns of the input and `score`"),
+    argument(
+        "--defaults",
+        action="store_true",
+        help="let missing columns take their defaults, and copy unknown columns",
+    ),
+    argument(
+        "--pass-through",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="columns to copy and not to read, even if they have the name of a feature",
+    ),
     NO_VERIFY,
     example="hvdrec score runs/movielens-1m/bundle pairs.parquet scored.parquet",
 )
@@ -106,10 +118,18 @@ def score(options: argparse.Namespace) -> Answer:
     """Score the rows of a Parquet file of raw values; write them with scores to another file."""
     from hvdrec.exporting.score_file import score_table
 
-    facts = score_table(options.bundle, options.input, options.output, verify=options.verify)
+    facts = score_table(
+        options.bundle,
+        options.input,
+        options.output,
+        defaults=options.defaults,
+        pass_through=options.pass_through,
+        verify=options.verify,
+    )
     for line in facts["warnings"]:
         print_line(f"warning: {line}")
-    return Answer(facts, f"scored {facts['rows']} rows\nwrote {options.output}")
+    added = ", ".join(facts["columns"])
+    return Answer(facts, f"scored {facts['rows']} rows: {added}\nwrote {options.output}")
 
 
 @command(

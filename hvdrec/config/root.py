@@ -64,4 +64,4 @@ class Config:
     @property
     def task_columns(self) -> tuple[str, ...]:
         """The label columns of the tasks, in the order of the tasks."""
-        return tuple(task.column for task in self.tasks)
+        return tuple(self.schema.own_name(task.column) for task in self.tasks)

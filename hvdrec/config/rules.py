@@ -222,15 +222,11 @@ def _tasks(config: Config) -> Mistakes:
     if not config.tasks:
         return
     ranker, names = config.model.ranker, [task.name for task in config.tasks]
-    taken = {config.samples.user, config.samples.item, *(f.name for f in config.features)}
     for i, task in enumerate(config.tasks):
         name = task.name
         if not name.isidentifier() or name == "score" or names.count(name) > 1:
             problem = "must be unique letters, digits and underscores, and not 'score'"
             yield invalid_value(f"tasks[{i}].name", name, problem)
-        for column in {task.column, task.output} & taken:
-            problem = f"its column '{column}' is the name of a feature or key"
-            yield invalid_value(f"tasks[{i}].name", name, problem, "rename the task")
     if not any(task.share for task in config.tasks):
         yield invalid_value("tasks[0].share", 0.0, "at least one task must have a share above 0")
     if config.train.objective == "retrieval":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from hvdrec.config.kinds import find_kind, kind_names
+from hvdrec.config.names import name_problem, own_name
 from hvdrec.errors import UserError, choices, invalid_value, unknown_name
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ MISSING_INT = -(2**63)
 """The int64 input of the preprocessing graph for missing; strings use "" and floats NaN."""
 
 KEY_COLUMNS = ("user_index", "item_index", "label", "weight")
-"""Columns of an encoded shard that are not features."""
+"""Columns of an encoded shard that are not features; see `Schema.own_name`."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,8 @@ class Feature:
     def __post_init__(self) -> None:
         """Check the name, and that the other fields fit the kind."""
         """Raise UserError if a field does not fit the others."""
-        if not self.name.isidentifier():
-            raise self.invalid("name", "use letters, digits and underscores")
-        if self.name in KEY_COLUMNS:
-            raise self.invalid("name", f"{choices(KEY_COLUMNS)} are reserved", "rename the column")
+        if problem := name_problem(self.name):
+            raise self.invalid("name", problem, "rename the column, or derive one of another name")
         if self.kind not in kind_names():
             raise unknown_name(self._field("kind"), self.kind, kind_names())
         self.definition.check(self)
@@ -232,8 +231,8 @@ class Schema:
         self._check_columns()
 
     def _check_key(self, side: Side, key: str) -> None:
-        if not key.isidentifier():
-            raise invalid_value(f"samples.{side}", key, "is not a column name")
+        if problem := name_problem(key):
+            raise invalid_value(f"samples.{side}", key, problem, "name the column of the key")
         feature = next((feature for feature in self.features if feature.name == key), None)
         if feature is None:
             return
@@ -295,6 +294,24 @@ class Schema:
             if feature.name == name:
                 return feature
         raise KeyError(name)
+
+    @cached_property
+    def _taken(self) -> frozenset[str]:
+        """All names of the user: keys, features and raw columns."""
+        columns = (column.name for column in self.columns())
+        return frozenset({self.user_key, self.item_key, *columns, *(f.name for f in self.features)})
+
+    def own_name(self, name: str) -> str:
+        """Return the name of a column or tensor of hvdrec's own, such as ``label``.
+
+        It is prefixed if a feature, a key or a raw column has this name.
+        """
+        return own_name(name, self._taken)
+
+    @property
+    def row_columns(self) -> tuple[str, ...]:
+        """The columns of a shard that are not features: indices of user and item, label, weight."""
+        return tuple(map(self.own_name, KEY_COLUMNS))
 
     def key(self, side: Side) -> str:
         """Return the name of the user key or the item key."""

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hvdrec.config.schema import KEY_COLUMNS, MISSING, Feature
+from hvdrec.config.schema import MISSING, Feature, Schema
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
@@ -19,7 +19,6 @@ Blocks = dict[tuple[str, ...], Array]
 """Names of some columns of one dtype -> matrix [rows, columns], so that one indexing operation
 takes a row of all these columns."""
 CodeType = type[np.int32] | type[np.int64]
-ROW_KEYS, LABELS = KEY_COLUMNS[:2], KEY_COLUMNS[2:]
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,16 @@ class BlockLayout:
     lists: Mapping[str, int]
 
     @classmethod
-    def of(cls, features: Sequence[Feature], tasks: Sequence[str]) -> BlockLayout:
+    def of(cls, schema: Schema, tasks: Sequence[str]) -> BlockLayout:
         """Lay out the columns of features (codes as int32), user and item numbers, and labels."""
+        features, rows = schema.features, schema.row_columns
         scalars = [f for f in features if not f.is_list]
         dtypes: dict[tuple[str, ...], type[np.generic]] = {
             **{(f.name,): _dtype(f, np.int32) for f in features if f.is_list},
             tuple(f.name for f in scalars if f.is_embedded): np.int32,
             tuple(f.name for f in scalars if not f.is_embedded): np.float32,
-            ROW_KEYS: np.int64,
-            (*LABELS, *tasks): np.float32,
+            rows[:2]: np.int64,
+            (*rows[2:], *tasks): np.float32,
         }
         dtypes.pop((), None)  # remove a block that has no columns
         return cls(dtypes, {f.name: f.max_length for f in features if f.is_list})

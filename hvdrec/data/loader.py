@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.config.data_sections import Loader
-from hvdrec.config.schema import KEY_COLUMNS, Schema
+from hvdrec.config.schema import Schema
 from hvdrec.data.batch import Batch
-from hvdrec.data.collate import ROW_KEYS, BlockLayout, Blocks, fill
+from hvdrec.data.collate import BlockLayout, Blocks, fill
 from hvdrec.data.petastorm import (
     RowGroupCache,
     ShardStore,
@@ -82,8 +82,9 @@ class ShardLoader:
         self._options = options
         self._features = schema.features
         self._tasks = tuple(tasks)
-        self._columns = [*(f.name for f in self._features), *KEY_COLUMNS, *self._tasks]
-        self._layout = BlockLayout.of(self._features, self._tasks)
+        self._row_columns = schema.row_columns
+        self._columns = [*(f.name for f in self._features), *self._row_columns, *self._tasks]
+        self._layout = BlockLayout.of(schema, self._tasks)
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle = seed, shuffle
         self._pin_memory = pin_memory and torch.cuda.is_available()
@@ -129,7 +130,7 @@ class ShardLoader:
             index = next(
                 i
                 for i in range(metadata.num_columns)
-                if metadata.schema.column(i).path.split(".")[0] == column
+                if metadata.schema.column(i).path in (column, f"{column}.list.element")
             )
             for group in range(metadata.num_row_groups):
                 statistics = metadata.row_group(group).column(index).statistics
@@ -306,7 +307,7 @@ class ShardLoader:
 
     def _batch(self, pieces: Sequence[Blocks]) -> Batch:
         """Concatenate pieces and pad them to `batch_size` rows."""
-        rows = sum(len(piece[ROW_KEYS]) for piece in pieces)
+        rows = sum(len(piece[self._row_columns[:2]]) for piece in pieces)
         if len(pieces) == 1 and rows == self.batch_size:
             blocks = pieces[0]
         else:
@@ -321,10 +322,10 @@ class ShardLoader:
                 tensors[names[0]] = matrix
             else:
                 # Feature columns stay views of one matrix, so the model can join them by one copy.
-                is_key = names[0] in KEY_COLUMNS
+                is_key = names[0] in self._row_columns
                 columns = matrix.t().contiguous().unbind() if is_key else matrix.unbind(1)
                 tensors.update(zip(names, columns, strict=True))
-        user, item, label, weight = (tensors.pop(name) for name in KEY_COLUMNS)
+        user, item, label, weight = (tensors.pop(name) for name in self._row_columns)
         labels = [tensors.pop(name) for name in self._tasks]
         tasks = torch.stack(labels, dim=1) if labels else None
         features = {feature.name: tensors[feature.name] for feature in self._features}

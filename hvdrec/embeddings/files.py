@@ -121,7 +121,7 @@ def _rows(
 
     Only the files that hold such rows are read.
     """
-    if name.split("/", maxsplit=1)[0] not in meta["sharded"]:
+    if name.rpartition("/")[0] not in meta["sharded"]:
         return _tensor(files.verified(REPLICATED), name)[start::step]
     parts = int(meta["ranks"])
     rows: Tensor | None = None

@@ -153,7 +153,7 @@ def retrieval_worse_than_popularity(model: Recommender, config: Config) -> list[
         own = queries.metrics(
             embed_side(model, config, "user"), embed_side(model, config, "item"), ks
         )
-        popularity = queries.metrics(*popularity_of(features), ks)
+        popularity = queries.metrics(*popularity_of(features, config.schema), ks)
     name = f"recall@{ks[0]}"
     return worse_than(own, [Reference("popularity", name, popularity[name])])
 

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hvdrec.config.names import PREFIX
+from hvdrec.config.schema import KEY_COLUMNS
 from hvdrec.config.sections import Evaluate, SeenItems
 from hvdrec.evaluation.item_item import ItemItemModel
 from hvdrec.evaluation.ranking_metrics import ranking_metrics
@@ -23,7 +25,7 @@ from hvdrec.evaluation.retrieval import (
 )
 from hvdrec.parallel import ranks
 from hvdrec.storage.artifacts import Manifest
-from hvdrec.storage.parquet import read_metadata, read_tables
+from hvdrec.storage.parquet import parquet_files, read_metadata, read_tables
 from hvdrec.storage.urls import Location
 
 Array = NDArray[Any]
@@ -204,7 +206,10 @@ def user_state(manifest: Manifest, split: str) -> str:
 
 def read_interactions(features: Location, splits: Sequence[str]) -> Interactions:
     """Read the indices, labels and weights of splits."""
-    columns = ["user_index", "item_index", "label", "weight"]
+    shard = read_metadata(parquet_files(features / splits[0])[0])
+    names = shard.schema.to_arrow_schema().names
+    # A prefixed name is there only if a feature has the name itself.
+    columns = [PREFIX + name if PREFIX + name in names else name for name in KEY_COLUMNS]
     table = pa.concat_tables([read_tables(features / split, columns) for split in splits])
     return Interactions(*(table[name].to_numpy() for name in columns))
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.schema import Schema
 from hvdrec.evaluation.baselines import TrainingSums
 from hvdrec.evaluation.held_out import RetrievalQueries
 from hvdrec.evaluation.ranking_metrics import auc, gauc, log_loss
@@ -18,7 +19,6 @@ from hvdrec.storage.parquet import read_metadata, read_parts, read_table, read_t
 from hvdrec.storage.urls import Location
 
 Array = NDArray[Any]
-KEYS = ("user_index", "item_index", "label", "weight")
 MEANS = ("item_mean", "user_item_mean")
 LOSSES = ("log_loss",)
 
@@ -73,7 +73,10 @@ def label_facts(config: Config, split: str = "validation") -> LabelFacts:
 
     One rank calls this.
     """
-    features, columns = config.paths.of("features"), [*KEYS, *config.task_columns]
+    features, columns = (
+        config.paths.of("features"),
+        [*config.schema.row_columns, *config.task_columns],
+    )
     count = {s: read_metadata(features / f"{s}s.parquet").num_rows for s in ("user", "item")}
     sums, tasks = TrainingSums(count["user"], count["item"]), np.zeros((len(config.tasks), 2))
     for part in read_parts(features / "train", columns):
@@ -127,14 +130,15 @@ def popularity_reference(config: Config, metric: str) -> tuple[Reference, list[s
     """
     features, seen = config.paths.of("features"), config.evaluate.seen
     queries = RetrievalQueries.read(features, "validation", seen)
-    metrics = queries.metrics(*popularity_of(features), config.evaluate.k)
+    metrics = queries.metrics(*popularity_of(features, config.schema), config.evaluate.k)
     notes = queries.notes("validation", seen)
     return Reference("popularity", metric, float(metrics[metric])), notes
 
 
-def popularity_of(features: Location) -> tuple[Array, Array]:
+def popularity_of(features: Location, schema: Schema) -> tuple[Array, Array]:
     """Return vectors of all users and items that retrieve by training positives, [n, 1]."""
-    items = read_table(features / "items.parquet", ["train_count"])["train_count"].to_numpy()
+    counted = schema.own_name("train_count")
+    items = read_table(features / "items.parquet", [counted])[counted].to_numpy()
     users = np.ones((read_metadata(features / "users.parquet").num_rows, 1))
     return users, items[:, None].astype(np.float64)
 

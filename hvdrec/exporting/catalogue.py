@@ -14,6 +14,7 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.names import file_name
 from hvdrec.exporting.embed import key_array
 from hvdrec.exporting.known_rows import DAY, KNOWN_UNTIL, comparable_times, latest_of_each
 from hvdrec.features.raw import one_chunk
@@ -63,11 +64,12 @@ def write_catalogue(
     folder = draft / "items"
     encoded = config.paths.of("features") / "items.parquet"
     # The encoded table of items has the same rows, in the same order, as the table in the samples.
-    counts = read_table(encoded, ["train_count"])["train_count"].to_numpy()
+    counted = schema.own_name("train_count")
+    counts = read_table(encoded, [counted])[counted].to_numpy()
     popularity = counts[item_order].astype(np.int64)
     _save(folder / "popularity.npy", popularity)
-    if "title" in items.column_names:
-        _write_titles(folder, items["title"])
+    if (title := schema.own_name("title")) in items.column_names:
+        _write_titles(folder, items[title])
     user_keys = users[schema.user_key].take(
         np.argsort(key_array(users[schema.user_key]), kind="stable")
     )
@@ -83,10 +85,9 @@ def write_catalogue(
         user, item = known.user[seen], known.item[seen]
         _write_lists(draft / "users" / "seen_{}.npy", user, item, len(users), len(items))
     for name in export.filters:
-        _write_filter(folder / "filters" / name, items[name])
-    return _write_known(draft, log, STATES.index(users_know), len(users)) | {
-        "time": config.samples.time
-    }
+        _write_filter(folder / "filters" / file_name(name), items[name])
+    facts = _write_known(draft, log, STATES.index(users_know), len(users))
+    return facts | {"time": config.samples.time}
 
 
 @dataclass(frozen=True)
@@ -132,23 +133,22 @@ class _Log:
 
 def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) -> _Log:
     """Read all samples; `users` and `items` hold the key of each row in the bundle."""
-    samples, schema = config.samples, config.schema
-    # If a feature or key is named "time", the samples' column "time" holds it instead of the times.
-    names = {schema.user_key, schema.item_key, *(column.name for column in schema.columns())}
-    has_time = bool(samples.time) and ("time" not in names or samples.time == "time")
-    columns = [schema.user_key, schema.item_key, "label", *(["time"] if has_time else [])]
+    schema = config.schema
+    label = schema.own_name("label")
     files = [str(config.paths.of("samples") / split) for split in SPLITS]
-    parts = [
-        ds.dataset(file, format="parquet").to_table(columns=[*dict.fromkeys(columns)])
-        for file in files
-    ]
+    splits = [ds.dataset(file, format="parquet") for file in files]
+    # Earlier versions left the times out if a feature or key was named "time".
+    names = splits[0].schema.names if config.samples.time else []
+    time = next((t for t in (schema.own_name("time"), config.samples.time) if t in names), None)
+    columns = [schema.user_key, schema.item_key, label, *([time] if time else [])]
+    parts = [split.to_table(columns=columns) for split in splits]
     table = pa.concat_tables(parts)
-    times = comparable_times(table["time"]) if has_time else None
+    times = comparable_times(table[time]) if time else None
     return _Log(
         np.repeat(np.arange(len(SPLITS), dtype=np.int8), [part.num_rows for part in parts]),
         _rows(table[schema.user_key], users),
         _rows(table[schema.item_key], items),
-        table["label"].to_numpy() == 1,
+        table[label].to_numpy() == 1,
         None if times is None else times[1],
         "" if times is None else times[0],
     )

@@ -28,6 +28,7 @@ class _Block:
     """A block of users (items) to embed: their raw columns as an Arrow stream."""
 
     tower: Path
+    output: str
     columns: tuple[Column, ...]
     rows: bytes
 
@@ -55,7 +56,8 @@ def write_side(
     np.save(folder / "keys.npy", keys[order], allow_pickle=False)
     tower = draft / f"{side}_tower.onnx"
     names = [*dict.fromkeys([key, *(column.name for column in columns)])]
-    blocks = _blocks(tower.absolute(), columns, table.select(names).take(order))
+    output = schema.own_name("embedding")
+    blocks = _blocks(tower.absolute(), output, columns, table.select(names).take(order))
     try:
         with closing(workers.map(_embed, blocks)) as embeddings:
             np.save(folder / "embeddings.npy", np.concatenate([*embeddings]), allow_pickle=False)
@@ -71,20 +73,22 @@ def key_array(column: pa.ChunkedArray) -> NDArray[Any]:
     return np.array([key.encode() for key in column.to_pylist()], dtype=np.bytes_)
 
 
-def _blocks(tower: Path, columns: tuple[Column, ...], table: pa.Table) -> Iterator[_Block]:
+def _blocks(
+    tower: Path, output: str, columns: tuple[Column, ...], table: pa.Table
+) -> Iterator[_Block]:
     for start in range(0, table.num_rows, BLOCK):
         part = table.slice(start, BLOCK)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, part.schema) as writer:
             writer.write_table(part)
-        yield _Block(tower, columns, sink.getvalue().to_pybytes())
+        yield _Block(tower, output, columns, sink.getvalue().to_pybytes())
 
 
 def _embed(block: _Block) -> NDArray[np.float32]:
     """Return the embeddings [rows, width] of a block."""
     with pa.ipc.open_stream(block.rows) as stream:
         inputs = rows_to_inputs(block.columns, stream.read_all())
-    embeddings: NDArray[np.float32] = _session(block.tower).run(["embedding"], inputs)[0]
+    embeddings: NDArray[np.float32] = _session(block.tower).run([block.output], inputs)[0]
     return embeddings
 
 

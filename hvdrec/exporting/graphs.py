@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import compose, helper, numpy_helper
 from torch import Tensor, nn
 
+from hvdrec.config.names import PREFIX
 from hvdrec.config.schema import Feature, Side
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import IR_VERSION, OPSET, build, output_name
@@ -58,7 +59,7 @@ def tower(model: Recommender, fitted: Fitted, side: Side) -> onnx.ModelProto:
         return torch.cat([vectors, *codes], dim=-1) if codes else vectors
 
     examples = {output_name(feature.name): example(feature) for feature in features}
-    core = export_function(model, embed, examples, ["embedding"])
+    core = export_function(model, embed, examples, [model.schema.own_name("embedding")])
     return joined(*preprocessing(fitted, features), core)
 
 
@@ -88,7 +89,7 @@ def export_function(
     row_count = torch.export.Dim(rows, min=1)
     shapes = tuple(
         {0: row_count, 1: torch.export.Dim.DYNAMIC}
-        if name.endswith(output_name("")) and t.ndim == 2
+        if name.startswith(output_name("")) and t.ndim == 2
         else {0: row_count}
         for name, t in examples.items()
     )
@@ -114,7 +115,8 @@ def export_function(
 
 def _named(core: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
     """Rename the outputs of a graph, and prefix all other names so that none equals an output."""
-    core = compose.add_prefix(core, f"{outputs[0]}/", rename_inputs=False, rename_outputs=False)
+    prefix = f"{PREFIX}exported/{outputs[0].removeprefix(PREFIX)}/"
+    core = compose.add_prefix(core, prefix, rename_inputs=False, rename_outputs=False)
     final = {f"{output}/exported": output for output in outputs}
     for node in core.graph.node:
         node.input[:] = [final.get(name, name) for name in node.input]
@@ -162,6 +164,7 @@ def parsed(
     outputs: Sequence[str],
     nodes: Sequence[str],
     constants: Mapping[str, NDArray[Any]],
+    names: Mapping[str, str],
 ) -> onnx.ModelProto:
     """Parse a graph in ONNX's text format.
 
@@ -171,13 +174,36 @@ def parsed(
         outputs: Declarations of the outputs.
         nodes: The nodes, such as ``sum = Add (left, right)``.
         constants: Name -> value of the constants that the nodes read.
+        names: Name in the text -> name of the tensor; the others become `inner` names.
     """
     signature = f"{name} ({', '.join(inputs)}) => ({', '.join(outputs)})"
     header = f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>'
     model = onnx.parser.parse_model("\n".join([header, signature, "{", *nodes, "}"]))
     tensors = [numpy_helper.from_array(array, key) for key, array in constants.items()]
     model.graph.initializer.extend(tensors)
+    _rename(model.graph, names)
     return model
+
+
+def inner(name: str) -> str:
+    """Return the name of a tensor inside a graph, which no raw column can have."""
+    return f"{PREFIX}inner/{name}"
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Rename all tensors of a graph and its subgraphs: as `names` says, or to `inner` names."""
+
+    def new(name: str) -> str:
+        return names.get(name, inner(name)) if name else ""
+
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = new(value.name)
+    for node in graph.node:
+        node.input[:] = map(new, node.input)
+        node.output[:] = map(new, node.output)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _rename(attribute.g, names)
 
 
 def preprocessing(
@@ -195,7 +221,8 @@ def preprocessing(
     if not features:
         return ()
     front = build(fitted, [feature.name for feature in features])
-    front = compose.add_prefix(front, f"{prefix}/", rename_inputs=False, rename_outputs=False)
+    prefix = f"{PREFIX}{prefix}/"
+    front = compose.add_prefix(front, prefix, rename_inputs=False, rename_outputs=False)
     for value in (*front.graph.input, *front.graph.output, *front.graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param == "rows":

@@ -57,7 +57,9 @@ def largest_difference(
     names = [schema.user_key, schema.item_key, *(column.name for column in schema.columns())]
     raw = raw.take(chosen).select([*dict.fromkeys(names)])
     encoded = read_tables(features / "test").take(chosen)
-    items = read_table(features / "items.parquet").take(encoded["item_index"].to_numpy())
+    items = read_table(features / "items.parquet").take(
+        encoded[schema.own_name("item_index")].to_numpy()
+    )
 
     scorer = Scorer.load(bundle, verify=False)  # its files were hashed a moment ago
     codes = table_arrays(encoded, schema.features)
@@ -65,7 +67,7 @@ def largest_difference(
     rows = raw.to_pylist()
     corrupted = [_corrupted(schema, number, row) for number, row in enumerate(rows)]
     corrupted_table = pa.Table.from_pylist(corrupted, schema=raw.schema)
-    graph = (features / "preprocess.onnx").read_bytes()
+    graph = build(fitted, [feature.name for feature in schema.features]).SerializeToString()
     comparisons = (
         (_scores(scorer, schema, rows, by_key=False), codes),
         (_scores(scorer, schema, rows, by_key=True), {**by_key, **_combined(fitted, by_key)}),

@@ -19,9 +19,11 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
+from hvdrec.config.names import PREFIX
 from hvdrec.config.schema import Column
 from hvdrec.errors import UserError, invalid_value
 from hvdrec.evaluation.ranking_metrics import auc
+from hvdrec.exporting.graphs import inner
 from hvdrec.features.raw import rows_to_inputs
 
 Array = NDArray[Any]
@@ -150,14 +152,17 @@ def _inner_layers(graph: onnx.GraphProto) -> list[str]:
     out too: it is small, and errors in logits do not average out.
     """
     constants = {weight.name for weight in graph.initializer}
-    before: dict[str, frozenset[str]] = {"item_embedding": frozenset(), "first": frozenset()}
+    inputs = {value.name for value in graph.input}
+    # The prefixed name is there only if a raw column has the name itself.
+    items = next(n for n in (f"{PREFIX}item_embedding", "item_embedding") if n in inputs)
+    before: dict[str, frozenset[str]] = {items: frozenset(), inner("first"): frozenset()}
     followed: set[str] = set()
     layers = []
     for node in graph.node:
-        inputs = [before[name] for name in node.input if name in before]
-        if not inputs or "first" in node.output:
+        earlier = [before[name] for name in node.input if name in before]
+        if not earlier or inner("first") in node.output:
             continue
-        preceding = frozenset().union(*inputs)
+        preceding = frozenset().union(*earlier)
         if node.op_type == "MatMul" and node.input[1] in constants:
             followed |= preceding
             layers.append(node.name)
@@ -171,8 +176,10 @@ class _ValidationRows:
 
     def __init__(self, draft: Path, config: Config, rows: pa.Table) -> None:
         schema = config.schema
-        self._users = _embed(draft / "user_tower.onnx", schema.columns("user"), rows)
-        self._items = _embed(draft / "item_tower.onnx", schema.columns("item"), rows)
+        output = schema.own_name("embedding")
+        self._schema = schema
+        self._users = _embed(draft / "user_tower.onnx", output, schema.columns("user"), rows)
+        self._items = _embed(draft / "item_tower.onnx", output, schema.columns("item"), rows)
         self._scene, self._rows = schema.columns("scene"), rows
         self._tasks = config.tasks
 
@@ -180,35 +187,38 @@ class _ValidationRows:
         """Score the n rows, with embeddings rounded to `dtype`; float32 [1 + T, n] for T tasks."""
         session = onnxruntime.InferenceSession(str(ranker), providers=["CPUExecutionProvider"])
         users, items = (restored(*compressed(part, dtype)) for part in (self._users, self._items))
+        own_name = self._schema.own_name
+        outputs = [own_name(name) for name in ("score", *(t.output for t in self._tasks))]
         scores = []
         for start in range(0, len(users), BLOCK):
             part = slice(start, start + BLOCK)
             inputs = {
-                "user_embedding": users[part],
-                "item_embedding": items[part],
-                "request": np.arange(len(users[part])),
+                own_name("user_embedding"): users[part],
+                own_name("item_embedding"): items[part],
+                own_name("request"): np.arange(len(users[part])),
                 **rows_to_inputs(self._scene, self._rows.slice(start, BLOCK)),
             }
-            scores.append(session.run(["score", *(t.output for t in self._tasks)], inputs))
+            scores.append(session.run(outputs, inputs))
         return np.concatenate(scores, axis=1)
 
     def aucs(self, scores: Array) -> list[float]:
         """Return the weighted AUC of each row of scores [1 + T, n], with the label of its task."""
-        weight = self._rows["weight"].to_numpy()
+        own_name = self._schema.own_name
+        weight = self._rows[own_name("weight")].to_numpy()
         aucs = []
         columns = ("label", *(task.column for task in self._tasks))
-        for name, score in zip(columns, scores, strict=True):
+        for name, score in zip(map(own_name, columns), scores, strict=True):
             label = self._rows[name].to_numpy()
             known = ~np.isnan(label)
             aucs.append(auc(score[known], label[known], weight[known]))
         return aucs
 
 
-def _embed(graph: Path, columns: tuple[Column, ...], rows: pa.Table) -> Array:
+def _embed(graph: Path, output: str, columns: tuple[Column, ...], rows: pa.Table) -> Array:
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     blocks = (rows.slice(start, BLOCK) for start in range(0, rows.num_rows, BLOCK))
     return np.concatenate(
-        [session.run(["embedding"], rows_to_inputs(columns, block))[0] for block in blocks]
+        [session.run([output], rows_to_inputs(columns, block))[0] for block in blocks]
     )
 
 

@@ -30,12 +30,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdrec.config.schema import Feature
-from hvdrec.exporting.graphs import example, export_function, joined, parsed
+from hvdrec.exporting.graphs import example, export_function, inner, joined, parsed
 from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import DnnRanker, Recommender
 from hvdrec.models.tasks import TaskRanker
 
 Codes = dict[str, Tensor]
+OWN_INPUTS = ("user_embedding", "item_embedding", "request")
+"""Inputs of the ranker's graph besides raw scene columns; see `Schema.own_name`."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _outputs(model: Recommender, logit: Tensor) -> tuple[Tensor, ...]:
 
 
 def _output_names(model: Recommender) -> list[str]:
-    return ["score", *(task.output for task in model.tasks)]
+    return [*map(model.schema.own_name, ["score", *(task.output for task in model.tasks)])]
 
 
 def _inner_product(model: Recommender) -> Factored:
@@ -165,10 +167,12 @@ def core(model: Recommender) -> onnx.ModelProto:
     Inputs: ``user_embedding`` float32 [R, U], ``item_embedding`` float32 [N, I], codes [R] of
     `request_features`, codes [N] of `pair_features`, and ``request`` int64 [N], the number of the
     request (0 to R - 1) to which each item belongs. Outputs: ``score`` float32 [N], a probability,
-    and ``score_NAME`` float32 [N] for each task.
+    and ``score_NAME`` float32 [N] for each task. Names that a raw column has get a prefix, see
+    `Schema.own_name`.
     """
+    users = model.schema.own_name("user_embedding")
     request_examples = {
-        "user_embedding": torch.zeros(3, model.user_width()),
+        users: torch.zeros(3, model.user_width()),
         **{output_name(f.name): example(f) for f in request_features(model)},
     }
     pair_examples = {output_name(f.name): example(f) for f in pair_features(model)}
@@ -177,22 +181,23 @@ def core(model: Recommender) -> onnx.ModelProto:
         return _unfactored(model, request_examples, pair_examples)
     shared = export_function(
         model,
-        lambda inputs: parts.request(inputs["user_embedding"], _codes(model, inputs)),
+        lambda inputs: parts.request(inputs[users], _codes(model, inputs)),
         request_examples,
-        ["shared"],
+        [inner("shared")],
         rows="requests",
     )
     rest = export_function(
         model,
-        lambda inputs: _outputs(model, parts.rest(inputs["first"])),
-        {"first": torch.zeros(3, parts.product.shape[1])},
+        lambda inputs: _outputs(model, parts.rest(inputs[inner("first")])),
+        {inner("first"): torch.zeros(3, parts.product.shape[1])},
         _output_names(model),
     )
-    first = _first_layer(parts, model.user_width())
+    first = _first_layer(parts, model)
     if parts.pairs is not None:
         to_terms = parts.pairs
+        terms = [inner("pair_terms")]
         pairs = export_function(
-            model, lambda inputs: to_terms(_codes(model, inputs)), pair_examples, ["pair_terms"]
+            model, lambda inputs: to_terms(_codes(model, inputs)), pair_examples, terms
         )
         first = joined(pairs, first)
     return joined(shared, first, rest)
@@ -208,27 +213,28 @@ def _unfactored(
 ) -> onnx.ModelProto:
     """Return the ranker's graph without the split: users and scenes are repeated for each item."""
 
+    users, items, request = map(model.schema.own_name, OWN_INPUTS)
+
     def score(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         codes = _codes(model, inputs)
-        logit = model.rank(inputs["user_embedding"], inputs["item_embedding"], codes)
+        logit = model.rank(inputs[users], inputs[items], codes)
         return _outputs(model, logit)
 
-    items = {"item_embedding": torch.zeros(3, model.item_width())}
-    examples = {**request_examples, **pair_examples, **items}
+    item_example = {items: torch.zeros(3, model.item_width())}
+    examples = {**request_examples, **pair_examples, **item_example}
     exported = export_function(model, score, examples, _output_names(model))
     graph = exported.graph
     gathers = []
     for value in graph.input:
         if value.name in request_examples:
-            rename_input(graph, value.name, f"{value.name}/paired")
-            gathers.append(
-                helper.make_node("Gather", [value.name, "request"], [f"{value.name}/paired"])
-            )
+            paired = inner(f"paired/{value.name}")
+            rename_input(graph, value.name, paired)
+            gathers.append(helper.make_node("Gather", [value.name, request], [paired]))
             value.type.tensor_type.shape.dim[0].dim_param = "requests"
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*gathers, *nodes])
-    graph.input.append(helper.make_tensor_value_info("request", TensorProto.INT64, ["rows"]))
+    graph.input.append(helper.make_tensor_value_info(request, TensorProto.INT64, ["rows"]))
     return exported
 
 
@@ -267,14 +273,14 @@ is_one = Equal (requests, one)
 """The first layer without pairs, in ONNX's text format, for one request and for many."""
 
 
-def _first_layer(parts: Factored, user_width: int) -> onnx.ModelProto:
+def _first_layer(parts: Factored, model: Recommender) -> onnx.ModelProto:
     """Return the graph that adds the terms of the first layer.
 
     Graphs of `Factored.request` and `Factored.pairs` compute its inputs.
     """
     item_width, hidden = parts.item.shape
     inputs = [
-        f"float[requests, {user_width}] user_embedding",
+        f"float[requests, {model.user_width()}] user_embedding",
         f"float[requests, {hidden}] shared",
         f"float[rows, {item_width}] item_embedding",
         "int64[rows] request",
@@ -291,4 +297,6 @@ def _first_layer(parts: Factored, user_width: int) -> onnx.ModelProto:
         "item_columns": parts.columns[1],
         "item_rows": parts.columns[1][:, None],
     }
-    return parsed("first_layer", inputs, [f"float[rows, {hidden}] first"], nodes, constants)
+    outputs = [f"float[rows, {hidden}] first"]
+    names = {name: model.schema.own_name(name) for name in OWN_INPUTS}
+    return parsed("first_layer", inputs, outputs, nodes, constants, names)

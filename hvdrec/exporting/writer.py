@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hvdrec.config import Config
+from hvdrec.config.names import file_name
 from hvdrec.config.schema import Schema
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file, invalid_value
@@ -20,6 +21,7 @@ from hvdrec.exporting.graphs import stored_width, tower
 from hvdrec.exporting.index import require_index_library, write_index
 from hvdrec.exporting.parity import largest_difference
 from hvdrec.exporting.precision import reduce_precision
+from hvdrec.exporting.ranker_graph import OWN_INPUTS
 from hvdrec.exporting.serving_graph import ranker
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
@@ -71,17 +73,19 @@ def write_bundle(
             PyTorch's by more than ``export.tolerance``. In all these cases no bundle appears.
     """
     samples, features = config.paths.of("samples"), config.paths.of("features")
+    made = verify_artifact(samples, "samples")
     made_from = {
-        "samples": verify_artifact(samples, "samples").identity,
+        "samples": made.identity,
         "features": _check_features(features, samples),
         "checkpoint": checkpoint_identity,
     }
     require_index_library(config.export)
     users, state = _stored_users(samples, config.export.users_as_of)
     fitted = Fitted.load(features)
-    out = config.paths.of("bundle")
-    model = model.cpu().eval()
+    out, model = config.paths.of("bundle"), model.cpu().eval()
     meta = _meta(config, model, checkpoint, metrics) | {MADE_FROM: made_from}
+    if "columns" in made.meta:  # an earlier version did not record them
+        meta["log_columns"] = made.meta["columns"]
     with write_artifact(out, "bundle", meta, overwrite=overwrite) as draft:
         notify("compiling graphs")
         _save_graphs(draft, model, fitted)
@@ -174,6 +178,8 @@ def _meta(
         "checkpoint": checkpoint,
         "objective": config.train.objective,
         "schema": _request_schema(config.schema),
+        "names": _own_names(config),
+        "filters": {n: file_name(n) for n in config.export.filters if file_name(n) != n},
         "user_width": stored_width(model, "user"),
         "item_width": stored_width(model, "item"),
         # If the towers were not trained for retrieval, candidates are chosen by popularity.
@@ -183,6 +189,13 @@ def _meta(
         meta["tasks"] = [{"name": task.name, "share": task.share} for task in config.tasks]
         meta["combine"] = config.model.ranker.combine
     return meta | {"metrics": metrics, "config": to_dict(config)}
+
+
+def _own_names(config: Config) -> dict[str, str]:
+    """Return the tensors of the graphs that give way to raw columns: usual name -> name."""
+    outputs = ("embedding", "score", *(task.output for task in config.tasks))
+    names = {name: config.schema.own_name(name) for name in (*OWN_INPUTS, *outputs)}
+    return {usual: name for usual, name in names.items() if name != usual}
 
 
 def _request_schema(schema: Schema) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def encode(
             rows = config.encode.row_group_rows
             for state in ("train", *states):
                 _write_side(job, _SideFile("user", f"users_{state}.parquet"), rows, workers, {})
-            items = {"train_count": counts}
+            items = {schema.own_name("train_count"): counts}
             _write_side(job, _SideFile("item", SIDE_FILES["item"]), rows, workers, items)
             write_checksums(job.draft)
         finally:
@@ -188,7 +188,7 @@ def even_sizes(total: int, largest: int) -> list[int]:
 
 
 def _check(samples: Path, schema: Schema, labels: tuple[str, ...], states: Sequence[str]) -> None:
-    others = (schema.user_key, schema.item_key, "label", "weight", *labels)
+    others = (schema.user_key, schema.item_key, *schema.row_columns[2:], *labels)
     for split in SPLITS:
         check_columns(samples / split, schema, others)
     for side, name in SIDE_FILES.items():
@@ -251,9 +251,10 @@ class _Written:
 def _write_shard(shard: _Shard) -> _Written:
     job, state = shard.job, _state(shard.job)
     schema = state.encoder.fitted.schema
-    types = shard_types(schema.features, job.labels)
+    types = shard_types(schema, job.labels)
     names = [column.name for column in schema.columns()]
-    names = [schema.user_key, schema.item_key, *names, "label", "weight", *job.labels]
+    _, item_index, *labels = schema.row_columns
+    names = [schema.user_key, schema.item_key, *names, *labels, *job.labels]
     files = sorted((job.samples / shard.split).glob("*.parquet"))
     rows = read_tables(files, [*dict.fromkeys(names)], shard.start, shard.groups)
     positives = [np.empty(0, np.int64)]
@@ -264,7 +265,7 @@ def _write_shard(shard: _Shard) -> _Written:
                 continue
             encoded = _encode_rows(state, table, job.labels)
             write(encoded)
-            index, label = encoded["item_index"].to_numpy(), encoded["label"].to_numpy()
+            index, label = encoded[item_index].to_numpy(), encoded[labels[0]].to_numpy()
             positives.append(index[label > 0])
     items, times = np.unique(np.concatenate(positives), return_counts=True)
     return _Written(items, times, FileChecksums.compute(shard.file))
@@ -279,10 +280,11 @@ def _require_visible(shard: _Shard) -> None:
 def _encode_rows(state: _State, rows: pa.Table, labels: Sequence[str]) -> pa.Table:
     schema = state.encoder.fitted.schema
     columns = state.encoder.encode(schema.features, rows)
-    columns["user_index"] = state.users.find(rows[schema.user_key], schema.user_key)
-    columns["item_index"] = state.items.find(rows[schema.item_key], schema.item_key)
-    columns["label"] = rows["label"].cast(pa.float32())
-    columns["weight"] = rows["weight"].cast(pa.float32())
+    user_index, item_index, label, weight = schema.row_columns
+    columns[user_index] = state.users.find(rows[schema.user_key], schema.user_key)
+    columns[item_index] = state.items.find(rows[schema.item_key], schema.item_key)
+    columns[label] = rows[label].cast(pa.float32())
+    columns[weight] = rows[weight].cast(pa.float32())
     for name in labels:
         # NaN means that a row has no label for this task.
         columns[name] = pc.fill_null(rows[name].cast(pa.float32()), float("nan"))
@@ -299,14 +301,15 @@ def _write_side(
     """Encode a table of users or items, keep the order of its rows, and add columns `further`."""
     schema = _state(job).encoder.fitted.schema
     side, source = table.side, job.samples / table.name
-    types = {"key": pq.read_schema(source).field(schema.key(side)).type}
+    key = schema.own_name("key")
+    types = {key: pq.read_schema(source).field(schema.key(side)).type}
     types |= encoded_types(schema.side(side)) | dict.fromkeys(further, pa.int64())
     total = count_rows([source])
     starts = range(0, total, row_group_rows)
     parts = [_SideRows(job, table, s, min(row_group_rows, total - s)) for s in starts]
     with (
         closing(workers.map(_encode_side, parts)) as encoded,
-        parquet_writer(job.draft / table.target, types, nullable=("key",)) as write,
+        parquet_writer(job.draft / table.target, types, nullable=(key,)) as write,
     ):
         for part, rows in zip(parts, encoded, strict=True):
             for name, values in further.items():
@@ -325,4 +328,6 @@ def _encode_side(part: _SideRows) -> pa.Table:
     file = part.job.samples / part.table.name
     with closing(read_tables([file], names, part.start, [part.rows])) as tables:
         rows = next(tables)
-    return pa.table({"key": one_chunk(rows[key]), **encoder.encode(features, rows)})
+    return pa.table(
+        {schema.own_name("key"): one_chunk(rows[key]), **encoder.encode(features, rows)}
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hvdrec.config.names import file_name
 from hvdrec.config.schema import FIRST_CODE, Schema
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError, invalid_file, invalid_value
@@ -58,7 +59,7 @@ class Fitted:
                 values = pa.array(fitted.values, ARROW_TYPES[fitted.feature.dtype])
                 codes = pa.array(range(FIRST_CODE, FIRST_CODE + len(values)), pa.int64())
                 table = pa.table({"code": codes, "value": values})
-                pq.write_table(table, directory / "vocabulary" / f"{name}.parquet")
+                pq.write_table(table, _vocabulary_file(directory, name))
         text = sealed({"schema": to_dict(self.schema), "fitted": facts})
         (directory / FITTED_FILE).write_text(text)
         write_checksums(directory / "vocabulary")
@@ -80,7 +81,7 @@ class Fitted:
                 size, owner = statistics.pop("size"), schema.vocabulary_of(feature)
                 values = None
                 if feature.has_vocabulary:
-                    values = _read_vocabulary(directory / "vocabulary" / f"{owner}.parquet")
+                    values = _read_vocabulary(_vocabulary_file(directory, owner))
                 features[feature.name] = FittedFeature(feature, size, values, statistics)
         except FileNotFoundError:
             raise invalid_file(file, "is missing", "run hvdrec prepare") from None
@@ -128,6 +129,11 @@ def fit(samples: Path, schema: Schema) -> Fitted:
             )
             raise invalid_value("features.name", feature.name, problem, "raise its min_count")
     return Fitted(schema, features)
+
+
+def _vocabulary_file(directory: Location, name: str) -> Any:
+    """Return the file of the vocabulary that the feature `name` owns."""
+    return directory / "vocabulary" / f"{file_name(name)}.parquet"
 
 
 def _read_vocabulary(file: Location) -> list[Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, ValueInfoProto, helper
 
+from hvdrec.config.names import PREFIX
 from hvdrec.config.schema import Column, Feature
 from hvdrec.features.fit import Fitted
 from hvdrec.features.kinds.kind import kind_of
@@ -29,7 +30,7 @@ RAW_TYPES = {
 
 def output_name(name: str) -> str:
     """Return the name that a feature's output has in the preprocessing graph."""
-    return f"{name}__code"
+    return f"{PREFIX}code/{name}"
 
 
 def build(fitted: Fitted, names: Sequence[str]) -> onnx.ModelProto:
@@ -59,7 +60,7 @@ def build(fitted: Fitted, names: Sequence[str]) -> onnx.ModelProto:
         for name in map(output_name, feature.sources):
             if name not in map(output_name, names):
                 inputs[name] = helper.make_tensor_value_info(name, TensorProto.INT64, ["rows"])
-        part = Nodes(feature.name)
+        part = Nodes(f"{PREFIX}node/{feature.name}")
         raw = [_cut(part, column) for column in columns]
         sources = [output_name(name) for name in feature.sources]
         result = kind_of(feature).compile(part, fitted.features[feature.name], [*raw, *sources])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdrec.config.schema import Feature
+from hvdrec.config.schema import Feature, Schema
 
 PAGE_BYTES = 16 << 20
 """Size of a Parquet page. It is so large that each column of a row group is one page: with many
@@ -26,14 +26,12 @@ def encoded_types(features: Iterable[Feature]) -> dict[str, pa.DataType]:
     return {feature.name: encoded_type(feature) for feature in features}
 
 
-def shard_types(features: Iterable[Feature], labels: Sequence[str] = ()) -> dict[str, pa.DataType]:
-    """Return the columns of a shard -> their Arrow types; `labels` names the labels of tasks."""
-    indices = dict.fromkeys(("user_index", "item_index"), pa.int64())
-    return (
-        encoded_types(features)
-        | indices
-        | dict.fromkeys(("label", "weight", *labels), pa.float32())
-    )
+def shard_types(schema: Schema, labels: Sequence[str] = ()) -> dict[str, pa.DataType]:
+    """Return name -> Arrow type of a shard's columns; `labels` names the columns of tasks."""
+    user, item, label, weight = schema.row_columns
+    indices = dict.fromkeys((user, item), pa.int64())
+    numbers = dict.fromkeys((label, weight, *labels), pa.float32())
+    return encoded_types(schema.features) | indices | numbers
 
 
 @contextmanager

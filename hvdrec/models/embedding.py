@@ -7,6 +7,8 @@ and each forward pass gets only the table rows that its batch needs (`BatchRows`
 
 from __future__ import annotations
 
+import keyword
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hvdrec.config.names import PREFIX, file_name
 from hvdrec.config.schema import MISSING, Feature, Pooling, Schema
 
 ATTENTION: tuple[Pooling, ...] = ("attention", "self-attention")
@@ -176,13 +179,13 @@ class EmbeddingTables(nn.Module):
         if with_weights:
             for name, width in self.dimensions.items():
                 weight = torch.zeros(sizes[name], width)
-                self.tables[name] = nn.Embedding(
+                self.tables[module_key(name)] = nn.Embedding(
                     sizes[name], width, padding_idx=MISSING, _weight=weight
                 )
 
     def weight(self, table: str) -> Tensor:
         """Return the weight of a table, [rows, width]."""
-        embedding = self.tables[table]
+        embedding = self.tables[module_key(table)]
         assert isinstance(embedding, nn.Embedding)
         return embedding.weight
 
@@ -224,6 +227,20 @@ class EmbeddingTables(nn.Module):
         if feature.is_list and how not in ATTENTION:
             return pooled(code, weight, root=how == "sqrt")
         return functional.embedding(code, weight, padding_idx=MISSING)
+
+
+def module_key(name: str) -> str:
+    """Return the key of a feature in an `nn.ModuleDict`.
+
+    Names of attributes are refused there, and the exporter writes Python code with the keys.
+    """
+    is_free = (
+        name.isidentifier()
+        and not keyword.iskeyword(name)
+        and unicodedata.is_normalized("NFKC", name)
+        and not hasattr(nn.ModuleDict(), name)
+    )
+    return name if is_free else PREFIX + file_name(name)
 
 
 def dimensions(schema: Schema, default: int) -> dict[str, int]:

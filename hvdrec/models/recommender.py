@@ -20,7 +20,7 @@ from hvdrec.config.data_sections import Task
 from hvdrec.config.schema import SIDES, Feature, Schema
 from hvdrec.config.sections import Model, Ranker, Tower
 from hvdrec.models.cpu_layers import Dropout, joined
-from hvdrec.models.embedding import ATTENTION, BatchRows, EmbeddingTables
+from hvdrec.models.embedding import ATTENTION, BatchRows, EmbeddingTables, module_key
 from hvdrec.models.layers import (
     AttentionPooling,
     CrossNetwork,
@@ -147,7 +147,9 @@ class Recommender(nn.Module):
         )
         self.pools = nn.ModuleDict(
             {
-                name: POOLS[pooling](self.tables.width(schema[name]), schema[name].max_length)
+                module_key(name): POOLS[pooling](
+                    self.tables.width(schema[name]), schema[name].max_length
+                )
                 for name, pooling in shape.pooling.items()
                 if pooling in ATTENTION
             }
@@ -249,7 +251,7 @@ class Recommender(nn.Module):
     def _pooled(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pool lists [N, L, width] by attention to [N, width]; keep the vectors of all others."""
         return {
-            name: self.pools[name](vector) if name in self.pools else vector
+            name: self.pools[key](vector) if (key := module_key(name)) in self.pools else vector
             for name, vector in vectors.items()
         }
 

@@ -134,7 +134,14 @@ def group_ids(arrays: Sequence[pa.Array], rows: int) -> Array:
 
 
 def cast(
-    array: pa.Array, dtype: RawType, *, where: str, name: str, purpose: str, lists: bool = False
+    array: pa.Array,
+    dtype: RawType,
+    *,
+    where: str,
+    name: str,
+    purpose: str,
+    lists: bool = False,
+    remedy: str = "",
 ) -> pa.Array:
     """Cast a compact column to the type that a feature declares.
 
@@ -148,31 +155,34 @@ def cast(
         name: Name of the column, for error messages.
         purpose: What the column is needed for, for error messages.
         lists: True to cast to lists of the declared type.
+        remedy: Replaces the remedies of `hvdrec samples` in error messages.
 
     Raises:
         UserError: The column has another type, or a value cannot be converted exactly.
     """
     actual = array.type
+    if pa.types.is_null(actual):
+        return pa.nulls(len(array), pa.list_(TARGETS[dtype]) if lists else TARGETS[dtype])
     kind = type_name(actual)
     column = f"column '{name}' is {kind}, {purpose}"
     if lists and not is_list(actual):
-        remedy = list_remedy(name, kind, dtype)
-        raise invalid_file(where, f"{column} needs a list", remedy)
+        advice = remedy or list_remedy(name, kind, dtype)
+        raise invalid_file(where, f"{column} needs a list", advice)
     if is_list(actual) and not lists:
-        raise invalid_file(where, f"{column} takes one value", "declare kind = 'categorical_list'")
+        advice = remedy or "declare kind = 'categorical_list'"
+        raise invalid_file(where, f"{column} takes one value", advice)
     if family(actual.value_type if lists else actual) not in ACCEPTED[dtype]:
         problem = f"{column} of dtype '{dtype}' takes {choices(ACCEPTED[dtype])}"
-        remedy = entries_remedy(name, dtype) if lists else type_remedy(name, array, kind, dtype)
-        raise invalid_file(where, problem, remedy)
+        advice = entries_remedy(name, dtype) if lists else type_remedy(name, array, kind, dtype)
+        raise invalid_file(where, problem, remedy or advice)
     try:
         if lists:
             return _map_values(lambda values: _cast_scalars(values, dtype), array)
         return _cast_scalars(array, dtype)
     except pa.ArrowInvalid as error:
         problem = f"column '{name}' ({kind}) does not fit dtype '{dtype}' of {purpose}"
-        raise invalid_file(
-            where, f"{problem}: {reason(error)}", range_remedy(name, array)
-        ) from None
+        advice = remedy or range_remedy(name, array)
+        raise invalid_file(where, f"{problem}: {reason(error)}", advice) from None
 
 
 def family(dtype: pa.DataType) -> str:

@@ -15,6 +15,7 @@ import ibis
 import pyarrow as pa
 from ibis.expr.types import Table
 
+from hvdrec.config.names import PREFIX
 from hvdrec.config.schema import RawType
 from hvdrec.errors import UserError, choices, invalid_value
 from hvdrec.samples.columns import compact, concatenate, reason
@@ -23,6 +24,8 @@ from hvdrec.samples.raw_tables import Reader, unreadable
 from hvdrec.samples.sql import literal, quoted, without_nan
 
 BATCH_ROWS = 262_144
+INTERNAL = f"{PREFIX}join_"
+"""Start of the names of internal columns."""
 NOTHING: Mapping[str, RawType] = MappingProxyType({})
 
 
@@ -193,8 +196,8 @@ class Engine:
 
 
 def visible(table: Table) -> list[str]:
-    """List the columns of a table, except internal ones, which begin with two underscores."""
-    return [column for column in table.columns if not column.startswith("__")]
+    """List the columns of a table, except internal ones (see `INTERNAL`)."""
+    return [column for column in table.columns if not column.startswith(INTERNAL)]
 
 
 def _ibis_type(dtype: pa.DataType) -> ibis.DataType:

@@ -1,6 +1,6 @@
 """Join the raw tables, derive columns, and compute labels and weights, as Ibis expressions.
 
-Names that begin with two underscores are those of internal columns.
+Names that begin with `INTERNAL` are those of internal columns.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import ibis
 from ibis.expr.types import Table
 
 from hvdrec.errors import choices, invalid_file, invalid_value
-from hvdrec.samples.engine import Engine, visible
+from hvdrec.samples.engine import INTERNAL, Engine, visible
 from hvdrec.samples.raw_files import names_differ_in_case
 from hvdrec.samples.spec import SampleSpec
 
-ROW = "__row"
-LABEL = "__label"
-WEIGHT = "__weight"
-DROP = "__drop"
+ROW = f"{INTERNAL}row"
+LABEL = f"{INTERNAL}label"
+WEIGHT = f"{INTERNAL}weight"
+DROP = f"{INTERNAL}drop"
+COUNT = f"{INTERNAL}rows"
 EXAMPLE = "rating > 3"
 
 
@@ -214,17 +215,17 @@ class LabelJoin:
 
 def event(number: int) -> str:
     """Return the name of the column that is true for the events of history number `number`."""
-    return f"__event{number}"
+    return f"{INTERNAL}event{number}"
 
 
 def matched(number: int) -> str:
     """Return the name of the column that is true if joined table `number` has a matching row."""
-    return f"__matched{number}"
+    return f"{INTERNAL}matched{number}"
 
 
 def task_label(number: int) -> str:
     """Return the name of the column with the label of task number `number`."""
-    return f"__task{number}"
+    return f"{INTERNAL}task{number}"
 
 
 def _left_join(table: Table, side: SideTable, file: Path, marker: str) -> Table:
@@ -254,8 +255,8 @@ def _left_join(table: Table, side: SideTable, file: Path, marker: str) -> Table:
                 f"key column '{column}' is {right.type()}, but {left.type()} in the interactions"
             )
             raise invalid_file(side.file, problem, "use the same type in both tables")
-        keys[f"__key{i}"] = right
-        conditions.append((left, f"__key{i}"))
+        keys[f"{INTERNAL}key{i}"] = right
+        conditions.append((left, f"{INTERNAL}key{i}"))
     other = side.table.select(**keys, **columns, **{marker: ibis.literal(True)})
     on = [left == other[key] for left, key in conditions]
     joined = table.left_join(other, on).drop(*keys)
@@ -282,10 +283,10 @@ def _require_unique(engine: Engine, side: SideTable, *, nulls: bool = False) -> 
         if empty and (count := next(iter(empty.values()))):
             problem = f"key column '{side.on[0]}' is null in {count} rows"
             raise invalid_file(side.file, problem, "every row needs a key: remove these rows")
-    counted = table.group_by(*side.on).aggregate(__rows=table.count())
-    present = [counted["__rows"] > 1, *(counted[column].notnull() for column in side.on)]
+    counted = table.group_by(*side.on).aggregate(**{COUNT: table.count()})
+    present = [counted[COUNT] > 1, *(counted[column].notnull() for column in side.on)]
     twin = engine.first(counted.filter(*present).order_by(*side.on))
     if twin:
         key = ", ".join(f"{column} = {twin[column]}" for column in side.on)
-        problem = f"{twin['__rows']} rows have {key} ({side.name})"
+        problem = f"{twin[COUNT]} rows have {key} ({side.name})"
         raise invalid_file(side.file, problem, "keep one row per key")

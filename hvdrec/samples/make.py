@@ -18,7 +18,7 @@ from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.parallel.progress import print_line
 from hvdrec.samples.columns import group_ids, is_list
-from hvdrec.samples.engine import connect, visible
+from hvdrec.samples.engine import INTERNAL, connect, visible
 from hvdrec.samples.history import EventLog, UserTimes
 from hvdrec.samples.join import ROW, JoinedTable, LabelJoin
 from hvdrec.samples.matches import report_matches
@@ -51,6 +51,8 @@ from hvdrec.storage.artifacts import write_artifact
 
 DRAWN_ROWS = 2_097_152
 """Number of sampled negatives that are joined at a time, to bound memory."""
+DRAWN, OF = f"{INTERNAL}drawn", f"{INTERNAL}of"
+"""Internal columns of sampled negatives: their row number, and that of their positive."""
 Array = NDArray[Any]
 
 
@@ -115,7 +117,7 @@ def make_samples(
     Raises:
         UserError: A table or an option is invalid. Existing samples are then unchanged.
     """
-    spec = SampleSpec(config.samples, config.schema.columns(), config.tasks)
+    spec = SampleSpec.of(config)
     spec.require_time()
     path = config.paths.of("samples")
     notify = print_line if progress else lambda line: None
@@ -131,6 +133,7 @@ def make_samples(
             samples = _add_negatives(join, logged, notify)
         histories = _build_histories(spec, samples)
         _require_known_labels(spec, samples)
+        meta["columns"] = [*joined.origin]
         meta["user_states"] = user_states(spec.samples.split.method)
         meta["copies"] = _count_copies(spec.samples, logged, notify)
         meta |= _write_splits(draft, spec, samples, histories, notify)
@@ -260,10 +263,10 @@ def _join_negatives(
     parts = []
     for start in range(0, len(of), DRAWN_ROWS):
         part = slice(start, start + DRAWN_ROWS)
-        columns = {"__drawn": numbers[part], "__of": number[of[part]], item: keys[part]}
+        columns = {DRAWN: numbers[part], OF: number[of[part]], item: keys[part]}
         pairs = join.engine.register(pa.table(columns))
-        interactions = pairs.inner_join(context, pairs["__of"] == context[ROW])
-        interactions = interactions.drop("__of", ROW).rename({ROW: "__drawn"})
+        interactions = pairs.inner_join(context, pairs[OF] == context[ROW])
+        interactions = interactions.drop(OF, ROW).rename({ROW: DRAWN})
         joined = join.join(interactions, known=(item,))
         parts.append(collect_rows(join, joined, negatives=True))
     kept = [np.zeros(0, dtype=np.int64), *(part.number - first for part in parts)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from hvdrec.config.names import PREFIX
 from hvdrec.config.schema import RawType
 from hvdrec.errors import UserError, invalid_file, shown
 from hvdrec.samples.columns import reason
@@ -19,7 +20,7 @@ from hvdrec.samples.raw_files import RawFiles, check_parquet, read_headers
 from hvdrec.samples.sql import literal, quoted, without_nan
 from hvdrec.samples.text_types import EXACT, converted, find_types
 
-FILE = "__hvdrec_file"
+FILE = f"{PREFIX}file"
 """Name of the internal column with the path of the file that a row comes from."""
 CSV = (
     "auto_detect = false, header = true, strict_mode = true, "

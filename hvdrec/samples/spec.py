@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from hvdrec.config import Config
 from hvdrec.config.data_sections import Samples, Task
-from hvdrec.config.schema import Column, RawType, Side
+from hvdrec.config.schema import Column, RawType, Schema, Side
 from hvdrec.errors import invalid_value
 from hvdrec.samples.columns import cast
 from hvdrec.samples.split import RANDOM
@@ -18,8 +19,14 @@ class SampleSpec:
     """The section ``[samples]``, the raw columns of all features, and the tasks (labels)."""
 
     samples: Samples
+    schema: Schema
     features: tuple[Column, ...]
     tasks: tuple[Task, ...]
+
+    @staticmethod
+    def of(config: Config) -> SampleSpec:
+        """Return the parts of a configuration."""
+        return SampleSpec(config.samples, config.schema, config.schema.columns(), config.tasks)
 
     @property
     def raw_features(self) -> list[Column]:

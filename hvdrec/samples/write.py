@@ -154,7 +154,7 @@ def entity_tables(
                 problem += choices(visible(table.table))
                 raise invalid_file(table.file, problem, "correct the name")
             typed = cast(array, "string", where=where, name=title, purpose="samples.title")
-            result["title"] = _take(typed, taken)
+            result[spec.schema.own_name("title")] = _take(typed, taken)
         return pa.table({column: plain(array) for column, array in result.items()})
 
     return [build(pa.array(rows_of, mask=rows_of < 0)) for rows_of in latest]
@@ -212,14 +212,14 @@ def _samples(spec: SampleSpec, rows: LabelledRows, index: Array, histories: Hist
         log = events[history.name]
         lists = log.others if history.scope == "others" else log.before
         columns[history.name] = lists(histories.times, index, history.length)
-    columns["label"] = pa.array(rows.label[index].astype(np.float32))
+    own_name = spec.schema.own_name
+    columns[own_name("label")] = pa.array(rows.label[index].astype(np.float32))
     for task, label in zip(spec.tasks, rows.tasks, strict=True):
         values = label[index]
-        columns[task.column] = pa.array(values.astype(np.float32), mask=np.isnan(values))
-    columns["weight"] = pa.array(rows.weight[index].astype(np.float32))
-    time = spec.samples.time
-    if time and "time" not in columns:
-        columns["time"] = plain(rows.raw[time].take(positions))
+        columns[own_name(task.column)] = pa.array(values.astype(np.float32), mask=np.isnan(values))
+    columns[own_name("weight")] = pa.array(rows.weight[index].astype(np.float32))
+    if time := spec.samples.time:
+        columns[own_name("time")] = plain(rows.raw[time].take(positions))
     return pa.table(columns)
 
 

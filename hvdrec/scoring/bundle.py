@@ -95,6 +95,10 @@ class BundleInfo:
     has no retrieval."""
     manifest: Mapping[str, Any]
     """The whole manifest as parsed from JSON."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of the graphs whose usual name is a raw feature's: usual name -> name."""
+    filters: Mapping[str, str] = field(default_factory=dict)
+    """Name of an item field that filters -> name of its folder, where they differ."""
     tasks: tuple[str, ...] = ()
     """Names of the labels that the ranker predicts in addition to the score; empty in most
     bundles."""
@@ -109,6 +113,10 @@ class BundleInfo:
     def side(self, side: str) -> tuple[Field, ...]:
         """Return the fields of one side."""
         return tuple(field for field in self.fields if field.side == side)
+
+    def tensor(self, name: str) -> str:
+        """Return the name in the graphs of a tensor that is usually called ``name``."""
+        return self.names.get(name, name)
 
     def holds(self, name: str) -> bool:
         """Return True if the manifest lists a file of this name."""
@@ -302,6 +310,8 @@ def _parse_info(
         item_width=item_width,
         retrieval_width=retrieval_width,
         manifest=manifest,
+        names=_texts(meta, "names"),
+        filters=_texts(meta, "filters"),
         tasks=tuple(str(task["name"]) for task in meta.get("tasks", ())),
         version=version,
         model=model,
@@ -325,6 +335,14 @@ def _parse_field(raw: Mapping[str, Any]) -> Field:
         max_length=max(1, _integer(raw, "max_length")),
         default=raw.get("default"),
     )
+
+
+def _texts(meta: Mapping[str, Any], name: str) -> Mapping[str, str]:
+    """Return a mapping of texts, which earlier versions did not write."""
+    texts = meta.get(name, {})
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise TypeError(f"{name} is {shown(texts)}, not names")
+    return dict(texts)
 
 
 def _integer(raw: Mapping[str, Any], name: str) -> int:

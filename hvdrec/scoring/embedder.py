@@ -61,7 +61,8 @@ class Embedder:
                     f"{field.dtype}",
                 )
         inputs = input_types(self._fields)
-        self.graph = GraphSession(info, f"{side}_tower.onnx", inputs, "embedding", threads)
+        output = info.tensor("embedding")
+        self.graph = GraphSession(info, f"{side}_tower.onnx", inputs, output, threads)
 
     def embed(self, entries: Sequence[Any]) -> Array:
         """Embed n keys or mappings of raw features; return float32 [n, width].

@@ -271,6 +271,8 @@ def _unsqueeze(node: Node, inputs: Inputs) -> Sequence[Sized]:
 
 def _slice(node: Node, inputs: Inputs) -> Sequence[Sized]:
     data = _given(inputs)
+    if not all(sized is None or sized.is_constant for sized in inputs[1:]):
+        return [Sized(data.shape)]  # a slice is never larger than what it is cut from
     parts = [
         _constants(node, inputs, i + 1, key)
         for i, key in enumerate(("starts", "ends", "axes", "steps"))

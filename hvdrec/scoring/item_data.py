@@ -35,6 +35,11 @@ SHOWN_VALUES = 20
 """Largest number of a filter's values that an error message lists."""
 
 
+def filter_folder(info: BundleInfo, field: Field) -> str:
+    """Return the folder of a bundle that holds the filter of an item field."""
+    return f"{FILTERS}/{info.filters.get(field.name, field.name)}"
+
+
 class ItemData:
     """Titles, popularity, trending counts and filters of items, and the items users have seen."""
 
@@ -50,7 +55,7 @@ class ItemData:
         self.filters = {
             field.name: ItemFilter(info, field, items)
             for field in info.side("item")
-            if info.holds(f"{FILTERS}/{field.name}/values.npy")
+            if info.holds(f"{filter_folder(info, field)}/values.npy")
         }
         self._seen: RowLists | None = None
         if info.holds("users/seen_offsets.npy"):
@@ -214,7 +219,7 @@ class ItemFilter:
     def __init__(self, info: BundleInfo, field: Field, items: int) -> None:
         """Open the filter of one field; the values are stored as int64 or fixed-width UTF-8."""
         self._field, self._items = field, items
-        name = f"{FILTERS}/{field.name}"
+        name = filter_folder(info, field)
         self._values = read_array(info.path, f"{name}/values.npy")
         kind = "S" if field.dtype == "string" else "i"
         if self._values.ndim != 1 or self._values.dtype.kind != kind:

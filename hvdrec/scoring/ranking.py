@@ -43,42 +43,46 @@ class PairRanker:
         self._fields = {field.name: field for field in scene}
         self._defaults = {field.name: _default(info, field) for field in scene}
         self._outputs = ("score", *info.tasks)
-        embeddings = {"user_embedding": FLOAT32_TENSOR, "item_embedding": FLOAT32_TENSOR}
+        own = ("user_embedding", "item_embedding", "request")
+        self._user, self._item, self._request = map(info.tensor, own)
+        embeddings = {self._user: FLOAT32_TENSOR, self._item: FLOAT32_TENSOR}
         self._graph = GraphSession(
             info,
             "ranker.onnx",
-            {**embeddings, "request": INT64_TENSOR, **input_types(scene)},
-            "score",
+            {**embeddings, self._request: INT64_TENSOR, **input_types(scene)},
+            info.tensor("score"),
             threads,
-            [f"score_{task}" for task in info.tasks],
+            [info.tensor(f"score_{task}") for task in info.tasks],
         )
         self._one_request = np.zeros(BLOCK_ROWS, dtype=np.int64)
 
     def score(self, user: Key | Raw | None, items: Entries, scene: Raw | None) -> Array:
         """Return the scores of n items, float32 [n]; for the arguments see `Scorer.score`."""
         inputs = self.scene_inputs(scene)
-        inputs["user_embedding"] = self._users.embed([user])
+        embedding = self._users.embed([user])
         entries = as_list(items, "items")
         if not entries:
             return np.empty(0, dtype=np.float32)
-        return self.score_embedded(inputs, self._items.embed(entries))
+        return self.score_embedded(inputs, embedding, self._items.embed(entries))
 
-    def score_embedded(self, inputs: RankerInputs, items: Array) -> Array:
+    def score_embedded(self, inputs: RankerInputs, user: Array, items: Array) -> Array:
         """Return the scores of items whose embeddings are known.
 
         Args:
-            inputs: The user's embedding and the scene fields of one request, each with one row.
-                Entries for the items are added to this dictionary.
+            inputs: The scene fields of one request, each with one row. Entries for the user and
+                the items are added to this dictionary.
+            user: Embedding of the user, float32 [1, user_width].
             items: Embeddings of the items, float32 [n, item_width].
 
         Returns:
             Scores, float32 [n].
         """
+        inputs[self._user] = user
         if len(items) > BLOCK_ROWS:
             return self.run(self._embedding_blocks(inputs, items))
         # Most requests take this path, so it avoids the cost of a generator.
-        inputs["item_embedding"] = items
-        inputs["request"] = self._one_request[: len(items)]
+        inputs[self._item] = items
+        inputs[self._request] = self._one_request[: len(items)]
         return self._graph.run(inputs)
 
     def run(self, blocks: Iterable[RankerInputs]) -> Array:
@@ -106,12 +110,12 @@ class PairRanker:
             name: column(field, [scene.get(name, field.default) for scene in scenes])
             for name, field in self._fields.items()
         }
-        inputs["user_embedding"] = self._users.embed([user for user, _, _ in requests])
+        inputs[self._user] = self._users.embed([user for user, _, _ in requests])
         counts = [len(items) for _, items, _ in requests]
-        inputs["item_embedding"] = self._items.embed([i for _, items, _ in requests for i in items])
+        inputs[self._item] = self._items.embed([i for _, items, _ in requests for i in items])
         if not any(counts):
             return [np.empty(0, dtype=np.float32) for _ in requests]
-        inputs["request"] = np.arange(len(requests)).repeat(counts)
+        inputs[self._request] = np.arange(len(requests)).repeat(counts)
         return np.split(self._graph.run(inputs), np.cumsum(counts)[:-1])
 
     def request_blocks(
@@ -119,7 +123,7 @@ class PairRanker:
     ) -> Iterator[RankerInputs]:
         """Yield the ranker's inputs for a request; for the arguments see `Scorer.score`."""
         inputs = self.scene_inputs(scene)
-        inputs["user_embedding"] = self._users.embed([user])
+        inputs[self._user] = self._users.embed([user])
         entries = as_list(items, "items")
         if entries:
             yield from self._embedding_blocks(inputs, self._items.embed(entries))
@@ -127,7 +131,7 @@ class PairRanker:
     def _embedding_blocks(self, inputs: RankerInputs, items: Array) -> Iterator[RankerInputs]:
         for start in range(0, len(items), BLOCK_ROWS):
             block = items[start : start + BLOCK_ROWS]
-            yield {**inputs, "item_embedding": block, "request": self._one_request[: len(block)]}
+            yield {**inputs, self._item: block, self._request: self._one_request[: len(block)]}
 
     def row_blocks(
         self, users: Entries, items: Entries, scenes: Scenes | None
@@ -145,9 +149,9 @@ class PairRanker:
             part = slice(start, start + BLOCK_ROWS)
             rows = len(users[part])
             yield {
-                "user_embedding": self._users.embed(users[part]),
-                "item_embedding": self._items.embed(items[part]),
-                "request": np.arange(rows),
+                self._user: self._users.embed(users[part]),
+                self._item: self._items.embed(items[part]),
+                self._request: np.arange(rows),
                 **{
                     name: column(field, columns[name][part])
                     if name in columns

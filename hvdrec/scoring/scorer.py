@@ -321,9 +321,8 @@ class Scorer:
         )
         if not retrieved.rows.size:
             return []
-        inputs["user_embedding"] = retrieved.user_embedding
         items = self._items.store.take(retrieved.rows)
-        scores = self._ranker.score_embedded(inputs, items)
+        scores = self._ranker.score_embedded(inputs, retrieved.user_embedding, items)
         vectors = items[:, : self.info.retrieval_width or None]
         order = retrieved.ordered(scores, vectors, int(k), float(diversity))
         return self._retriever.recommendations(retrieved, scores, order)

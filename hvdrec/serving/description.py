@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from typing_extensions import TypeAliasType
 from hvdrec.scoring import BundleError, Scorer
 from hvdrec.scoring.array_files import read_array
 from hvdrec.scoring.bundle import Field as RawField
+from hvdrec.scoring.item_data import filter_folder
 from hvdrec.serving.answers import BundleAnswer
 from hvdrec.serving.bodies import RecommendBody, ScoreBody
 from hvdrec.serving.options import Options
@@ -20,7 +20,6 @@ from hvdrec.serving.options import Options
 EXAMPLES = 5
 LARGEST_NUMBER = 1e30
 """Larger numbers are refused: the model computes in float32, where they may become infinite."""
-FILTER_FILE = re.compile(r"items/filters/(.+)/values\.npy")
 TYPES: Mapping[str, Any] = {
     "string": str,
     "int": Annotated[int, Field(ge=-(2**63), le=2**63 - 1)],
@@ -36,7 +35,7 @@ Json = dict[str, Any]
 def describe(scorer: Scorer, options: Options) -> BundleAnswer:
     """Describe the bundle of a scorer and the limits of the service."""
     info = scorer.info
-    filters = (FILTER_FILE.fullmatch(name) for name in info.manifest["files"])
+    items = info.side("item")
     values: Json = {
         "name": info.name,
         "version": scorer.version,
@@ -46,7 +45,9 @@ def describe(scorer: Scorer, options: Options) -> BundleAnswer:
         "user_key": {"name": info.user_key, "dtype": scorer.key_dtype("user")},
         "item_key": {"name": info.item_key, "dtype": scorer.key_dtype("item")},
         "fields": [{**vars(field), "list": field.is_list} for field in info.fields],
-        "filters": sorted(match[1] for match in filters if match),
+        "filters": sorted(
+            f.name for f in items if info.holds(f"{filter_folder(info, f)}/values.npy")
+        ),
         "tasks": info.tasks,
         "metrics": info.manifest["meta"].get("metrics", {}),
         "limits": vars(options),

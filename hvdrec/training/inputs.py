@@ -46,7 +46,8 @@ def log_probability_of_items(config: Config, device: torch.device) -> Tensor | N
     if config.train.objective == "ranking" or not config.train.logq:
         return None
     file = config.paths.of("features") / "items.parquet"
-    counts = read_table(file, ["train_count"])["train_count"].to_numpy()
+    name = config.schema.own_name("train_count")
+    counts = read_table(file, [name])[name].to_numpy()
     share = np.maximum(counts, 1) / max(counts.sum(), 1)
     return torch.from_numpy(np.log(share)).to(device, torch.float32)
 

@@ -27,6 +27,7 @@ from synthetic import write_tables
 
 from hvdrec.config import Config, load_config
 from hvdrec.exporting import ranker_graph
+from hvdrec.exporting.graphs import inner
 from hvdrec.exporting.writer import write_bundle
 from hvdrec.features.encode import encode
 from hvdrec.features.fit import Fitted
@@ -193,11 +194,13 @@ def _item_part_stored(model: Recommender, bundle: Path, inputs: Inputs) -> tuple
     then.node.extend(
         [
             *kept,
-            helper.make_node("Gemm", ["item_embedding", "of_products", "shared"], ["rest"]),
-            helper.make_node("Add", ["rest", "item_part"], ["first_of_one"]),
+            helper.make_node(
+                "Gemm", ["item_embedding", inner("of_products"), inner("shared")], ["rest"]
+            ),
+            helper.make_node("Add", ["rest", "item_part"], [inner("first_of_one")]),
         ]
     )
-    weight = next(w for w in graph.graph.initializer if w.name == "item_weight")
+    weight = next(w for w in graph.graph.initializer if w.name == inner("item_weight"))
     part = inputs["item_embedding"] @ numpy_helper.to_array(weight)
     shape = ["rows", part.shape[1]]
     graph.graph.input.append(helper.make_tensor_value_info("item_part", TensorProto.FLOAT, shape))

@@ -345,12 +345,6 @@ def test_refuses_nan() -> None:
         ({"tasks": [{"name": "score", "label": "1"}]}, "tasks[0].name", "score", ["not 'score'"]),
         ({"tasks": [{"name": "a b", "label": "1"}]}, "tasks[0].name", "a b", ["letters"]),
         (
-            {"tasks": [LIKE], "features": [{"name": "score_like", "side": "scene"}]},
-            "tasks[0].name",
-            "like",
-            ["'score_like'", "rename the task"],
-        ),
-        (
             {"tasks": [{**LIKE, "share": 0}, {"name": "b", "label": "1", "share": 0}]},
             "tasks[0].share",
             0.0,

@@ -139,7 +139,7 @@ def test_pairs_spread_evenly_over_the_buckets() -> None:
     fitted = Fitted(schema, {"pair": FittedFeature(pair, 102)})
     session = onnxruntime.InferenceSession(build(fitted, ["pair"]).SerializeToString())
     a, b = (grid.ravel() for grid in np.meshgrid(np.arange(2, 502), np.arange(2, 502)))
-    codes = session.run(None, {"a__code": a, "b__code": b})[0]
+    codes = session.run(None, {output_name("a"): a, output_name("b"): b})[0]
     counts = np.bincount(codes, minlength=102)
     assert counts[:2].tolist() == [0, 0]
     assert counts[2:].min() > 2_200 and counts[2:].max() < 2_800  # 2,500 on average
@@ -214,7 +214,9 @@ def test_stored_codes_and_the_scene_give_the_scores_of_torch(
     }
     raw = {"hour": np.array([1, 3, 99])[:requests], "shop": np.array([5, -(2**63), 7])[:requests]}
     plain = build(fitted, ["hour", "shop"]).SerializeToString()
-    outputs = onnxruntime.InferenceSession(plain).run(["hour__code", "shop__code"], raw)
+    outputs = onnxruntime.InferenceSession(plain).run(
+        [output_name("hour"), output_name("shop")], raw
+    )
     codes |= {"hour": outputs[0], "shop": outputs[1]}
 
     users = random.normal(size=(requests, model.user_width())).astype(np.float32)

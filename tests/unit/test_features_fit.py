@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdrec.config.schema import FIRST_CODE, MISSING_INT, Feature, Schema
+from hvdrec.config.schema import FIRST_CODE, MISSING, MISSING_INT, Feature, Schema
 from hvdrec.errors import UserError
+from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import Fitted, fit
+from hvdrec.features.graph import build
 
 KEYS = (Feature("user"), Feature("item", side="item"))
 
@@ -86,7 +89,7 @@ def test_the_missing_integer_is_ignored(tmp_path: Path) -> None:
     assert fitted.features["code"].values == [1, 3]
     assert fitted.features["codes"].values == [4]
     assert fitted.features["size"].statistics == {"mean": 2.0, "deviation": 1.0}
-    assert fitted.features["rank"].statistics == {"boundaries": [1.0]}
+    assert fitted.features["rank"].statistics == {"boundaries": [1.0], "precision": "double"}
 
 
 def test_constant_and_empty_columns_have_deviation_1(tmp_path: Path) -> None:
@@ -102,7 +105,7 @@ def test_constant_and_empty_columns_have_deviation_1(tmp_path: Path) -> None:
     assert fitted.features["same"].statistics["mean"] == pytest.approx(0.1)
     assert fitted.features["same"].statistics["deviation"] == 1.0
     assert fitted.features["none"].statistics == {"mean": 0.0, "deviation": 1.0}
-    assert fitted.features["nowhere"].statistics == {"boundaries": []}
+    assert fitted.features["nowhere"].statistics == {"boundaries": [], "precision": "double"}
     assert fitted.sizes["nowhere"] == FIRST_CODE + 1
 
 
@@ -117,11 +120,61 @@ def test_boundaries_are_quantiles_of_the_sorted_values(
     feature = Feature("x", kind="numeric", dtype="float", transform="quantile", buckets=buckets)
     folder = tmp_path_factory.mktemp("quantiles")
     fitted = learned(folder, feature, x=pa.array(values, pa.float64()))
+    statistics = fitted.features["x"].statistics
+    if statistics["precision"] == "float32":
+        largest = float(np.finfo(np.float32).max)
+        values = [float(np.float32(min(max(value, -largest), largest))) for value in values]
     # Position ceil(share * n / buckets), counted from 1, in integer arithmetic.
     positions = [-(-share * len(values) // buckets) - 1 for share in range(1, buckets)]
-    expected = sorted({sorted(values)[max(0, position)] for position in positions})
-    assert fitted.features["x"].statistics["boundaries"] == expected
-    assert fitted.sizes["x"] == FIRST_CODE + len(expected) + 1
+    uppers = sorted({sorted(values)[max(0, position)] for position in positions})
+    assert fitted.sizes["x"] == FIRST_CODE + len(uppers) + 1
+    for boundary, upper in zip(statistics["boundaries"], uppers, strict=True):
+        lower = max((value for value in values if value < upper), default=-math.inf)
+        assert lower < boundary <= upper
+        # Neighbours are equally far, unless no number lies between them.
+        if lower > -math.inf and boundary < upper:
+            assert boundary == pytest.approx(lower / 2 + upper / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "precision"),
+    [
+        (np.array([0.1, 0.2, 0.3, 19.99, 1e-40, 3e38]), "float32"),
+        (np.float32([0.1, 0.2, 0.3, 19.99]).astype(float), "float32"),
+        # One price in two precisions is one price.
+        (np.append(np.float32([0.1, 0.2, 0.3]).astype(float), [0.1, 0.2, 0.3]), "float32"),
+        (1.7e9 + np.arange(100) / 3, "double"),
+        (np.array([1e300, -1e300, 1e301, 1e302]), "double"),
+    ],
+)
+def test_a_value_has_one_code_in_the_precisions_it_comes_in(
+    tmp_path: Path, values: np.ndarray, precision: str
+) -> None:
+    feature = Feature("x", kind="numeric", dtype="float", transform="quantile", buckets=9)
+    fitted = learned(tmp_path, feature, x=pa.array(values))
+    statistics = fitted.features["x"].statistics
+    assert statistics["precision"] == precision
+    between = np.array(statistics["boundaries"])
+    near = [np.nextafter(between, side) for side in (-np.inf, np.inf)]
+    random = np.random.default_rng(0).normal(0, 10, 2000)
+    tried = np.concatenate(
+        [values, between, *near, random, [0.0, -0.0, 5e-324, -1e308, np.nan, np.inf, -np.inf]]
+    )
+    encoder = Encoder(fitted)
+    codes = encoder.encode([feature], pa.table({"x": tried}))["x"].to_numpy()
+    session = onnxruntime.InferenceSession(build(fitted, ["x"]).SerializeToString())
+    assert session.run(None, {"x": tried})[0].tolist() == codes.tolist()
+    dtype = np.float32 if precision == "float32" else np.float64
+    by_hand = FIRST_CODE + np.searchsorted(between.astype(dtype), tried.astype(dtype), "right")
+    by_hand[~np.isfinite(tried)] = MISSING
+    assert codes.tolist() == by_hand.tolist()
+    if precision == "float32":
+        single = tried[np.abs(tried) < 3e38]
+        narrow, wide = (
+            encoder.encode([feature], pa.table({"x": each}))["x"].to_numpy()
+            for each in (single.astype(np.float32).astype(float), single)
+        )
+        assert narrow.tolist() == wide.tolist()
 
 
 def test_fitting_the_same_rows_is_deterministic_bit_for_bit(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from hvdrec.config import Config
 from hvdrec.config.schema import Feature, Pooling
 from hvdrec.config.sections import Ranker, Tower
+from hvdrec.exporting.graphs import inner
 from hvdrec.exporting.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import Recommender
@@ -90,8 +91,8 @@ def test_terms_shared_by_a_request_are_computed_once() -> None:
     # No weight matrix spans all four parts; item_weight takes the item's representation alone.
     width = 3 * 5 + 4 + 4 + 4 + 4
     assert not [shape for shape in weights.values() if width in shape]
-    assert weights["item_weight"] == (model.item_width(), 6)
-    assert weights["product_weight"] == (5, 6)
+    assert weights[inner("item_weight")] == (model.item_width(), 6)
+    assert weights[inner("product_weight")] == (5, 6)
 
 
 def test_only_cross_layers_and_heads_cannot_be_factored() -> None:

@@ -3,7 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hvdrec.config.names import file_name
 from hvdrec.config.schema import Feature, Schema
 from hvdrec.errors import UserError
 
@@ -23,9 +26,9 @@ def schema(*features: Feature) -> Schema:
 @pytest.mark.parametrize(
     ("options", "field", "text"),
     [
-        ({"name": "a b"}, "name", "letters, digits and underscores"),
-        ({"name": ""}, "name", "letters, digits and underscores"),
-        ({"name": "label"}, "name", "[user_index, item_index, label, weight] are reserved"),
+        ({"name": ""}, "name", "is empty"),
+        ({"name": "a\nb"}, "name", "control character"),
+        ({"name": "__hvdrec_time"}, "name", "start with '__hvdrec_'"),
         ({"kind": "categoricl"}, "kind", "did you mean 'categorical'?"),
         ({"kind": "numeric"}, "dtype", "numeric needs [int, float]"),
         ({"kind": "hashed", "dtype": "float"}, "dtype", "hashed needs [int]"),
@@ -131,9 +134,37 @@ def test_only_a_feature_with_a_vocabulary_may_share_one(kind: Any) -> None:
 
 
 def test_keys_are_column_names() -> None:
-    with pytest.raises(UserError) as error:
-        Schema((USER,), "user id", "item_id")
-    assert (error.value.field, error.value.value) == ("samples.user", "user id")
+    for name in ("", "user\tid", "__hvdrec_id"):
+        with pytest.raises(UserError) as error:
+            Schema((USER,), name, "item_id")
+        assert (error.value.field, error.value.value) == ("samples.user", name)
+
+
+def test_own_names_give_way_to_keys_features_and_columns() -> None:
+    pair = Feature("time", "scene", "crossed", columns=("user_id", "item_id"))
+    named = Schema((USER, ITEM, pair, Feature("score", "scene")), "user_id", "label")
+    names = {name: named.own_name(name) for name in ("time", "label", "score", "weight")}
+    assert names == {
+        "time": "__hvdrec_time",
+        "label": "__hvdrec_label",
+        "score": "__hvdrec_score",
+        "weight": "weight",
+    }
+    assert named.row_columns == ("user_index", "item_index", "__hvdrec_label", "weight")
+
+
+@given(st.sets(st.text(min_size=1, max_size=300), min_size=1, max_size=5))
+def test_file_names_are_distinct_and_stay_in_their_folder(names: set[str]) -> None:
+    files = {file_name(name) for name in names}
+    assert len(files) == len(names)
+    for file in files:
+        assert len(file.encode()) <= 240
+        assert not {"/", "\\", ".", "\0", "\n"} & set(file)
+
+
+def test_identifiers_are_their_own_file_names() -> None:
+    assert [file_name(name) for name in ("age", "größe", "_a1")] == ["age", "größe", "_a1"]
+    assert file_name("a/b") != file_name("a%2F%b")
 
 
 def test_codes_that_scene_features_combine_are_carried_by_users_and_items() -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hvdrec.config import Config
 from hvdrec.config.data_sections import Task
 from hvdrec.config.sections import Ranker
+from hvdrec.exporting import graphs
 from hvdrec.exporting.precision import quantize_ranker
 from hvdrec.exporting.ranker_graph import core, factored
 from hvdrec.features.graph import output_name
@@ -154,8 +155,8 @@ def test_experts_and_gates_share_one_factored_layer() -> None:
     model = small_model(_config("mmoe")).float().eval()
     shapes = {w.name: tuple(w.dims) for w in core(model).graph.initializer}
     # Three experts of 6, and two gates over three experts.
-    assert shapes["item_weight"] == (model.item_width(), 3 * 6 + 2 * 3)
-    assert shapes["product_weight"] == (5, 3 * 6 + 2 * 3)
+    assert shapes[graphs.inner("item_weight")] == (model.item_width(), 3 * 6 + 2 * 3)
+    assert shapes[graphs.inner("product_weight")] == (5, 3 * 6 + 2 * 3)
 
 
 @pytest.mark.parametrize(("name", "inner"), [("bottom", 1), ("mmoe", 3), ("mmoe-towers", 2)])

@@ -53,7 +53,7 @@ class TrainingSplit:
 
         For a column of lists, these are the entries of the lists.
         """
-        name = f'"{column.name}"'
+        name = '"' + column.name.replace('"', '""') + '"'
         values = self._rows.project(f"{f'unnest({name})' if column.is_list else name} AS v")
         return values.filter(f"v IS NOT NULL AND v IS DISTINCT FROM {_MISSING_SQL[column.dtype]}")
 

@@ -34,7 +34,7 @@ def hash_coefficients(name: str, count: int) -> tuple[int, ...]:
 
 
 class Nodes:
-    """The nodes and constants of one feature. Their names begin with the name of the feature.
+    """The nodes and constants of one feature. Their names begin with a common prefix.
 
     Attributes:
         nodes: ONNX nodes in topological order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from hvdrec.features.kinds.nodes import Nodes
 if TYPE_CHECKING:
     import duckdb
 
+TYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "double": np.float64}
 LARGEST = 1e6
 """Standardized numbers are clipped to this many standard deviations."""
 
@@ -25,8 +26,12 @@ class Numeric(Kind):
     """One number per row: standardized, or replaced by the code of its quantile bucket.
 
     The fitted statistics are ``mean`` and ``deviation``, the population standard deviation, of the
-    finite values or of their logarithms; and ``boundaries``, the lower limits of all quantile
-    buckets but the first, ascending and distinct.
+    finite values or of their logarithms; ``boundaries``, the lower limits of all quantile buckets
+    but the first, ascending and distinct; and ``precision``, "float32" or "double", in which values are compared with them.
+
+    A boundary lies between two neighbouring training values. Floats are compared in float32, so
+    that a price has one code whether it was stored in 32 or 64 bits. Only integers, and floats
+    whose boundaries would coincide in float32, are compared in double.
     """
 
     column_kind = "numeric"
@@ -45,9 +50,11 @@ class Numeric(Kind):
         [column] = self.columns(feature)
         numbers = split.values(column).project("CAST(v AS DOUBLE) AS v").filter("isfinite(v)")
         if feature.transform == "quantile":
-            boundaries = _quantiles(numbers, feature.buckets)
+            values = numbers.to_arrow_table()["v"].to_numpy()
+            boundaries, precision = _quantiles(values, feature)
             size = FIRST_CODE + len(boundaries) + 1
-            return FittedFeature(feature, size, statistics={"boundaries": boundaries.tolist()})
+            statistics = {"boundaries": boundaries.tolist(), "precision": precision}
+            return FittedFeature(feature, size, statistics=statistics)
         with split.in_row_order():
             mean, deviation = _moments(numbers, feature)
         return FittedFeature(feature, statistics={"mean": mean, "deviation": deviation})
@@ -56,7 +63,10 @@ class Numeric(Kind):
         """Standardize the number or find its bucket."""
         number, missing = nodes.number(inputs[0], fitted.feature.dtype)
         if fitted.feature.transform == "quantile":
-            return _bucket(nodes, number, missing, fitted.statistics["boundaries"])
+            # Earlier versions compared in double and did not record it.
+            dtype = TYPES[fitted.statistics.get("precision", "double")]
+            limits = np.array(fitted.statistics["boundaries"], dtype)
+            return _bucket(nodes, nodes.cast(number, dtype), missing, limits)
         if fitted.feature.transform == "log":
             magnitude = nodes.add("Add", nodes.add("Abs", number), nodes.double(1.0))
             number = nodes.add("Mul", nodes.add("Sign", number), nodes.add("Log", magnitude))
@@ -68,31 +78,52 @@ class Numeric(Kind):
         return nodes.cast(known, np.float32)
 
 
-def _bucket(nodes: Nodes, number: str, missing: str, boundaries: Sequence[float]) -> str:
+def _bucket(nodes: Nodes, number: str, missing: str, boundaries: NDArray[Any]) -> str:
     """Return the code of a number's bucket: FIRST_CODE plus the count of boundaries <= number."""
     axis = nodes.constant(np.array([1], np.int64))
     column = nodes.add("Unsqueeze", number, axis)
-    limits = nodes.constant(np.array(boundaries, np.float64)[None, :])
+    limits = nodes.constant(boundaries[None, :])
     passed = nodes.cast(nodes.add("GreaterOrEqual", column, limits), np.int64)
     bucket = nodes.add("ReduceSum", passed, axis, keepdims=0)
     code = nodes.add("Add", bucket, nodes.integer(FIRST_CODE))
     return nodes.add("Where", missing, nodes.integer(MISSING), code)
 
 
-def _quantiles(numbers: duckdb.DuckDBPyRelation, buckets: int) -> NDArray[np.float64]:
-    """Return the boundaries between quantile buckets: q-quantiles for q = 1/buckets, 2/buckets, ...
+def _quantiles(values: NDArray[np.float64], feature: Feature) -> tuple[NDArray[Any], str]:
+    """Return the boundaries of quantile buckets, ascending and distinct, and their precision.
 
-    The q-quantile of n numbers is the ceil(q * n)-th smallest, which always occurs among them.
-    Equal boundaries are returned once.
+    They separate the values at shares 1/buckets, 2/buckets ... of the sorted values from the values
+    below them. Share q of n values is the ceil(q * n)-th smallest.
     """
-    values: NDArray[np.float64] = numbers.to_arrow_table()["v"].to_numpy()
+    buckets = feature.buckets
     # Use integers: with floats, rounding could give the next position.
     positions = [-(-share * len(values) // buckets) - 1 for share in range(1, buckets)]
     positions = sorted({max(0, position) for position in positions})
     if not positions or not len(values):
-        return np.empty(0)
-    boundaries: NDArray[np.float64] = np.unique(np.partition(values, positions)[positions])
-    return boundaries
+        return np.empty(0), "double"
+    values = np.sort(values)
+    precision = "double"
+    if feature.dtype == "float" and _fit_float32(np.unique(values[positions])):
+        precision = "float32"
+        largest = np.finfo(np.float32).max
+        values = np.clip(values, -largest, largest).astype(np.float32)
+    uppers = np.unique(values[positions])
+    first = np.searchsorted(values, uppers)
+    lowers = values[np.maximum(first - 1, 0)]
+    middles = (lowers / 2 + uppers / 2).astype(values.dtype)
+    # The middle of two adjacent numbers is rounded to one of them; nothing is below the smallest.
+    return np.where((middles > lowers) & (middles < uppers), middles, uppers), precision
+
+
+def _fit_float32(values: NDArray[np.float64]) -> bool:
+    """True unless several distinct values that float32 cannot hold have one float32 in common.
+
+    A value and its own rounding to float32 are the same number, stored twice.
+    """
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float32)
+    inexact = rounded[rounded != values]
+    return len(np.unique(inexact)) == len(inexact)
 
 
 def _moments(numbers: duckdb.DuckDBPyRelation, feature: Feature) -> tuple[float, float]:
