@@ -27,7 +27,8 @@ class Numeric(Kind):
 
     The fitted statistics are ``mean`` and ``deviation``, the population standard deviation, of the
     finite values or of their logarithms; ``boundaries``, the lower limits of all quantile buckets
-    but the first, ascending and distinct; and ``precision``, "float32" or "double", in which values are compared with them.
+    but the first, ascending and distinct; and ``precision``, "float32" or "double", in which
+    values are compared with them.
 
     A boundary lies between two neighbouring training values. Floats are compared in float32, so
     that a price has one code whether it was stored in 32 or 64 bits. Only integers, and floats
