@@ -10,12 +10,15 @@ from hvdrec.errors import invalid_file
 from hvdrec.evaluation.evaluate import retrieval_worse_than_popularity
 from hvdrec.evaluation.references import describe_worse
 from hvdrec.models.recommender import Recommender
+from hvdrec.storage.parquet import parquet_files, read_metadata
 from hvdrec.training.pointers import Checkpoint
 
 NOT_RECORDED = (
     "the checkpoint does not record how it compares with simple baselines; hvdrec evaluate "
     "--split validation does"
 )
+MIN_ROWS = 200
+"""With fewer validation rows, a difference is often chance: it is reported, the export goes on."""
 
 
 def compare_with_baselines(
@@ -39,7 +42,7 @@ def compare_with_baselines(
         Entries of `references.worse_than`; None if the checkpoint records none.
 
     Raises:
-        UserError: A baseline is better, and `allow_worse` is False.
+        UserError: A baseline is better on at least MIN_ROWS rows, and `allow_worse` is False.
     """
     recorded = checkpoint.metrics.get("worse_than")
     if recorded is None:
@@ -51,7 +54,11 @@ def compare_with_baselines(
     if not worse:
         return recorded
     problem = f"is worse on the validation split than {describe_worse(worse)}"
-    if not allow_worse:
+    files = parquet_files(config.paths.of("features") / "validation")
+    rows = sum(read_metadata(file).num_rows for file in files)
+    if rows < MIN_ROWS:
+        problem += f"; its {rows} rows are too few to refuse the export"
+    elif not allow_worse:
         remedy = "train a better model, or pass --allow-worse to export this one"
         raise invalid_file(checkpoint.directory, problem, remedy)
     notify(f"{checkpoint.name} {problem}")
