@@ -1,4 +1,4 @@
-"""Exponential moving averages of all weights, which are validated, exported and served."""
+"""Exponential moving averages of all weights. If on, they are what is validated and exported."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hvdrec.embeddings.sharded import DistributedTables
 
 
 class Averages:
-    """Averages of a model's dense weights and of this rank's table rows.
+    """Moving averages of the dense weights and of this rank's rows of the embedding tables.
 
-    Averages of rows are a state of the table kernels and are saved with it. An update reads all
-    rows, so it happens every `every` steps only, with decay ** every.
+    The averages of rows are kept and saved with the other state of the tables' optimizers. An
+    update reads all rows, so it only happens every `every` steps, with the factor decay ** every.
 
     Attributes:
-        dense: Averages by name of the parameter.
+        dense: Name of a dense parameter -> its average.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class Averages:
     def update(self, number: int) -> None:
         """Update the averages after step `number`, counted from 0.
 
-        Early in training the plain mean over all updates is used: it forgets the initial values
-        faster than the decay.
+        Early in training, the average is the plain mean over all updates, because that forgets the
+        initial values faster.
         """
         if (number + 1) % self._every:
             return
@@ -47,7 +47,7 @@ class Averages:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Exchange weights and averages within a block."""
+        """Use the averages as the weights of the model in the ``with`` body."""
         self._exchange()
         try:
             yield

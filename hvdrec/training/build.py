@@ -1,4 +1,4 @@
-"""From a configuration to the model that it describes."""
+"""Build the model that a configuration describes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from hvdrec.models.recommender import Recommender
 def build_model(config: Config, sizes: Mapping[str, int], *, with_tables: bool) -> Recommender:
     """Build the model of a run.
 
-    ``train.cpu_layers = "auto"`` stands for the default of the CPU's vendor here.
+    If ``train.cpu_layers`` is still "auto", it is the default for the vendor of the CPU.
 
     Args:
-        config: The run; its schema, tasks, model and objective matter.
-        sizes: Number of rows of each embedding table, by table name.
-        with_tables: False if each forward pass brings the table rows that it needs (training).
+        config: Configuration of the run.
+        sizes: Name of an embedding table -> number of its rows.
+        with_tables: True to create the embedding tables in the model. False for training, which
+            passes the required rows to each forward pass.
     """
     train = config.train
     model = Recommender(

@@ -1,8 +1,9 @@
-"""Checkpoints: safetensors and JSON, complete or absent, named by `latest` and `best`.
+"""Save and load checkpoints: safetensors and JSON files in a directory, complete or absent.
 
-A run directory holds ``checkpoints/step-NNNNNNNN/`` (model.safetensors, optimizer.safetensors, the
-files of `embeddings.files`, and the position in manifest.json), the text files ``latest`` and
-``best``, ``config.json`` and ``log.jsonl``.
+The directory of a run holds ``checkpoints/step-NNNNNNNN/`` for each checkpoint, with
+``model.safetensors``, ``optimizer.safetensors``, the files of `embeddings.files`, and
+``manifest.json``, which also says how far training has come. The text files ``latest`` and ``best``
+name a checkpoint. ``config.json`` and ``log.jsonl`` are beside them.
 """
 
 from __future__ import annotations
@@ -58,15 +59,16 @@ AVERAGES_FILE = "averages.safetensors"
 
 @dataclass(frozen=True)
 class Position:
-    """How far training is.
+    """How far training has come.
 
     Attributes:
         epoch: The current epoch, from 0.
-        past: What was read of it, by jobs of which size.
-        step: Optimizer steps so far.
-        best: The best validation metric; None before the first validation.
-        best_step: The step at which it was reached.
-        stale: Validations since then.
+        past: The parts of this epoch that have been read, each with the number of ranks that read
+            it and their batch size.
+        step: Number of optimizer steps so far.
+        best: Best value of the validation metric; None before the first validation.
+        best_step: Step at which it was reached.
+        stale: Number of validations without improvement since then.
         finished: True if training is over.
     """
 
@@ -80,18 +82,18 @@ class Position:
 
 
 def save(run: Path, position: Position, state: TrainState, metrics: dict[str, Any]) -> None:
-    """Write a checkpoint, name it `latest` (and `best`, if it is), and remove old ones.
+    """Write a checkpoint, let `latest` (and `best`, if it is) name it, and remove old ones.
 
-    Every rank must call this together: each writes its part of sharded tables.
+    All ranks must call this at the same time, since each writes its part of sharded tables.
 
     Args:
         run: Directory of the run.
-        position: How far training is.
-        state: What is saved.
-        metrics: The validation metrics of this position; empty within an epoch.
+        position: How far training has come.
+        state: The model, its tables and their optimizers.
+        metrics: Validation metrics at this position; empty in the middle of an epoch.
 
     Raises:
-        UserError: A rank cannot write. It is raised on all ranks, and no checkpoint appears.
+        UserError: A rank cannot write. The error is raised on all ranks, and no checkpoint appears.
     """
     name = checkpoint_name(position.step)
     meta = {
@@ -123,7 +125,7 @@ def save(run: Path, position: Position, state: TrainState, metrics: dict[str, An
 
 
 def _write(folder: Path, state: TrainState, *, is_first: bool) -> dict[str, Any]:
-    """Write this rank's files; return the `file_facts` of each, which it computes itself."""
+    """Write this rank's files; return file name -> `file_facts`, computed on the same rank."""
     dense = {}
     if is_first:
         dense = {
@@ -148,7 +150,7 @@ def _write(folder: Path, state: TrainState, *, is_first: bool) -> dict[str, Any]
 
 
 def restore(run: Path, state: TrainState) -> Position:
-    """Load the latest checkpoint into a state, and return its position."""
+    """Load the latest checkpoint into `state`; return how far training had come."""
     checkpoint = find_checkpoint(run, "latest")
     files, meta = checkpoint.files, checkpoint.manifest.meta
     state.model.load_state_dict(_load(files.verified(MODEL_FILE)))
@@ -175,15 +177,15 @@ def read_config(run: Path) -> Config:
         )
     try:
         return from_stored(unsealed(file.read_bytes()))
-    except ValueError as error:  # also UserError
+    except ValueError as error:  # includes UserError
         raise invalid_file(file, str(error), "train again with --overwrite") from None
 
 
 def require_features(checkpoint: Checkpoint, features: Location) -> None:
-    """Check that a checkpoint was trained on the features that are at a location now.
+    """Check that a checkpoint was trained on exactly the features at a location.
 
     Raises:
-        UserError: It was trained on other features.
+        UserError: The features there are others.
     """
     remedy = "train again with --overwrite, or restore the features it was trained on"
     directory, manifest = checkpoint.directory, checkpoint.manifest
@@ -192,10 +194,10 @@ def require_features(checkpoint: Checkpoint, features: Location) -> None:
 
 
 def load_model(run: Path, config: Config, which: Which = "best") -> tuple[Recommender, Checkpoint]:
-    """Load a run's model with its tables on the CPU.
+    """Load the model of a run, with all its embedding tables, on the CPU.
 
     Returns:
-        The model in evaluation mode and its checkpoint.
+        The model in evaluation mode, and the checkpoint that it was loaded from.
 
     Raises:
         UserError: The checkpoint is damaged, or was trained on other features.
@@ -211,12 +213,12 @@ def load_model(run: Path, config: Config, which: Which = "best") -> tuple[Recomm
 def load_model_and_tables(
     run: Path, config: Config, which: Which, device: torch.device
 ) -> tuple[Recommender, DistributedTables, Checkpoint]:
-    """Load a run's model with its tables over the ranks: no rank needs memory for all of them.
+    """Load the model of a run with its embedding tables distributed over the ranks.
 
-    Every rank must call this together.
+    No rank needs memory for all tables. All ranks must call this at the same time.
 
     Returns:
-        The model in evaluation mode, its tables, and its checkpoint.
+        The model in evaluation mode, its tables, and the checkpoint that they were loaded from.
 
     Raises:
         UserError: The checkpoint is damaged, or was trained on other features.
@@ -226,7 +228,7 @@ def load_model_and_tables(
     files, meta = checkpoint.files, checkpoint.manifest.meta
     sizes = ranks.run_on_all(lambda: Fitted.load(config.paths.of("features")).sizes)
     model = build_model(config, sizes, with_tables=False)
-    # SGD has no state next to the rows, which evaluation does not need.
+    # Evaluation needs no optimizer state. SGD has none, so none is loaded.
     stateless = replace(config, train=replace(config.train, embedding_optimizer="sgd"))
     tables = ranks.run_on_all(
         lambda: make_tables(stateless, sizes, ranks.current(), device, kernels={}, is_new=False)
@@ -237,7 +239,7 @@ def load_model_and_tables(
 
 
 def _load_dense(model: Recommender, files: StoredFiles, config: Config) -> None:
-    """Load a model's dense weights: their averages, if there are any."""
+    """Load the dense weights of a model, or their moving averages if the run has them."""
     file = files.verified(AVERAGES_FILE if AVERAGES_FILE in files else MODEL_FILE)
     tables = {n: v for n, v in model.state_dict().items() if n.startswith("tables.")}
     try:

@@ -1,4 +1,4 @@
-"""Settings that follow the data and the machine where the configuration leaves them open."""
+"""Choose settings that the configuration leaves open, from the data and the machine."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ PATIENCE, PATIENCE_SHARE = 2, 0.2
 def with_defaults(
     train: Train, rows: int, device: torch.device, recorded: Mapping[str, Any] | None
 ) -> Train:
-    """Fill in what is left open: batch size, warm-up, patience, precision and CPU layers.
+    """Choose values for the settings that are open: batch size, warm-up, patience, and others.
 
-    A resumed run keeps what it recorded. The choice depends on nothing but the arguments and the
-    type of CPU or GPU, so equal runs on equal machines are equal.
+    The others are precision and CPU layers. A resumed run keeps the values that it recorded. The
+    values depend only on the arguments and the type of CPU or GPU, so equal runs on equal machines
+    give equal results.
 
     Args:
         train: The ``[train]`` section.
-        rows: Rows of the training split.
-        device: Where the run computes.
-        recorded: ``[train]`` of the checkpoint that the run resumes from; None for a new run.
+        rows: Number of rows of the training split.
+        device: Device on which the run computes.
+        recorded: ``[train]`` section of the checkpoint from which the run resumes; None for a new
+            run.
     """
     recorded = recorded or {}
     precision: Literal["fp32", "bf16"]
@@ -59,9 +61,9 @@ def with_defaults(
 
 
 def default_batch_size(rows: int) -> int:
-    """Return the largest power of two, up to 8192, that gives an epoch of `rows` rows 50 steps.
+    """Return the largest power of two with which an epoch of `rows` rows has at least 50 steps.
 
-    It is at least 64, so an epoch of few rows has fewer steps.
+    It is from 64 to 8192. With few rows, an epoch may have fewer steps.
     """
     most = rows // STEPS_PER_EPOCH
     return min(LARGEST_BATCH, max(SMALLEST_BATCH, 1 << max(0, most.bit_length() - 1)))
@@ -70,7 +72,7 @@ def default_batch_size(rows: int) -> int:
 def _cpu_layers(
     train: Train, precision: str, device: torch.device, recorded: Mapping[str, Any]
 ) -> CpuLayers:
-    """Return how a CPU computes the layers: as configured, as recorded, or by the CPU's vendor."""
+    """Return ``train.cpu_layers`` as configured, else as recorded, else for the CPU's vendor."""
     if train.cpu_layers != "auto":
         return train.cpu_layers
     if device.type != "cpu":

@@ -15,20 +15,21 @@ from hvdrec.training.optimizer import optimizer_tensors
 from hvdrec.training.state import TrainState
 
 USUAL_RATES = {"adam": 0.01}
-"""Usual learning rates of table rows by optimizer; 0.1 for the others."""
+"""Optimizer of the embedding tables -> a usual learning rate; ROW_RATE for those not listed."""
 DENSE_RATE, ROW_RATE = 1e-3, 0.1
 
 
 def diverged(train: Train, step: int, what: str, value: float) -> UserError:
-    """Build the error of a run that has diverged; it names the learning rate to lower.
+    """Build the error for a run that has diverged; it names the learning rate to lower.
 
-    That is the one that exceeds its usual value by the larger factor.
+    Of the learning rates of dense weights and of table rows, it is the one that is higher in
+    proportion to its usual value.
 
     Args:
         train: The ``[train]`` section.
-        step: Steps since the start of training.
-        what: What is NaN or infinite, such as "loss".
-        value: Its value.
+        step: Number of steps since the start of training.
+        what: Name of the quantity that is NaN or infinite, such as "loss".
+        value: Value of the quantity.
     """
     usual = USUAL_RATES.get(train.embedding_optimizer, ROW_RATE)
     field, rate = "train.learning_rate", train.learning_rate
@@ -43,7 +44,7 @@ def diverged(train: Train, step: int, what: str, value: float) -> UserError:
 
 
 def check_loss(train: Train, step: int, loss: float) -> None:
-    """Raise SharedError if a loss, which all ranks know, is NaN or infinite."""
+    """Raise SharedError if a loss is NaN or infinite; all ranks must pass the same loss."""
     if not math.isfinite(loss):
         error = diverged(train, step, "loss", loss)
         ranks.raise_shared(str(error), error.field)
@@ -52,10 +53,10 @@ def check_loss(train: Train, step: int, loss: float) -> None:
 def check_weights(state: TrainState, step: int) -> None:
     """Check that no weight, table row or optimizer state is NaN or infinite.
 
-    Every rank must call this together. Reading a tensor costs less than writing it.
+    All ranks must call this at the same time. It takes less time than writing the checkpoint.
 
     Raises:
-        SharedError: One is, on at least one rank.
+        SharedError: A value is NaN or infinite on at least one rank.
     """
 
     def check() -> None:
@@ -68,7 +69,7 @@ def check_weights(state: TrainState, step: int) -> None:
 
 
 def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors that a checkpoint holds on this rank, with names for people."""
+    """Yield all tensors that this rank writes to a checkpoint, with names for error messages."""
     dense = state.model.state_dict() | optimizer_tensors(state.model, state.optimizer)
     if state.averages is not None:
         dense |= state.averages.dense
@@ -79,7 +80,7 @@ def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:
 
 
 def _extreme(tensor: Tensor) -> float:
-    """Return an entry that is NaN or infinite, if there is one, else the largest one."""
+    """Return an entry of a tensor that is NaN or infinite; if there is none, its largest entry."""
     if not tensor.is_floating_point() or not tensor.numel():
         return 0.0
     low, high = torch.aminmax(tensor.detach())

@@ -1,6 +1,6 @@
-"""Evaluation of a trained run: load a checkpoint, then measure it beside the baselines.
+"""Evaluate a trained run: load a checkpoint, then measure it and the baselines.
 
-This stands in `training` because checkpoints do; `evaluation` holds the metrics.
+This module is in `training` because it loads checkpoints. `evaluation` computes the metrics.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def evaluate(
     ease_items: int = LARGEST_CATALOGUE,
     overrides: Mapping[str, Any] | None = None,
 ) -> EvaluationResult:
-    """Evaluate a checkpoint of a run on a split, beside the baselines.
+    """Measure a checkpoint of a run on a split, and the baselines on the same rows.
 
-    Runs alone or on every rank of a Horovod job. The ranks share the work, and each of them
-    returns the same result.
+    Call it in one process, or on every rank of a Horovod job. The ranks then share the work and all
+    return the same result.
 
     Args:
         run: Directory of the run.
         split: The split to measure on.
-        checkpoint: The checkpoint with the best validation metric, or the latest one.
-        baselines: Also measure popularity, means, co-occurrence and EASE.
-        ease_items: Largest catalogue for which EASE is fitted, in items; 0: never.
-        overrides: Values of fields of ``[evaluate]``: ``{"evaluate.seen": "shown"}``.
+        checkpoint: "best" for the checkpoint with the best validation metric, or "latest".
+        baselines: True to measure popularity, means, co-occurrence and EASE, too.
+        ease_items: Largest number of items for which EASE is fitted; 0 to skip it.
+        overrides: New values of fields of ``[evaluate]``, such as ``{"evaluate.seen": "shown"}``.
 
     Raises:
-        UserError: The run or its features cannot be read, or differ between hosts.
+        UserError: The run or its features cannot be read, or they differ between hosts.
     """
     if ease_items < 0:
         raise invalid_value("ease_items", ease_items, "must not be negative", "0 leaves EASE out")

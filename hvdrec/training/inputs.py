@@ -1,4 +1,4 @@
-"""What training reads besides the batches: item statistics, the catalogue and a teacher."""
+"""Read what training needs besides batches: item frequencies, items to draw, a teacher model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hvdrec.training.pointers import find_checkpoint
 
 
 def check_codes(loader: ShardLoader, schema: Schema, sizes: Mapping[str, int]) -> None:
-    """Raise UserError if the shards hold a code outside its table."""
+    """Raise UserError if the shards contain a code that is not a row of its embedding table."""
     for feature in schema.features:
         if not feature.is_embedded:
             continue
@@ -39,9 +39,9 @@ def check_codes(loader: ShardLoader, schema: Schema, sizes: Mapping[str, int]) -
 
 
 def log_probability_of_items(config: Config, device: torch.device) -> Tensor | None:
-    """Return the log of each item's share of the positive training rows, [items] float32.
+    """Return the logarithm of each item's share of the positive training rows, float32 [items].
 
-    None if no loss needs it.
+    Returns None if the configured loss does not need it.
     """
     if config.train.objective == "ranking" or not config.train.logq:
         return None
@@ -53,7 +53,7 @@ def log_probability_of_items(config: Config, device: torch.device) -> Tensor | N
 
 
 def load_negatives(config: Config) -> NegativeSampler | None:
-    """Return the source of ``train.uniform_negatives``, or None if there are none."""
+    """Return the sampler for ``train.uniform_negatives``; None if that is 0."""
     if config.train.objective == "ranking" or not config.train.uniform_negatives:
         return None
     table = read_table(config.paths.of("features") / "items.parquet")
@@ -61,7 +61,7 @@ def load_negatives(config: Config) -> NegativeSampler | None:
 
 
 def load_teacher(config: Config, device: torch.device) -> Recommender | None:
-    """Load the model of ``train.teacher``, or return None if there is none.
+    """Load the model of the run ``train.teacher``; return None if none is configured.
 
     Raises:
         UserError: The teacher was trained on other features, or has no ranker.
@@ -87,6 +87,6 @@ def load_teacher(config: Config, device: torch.device) -> Recommender | None:
             "was trained with objective 'retrieval' and has no ranker",
             "name a run that has one",
         )
-    # Equal features may be at another path; `load_model` compares their identity.
+    # The teacher may have used a copy at another path; `load_model` compares the identities.
     theirs = replace(theirs, paths=config.paths)
     return checkpoint.load_model(run, theirs)[0].to(device)

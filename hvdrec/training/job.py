@@ -1,4 +1,4 @@
-"""Set up a training job: check it, then build everything that the loop needs."""
+"""Set up a training job: check its inputs, then build everything that the training loop needs."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ from hvdrec.training.warm_start import check_size, warm_start
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Everything that stays the same during training.
+    """The objects that the training loop uses from beginning to end.
 
     Attributes:
-        config: The run; all that it left open is filled in.
-        world: This rank's position in the job.
-        device: Where this rank computes.
+        config: Configuration of the run; settings that it left open have their chosen values.
+        world: Number of this rank, and number of all ranks.
+        device: Device on which this rank computes.
         run: Directory of the run.
         loader: Reads the training split.
-        negatives: Draws negatives from the catalogue; None if there are none.
-        state: The model and its optimizers.
-        start: Where training starts or resumes.
-        references: What baselines reach on the validation split.
-        notes: Lines for the user.
+        negatives: Draws negatives from all items; None if ``train.uniform_negatives`` is 0.
+        state: The model, its tables and their optimizers.
+        start: Position at which training starts or resumes.
+        references: Metrics of the baselines on the validation split.
+        notes: Lines to show to the user.
     """
 
     config: Config
@@ -73,10 +73,10 @@ class TrainJob:
 
 
 def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> TrainJob:
-    """Check a job and build what it needs; every rank must call this together.
+    """Check a job and build what it needs; all ranks must call this at the same time.
 
     Raises:
-        UserError: See `training.trainer.train`; nothing is written.
+        UserError: See `training.trainer.train`. Then nothing has been written.
     """
     run = config.paths.of("run")
     features, is_resumed = _check(config, world, resume=resume, overwrite=overwrite)
@@ -112,10 +112,10 @@ def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> Tr
 
 
 def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tuple[str, bool]:
-    """Check configuration, features and run directory.
+    """Check the configuration, the features and the run directory.
 
     Returns:
-        The identity of the features, and True if a run is resumed.
+        The identity of the features; and True if training resumes an earlier run.
     """
     run, features = config.paths.of("run"), config.paths.of("features")
     checks.require_same_config(to_dict(config))
@@ -136,15 +136,17 @@ def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tu
 def _fill_in(
     config: Config, device: torch.device, stored: dict[str, Any] | None
 ) -> tuple[Config, LabelFacts, list[str]]:
-    """Fill in what the configuration leaves open; every rank must call this together.
+    """Choose the settings that the configuration leaves open.
+
+    All ranks must call this at the same time.
 
     Returns:
-        The configuration, the facts about the labels, and lines for the user.
+        The complete configuration, facts about the labels, and lines to show to the user.
     """
     features = config.paths.of("features")
     recorded = None if stored is None else stored["config"]["train"]
     rows = ranks.run_on_all(lambda: read_manifest(features, "features").meta["rows"]["train"])
-    # Ranks on unlike CPUs would choose differently, so all take the first rank's choice.
+    # On different CPUs, ranks would choose different values, so all use those of the first rank.
     chosen = ranks.broadcast_object(to_dict(with_defaults(config.train, rows, device, recorded)))
     config = replace(config, train=from_dict(Train, chosen))
     config, facts, notes = with_defined_metric(config, read_label_facts(config))
@@ -157,7 +159,7 @@ def _fill_in(
 
 
 def _open_shards(config: Config, world: World) -> tuple[ShardLoader, dict[str, int]]:
-    """Open the training split and return it with the sizes of the tables."""
+    """Open the training split; also return table name -> number of rows."""
     rows = math.ceil(config.train.batch_size / world.size)
     loader = ranks.run_on_all(
         lambda: ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
@@ -174,7 +176,7 @@ def _place_tables(
     device: torch.device,
     stored: dict[str, Any] | None,
 ) -> DistributedTables:
-    """Create the tables; those of a resumed run keep their kernels."""
+    """Create the embedding tables; a resumed run keeps its kernels (plain PyTorch or FBGEMM)."""
     kernels = {} if stored is None else stored["tables"]["kernels"]
     kernels = {int(width): name for width, name in kernels.items()}
     tables = ranks.run_on_all(
@@ -193,7 +195,7 @@ def _make_state(
     teacher: Recommender | None,
     features: str,
 ) -> TrainState:
-    """Create the optimizer and the averages next to the weights, on their device."""
+    """Create the optimizer and the moving averages, on the same device as the weights."""
     train = config.train
     averages = None
     if train.average_decay:

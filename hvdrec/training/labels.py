@@ -1,4 +1,4 @@
-"""What the labels decide before the first epoch: whether to train, by which metric, from where."""
+"""Examine the labels before training: are they usable, which metric, which initial biases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from hvdrec.parallel import ranks
 
 
 def read_label_facts(config: Config) -> LabelFacts:
-    """Read the facts about the labels on the first rank; every rank must call this together.
+    """Read facts about the labels on the first rank and send them to all ranks.
+
+    All ranks must call this at the same time.
 
     Raises:
         UserError: The training split has labels from which nothing can be learned.
@@ -33,14 +35,15 @@ def read_label_facts(config: Config) -> LabelFacts:
 
 
 def check_training_labels(config: Config, rates: Sequence[float]) -> None:
-    """Check that the training split has labels from which the objective can learn.
+    """Check that a model can learn from the labels of the training split.
 
     Args:
-        config: The run.
-        rates: Share of positives of the label and of each task; NaN without weight.
+        config: Configuration of the run.
+        rates: Weighted share of positive rows, for the main label, then for each task; NaN if all
+            rows have weight 0.
 
     Raises:
-        UserError: All weights are zero, or a label has one value only.
+        UserError: All weights are zero, or a label has the same value in all rows.
     """
     rate, folder = rates[0], config.paths.of("features") / "train"
     again = "then run hvdrec samples and hvdrec prepare again"
@@ -63,7 +66,7 @@ def check_training_labels(config: Config, rates: Sequence[float]) -> None:
 
 
 def _constant(field: str, label: str, rate: float, again: str) -> UserError:
-    """Build the error for a label that has one value in all training rows."""
+    """Build the error for a label that has the same value in all training rows."""
     problem = f"is {rate:g} in all training rows: a ranker cannot learn from one class"
     remedy = f"change it, {again}"
     if rate == 1 and field == "samples.label":
@@ -75,13 +78,14 @@ def _constant(field: str, label: str, rate: float, again: str) -> UserError:
 
 
 def with_defined_metric(config: Config, facts: LabelFacts) -> tuple[Config, LabelFacts, list[str]]:
-    """Choose a validation metric that the validation split defines.
+    """Choose a validation metric that is defined on the validation split.
 
-    Every rank must call this together.
+    All ranks must call this at the same time.
 
     Returns:
-        The configuration that names the metric, the facts with the reference of a retrieval
-        metric, and lines for the user if the metric is not the first choice.
+        The configuration with the name of the metric; the facts, which now include the metric of
+        the popularity baseline if it is a retrieval metric; and lines to show to the user if the
+        metric is not the first choice.
 
     Raises:
         UserError: ``train.metric`` names a metric that the validation split does not define.
@@ -103,7 +107,7 @@ def with_defined_metric(config: Config, facts: LabelFacts) -> tuple[Config, Labe
 
 
 def _candidates(config: Config) -> tuple[str, ...]:
-    """Return the metrics to try, the preferred one first."""
+    """Return names of metrics in the order in which they are tried."""
     if config.train.metric != "auto":
         return (config.train.metric,)
     if config.train.objective == "retrieval":
@@ -131,11 +135,12 @@ def metric_name(config: Config) -> str:
 
 
 def start_at_base_rate(model: Recommender, rates: Sequence[float]) -> None:
-    """Set the output biases of the ranker so that it first predicts the training base rates.
+    """Set the output biases of a new ranker so that it predicts the share of positive rows.
 
     Args:
-        model: A new model; one without a ranker stays as it is.
-        rates: Share of positives of the label, then of each task, strictly between 0 and 1.
+        model: A new model; nothing is done if it has no ranker.
+        rates: Share of positive training rows, strictly between 0 and 1, for the main label, then
+            for each task.
     """
     if model.ranker is None:
         return

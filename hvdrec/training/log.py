@@ -1,4 +1,4 @@
-"""The training log: JSON lines in a file, and a progress bar or the same lines on the screen."""
+"""Write the training log: JSON lines in a file, and on the screen a progress bar or lines."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hvdrec.storage.json_text import json_text
 class TrainingLog:
     """Writes ``log.jsonl`` and shows progress, on the first rank only.
 
-    On a terminal and in a notebook, a bar counts rows; elsewhere each line of the file is printed
-    on standard error.
+    On a terminal and in a notebook, a bar counts rows. Elsewhere, each line of the file is also
+    printed on standard error.
 
     Args:
         run: Directory of the run.
         is_first: True on the first rank.
-        rows_per_epoch: Rows of all ranks in an epoch.
-        shown: False shows nothing on the screen.
+        rows_per_epoch: Number of rows of all ranks in an epoch.
+        shown: False to show nothing on the screen.
     """
 
     def __init__(self, run: Path, *, is_first: bool, rows_per_epoch: int, shown: bool) -> None:
@@ -49,7 +49,7 @@ class TrainingLog:
             self._file.close()
 
     def start_epoch(self, epoch: int, done: int) -> None:
-        """Start the bar of an epoch of which `done` rows were read before."""
+        """Start the bar of an epoch; `done` rows of it have been read before an interruption."""
         if self._has_bar:
             self._close_bar()
             self._bar = tqdm(
@@ -62,7 +62,7 @@ class TrainingLog:
             )
 
     def advance(self, rows: int) -> None:
-        """Count the rows of a step of all ranks."""
+        """Advance the bar by the number of rows that all ranks read in a step."""
         if self._bar is not None:
             self._bar.update(min(rows, self._rows - self._bar.n))
 
@@ -82,7 +82,7 @@ class TrainingLog:
             print(line, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """Write a line for people: as an event into the file, and as it is on the screen."""
+        """Show a line of text to the user, and write it to the file as an event ``note``."""
         if self._file is None:
             return
         self._file.write(json_text({"event": "note", "text": text}) + "\n")

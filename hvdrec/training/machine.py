@@ -1,4 +1,4 @@
-"""This process on its machine: device, threads, memory allocator and garbage collector."""
+"""Set up this process on its machine: device, threads, memory allocator, garbage collector."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def pick_device(option: Literal["auto", "cpu", "cuda"], world: World) -> torch.device:
-    """Return where this rank computes: the CPU, or the GPU of its rank on the host.
+    """Return the device of this rank: the CPU, or the GPU whose number is its rank on the host.
 
     Args:
         option: ``train.device``.
-        world: This rank's position in the job.
+        world: Number of this rank, and number of all ranks.
 
     Raises:
-        UserError: A GPU is asked for, and none is visible.
+        UserError: ``train.device`` is "cuda", but no GPU is visible.
     """
     if option == "cpu" or (option == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -42,12 +42,12 @@ def pick_device(option: Literal["auto", "cpu", "cuda"], world: World) -> torch.d
 
 
 def has_bf16(device: torch.device, *, fast: bool = False) -> bool:
-    """Return True if a device has bf16 instructions, or if that is not known of this CPU.
+    """Return True if a device has bf16 instructions, or if this is not known for the CPU.
 
     Args:
         device: The device.
-        fast: Ask for matrix units (AMX, tensor cores), which make bf16 faster than float32; False
-            if that is not known.
+        fast: True to ask for matrix units (AMX, tensor cores), with which bf16 is faster than
+            float32. In this case, the result is False if it is not known.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -63,21 +63,21 @@ def set_threads(option: int, world: World) -> None:
     """Give this rank its share of the host's CPU threads.
 
     Args:
-        option: ``train.threads``; 0 for the cores divided by the ranks on the host.
-        world: This rank's position in the job.
+        option: ``train.threads``; 0 for the number of cores divided by the ranks on the host.
+        world: Number of this rank, and number of ranks on this host.
     """
     cores = len(os.sched_getaffinity(0))
     set_up_process(option or max(1, cores // world.local_size))
 
 
 def set_up_process(threads: int) -> None:
-    """Set the number of threads, and what keeps steps on a CPU fast."""
+    """Set the number of threads, and settings of the process that make steps on a CPU fast."""
     torch.set_num_threads(threads)
-    # Decaying weights become denormal numbers, on which CPUs are many times slower.
+    # Weights that decay become denormal numbers, with which CPUs are many times slower.
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
-        # Every step allocates activations of some megabytes. By default glibc returns such memory
-        # to the kernel each time and faults it in again page by page.
+        # Each step allocates some megabytes of activations. By default, glibc returns such memory
+        # to the kernel every time, and each page of it causes a page fault when it is used again.
         allocator = ctypes.CDLL(None)
         if hasattr(allocator, "mallopt"):
             allocator.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
@@ -86,10 +86,10 @@ def set_up_process(threads: int) -> None:
 
 @contextmanager
 def no_gc_pauses() -> Iterator[None]:
-    """Keep all current objects out of Python's garbage collections within a block.
+    """Keep all current objects out of Python's garbage collections in the ``with`` body.
 
-    A collection over everything that was imported takes about 0.15 s, in the middle of a step, and
-    the other ranks wait for it.
+    A collection over all imported objects takes about 0.15 s. In the middle of a step, the other
+    ranks would wait for it.
     """
     gc.collect()
     gc.freeze()

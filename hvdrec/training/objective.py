@@ -1,7 +1,7 @@
-"""The loss of one step and its gradients, over the global batch.
+"""Compute the loss of one step and its gradients over the global batch: the rows of all ranks.
 
-The loss is the weighted sum over the rows of all ranks divided by their total weight, so N ranks
-with batches of b rows give the gradients of one rank with a batch of N * b rows.
+The loss is the weighted sum of the losses of these rows, divided by their total weight. So N ranks
+with batches of b rows compute the same gradients as one rank with a batch of N * b rows.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hvdrec.training.state import TrainState
 
 @dataclass(frozen=True)
 class StepLoss:
-    """This rank's share of a step's losses; their sum over the ranks is the loss of the step.
+    """This rank's share of the losses of a step. Added up over the ranks, they are the losses.
 
     Attributes:
         total: The loss that is minimized, a scalar without gradient.
-        ranking: Its ranking part, the weighted sum of the tasks' losses if there are tasks.
-        retrieval: Its retrieval part, before the factor ``train.retrieval_weight``.
-        tasks: [T] losses of the tasks.
+        ranking: The ranking loss in it; with tasks, the weighted sum of their losses.
+        retrieval: The retrieval loss in it, before the factor ``train.retrieval_weight``.
+        tasks: The loss of each task [tasks].
     """
 
     total: Tensor
@@ -42,13 +42,13 @@ class StepLoss:
 
 
 def compute_gradients(state: TrainState, step: Step) -> tuple[StepLoss, PendingGradients]:
-    """Run forward and backward on a step's batch, in ``train.accumulate`` parts.
+    """Run the forward and backward pass on a step's batch, in ``train.accumulate`` parts.
 
-    Every rank must call this together.
+    All ranks must call this at the same time. The sum of the dense gradients over the ranks is only
+    started; wait for it with ``state.dense.wait()``.
 
     Returns:
-        The losses, and the gradients of table rows. Those of dense parameters are pending in
-        `state.dense`.
+        The losses, and the gradients of table rows, which are being exchanged between the ranks.
     """
     train, batch, model = state.config.train, step.batch, state.model
     parts = state.tables.fetch(step.request)
@@ -81,18 +81,18 @@ def compute_gradients(state: TrainState, step: Step) -> tuple[StepLoss, PendingG
 def clip(
     state: TrainState, step: Step, gradients: tuple[Tensor, ...], norm: float
 ) -> tuple[Tensor, ...]:
-    """Scale all gradients down to a global L2 norm if they exceed it.
+    """Scale all gradients down if their L2 norm, over all ranks, exceeds `norm`.
 
-    Every rank must call this together. Dense gradients are scaled in place.
+    All ranks must call this at the same time. Dense gradients are scaled in place.
 
     Args:
-        state: Holds the dense gradients, already summed over the ranks.
-        step: The step of the gradients.
+        state: The model with its dense gradients, already summed over the ranks.
+        step: The step whose gradients they are.
         gradients: Gradients of table rows.
-        norm: The largest global norm.
+        norm: The largest allowed norm.
 
     Returns:
-        The gradients of table rows.
+        The scaled gradients of table rows.
     """
     dense = [p.grad for p in state.model.parameters() if p.grad is not None]
     mine, common = state.tables.squared_norms(step.request, gradients)
@@ -107,7 +107,7 @@ def clip(
 def _ranking_loss(
     state: TrainState, output: Output, batch: Batch, totals: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute the ranking loss (a scalar) and the losses of the tasks [T]."""
+    """Compute the ranking loss, a scalar, and the loss of each task [tasks]."""
     tasks, train = state.config.tasks, state.config.train
     zero, no_tasks = totals.new_zeros(()), totals.new_zeros(len(tasks))
     if batch.tasks is not None:
@@ -124,9 +124,9 @@ def _ranking_loss(
 
 
 def _distilled(label: Tensor, teacher: Recommender, batch: Batch, train: Train) -> Tensor:
-    """Mix labels with a teacher's probabilities.
+    """Return a weighted mean of the labels and a teacher's probabilities.
 
-    The log loss against the mixture is the mixture of the log losses.
+    The log loss against this mean is the same mean of the two log losses.
     Source: Hinton et al., "Distilling the knowledge in a neural network", 2015, section 2, at
     temperature 1.
     """
@@ -144,11 +144,11 @@ def _retrieval_loss(
     """Compute the weighted sum of the retrieval losses of this rank's positive rows.
 
     Args:
-        state: The model and the correction of negatives.
-        output: Of the batch.
+        state: The model, and the item frequencies for the logQ correction.
+        output: Output of the model for the batch.
         batch: The batch; its last `drawn` rows are negatives from the catalogue.
-        positives: int64, the positive rows.
-        drawn: Number of drawn negatives.
+        positives: Indices of the positive rows, int64.
+        drawn: Number of negatives from the catalogue.
     """
     train, dtype, rows = state.config.train, batch.label.dtype, len(batch.label)
     candidates = torch.cat([positives, torch.arange(rows - drawn, rows, device=positives.device)])

@@ -1,4 +1,4 @@
-"""The dense optimizer, its learning rate schedule, and its state as named tensors."""
+"""The optimizer of the dense weights, its learning rate schedule, and its state as tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hvdrec.config.sections import Train
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """Create AdamW for the dense parameters, with weight decay of matrices only."""
+    """Create AdamW for the dense parameters; only matrices have weight decay."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
@@ -23,13 +23,13 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
 
 
 def schedule(train: Train, step: int, progress: float) -> float:
-    """Return the factor, in [0, 1], of the peak learning rates in a step.
+    """Return the factor, in [0, 1], for the configured learning rates in a step.
 
     Args:
         train: The ``[train]`` section; a ``warmup_steps`` that is still "auto" counts as 0.
-        step: Steps since the start of training.
-        progress: Share in [0, 1] of all epochs' rows that were read before this step. It makes the
-            schedule independent of the number of ranks.
+        step: Number of steps since the start of training.
+        progress: Share of the rows of all epochs that were read before this step, in [0, 1]. After
+            the warm-up, the factor follows it, so it does not depend on the number of ranks.
     """
     steps = 0 if train.warmup_steps == "auto" else train.warmup_steps
     warmup = min(1.0, (step + 1) / steps) if steps else 1.0
@@ -51,7 +51,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state of the optimizer as tensors named ``parameter name/state name``."""
+    """Return the state of the optimizer: ``PARAMETER/STATE`` -> tensor."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -62,11 +62,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Load tensors from `optimizer_tensors` into the optimizer."""
+    """Load the result of `optimizer_tensors` into an optimizer."""
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        # Step counters stay on their device; moments move to the device of their parameter.
+        # Move moments to the device of their parameter; step counters stay on the CPU.
         target = value if value.ndim == 0 else value.to(parameter.device)
         optimizer.state[parameter][key] = target.clone()

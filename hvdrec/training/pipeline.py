@@ -1,4 +1,4 @@
-"""From batches to steps: lookups and sums are prepared before a step needs them."""
+"""Turn batches into steps: find the table rows and start the exchanges before a step needs them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from hvdrec.parallel.gradients import PendingSum, start_global_sum
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch with its lookups, made on the loader's thread.
+    """A batch and the table rows that it needs, prepared on the loader's thread.
 
     Attributes:
-        batch: The rows; the last `drawn` are negatives from the catalogue, of weight 0.
+        batch: The rows; the last `drawn` of them are negatives from the catalogue, with weight 0.
         lookups: The table rows that the batch needs.
-        positives: For each part of the batch, int64 indices of the positive rows with a weight.
-        totals: float64 [2 + T], this rank's weight of all rows, of the positive rows, and of the
-            rows with a known label of each task.
-        drawn: Number of drawn negatives.
+        positives: For each part of the batch (``train.accumulate``), the indices of positive rows
+            whose weight is not 0, int64.
+        totals: Total weight of all rows, of the positive rows, and of the rows with a known label
+            for each task, on this rank; float64 [2 + tasks].
+        drawn: Number of negatives from the catalogue.
     """
 
     batch: Batch
@@ -42,13 +43,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step needs, with the batch on the device and the table rows requested.
+    """The input of a training step: the batch is on the device, its table rows are requested.
 
     Attributes:
-        batch: As in `Prepared`; so are positives and drawn.
-        request: The pending table rows.
-        totals: The pending sum of `Prepared.totals` over the ranks.
-        next_request: The pending table rows of the step after it, if there is one.
+        batch: As in `Prepared`.
+        request: Request for the table rows, which are being exchanged between the ranks.
+        positives: As in `Prepared`.
+        totals: Sum of `Prepared.totals` over the ranks, which is being computed.
+        drawn: As in `Prepared`.
+        next_request: Request for the table rows of the next step; None if there is no next step.
     """
 
     batch: Batch
@@ -61,10 +64,11 @@ class Step:
 
 @dataclass(frozen=True)
 class NegativeSampler:
-    """Draws negatives uniformly from all items.
+    """Draws items from the catalogue, each with the same probability, as negatives.
 
     Attributes:
-        features: Item features: name -> codes int64 [items] or [items, L], or float32 [items].
+        features: Name of an item feature -> codes of all items, int64 [items] or
+            [items, list length], or numbers, float32 [items].
         items: Number of items.
     """
 
@@ -72,7 +76,7 @@ class NegativeSampler:
     items: int
 
     def append_to(self, batch: Batch, count: int, random: np.random.Generator) -> Batch:
-        """Return a batch with `count` more rows: random items, without a user, of weight 0."""
+        """Return a batch with `count` more rows: random items without a user, with weight 0."""
         drawn = random.integers(0, self.items, count)
 
         def longer(column: Tensor, values: NDArray[Any] | None = None) -> Tensor:
@@ -106,17 +110,17 @@ def make_preparer(
     """Return the function that prepares batches; it runs on the loader's thread.
 
     Args:
-        tables: Looked up.
-        config: The run.
-        first_step: Number of the first batch's step since the start of training.
-        negatives: Draws this rank's part of ``train.uniform_negatives``; None if there are none.
+        tables: The embedding tables to look up rows in.
+        config: Configuration of the run.
+        first_step: Number of the first batch's step, counted from the start of training.
+        negatives: Draws this rank's part of ``train.uniform_negatives``; None if that is 0.
     """
     parts, world = config.train.accumulate, tables.world
     drawn = -(-config.train.uniform_negatives // world.size) if negatives else 0
     unknown_rate = config.model.unknown_rate
 
     def prepare(number: int, batch: Batch) -> Prepared:
-        # Random numbers depend on seed, step and rank only, so a resumed run repeats them.
+        # Random numbers depend only on seed, step and rank, so a resumed run draws the same.
         random = np.random.default_rng([config.seed, first_step + number, world.rank])
         if negatives:
             batch = negatives.append_to(batch, drawn, random)
@@ -144,7 +148,10 @@ def make_preparer(
 def steps(
     prepared: Iterable[Prepared], tables: DistributedTables, device: torch.device
 ) -> Iterator[Step]:
-    """Turn prepared batches into steps, one ahead: ids are sent while the step before computes."""
+    """Turn prepared batches into steps, one step ahead.
+
+    So the ids of table rows are sent while the previous step is being computed.
+    """
     waiting: Step | None = None
     for ready in prepared:
         step = Step(

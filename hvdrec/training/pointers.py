@@ -22,50 +22,50 @@ NAME = re.compile(r"step-\d{8,}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its directory and its manifest."""
+    """A complete checkpoint, with its directory and its manifest."""
 
     directory: Path
     manifest: Manifest
 
     @property
     def name(self) -> str:
-        """Its name, such as ``step-00000100``."""
+        """Name of the checkpoint, such as ``step-00000100``."""
         return self.directory.name
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The validation metrics; empty for a checkpoint within an epoch."""
+        """Validation metrics; empty for a checkpoint in the middle of an epoch."""
         return dict(self.manifest.meta["metrics"])
 
     @property
     def files(self) -> StoredFiles:
-        """Its files, which are verified when they are read."""
+        """Files of the checkpoint, which are verified when they are read."""
         return StoredFiles(self.directory, self.manifest)
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the name of the checkpoint of a step."""
+    """Return the name of the checkpoint after a number of steps."""
     return f"step-{step:08d}"
 
 
 def write_pointer(run: Path, which: Which, name: str) -> None:
-    """Let ``latest`` or ``best`` name a checkpoint."""
+    """Write the name of a checkpoint to the file ``latest`` or ``best``."""
     write_text(run / which, f"{name} sha256:{_digest(name)}\n")
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Return True if a run can be resumed."""
+    """Return True if a run has a checkpoint from which it can be resumed."""
     return (run / "latest").is_file()
 
 
 def find_checkpoint(run: Path, which: Which) -> Checkpoint:
-    """Return the checkpoint that a run's pointer names; without ``best``, that is ``latest``.
+    """Return the checkpoint that ``latest`` or ``best`` of a run names.
 
-    If ``latest`` names a checkpoint that is missing, the newest complete one is returned, and a
-    line says so.
+    Without a file ``best``, ``latest`` is used. If the checkpoint that ``latest`` names is missing,
+    the newest complete one is returned, and a line says so.
 
     Raises:
-        UserError: There is no checkpoint, the pointer is damaged, or the checkpoint is.
+        UserError: There is no checkpoint; or the file, or the checkpoint, is damaged.
     """
     pointer = next((each for each in (which, "latest") if (run / each).is_file()), None)
     if pointer is None:
@@ -86,12 +86,12 @@ def find_checkpoint(run: Path, which: Which) -> Checkpoint:
 
 
 def latest_meta(run: Path) -> dict[str, Any]:
-    """Return the metadata of the latest checkpoint's manifest."""
+    """Return the ``meta`` of the latest checkpoint's manifest."""
     return dict(find_checkpoint(run, "latest").manifest.meta)
 
 
 def remove_old(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep`, the latest and the best."""
+    """Remove old checkpoints; keep the last `keep` and those that ``latest`` and ``best`` name."""
     named = {_named(run, pointer) for pointer in POINTERS if (run / pointer).is_file()}
     names = sorted(path.name for path in (run / FOLDER).glob("step-*"))
     for name in names[:-keep]:
@@ -100,7 +100,7 @@ def remove_old(run: Path, keep: int) -> None:
 
 
 def _named(run: Path, pointer: str) -> str:
-    """Return the name in a pointer; those of earlier versions have no checksum."""
+    """Return the name in the file ``latest`` or ``best``; earlier versions wrote no checksum."""
     file = run / pointer
     try:
         name, *checksum = file.read_bytes().decode().split()
@@ -112,7 +112,7 @@ def _named(run: Path, pointer: str) -> str:
 
 
 def _complete(run: Path) -> list[Checkpoint]:
-    """Return the complete checkpoints of a run, by step."""
+    """Return the complete checkpoints of a run, sorted by step."""
     found = []
     for directory in sorted((run / FOLDER).glob("step-*")):
         try:

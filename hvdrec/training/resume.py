@@ -1,4 +1,4 @@
-"""Whether a run that has ended trains on when it is resumed."""
+"""Decide whether a finished run continues when it is resumed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from hvdrec.training.checkpoint import Position
 def continued(
     position: Position, before: Mapping[str, Any], now: Train
 ) -> tuple[Position, str | None]:
-    """Return where a resumed run continues, and a line for the user if the run had ended.
+    """Return the position at which a resumed run continues.
 
-    A run that has ended trains on if ``train.epochs`` now is larger than the epochs it has trained,
-    unless it stopped early and ``train.patience`` still says so.
+    A finished run continues if ``train.epochs`` is now larger than the number of epochs that it has
+    trained. If it stopped early, ``train.patience`` must also be larger than the number of
+    validations without improvement.
 
     Args:
-        position: Of the latest checkpoint.
-        before: Its ``[train]`` section, as plain values.
+        position: Position of the latest checkpoint.
+        before: ``[train]`` section of that checkpoint, as plain values.
         now: The ``[train]`` section with all defaults filled in.
+
+    Returns:
+        The position, and a line to show to the user; None if the run was not finished.
     """
     if not position.finished:
         return position, None

@@ -1,4 +1,4 @@
-"""The run directory and the checks before training: nothing is written until all have passed."""
+"""Check features and run directory before training; create the directory if all is well."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from hvdrec.training.pointers import FOLDER, find_checkpoint, has_checkpoint
 
 
 def check_features(config: Config) -> Manifest:
-    """Check that the encoded features exist and fit the configuration, and that its loss exists.
+    """Check that the encoded features match the configuration, and that its loss is known.
 
     Returns:
         The manifest of the features.
 
     Raises:
-        UserError: They are missing, or were encoded with other features or tasks; or the retrieval
-            loss is unknown.
+        UserError: The features are missing, or were encoded with other features or tasks; or the
+            retrieval loss is unknown.
     """
     retrieval_loss(config.train.retrieval_loss)
     features = config.paths.of("features")
     manifest = read_manifest(features, "features")
-    # An earlier version may have stored fewer fields of a feature.
+    # An earlier version may have stored fewer fields for each feature.
     stored = [from_dict(Feature, feature) for feature in manifest.meta["config"]["features"]]
     if stored != list(config.features):
         raise invalid_file(
@@ -47,12 +47,12 @@ def check_features(config: Config) -> Manifest:
 def check_run(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
     """Check the run directory; return True if training resumes from a checkpoint.
 
-    Only the first rank calls this: on a network file system, a rank that looks for a file before it
-    is written may not see it for a while.
+    Only the first rank calls this. On a network file system, a rank that looks for a file before it
+    is written may not see it for a while after.
 
     Raises:
-        UserError: The directory holds a run and neither option is given, or the run differs in a
-            field that decides the model or the order of rows.
+        UserError: The directory holds a run, and neither option is given; or the run to resume was
+            trained with other values of fields that determine the model or the order of rows.
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
@@ -92,7 +92,7 @@ def _check_same(run: Path, before: Config, now: Config) -> None:
 
 
 def create_run_directory(run: Path, config: Config, world: World, *, overwrite: bool) -> None:
-    """Create the run directory and write its configuration, on the first rank.
+    """Create the run directory and write the configuration to it, on the first rank.
 
     Raises:
         UserError: The directory to overwrite is not a run.
@@ -103,7 +103,7 @@ def create_run_directory(run: Path, config: Config, world: World, *, overwrite: 
         if not (run / CONFIG_FILE).is_file() and any(run.iterdir()):
             raise invalid_file(run, "is not a run of hvdrec", "choose another directory")
         shutil.rmtree(run)
-    # What a killed job was writing; a checkpoint of another step would stay there for good.
+    # Remove what a killed job was writing. The names contain the step, so no later write would.
     for folder in (run, run / FOLDER):
         remove_leftovers(folder)
     write_text(run / CONFIG_FILE, sealed(to_dict(config)))

@@ -1,4 +1,4 @@
-"""What a training step changes: the model, its tables and their optimizers."""
+"""The state that a training step changes: the model, its tables and their optimizers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hvdrec.training.optimizer import optimizer_tensors
 
 @dataclass(frozen=True)
 class TrainState:
-    """A model in training.
+    """A model that is being trained.
 
     Attributes:
-        config: The run.
-        model: The dense weights; it holds no tables.
-        tables: The embedding tables over all ranks.
-        optimizer: Of the dense weights; the tables have their own.
-        log_probability: [items] log of each item's share of the positive training rows, for the
-            logQ correction; None without it.
-        teacher: A model in evaluation mode that holds its tables; None without distillation.
-        averages: Moving averages of all weights; None without them.
-        features: Identity of the features that it is trained on.
+        config: Configuration of the run.
+        model: The dense part of the model, without embedding tables.
+        tables: The embedding tables, distributed over all ranks.
+        optimizer: Optimizer of the dense weights; the tables have their own.
+        log_probability: Logarithm of each item's share of the positive training rows [items], for
+            the logQ correction; None if that is off.
+        teacher: Model in evaluation mode, with its tables; None without distillation.
+        averages: Moving averages of all weights; None if they are off.
+        features: Identity of the features on which the model is trained.
         dense: Sums the dense gradients over the ranks.
     """
 
@@ -47,7 +47,10 @@ class TrainState:
         object.__setattr__(self, "dense", dense)
 
     def average_ranks(self) -> None:
-        """Average dense weights and moments over the ranks where each rank steps by itself."""
+        """Average the dense weights and moments over the ranks.
+
+        This does something only if each rank updates its weights by its own gradients.
+        """
         if self.config.parallel.synchronization != "average":
             return
         tensors = optimizer_tensors(self.model, self.optimizer)

@@ -12,17 +12,22 @@ from hvdrec.training.state import TrainState
 
 
 def take_step(state: TrainState, step: Step, number: int, progress: float) -> StepLoss:
-    """Take a training step; every rank must call this together.
+    """Train on one batch: compute the gradients and update weights and table rows.
+
+    All ranks must call this at the same time.
 
     Args:
-        state: Updated in place.
-        step: The batch and its table rows.
-        number: Steps since the start of training.
-        progress: Share in [0, 1] of training before this step.
+        state: The model, its tables and their optimizers; updated in place.
+        step: The batch, and the request for its table rows.
+        number: Number of steps taken before this one.
+        progress: Share of the rows of all epochs that were read before this step, in [0, 1].
+
+    Returns:
+        This rank's share of the losses.
     """
     config, tables = state.config, state.tables
     train, parallel = config.train, config.parallel
-    # Random numbers depend on seed, step and rank only, so a resumed run repeats them.
+    # Random numbers depend only on seed, step and rank, so a resumed run draws the same.
     seed = np.random.SeedSequence([config.seed, number, tables.world.rank])
     _seed(int(seed.generate_state(1, np.uint32)[0]), tables.device)
     share = schedule(train, number, progress)
@@ -36,7 +41,7 @@ def take_step(state: TrainState, step: Step, number: int, progress: float) -> St
         gradients = clip(state, step, gradients, train.clip_norm)
     tables.update(step.request, gradients)
     if step.next_request is not None:
-        # The next step's rows are sent while the dense optimizer works.
+        # Table rows of the next step are sent while the dense weights are updated.
         tables.start_fetch(step.next_request)
     state.dense.wait()
     state.optimizer.step()
@@ -48,7 +53,7 @@ def take_step(state: TrainState, step: Step, number: int, progress: float) -> St
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seed the default generator; torch.manual_seed takes 0.8 ms to check every device type."""
+    """Seed the default generator. torch.manual_seed would take 0.8 ms to check all device types."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

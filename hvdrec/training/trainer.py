@@ -1,4 +1,4 @@
-"""Training: set up, then loop over epochs."""
+"""Train a model: set up the job, then loop over epochs."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ from hvdrec.training.pointers import find_checkpoint
 from hvdrec.training.step import take_step
 
 Stop = Callable[[int, float], bool]
-"""(epoch from 0, validation metric) -> True to stop training; the same on every rank."""
+"""Function of the epoch, from 0, and the validation metric that returns True to stop training. It
+must return the same on every rank."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished training run.
+    """The result of `train`.
 
     Attributes:
         run: Directory of the run.
-        steps: Optimizer steps since the start of training.
-        epochs: Epochs since the start of training.
+        steps: Number of optimizer steps since the start of training.
+        epochs: Number of epochs since the start of training.
         world_size: Number of ranks.
         metric: Name of the validation metric.
-        best: Its best value; None if there was no validation.
-        best_step: The step at which it was reached.
-        worse_than: The simple baselines that the best checkpoint does not reach on the validation
+        best: Best value of this metric; None if there was no validation.
+        best_step: Step at which it was reached.
+        worse_than: The simple baselines that are better than the best checkpoint on the validation
             split; see `evaluation.references.worse_than`.
     """
 
@@ -82,23 +83,24 @@ def train(
 ) -> TrainResult:
     """Train a model on the encoded shards.
 
-    Runs alone or on every rank of a Horovod job. Reads ``paths.features`` and writes checkpoints,
-    ``config.json`` and ``log.jsonl`` into ``paths.run``. In a job, an error that only one rank
-    meets ends all ranks, with one line that names the rank.
+    Call it in one process, or on every rank of a Horovod job. It reads ``paths.features`` and
+    writes checkpoints, ``config.json`` and ``log.jsonl`` to ``paths.run``. If one rank of a job
+    fails, all ranks end, with one line that names this rank.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         resume: Continue from the latest checkpoint, if there is one.
         overwrite: Remove an earlier run first.
-        progress: Show a bar, or the log's lines where there is no terminal, on the first rank.
-        stop: Called after each validation; True ends training.
+        progress: Show a progress bar on the first rank, or log lines if there is no terminal.
+        stop: Called after each validation; if it returns True, training ends.
 
     Returns:
         The result, the same on every rank.
 
     Raises:
-        UserError: The features are missing or do not fit, the directory holds another run, or the
-            hosts differ in version, configuration or features; nothing is written.
+        UserError: The features are missing or do not match the configuration; the directory holds
+            another run; or the hosts differ in version, configuration or features. Then nothing has
+            been written.
     """
     world = ranks.init()
     with watched():
@@ -122,7 +124,7 @@ def train(
 
 
 def _fit(job: TrainJob, log: TrainingLog, stop: Stop | None) -> Position:
-    """Train to the end, with a validation and a checkpoint after each epoch."""
+    """Train all remaining epochs, with a validation and a checkpoint after each."""
     train, position = job.config.train, job.start
     if train.warm_start.history and position.best is None:
         metrics, position = _validate(job, log, position, 0)
@@ -146,7 +148,7 @@ def _fit(job: TrainJob, log: TrainingLog, stop: Stop | None) -> Position:
 def _train_epoch(
     job: TrainJob, log: TrainingLog, position: Position, prepared: Iterator[Prepared]
 ) -> Position:
-    """Train on what is left of the current epoch."""
+    """Train on the rest of the current epoch; return the new position."""
     train, loader, world = job.config.train, job.loader, job.world
     rows = loader.batch_size * world.size
     done = min(loader.rows, sum(p.world_size * p.batch_size * p.steps for p in position.past))
@@ -156,7 +158,8 @@ def _train_epoch(
     step = position.step
     due: Position | None = None
     for number, now in enumerate(steps(prepared, job.state.tables, job.device), start=1):
-        # After the epoch's last step there is one checkpoint, with the metrics of its validation.
+        # Save only if another step follows. After the last step of an epoch, the checkpoint is
+        # written with the metrics of the validation.
         if due is not None:
             _save(job, due, {})
             due = None
@@ -180,7 +183,8 @@ def _train_epoch(
 class _StepSums:
     """Sums over the steps between two log lines.
 
-    losses: float32 [3 + T], this rank's share of the total, ranking, retrieval and task losses.
+    ``losses`` is this rank's share of the total loss, the ranking loss, the retrieval loss and the
+    loss of each task, float32 [3 + tasks].
     """
 
     losses: Tensor
@@ -230,7 +234,10 @@ def _log_start(job: TrainJob, log: TrainingLog) -> None:
 
 
 def _log_step(job: TrainJob, log: TrainingLog, sums: _StepSums, step: int, progress: float) -> None:
-    """Log the means over all ranks since the last line; every rank must call this together."""
+    """Log the mean losses over all ranks since the last log line.
+
+    All ranks must call this at the same time.
+    """
     total, ranking, retrieval, *tasks = (global_sum(sums.losses) / sums.steps).tolist()
     names = [task.name for task in job.config.tasks]
     log.write(
@@ -251,7 +258,10 @@ def _log_step(job: TrainJob, log: TrainingLog, sums: _StepSums, step: int, progr
 
 
 def _check_losses(job: TrainJob, sums: _StepSums, step: int) -> None:
-    """Check the losses since the last log line; every rank must call this together."""
+    """Raise an error if a loss since the last log line is not finite.
+
+    All ranks must call this at the same time.
+    """
     if sums.steps:
         check_loss(job.config.train, step, float(global_sum(sums.losses)[0]) / sums.steps)
 
@@ -259,7 +269,10 @@ def _check_losses(job: TrainJob, sums: _StepSums, step: int) -> None:
 def _validate(
     job: TrainJob, log: TrainingLog, position: Position, epoch: int
 ) -> tuple[dict[str, Any], Position]:
-    """Evaluate on the validation split; every rank uses the first rank's metrics."""
+    """Measure the model on the validation split; return the metrics and the new position.
+
+    All ranks use the metrics of the first rank.
+    """
     state, name = job.state, metric_name(job.config)
     if name == "none":
         return {}, position
@@ -278,13 +291,13 @@ def _validate(
 
 
 def judged(position: Position, value: float, *, is_loss: bool, counts: bool = True) -> Position:
-    """Return a position after a validation.
+    """Update the best metric and the count of validations without improvement in a position.
 
     Args:
-        position: Before it.
-        value: The metric; NaN, or an infinite value, is never the best.
-        is_loss: True if less is better.
-        counts: False if a validation without improvement does not count for early stopping.
+        position: Position before the validation.
+        value: Value of the validation metric; NaN and infinite values are never the best.
+        is_loss: True if a smaller value is better.
+        counts: False if this validation does not count for early stopping.
     """
     best = position.best
     if math.isfinite(value) and (best is None or (value < best if is_loss else value > best)):
@@ -293,7 +306,7 @@ def judged(position: Position, value: float, *, is_loss: bool, counts: bool = Tr
 
 
 def _worse_than(job: TrainJob) -> list[dict[str, Any]]:
-    """Return the simple baselines that the best checkpoint does not reach, as it records."""
+    """Return the simple baselines that are better than the best checkpoint, as recorded in it."""
 
     def read() -> list[dict[str, Any]]:
         if not ranks.current().is_first:
@@ -306,7 +319,7 @@ def _worse_than(job: TrainJob) -> list[dict[str, Any]]:
 
 
 def _save(job: TrainJob, position: Position, metrics: dict[str, Any]) -> None:
-    """Write a checkpoint; every rank must call this together."""
+    """Write a checkpoint; all ranks must call this at the same time."""
     job.state.average_ranks()
     check_weights(job.state, position.step)
     checkpoint.save(job.run, position, job.state, metrics)

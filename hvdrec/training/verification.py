@@ -1,4 +1,4 @@
-"""Verify artifacts: checksums, that Parquet files can be read, what was made from what."""
+"""Verify artifacts: compare checksums, read Parquet files, check that artifacts belong together."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from hvdrec.storage.urls import Location, Url
 from hvdrec.training.pointers import POINTERS, find_checkpoint
 
 DOCUMENTS = ("config.json", "trials.json")
-"""JSON files outside of artifacts that carry their own checksum."""
+"""JSON files that are not part of an artifact and contain their own checksum."""
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Verified:
-    """An artifact whose contents agree with its manifest."""
+    """An artifact whose files match its manifest."""
 
     path: Location
-    """Where it is."""
+    """Directory or URL of the artifact."""
     manifest: Manifest = field(repr=False)
-    """Its manifest."""
+    """Manifest of the artifact."""
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
+        """Size of all files, in bytes."""
         return sum(facts["bytes"] for facts in self.manifest.files.values())
 
 
 def find_artifacts(path: Location) -> list[Location]:
-    """Return an artifact, or all artifacts below a directory, such as a run's checkpoints.
+    """Return the artifact at a path, or all artifacts below it, such as the checkpoints of a run.
 
-    Also checks the pointers and the configurations of runs below the directory.
+    If there are runs below the path, their ``latest``, ``best`` and ``config.json`` are checked.
 
     Raises:
-        UserError: There is none, or a pointer or a configuration is damaged.
+        UserError: There is no artifact, or one of these files is damaged.
     """
     if isinstance(path, Url) or (path / MANIFEST).exists():
         return [path]
@@ -74,12 +74,12 @@ def verify(path: Location, progress: Progress = lambda done, total: None) -> Ver
     """Verify one artifact.
 
     Args:
-        path: Its directory or URL.
-        progress: Called with the bytes that were read and those in total.
+        path: Directory or URL of the artifact.
+        progress: Called with the number of bytes that have been read, and their total.
 
     Raises:
         UserError: A file is damaged or missing.
-        BundleError: The same in a bundle.
+        BundleError: A file of a bundle is damaged or missing.
     """
     kind = manifest_kind(path)
     manifest = read_manifest(path, kind)
@@ -107,15 +107,16 @@ def verify(path: Location, progress: Progress = lambda done, total: None) -> Ver
 
 
 def other_sources(artifacts: Sequence[Verified]) -> Iterator[str]:
-    """Describe each artifact that was made from another version of one beside it.
+    """Yield a line for each artifact whose source has changed since it was made.
 
-    An artifact is compared with the artifacts of the same work directory.
+    For example, the samples beside some features may be others than those they were made from. Only
+    artifacts in the same work directory are compared.
     """
     for artifact in artifacts:
         beside = [each for each in artifacts if _work(each.path) == _work(artifact.path)]
         for kind in dict.fromkeys(each.manifest.kind for each in beside):
             recorded = artifact.manifest.made_from(kind)
-            # A run has several checkpoints.
+            # A run has several checkpoints, so there may be several sources of this kind.
             sources = {e.manifest.identity: e.path for e in beside if e.manifest.kind == kind}
             if recorded and recorded not in sources:
                 now, path = next(iter(sources.items()))
@@ -129,7 +130,7 @@ _STAGES = {"features": "prepare", "checkpoint": "train"}
 
 
 def _work(path: Location) -> str:
-    """Return the work directory: the parent of samples, features, bundle and run."""
+    """Return the work directory of an artifact: the parent of samples, features, bundle and run."""
     parts = str(path).rstrip("/").split("/")
     return "/".join(parts[:-3] if parts[-2:-1] == ["checkpoints"] else parts[:-1])
 
@@ -153,7 +154,7 @@ def _local(file: Location, folder: Path) -> Path:
 
 
 def _check_parquet(shown: Location, file: Path, remedy: str) -> None:
-    import pyarrow as pa  # the slim install has no Parquet files to verify
+    import pyarrow as pa  # not at the top: the slim install, which lacks it, verifies only bundles
     import pyarrow.parquet as pq
 
     try:

@@ -1,6 +1,7 @@
-"""Warm start: linear towers from the closed form of a linear autoencoder of users' items.
+"""Warm start: initialize linear towers from a linear autoencoder that is solved in closed form.
 
-Shapes: U users, V codes of the item vocabulary, D the towers' output width.
+The autoencoder predicts the items that a user took from the user's other items. In shapes, U is the
+number of users, V the number of codes in the item vocabulary, D the width of the towers' outputs.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ SCALES = 2.0 ** np.arange(-4, 17)
 
 
 def warm_start(config: Config, size: int, model: Recommender, tables: DistributedTables) -> None:
-    """Initialize the item table and the towers' heads; every rank must call this together.
+    """Initialize the item table and the last layers of the towers.
 
-    The user embedding is then the pooled first D columns of the history's rows, the item embedding
-    the next D columns of the item's row. Their inner product is the best approximation of rank D to
-    the scores of `item_item_weights`. Other features start without influence.
+    All ranks must call this at the same time. Afterwards, a user's embedding is the pooled first D
+    columns of the item table's rows for the user's history, and an item's embedding is the next D
+    columns of the item's row. Their inner product is the best approximation of rank D to the scores
+    of `item_item_weights`. Other features have no influence at first.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         size: Number of codes of the item vocabulary.
-        model: Its towers are linear.
-        tables: Hold the item table.
+        model: Model whose towers are linear.
+        tables: The embedding tables, including that of items.
     """
     width = model.output_width
     computed = ranks.run_on_all(
@@ -74,12 +76,12 @@ def check_size(config: Config, size: int) -> None:
 
 
 def _item_rows(config: Config, size: int, width: int) -> Array:
-    """Compute the two vectors of each code, float32 [V, 2 D]."""
+    """Compute the two vectors of each item code, float32 [V, 2 D]."""
     taken = _taken(config, size)
     weights = item_item_weights(taken, config.train.warm_start)
     user, item = factors(taken, weights, width, config.seed)
-    # Training starts with the scale of logits that predicts left-out items best, and with the same
-    # norm on both sides.
+    # Scale the logits so that they predict left-out items best. Give the vectors for users and for
+    # items the same norm.
     scale = _best_scale(taken, user, item, config.seed) * config.train.temperature
     norms = np.linalg.norm(user), np.linalg.norm(item)
     balance = math.sqrt(scale / (norms[0] * norms[1] or 1.0))
@@ -90,22 +92,22 @@ def _item_rows(config: Config, size: int, width: int) -> Array:
 def item_item_weights(taken: Any, warm: WarmStart) -> Array:
     """Compute the item-item weights of a denoising linear autoencoder, float32 [V, V].
 
-    They minimize the squared error of predicting each entry of a user from the user's other
-    entries, each kept with probability 1 - dropout, with an L2 penalty. A user with n items has
-    weight n^-user_power. With G = taken' diag(w) taken and
-    P = (G + dropout / (1 - dropout) diag(G) + l2 I)^-1: weights = I - P / diag(P), so the diagonal
-    is 0.
+    They minimize, with an L2 penalty, the squared error of predicting each entry of a user's row
+    from the other entries, each of which is kept with probability 1 - dropout. A user with n items
+    has the weight w = n^-user_power. Let G = taken' diag(w) taken and
+    P = (G + dropout / (1 - dropout) diag(G) + l2 I)^-1. Then weights = I - P / diag(P), which has
+    a diagonal of 0.
 
     Source: Steck, "Autoencoders that don't overfit towards the identity", NeurIPS 2020 (EDLAE).
     Without dropout and user weights it is EASE (Steck, WWW 2019).
 
     Args:
-        taken: Sparse [U, V], 1 for the items that a user took.
+        taken: Sparse matrix [U, V] with 1 for each item that a user took.
         warm: The ``[train.warm_start]`` section.
     """
     sizes = np.maximum(np.asarray(taken.sum(1)).reshape(-1), 1.0)
     share = sizes**-warm.user_power
-    # The mean weight of a positive is 1, so l2 does not depend on user_power.
+    # Scale the weights to a mean of 1 per positive, so that l2 means the same for any user_power.
     share *= taken.nnz / max(float((share * sizes).sum()), 1e-12)
     gram = (taken.T @ sparse.diags(share) @ taken).toarray().astype(np.float64)
     return linear_weights(gram, warm.dropout / (1 - warm.dropout) * np.diag(gram) + warm.l2)
@@ -114,9 +116,9 @@ def item_item_weights(taken: Any, warm: WarmStart) -> Array:
 def factors(taken: Any, weights: Array, width: int, seed: int) -> tuple[Array, Array]:
     """Factor the item-item weights by a randomized SVD.
 
-    The mean of the first vectors over a user's items, times the second vector of an item, is the
-    best approximation of rank D to (taken @ weights) / sqrt(number of the user's items), up to a
-    factor per user.
+    Each item gets two vectors. Take the mean of the first vectors of a user's items. Its inner
+    product with the second vector of an item is, up to a factor for each user, the best
+    approximation of rank D to (taken @ weights) / sqrt(number of the user's items).
 
     Source: Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1.
 
@@ -147,14 +149,14 @@ def _taken(config: Config, size: int) -> Any:
     train = read_interactions(features, ["train"])
     codes = read_table(features / "items.parquet", [config.schema.item_key])[0].to_numpy()
     code = codes[train.item]
-    # All missing items share a code, and so do all rare items: such codes tell nothing.
+    # All missing items share one code and all rare items another, so these two codes are left out.
     chosen = (train.label * train.weight > 0) & (code >= FIRST_CODE)
     users = int(train.user.max(initial=-1)) + 1
     return user_item_matrix(train.user[chosen], code[chosen], users, size)
 
 
 def _best_scale(taken: Any, user: Array, item: Array, seed: int) -> float:
-    """Return the factor of inner products with the least softmax loss of left-out items."""
+    """Return the factor for inner products that minimizes the softmax loss of left-out items."""
     sizes = np.diff(taken.indptr)
     random = np.random.default_rng(seed)
     able = np.flatnonzero(sizes > 1)
@@ -179,7 +181,7 @@ def _best_scale(taken: Any, user: Array, item: Array, seed: int) -> float:
 
 
 def _pass_through(model: Recommender, history: str, item: str, width: int) -> None:
-    """Let the linear towers pass the warm-started columns through."""
+    """Set the weights of the linear towers so that their outputs are the warm-started columns."""
     sides = ((model.user_tower, "user", history, 0), (model.item_tower, "item", item, width))
     for tower, side, name, first in sides:
         assert tower is not None
