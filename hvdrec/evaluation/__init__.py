@@ -1,1 +1,1 @@
-"""Metrics, full-catalogue retrieval, and the baselines that a model has to beat."""
+"""Metrics, retrieval over the whole catalogue, and baselines to compare a model with."""

@@ -1,4 +1,4 @@
-"""Baselines, fitted on the training rows and measured as the model is, on the same rows."""
+"""Fit baselines on the training rows; measure them on the same rows as the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.parquet import read_metadata, read_tables
 
 CHOICE_USERS, CHOICE_ROWS = 10_000, 500_000
-"""Largest number of validation users and rows that choose a baseline's setting."""
+"""Largest numbers of validation users and rows that are used to choose a baseline's setting."""
 
 
 def compare(
@@ -45,23 +45,24 @@ def compare(
     queries: RetrievalQueries | None,
     ease_items: int,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Fit and measure the baselines; every rank gets the same report.
+    """Fit the baselines on the training rows and measure them; all ranks return the same report.
 
-    All are fitted on the training rows. Item-item models score a user by the items that the user
-    took, up to the state that the model has of the users (`held_out.user_state`).
+    Item-item models score items by the items that a user took before. These are the same that the
+    model knows of the user: those of training rows, or also of validation rows; see
+    `held_out.user_state`.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         split: The split to measure on.
-        rows: Its rows, for ranking metrics; None leaves these out.
-        queries: Its queries, for retrieval metrics; None leaves these out.
-        ease_items: Largest catalogue for which EASE is fitted, in items.
+        rows: Rows of the split, for ranking metrics; None to leave these metrics out.
+        queries: Queries of the split, for retrieval metrics; None to leave these metrics out.
+        ease_items: Largest number of items for which EASE is fitted.
 
     Returns:
-        The metrics of each baseline, and lines about them.
+        Name of each baseline -> its metrics; and lines of text about the baselines.
     """
     train = read_interactions(config.paths.of("features"), ["train"])
-    # One rank fits the item-item models: each would need its own [items, items] matrix.
+    # Only one rank fits the item-item models, since each needs a matrix [items, items].
     item_item, notes = ranks.broadcast_object(
         ranks.run_on_all(
             lambda: (
@@ -80,7 +81,7 @@ def _mean_baselines(
     rows: ScoredRows | None,
     queries: RetrievalQueries | None,
 ) -> dict[str, Any]:
-    """Return the metrics of popularity and means."""
+    """Return the metrics of the baselines popularity and means."""
     fitted = _fit(config, train)
     reports: dict[str, dict[str, Any]] = {}
     if rows is not None:
@@ -98,7 +99,7 @@ def _mean_baselines(
 
 
 def _task_baselines(config: Config, train: Interactions, rows: ScoredRows) -> dict[str, Any]:
-    """Return the metrics of popularity and means that are fitted to each task's own label."""
+    """Return the metrics of popularity and means for each task, fitted on the task's label."""
     table = read_tables(config.paths.of("features") / "train", list(config.task_columns))
     by_name: dict[str, list[Any]] = {}
     for column in config.task_columns:
@@ -117,9 +118,9 @@ def _task_baselines(config: Config, train: Interactions, rows: ScoredRows) -> di
 def _item_item_baselines(
     config: Config, split: str, train: Interactions, rows: ScoredRows | None, ease_items: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the metrics of co-occurrence and EASE, and notes.
+    """Return the metrics of co-occurrence and EASE, and lines of text about them.
 
-    Their settings are chosen on the validation split, separately for ranking and retrieval.
+    The setting of each is chosen on the validation split, separately for ranking and retrieval.
     """
     items = _counts(config)[1]
     taken = _taken(config, train)
@@ -152,7 +153,7 @@ def _chosen_report(
     to_choose: Mapping[str, Measure],
     to_report: Mapping[str, Measure],
 ) -> tuple[dict[str, Any], str]:
-    """Choose a family's settings, then return the metrics of the chosen models and a note."""
+    """Choose the setting of a family of models; return the chosen models' metrics and a line."""
     by = _choice_metrics(config)
     chosen = choose(family, by, to_choose)
     report: dict[str, Any] = {"chosen": chosen}
@@ -169,7 +170,10 @@ def _chosen_report(
 
 
 def _choice_metrics(config: Config) -> dict[str, str]:
-    """Return the metrics that choose settings: the metric of early stopping where it applies."""
+    """Return the metrics by which settings are chosen: that of early stopping if it applies.
+
+    The result has one metric for ``ranking`` and one for ``retrieval``.
+    """
     name, objective = config.train.metric, config.train.objective
     by: dict[str, str] = {}
     if objective != "retrieval":
@@ -182,7 +186,7 @@ def _choice_metrics(config: Config) -> dict[str, str]:
 def _measures(
     config: Config, split: str, rows: Interactions | None, most_users: int | None = None
 ) -> dict[str, Measure]:
-    """Return functions that measure item-item models on a split: ``ranking``, ``retrieval``."""
+    """Return ``ranking`` and ``retrieval`` -> a function that measures a model on a split."""
     measures: dict[str, Measure] = {}
     features = config.paths.of("features")
     state = user_state(read_manifest(features, "features"), split)
@@ -204,13 +208,16 @@ def _measures(
 
 
 def _taken(config: Config, rows: Interactions) -> Any:
-    """Return 1 for each item that a user took in rows of a weight above 0, [users, items]."""
+    """Return a sparse matrix [users, items] with 1 for each item that a user took.
+
+    Rows with weight 0 are ignored.
+    """
     positive = rows.where((rows.label > 0) & (rows.weight > 0))
     return user_item_matrix(positive.user, positive.item, *_counts(config))
 
 
 def _ease_obstacle(items: int, most: int) -> str:
-    """Return why EASE is left out, in one line; empty if it is not."""
+    """Return a line with the reason for which EASE is left out; "" if it is not."""
     need, free = ease_bytes(items), psutil.virtual_memory().available
     text = f"ease: left out, fitting takes {need / 1e9:.1f} GB for {items} items"
     if items > most:

@@ -1,4 +1,4 @@
-"""Evaluation of a model on a split, over all ranks."""
+"""Evaluate a model on a split; the ranks share the work."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from hvdrec.storage.parquet import read_table
 
 Array = NDArray[Any]
 FetchRows = Callable[[Mapping[str, Tensor]], BatchRows]
-"""Looks up the table rows of a batch, for a model that does not hold its tables."""
+"""Function that looks up the table rows of a batch, for a model without its embedding tables."""
 BLOCK = 8192
-"""Users or items embedded at a time."""
+"""Number of users or items that are embedded at a time."""
 OLD_FEATURES = (
     "retrieval: users are as of the end of training, without their validation rows, because an "
     "earlier version wrote the features; run hvdrec samples and hvdrec prepare with --overwrite"
@@ -53,19 +53,20 @@ def evaluate_model(
     ease_items: int = LARGEST_CATALOGUE,
     fetch_rows: FetchRows | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on a split, beside its baselines; every rank gets the same report.
+    """Measure a model and the baselines on a split; all ranks return the same report.
 
     Args:
         model: The model.
-        config: Its run.
+        config: Configuration of the run that trained it.
         split: The split to measure on.
-        with_baselines: Measure the baselines on the same rows and users.
-        ease_items: Largest catalogue for which EASE is fitted, in items.
-        fetch_rows: Looks up table rows; None if the model holds its tables.
+        with_baselines: True to measure the baselines on the same rows and users.
+        ease_items: Largest number of items for which EASE is fitted.
+        fetch_rows: Function that looks up table rows; None if the model has its tables.
 
     Returns:
-        The fields of `EvaluationResult` from ``split`` on; those that do not apply are absent.
-        ``notes`` says what is left out, and why a metric is not defined.
+        Name -> value, for the fields of `EvaluationResult` except ``run`` and ``checkpoint``.
+        Fields that do not apply are missing. ``notes`` says what is left out, and why a metric is
+        not defined.
     """
     features = config.paths.of("features")
     manifest = ranks.run_on_all(lambda: read_manifest(features, "features"))
@@ -95,7 +96,7 @@ def evaluate_model(
 
 
 def _copies_note(manifest: Manifest, split: str) -> list[str]:
-    """Return a line about rows of the split that are copies of rows of earlier splits."""
+    """Return a line if rows of the split are copies of rows in earlier splits."""
     copies, rows = manifest.meta.get("copies", {}).get(split), manifest.meta["rows"][split]
     if not copies:
         return []
@@ -103,7 +104,7 @@ def _copies_note(manifest: Manifest, split: str) -> list[str]:
 
 
 def _worse_than(config: Config, split: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the simple baselines that the model does not reach; see `references.worse_than`."""
+    """Return the simple baselines that are better than the model; see `references.worse_than`."""
     worse: list[dict[str, Any]] = []
     if "ranking" in report:
         facts = ranks.broadcast_object(
@@ -124,7 +125,7 @@ def _worse_than(config: Config, split: str, report: Mapping[str, Any]) -> list[d
 def validation_metric(
     model: Recommender, config: Config, name: str, fetch_rows: FetchRows | None = None
 ) -> tuple[float, dict[str, Any]]:
-    """Return the named metric on the validation split, and all metrics computed with it."""
+    """Return the metric `name` on the validation split, and all metrics that come with it."""
     if "@" in name:
         _, metrics = _retrieval(model, config, "validation", fetch_rows)
     else:
@@ -135,16 +136,16 @@ def validation_metric(
 
 
 def retrieval_worse_than_popularity(model: Recommender, config: Config) -> list[dict[str, Any]]:
-    """Compare a model's retrieval with popularity on at most 10,000 users of the validation split.
+    """Compare retrieval by a model with retrieval by popularity on the validation split.
 
-    This process works alone.
+    At most 10,000 users are measured. A single process calls this, without other ranks.
 
     Args:
         model: The model, with its tables, in evaluation mode.
-        config: Its run.
+        config: Configuration of the run that trained it.
 
     Returns:
-        See `references.worse_than`.
+        An entry if popularity is better; see `references.worse_than`.
     """
     features, ks = config.paths.of("features"), config.evaluate.k
     with ranks.single_rank():
@@ -159,7 +160,7 @@ def retrieval_worse_than_popularity(model: Recommender, config: Config) -> list[
 
 
 def task_auc(tasks: Mapping[str, Any], config: Config) -> float:
-    """Return the mean of the tasks' AUCs, weighted by share; NaN if none is defined."""
+    """Return the mean of the tasks' AUCs, weighted by ``tasks.share``; NaN if none is defined."""
     pairs = [(tasks[task.name]["auc"], task.share) for task in config.tasks]
     defined = [(auc, share) for auc, share in pairs if not math.isnan(auc)]
     total = sum(share for _, share in defined)
@@ -169,7 +170,7 @@ def task_auc(tasks: Mapping[str, Any], config: Config) -> float:
 def score_split(
     model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None = None
 ) -> ScoredRows:
-    """Score every row of a split; each rank scores its part, then all gather all rows."""
+    """Score every row of a split. Each rank scores a part; all ranks return all rows."""
     world, device = ranks.current(), next(model.parameters()).device
     loader = ShardLoader.from_config(
         config, split, config.evaluate.batch_size, world.rank, world.size, shuffle=False
@@ -198,9 +199,10 @@ def embed_side(
     fetch_rows: FetchRows | None = None,
     state: str = "train",
 ) -> Array:
-    """Return the tower embeddings of all users (items), float32 [n, D]; ranks share the work.
+    """Return the tower's embeddings of all users (or items), float32 [n, width].
 
-    Users are embedded in a state of `samples.split.STATES`.
+    The ranks share the work. `state`, one of `samples.split.STATES`, says as of the end of which
+    split the users are embedded.
     """
     world, device = ranks.current(), next(model.parameters()).device
     name = f"{side}s.parquet" if state == "train" else f"{side}s_{state}.parquet"
@@ -209,7 +211,7 @@ def embed_side(
     features = config.schema.side(side)
     represent = model.represent_users if side == "user" else model.represent_items
     blocks: list[Array] = [np.empty((0, model.output_width), np.float32)]
-    # All ranks run the same number of steps, because a lookup may be a collective.
+    # All ranks run the same number of steps, because a lookup may need all ranks.
     steps = math.ceil(math.ceil(table.num_rows / world.size) / BLOCK)
     with torch.inference_mode():
         for step in range(steps):
@@ -226,7 +228,7 @@ def embed_side(
 def _ranking(
     model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None
 ) -> tuple[ScoredRows, dict[str, Any], dict[str, Any]]:
-    """Return the scored rows of a split, their metrics and those of each task."""
+    """Return the scored rows of a split, their metrics, and the metrics of each task."""
     rows = score_split(model, config, split, fetch_rows)
     names = [task.name for task in config.tasks]
     metrics = rows.metrics(rows.score, config.evaluate)
@@ -241,7 +243,7 @@ def _retrieval(
     fetch_rows: FetchRows | None,
     state: str = "train",
 ) -> tuple[RetrievalQueries, dict[str, Any]]:
-    """Return the queries of a split and the model's metrics on them, with users in a state."""
+    """Return the queries of a split, and the model's metrics on them with users as of `state`."""
     queries = RetrievalQueries.read(config.paths.of("features"), split, config.evaluate.seen)
     users = embed_side(model, config, "user", fetch_rows, state)
     items = embed_side(model, config, "item", fetch_rows)

@@ -1,4 +1,4 @@
-"""The rows of a split, and the protocols that measure a model and its baselines on them."""
+"""The rows of a split, on which a model and its baselines are measured."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Interactions:
-    """Rows of one or more splits.
+    """n rows of one or more splits.
 
     Attributes:
-        user: User indices, int64 [n].
-        item: Item indices, int64 [n].
-        label: Labels, float32 [n].
-        weight: Row weights, float32 [n].
+        user: Index of each row's user, int64 [n].
+        item: Index of each row's item, int64 [n].
+        label: Label of each row, float32 [n].
+        weight: Weight of each row, float32 [n].
     """
 
     user: Array
@@ -48,18 +48,20 @@ class Interactions:
     weight: Array
 
     def where(self, mask: Array) -> Interactions:
-        """Return the rows at which `mask`, bool [n], is true."""
+        """Return the rows for which `mask`, bool [n], is True."""
         return Interactions(self.user[mask], self.item[mask], self.label[mask], self.weight[mask])
 
 
 @dataclass(frozen=True)
 class ScoredRows(Interactions):
-    """All rows of a split with a model's scores, in the order of the shards, on every rank.
+    """All n rows of a split with a model's scores, in the order of the shards.
+
+    Every rank has all rows.
 
     Attributes:
-        score: Probabilities, float32 [n].
-        task_scores: Probabilities of each task, float32 [n, T].
-        task_labels: Labels of each task, float32 [n, T]; NaN if a row has no label for a task.
+        score: Probability of a positive label, float32 [n].
+        task_scores: Probability of each task's label, float32 [n, tasks].
+        task_labels: Label for each task, float32 [n, tasks]; NaN if a row has none.
     """
 
     score: Array
@@ -67,7 +69,10 @@ class ScoredRows(Interactions):
     task_labels: Array
 
     def metrics(self, score: Array, options: Evaluate) -> dict[str, Any]:
-        """Return the ranking metrics of any probabilities [n] for these rows, on every rank."""
+        """Return the ranking metrics of given probabilities for these rows.
+
+        `score` has one probability for each row [n]. All ranks return the same metrics.
+        """
         return ranks.run_on_all(
             lambda: ranking_metrics(
                 score,
@@ -80,7 +85,7 @@ class ScoredRows(Interactions):
         )
 
     def notes(self, split: str) -> list[str]:
-        """Return a line about ranking metrics that these rows do not define."""
+        """Return a line about the ranking metrics that are not defined for these rows."""
         label = self.label[self.weight > 0]
         where = f"row of the {split} split"
         if not len(label):
@@ -93,7 +98,10 @@ class ScoredRows(Interactions):
     def task_metrics(
         self, scores: Array, tasks: Sequence[str], options: Evaluate
     ) -> dict[str, dict[str, Any]]:
-        """Return the metrics of each task's scores, [n, T], over the rows that have its label."""
+        """Return name of a task -> metrics of its scores, over the rows that have its label.
+
+        `scores` is [n, tasks].
+        """
 
         def measure(task: int) -> dict[str, float]:
             known = ~np.isnan(self.task_labels[:, task])
@@ -111,15 +119,18 @@ class ScoredRows(Interactions):
 
 @dataclass(frozen=True)
 class RetrievalQueries:
-    """The users to retrieve for: this rank's part of the users with a relevant item in a split.
+    """The users for whom items are retrieved, to measure retrieval on a split.
+
+    These are the users with a relevant item: an item of a positive row in the split that the user
+    has not seen before. Each rank has a part of them, u users.
 
     Attributes:
-        users: User indices, int64 [u].
-        seen: Items to exclude for each user, sparse [u, items].
-        relevant: Items to find for each user, sparse [u, items].
+        users: Index of each user, int64 [u].
+        seen: Items to exclude for each user, sparse matrix [u, items].
+        relevant: Items to find for each user, sparse matrix [u, items].
         items: Number of items in the catalogue.
-        positives: Positive pairs of user and item in the split, over all ranks' queries.
-        repeats: How many of them are left out because the user had seen the item before.
+        positives: Number of pairs of user and item with a positive row in the split, on all ranks.
+        repeats: Number of these pairs that are left out because the user had seen the item before.
     """
 
     users: Array
@@ -133,12 +144,15 @@ class RetrievalQueries:
     def read(
         features: Location, split: str, seen_items: SeenItems, most_users: int | None = None
     ) -> RetrievalQueries:
-        """Read the queries of a split; evenly spaced ones if there are more than `most_users`."""
+        """Read the queries of a split.
+
+        If there are more than `most_users`, about every n-th user is taken.
+        """
         seen = read_interactions(features, earlier_splits(split))
         if seen_items == "taken":
             seen = seen.where(seen.label > 0)
         held_out = read_interactions(features, [split])
-        # Seen items are excluded from retrieval, so they cannot be targets.
+        # Seen items are excluded from retrieval, so they cannot be relevant.
         count = read_metadata(features / "items.parquet").num_rows
         pairs = [rows.user * count + rows.item for rows in (held_out, seen)]
         again = np.isin(*pairs)
@@ -158,7 +172,7 @@ class RetrievalQueries:
         )
 
     def notes(self, split: str, seen_items: SeenItems) -> list[str]:
-        """Return lines about positives that are not targets, and about a split without any."""
+        """Return a line if positive rows do not count, and the reason if there are no queries."""
         if not self.positives:
             return [f"retrieval: n/a, no row of the {split} split is positive"]
         if not self.repeats:
@@ -175,13 +189,16 @@ class RetrievalQueries:
         ]
 
     def metrics(self, users: Array, items: Array, ks: Sequence[int]) -> dict[str, Any]:
-        """Return the metrics of vectors of all users and items, [n, d], over all ranks' queries."""
+        """Return the retrieval metrics of embeddings over the queries of all ranks.
+
+        `users` and `items` are the embeddings of all users and items [n, width].
+        """
         vectors = users[self.users]
         top = ranks.run_on_all(lambda: rank_catalogue(vectors, items, self.seen, max(ks)))
         return self._metrics_of(top, ks)
 
     def item_item_metrics(self, model: ItemItemModel, ks: Sequence[int]) -> dict[str, Any]:
-        """Return the retrieval metrics of an item-item model over all ranks' queries."""
+        """Return the retrieval metrics of an item-item model over the queries of all ranks."""
         score_items = model.score_items(self.users)
         top = rank_scores(score_items, len(self.users), self.items, self.seen, max(ks))
         return self._metrics_of(top, ks)
@@ -192,20 +209,20 @@ class RetrievalQueries:
 
 
 def earlier_splits(split: str) -> tuple[str, ...]:
-    """Return the splits before a held-out one, whose items count as seen."""
+    """Return the splits before validation or test. Their items count as seen."""
     return ("train",) if split == "validation" else ("train", "validation")
 
 
 def user_state(manifest: Manifest, split: str) -> str:
-    """Return the state of the users (`samples.split.STATES`) that evaluates a split.
+    """Return the state of `samples.split.STATES` in which users are when a split is evaluated.
 
-    Features of an earlier version hold only the training state.
+    Features that an earlier version wrote have users only as of the end of training.
     """
     return str(manifest.meta.get("user_states", {}).get(split, "train"))
 
 
 def read_interactions(features: Location, splits: Sequence[str]) -> Interactions:
-    """Read the indices, labels and weights of splits."""
+    """Read the user and item indices, labels and weights of all rows of some splits."""
     shard = read_metadata(parquet_files(features / splits[0])[0])
     names = shard.schema.to_arrow_schema().names
     # A prefixed name is there only if a feature has the name itself.
@@ -220,7 +237,10 @@ def part_of(rows: int, rank: int, size: int) -> tuple[int, int]:
 
 
 def _pairs_of(users: Array, user: Array, item: Array, items: int) -> Any:
-    """Return the (user, item) pairs of `users`, sorted int64 [u], as a sparse [u, items] matrix."""
+    """Return a sparse matrix [u, items] with 1 for each pair of user and item.
+
+    Only the u users in `users`, which is sorted, get a row.
+    """
     position = np.searchsorted(users, user)
     position[position == len(users)] = 0
     mask = users[position] == user if len(users) else np.zeros(len(user), dtype=bool)

@@ -1,10 +1,10 @@
 """Baselines that score an item by the other items that a user took: co-occurrence and EASE.
 
-Both score user u and item i by sum_j taken[u, j] * weights[j, i]. `taken` [users, items] holds 1
-for the positives of the rows known of a user: those of training, and of validation where a later
-test split is measured. `weights` [items, items], fitted on training rows, has a zero diagonal, so a
-row's own interaction adds nothing to its score, even for a training row. Each model has one
-setting, which is chosen on validation.
+The score of item i for user u is the sum over items j of taken[u, j] * weights[j, i]. ``taken``,
+[users, items], is 1 for the items of the user's positive rows in training, and also in validation
+if a test split that is later in time is measured. ``weights``, [items, items], is fitted on
+training rows. Its diagonal is 0, so that the fact that a user took an item does not add to the
+item's own score. Each model has one setting, which is chosen on the validation split.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from hvdrec.evaluation.retrieval import LOW_HALF, ScoreItems, ScoreUsers
 
 Array = NDArray[Any]
 NEIGHBOURS = (20, 50, 100, 200)
-"""Numbers of similar items to choose from."""
+"""Numbers of similar items that are tried for co-occurrence."""
 L2 = (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
-"""L2 penalties of EASE to choose from."""
+"""L2 penalties that are tried for EASE."""
 LARGEST_CATALOGUE = 10_000
-"""Largest catalogue for which EASE is fitted by default, in items."""
+"""Largest number of items for which EASE is fitted by default."""
 BYTES_PER_PAIR = 16
-"""Memory of fitting EASE: counts and weights in float32, the inverse in float64."""
+"""Memory for each pair of items when EASE is fitted: counts and weights in float32, the inverse in
+float64."""
 BLOCK = 8_000_000
-"""Products, or pairs of items, in memory at a time."""
+"""Number of products, or of pairs of items, in memory at a time."""
 MIRRORED = 1024
-"""Rows of the inverse that are mirrored at a time."""
+"""Number of rows of the symmetric inverse that are copied to the other triangle at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,16 @@ class ItemItemModel:
     """A linear model over the items that a user took.
 
     Attributes:
-        taken: Sparse CSR, float32 [users, items].
-        weights: float32 [items, items], dense or sparse CSC.
+        taken: 1 for each item that a user took, sparse CSR matrix, float32 [users, items].
+        weights: Weight of each taken item (row) for each scored item (column), dense or sparse CSC
+            matrix, float32 [items, items].
     """
 
     taken: Any
     weights: Any
 
     def score_items(self, users: Array) -> ScoreItems:
-        """Return the scores of users, int64 [u], block by block, as `rank_scores` takes them."""
+        """Return a function for `rank_scores` that computes the scores of users block by block."""
         chosen = self.taken[users]
 
         def score_block(first: int, last: int) -> ScoreUsers:
@@ -62,7 +64,10 @@ class ItemItemModel:
         return score_block
 
     def scores(self, user: Array, item: Array) -> Array:
-        """Return the scores of rows of user and item indices, float64 [n]; not probabilities."""
+        """Return the scores of n pairs of user and item index, float64 [n].
+
+        The scores are not probabilities.
+        """
         sizes = np.diff(self.taken.indptr)[user]
         scores = np.zeros(len(user))
         by_item = self.weights.T.tocsr() if sparse.issparse(self.weights) else None
@@ -79,18 +84,18 @@ class ItemItemModel:
 
 
 Measure = Callable[[ItemItemModel], Mapping[str, float]]
-"""Returns a model's metrics by name."""
+"""Function that returns name -> value of the metrics of a model."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Item-item models that differ in one setting.
+    """A baseline with a setting that is still to be chosen.
 
     Attributes:
         name: Name of the baseline.
         setting: Name of the setting.
-        values: Values to choose from.
-        fit: Returns the model for a value.
+        values: Values to try.
+        fit: Function that returns the model for a value.
     """
 
     name: str
@@ -100,13 +105,13 @@ class Family:
 
 
 def cooccurrence(taken: Any, values: Sequence[int] = NEIGHBOURS) -> Family:
-    """Return co-occurrence models, whose weights are the cosines of the k most similar items.
+    """Return the co-occurrence baseline: the weights are the cosines of the k most similar items.
 
-    The cosine of items i and j is the number of users who took both, divided by the root of the
-    product of the numbers of users who took each (Sarwar et al., "Item-based collaborative
-    filtering recommendation algorithms", WWW 2001; sums over sets of items as in Deshpande and
-    Karypis, "Item-based top-N recommendation algorithms", TOIS 2004). Ties go to the smaller item
-    index.
+    The cosine of items i and j is the number of users who took both, divided by the square root of
+    the number of users who took i times the number who took j (Sarwar et al., "Item-based
+    collaborative filtering recommendation algorithms", WWW 2001; sums over several items as in
+    Deshpande and Karypis, "Item-based top-N recommendation algorithms", TOIS 2004). Among equally
+    similar items, those with the smaller index are taken.
     """
     row, column, cosine, rank = _neighbours(taken, max(values))
 
@@ -121,12 +126,12 @@ def cooccurrence(taken: Any, values: Sequence[int] = NEIGHBOURS) -> Family:
 
 
 def ease(taken: Any, values: Sequence[float] = L2) -> Family:
-    """Return EASE models: each item regressed on a user's other items, in closed form.
+    """Return the EASE baseline: a linear regression of each item on the user's other items.
 
-    The weights minimize ||taken - taken @ weights||^2 + l2 ||weights||^2 with a zero diagonal: with
-    P = (taken' taken + l2 I)^-1, weights[j, i] = -P[j, i] / P[i, i] for j != i (Steck,
-    "Embarrassingly shallow autoencoders for sparse data", WWW 2019). Time grows with items^3,
-    memory with items^2 (see `ease_bytes`).
+    The weights minimize ||taken - taken @ weights||^2 + l2 ||weights||^2 with a zero diagonal. The
+    solution has a closed form. With P = (taken' taken + l2 I)^-1, it is
+    weights[j, i] = -P[j, i] / P[i, i] for j != i (Steck, "Embarrassingly shallow autoencoders for
+    sparse data", WWW 2019). Time grows with items^3, memory with items^2 (see `ease_bytes`).
     """
     both = (taken.T @ taken).toarray()
 
@@ -140,11 +145,12 @@ def linear_weights(both: Array, penalty: float | Array) -> Array:
     """Return the EASE weights for P = (both + diag(penalty))^-1.
 
     Args:
-        both: Number (or total weight) of users who took both items, [items, items].
-        penalty: One L2 penalty, or one per item, float64 [items].
+        both: For each pair of items, the number (or total weight) of users who took both,
+            [items, items].
+        penalty: L2 penalty; a number, or one for each item, float64 [items].
 
     Returns:
-        -P / diag(P) off the diagonal and 0 on it, float32 [items, items].
+        -P / diag(P), with 0 on the diagonal, float32 [items, items].
     """
     inverse = both.astype(np.float64, order="F")
     inverse[np.diag_indices_from(inverse)] += penalty
@@ -156,24 +162,25 @@ def linear_weights(both: Array, penalty: float | Array) -> Array:
 
 
 def ease_bytes(items: int) -> int:
-    """Return the memory that fitting EASE needs, in bytes."""
+    """Return the memory in bytes that is needed to fit EASE."""
     return BYTES_PER_PAIR * items**2
 
 
 def choose(
     family: Family, by: Mapping[str, str], measures: Mapping[str, Measure]
 ) -> dict[str, dict[str, float]]:
-    """Choose the best setting for each group of metrics, ``ranking`` or ``retrieval``.
+    """Choose the best value of a baseline's setting, separately for ranking and for retrieval.
 
-    NaN is worse than any number; the first of equal values wins.
+    NaN is worse than any number. If two values are equally good, the first is chosen.
 
     Args:
-        family: The models to choose from.
-        by: The metric that decides in each group; higher is better.
-        measures: The function that measures a model in each group.
+        family: The baseline.
+        by: ``ranking`` or ``retrieval`` -> name of the metric that decides; higher is better.
+        measures: ``ranking`` or ``retrieval`` -> function that measures a model.
 
     Returns:
-        For each group, the chosen value of the setting and the metric it reached.
+        ``ranking`` or ``retrieval`` -> the chosen value, under the name of the setting, and the
+        value of the metric, under its name.
     """
 
     def measure(value: float) -> dict[str, float]:
@@ -190,7 +197,7 @@ def choose(
 
 
 def runs(sizes: Array, most: int) -> Iterator[slice]:
-    """Cut a sequence into runs; the sizes of a run, but for its first, sum to less than `most`."""
+    """Cut a sequence into runs. Without its first element, the sizes of a run sum to < `most`."""
     total = np.cumsum(sizes)
     ends = np.flatnonzero(np.diff(total // most, append=-1)) + 1
     start = 0
@@ -200,11 +207,14 @@ def runs(sizes: Array, most: int) -> Iterator[slice]:
 
 
 def _neighbours(taken: Any, most: int) -> tuple[Array, Array, Array, Array]:
-    """Return each item's most similar items: neighbour, item, cosine, rank from 0, each [n]."""
+    """Return the `most` most similar items of each item, as four arrays [n].
+
+    They are the similar item, the item, their cosine, and the rank of the similar item, from 0.
+    """
     by_item = taken.tocsc()
     scale = np.sqrt(np.maximum(np.diff(by_item.indptr), 1))
     others = taken.T.tocsr()
-    # Upper bound of a column's entries: every user who took the item adds all of their items.
+    # A column of `pairs` has at most one entry for each item of each user who took the item.
     sizes = np.minimum(others @ np.diff(taken.indptr).astype(np.float64), taken.shape[1])
     empty = np.empty(0, dtype=np.int64)
     blocks: list[tuple[Array, ...]] = [(empty, empty, empty.astype(np.float32), empty)]
@@ -215,7 +225,8 @@ def _neighbours(taken: Any, most: int) -> tuple[Array, Array, Array, Array]:
         row, apart = pairs.indices, pairs.indices != column
         row, column, both = row[apart], column[apart], pairs.data[apart]
         cosine = (both / (scale[row] * scale[column])).astype(np.float32)
-        # The bits of positive floats sort like the numbers; a stable sort keeps rows ascending.
+        # The bits of positive floats sort like the numbers. The sort is stable, so rows with equal
+        # cosines stay in ascending order.
         keys = (column.astype(np.uint64) << np.uint64(32)) | (LOW_HALF - cosine.view(np.uint32))
         order = np.argsort(keys, kind="stable")
         row, column, cosine = row[order], column[order], cosine[order]
@@ -228,7 +239,7 @@ def _neighbours(taken: Any, most: int) -> tuple[Array, Array, Array, Array]:
 
 def _invert(matrix: Array) -> None:
     """Invert a symmetric positive definite float64 matrix in Fortran order, in place."""
-    from scipy.linalg import lapack  # slow to import; only the rank that fits needs it
+    from scipy.linalg import lapack  # not at the top: slow to import, and only one rank needs it
 
     factor, failed = lapack.dpotrf(matrix, lower=1, overwrite_a=1)
     inverse, failed_too = lapack.dpotri(factor, lower=1, overwrite_c=1)

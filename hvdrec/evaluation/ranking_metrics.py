@@ -1,8 +1,8 @@
 """Metrics of predicted probabilities against labels 0 and 1.
 
-All functions take score, label and weight of shape [n]; weights are not negative, and rows of
-weight zero do not count. A metric that the rows do not define is NaN. The metrics are not sums over
-ranks: gather the arrays, then compute once.
+All functions take score, label and weight of n rows, each [n]. Weights are not negative; rows with
+weight 0 do not count. A metric that is not defined for the rows is NaN. A metric of all rows cannot
+be computed from the metrics of parts, so gather the rows of all ranks first.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def ranking_metrics(
     threshold: float = 0.5,
     beta: float = 1.0,
 ) -> dict[str, float]:
-    """Return all ranking metrics by name.
+    """Return name -> value of all ranking metrics.
 
     Args:
-        score: Probabilities, [n].
-        label: Labels, [n].
-        weight: Row weights, [n].
-        user: The user of each row, int64 [n].
-        threshold: Rows with a score of at least this are predicted positive.
+        score: Probability of each row [n].
+        label: Label of each row [n].
+        weight: Weight of each row [n].
+        user: User of each row, int64 [n].
+        threshold: Rows with a score of at least this count as predicted positive.
         beta: Weight of recall in F-beta.
 
     Raises:
@@ -74,7 +74,7 @@ def ranking_metrics(
 def order_metrics(score: Array, label: Array, weight: Array, user: Array) -> dict[str, float]:
     """Return the ranking metrics that depend only on the order of the scores.
 
-    For scores that are not probabilities. Arguments are those of `ranking_metrics`.
+    The scores need not be probabilities. For the arguments see `ranking_metrics`.
     """
     score, label, weight, user = _weighted_rows(score, label, weight, user)
     per_user, users = gauc(score, label, weight, user)
@@ -89,10 +89,10 @@ def order_metrics(score: Array, label: Array, weight: Array, user: Array) -> dic
 
 
 def auc(score: Array, label: Array, weight: Array) -> float:
-    """Return the area under the ROC curve; tied scores count half.
+    """Return the area under the ROC curve.
 
-    This is the weighted share of (positive, negative) pairs that are in the right order (Hanley and
-    McNeil, 1982).
+    This is the weighted share of pairs of a positive and a negative row in which the positive row
+    has the higher score (Hanley and McNeil, 1982). Pairs with equal scores count half.
     """
     if not len(score):
         return float("nan")
@@ -100,10 +100,10 @@ def auc(score: Array, label: Array, weight: Array) -> float:
 
 
 def gauc(score: Array, label: Array, weight: Array, user: Array) -> tuple[float, int]:
-    """Return the mean AUC over users, weighted by their impressions, and the number of users.
+    """Return the mean of the users' AUCs, weighted by their total weight, and the number of users.
 
-    Users with rows of one class only have no AUC and do not count (Zhu et al., "Optimized cost per
-    click in Taobao display advertising", KDD 2017).
+    Users whose rows all have the same label have no AUC and do not count (Zhu et al., "Optimized
+    cost per click in Taobao display advertising", KDD 2017).
     """
     if not len(score):
         return float("nan"), 0
@@ -125,10 +125,10 @@ def log_loss(score: Array, label: Array, weight: Array) -> float:
 
 
 def normalized_entropy(score: Array, label: Array, weight: Array) -> float:
-    """Return the log loss divided by the log loss of always predicting the base rate.
+    """Return the log loss divided by the log loss of always predicting the share of positives.
 
-    Below 1 is better than the base rate. Source: He et al., "Practical lessons from predicting
-    clicks on ads at Facebook", ADKDD 2014.
+    A value below 1 is better than that constant prediction. Source: He et al., "Practical lessons
+    from predicting clicks on ads at Facebook", ADKDD 2014.
     """
     rate = _ratio((weight * label).sum(), weight.sum())
     if not 0 < rate < 1:
@@ -140,8 +140,9 @@ def normalized_entropy(score: Array, label: Array, weight: Array) -> float:
 def calibration_error(score: Array, label: Array, weight: Array, bins: int = BINS) -> float:
     """Return the weighted mean of |mean score - share of positives| over bins of equal weight.
 
-    Rows are sorted by score and cut into `bins` parts of equal weight (expected calibration error
-    with adaptive bins, Nixon et al. 2019). Tied scores share a bin: the one of their midpoint.
+    Rows are sorted by score and divided into `bins` bins of equal weight (expected calibration
+    error with adaptive bins, Nixon et al. 2019). Rows with equal scores are all in the bin of the
+    middle one.
     """
     total = weight.sum()
     if not total:
@@ -157,10 +158,10 @@ def calibration_error(score: Array, label: Array, weight: Array, bins: int = BIN
 def precision_recall_f(
     score: Array, label: Array, weight: Array, threshold: float, beta: float
 ) -> tuple[float, float, float]:
-    """Return precision, recall and F-beta when rows with score >= threshold are predicted positive.
+    """Return precision P, recall R and F-beta if rows with score >= threshold count as positive.
 
     F-beta = (1 + beta^2) P R / (beta^2 P + R); van Rijsbergen's E-measure is 1 - F-beta. Precision
-    is 0 without predicted positives, recall is 0 without actual ones.
+    is 0 if no row is predicted positive. Recall is 0 if no row is positive.
     """
     predicted = score >= threshold
     hits = (weight * label)[predicted].sum()
@@ -174,10 +175,10 @@ def precision_recall_f(
 def average_precision(
     score: Array, label: Array, weight: Array, threshold: float = -np.inf
 ) -> float:
-    """Return the sum of precision times the gain in recall, from the highest score down.
+    """Return average precision: the sum of precision times gain in recall, from the top score down.
 
-    Tied scores form one step. With a threshold, only the part of the curve with score >= threshold
-    is summed.
+    Rows with equal scores form one step. With a threshold, only the steps with score >= threshold
+    are summed.
     """
     positives = (weight * label).sum()
     if not positives:
@@ -192,13 +193,16 @@ def average_precision(
 
 
 def _group_auc(score: Array, label: Array, weight: Array, group: Array) -> tuple[Array, Array]:
-    """Return the AUC of each group (NaN if a class is missing) and its weight, each [groups]."""
+    """Return the AUC of each group of rows and the group's total weight, each [groups].
+
+    The AUC is NaN if all rows of the group have the same label.
+    """
     groups = int(group.max()) + 1
     order = np.lexsort((score, group))
     score, group = score[order], group[order]
     positive = (weight * (label > 0))[order]
     negative = (weight * (label <= 0))[order]
-    # A run holds rows of one group and one score: pairs within a run are ties.
+    # A run is a series of rows with the same group and score, so pairs within a run are ties.
     starts = np.flatnonzero(np.append(True, (np.diff(group) != 0) | (np.diff(score) != 0)))
     run_positive = np.add.reduceat(positive, starts)
     run_negative = np.add.reduceat(negative, starts)
@@ -215,7 +219,7 @@ def _group_auc(score: Array, label: Array, weight: Array, group: Array) -> tuple
 
 
 def _weighted_rows(score: Array, label: Array, weight: Array, user: Array) -> tuple[Array, ...]:
-    """Drop rows of weight zero; weights become float64."""
+    """Drop rows with weight 0; convert weights to float64."""
     counted = weight > 0
     return score[counted], label[counted], weight[counted].astype(np.float64), user[counted]
 

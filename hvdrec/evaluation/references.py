@@ -1,4 +1,4 @@
-"""What is known about a split without a model: which metrics it defines, and what to beat on it."""
+"""Examine a split without a model: which metrics are defined, which values baselines reach."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Reference:
     """The value of a metric that a baseline reaches on a split.
 
     Attributes:
-        baseline: ``base_rate`` predicts the training rows' share of positives for every row; the
-            others are those of `baselines`.
+        baseline: Name of the baseline. ``base_rate`` predicts the share of positives among the
+            training rows for every row; for the others see `baselines`.
         metric: Name of the metric.
-        value: Its value.
+        value: Value of the metric.
         task: Name of the task; empty for the main label.
     """
 
@@ -43,14 +43,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class LabelFacts:
-    """Facts about the labels of the training split and of another one, mostly validation.
+    """Facts about the labels of the training split and of another split, usually validation.
 
     Attributes:
-        rates: Share of positives, by weight, in the training split: of the label, then of each
-            task; NaN without weight.
-        undefined: Ranking metric -> why it is not defined on the other split; metrics that are
-            defined are absent.
-        references: What baselines reach on the other split.
+        rates: Weighted share of positive rows in the training split, for the main label, then for
+            each task; NaN if the total weight is 0.
+        undefined: Ranking metric -> the reason why it is not defined on the other split. Metrics
+            that are defined are not listed.
+        references: Metrics of the baselines on the other split.
     """
 
     rates: Sequence[float]
@@ -58,12 +58,12 @@ class LabelFacts:
     references: Sequence[Reference] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the facts as values that ranks can send each other."""
+        """Convert the facts to plain values, which ranks can send to each other."""
         return asdict(self)
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> LabelFacts:
-        """Return the facts that `to_dict` gave."""
+        """Build the facts from the result of `to_dict`."""
         references = [Reference(**each) for each in plain["references"]]
         return LabelFacts(plain["rates"], plain["undefined"], references)
 
@@ -71,7 +71,7 @@ class LabelFacts:
 def label_facts(config: Config, split: str = "validation") -> LabelFacts:
     """Read the labels of the training split, shard by shard, and of another split.
 
-    One rank calls this.
+    Only one rank needs to call this.
     """
     features, columns = (
         config.paths.of("features"),
@@ -107,9 +107,12 @@ def label_facts(config: Config, split: str = "validation") -> LabelFacts:
 
 
 def undefined_metrics(user: Array, label: Array, weight: Array) -> dict[str, str]:
-    """Return why ranking metrics are not defined on some rows; those that are defined are absent.
+    """Return each ranking metric that is not defined for n rows -> the reason.
 
-    `user` is int64 [n]; `label` and `weight` are float32 [n].
+    Args:
+        user: User of each row, int64 [n].
+        label: Label of each row, float32 [n].
+        weight: Weight of each row, float32 [n].
     """
     counted = weight > 0
     user, label, weight = user[counted], label[counted], weight[counted]
@@ -123,10 +126,13 @@ def undefined_metrics(user: Array, label: Array, weight: Array) -> dict[str, str
 
 
 def popularity_reference(config: Config, metric: str) -> tuple[Reference, list[str]]:
-    """Measure retrieval by popularity on the validation split; every rank must call this together.
+    """Measure retrieval by popularity on the validation split.
+
+    All ranks must call this at the same time.
 
     Returns:
-        The reference, NaN if no user has an item to find, and the reasons for that.
+        The reference, whose value is NaN if no user has a relevant item; and lines of text with the
+        reason in that case.
     """
     features, seen = config.paths.of("features"), config.evaluate.seen
     queries = RetrievalQueries.read(features, "validation", seen)
@@ -136,7 +142,10 @@ def popularity_reference(config: Config, metric: str) -> tuple[Reference, list[s
 
 
 def popularity_of(features: Location, schema: Schema) -> tuple[Array, Array]:
-    """Return vectors of all users and items that retrieve by training positives, [n, 1]."""
+    """Return vectors of all users and of all items, [n, 1], that retrieve items by popularity.
+
+    Popularity is the number of positive training rows.
+    """
     counted = schema.own_name("train_count")
     items = read_table(features / "items.parquet", [counted])[counted].to_numpy()
     users = np.ones((read_metadata(features / "users.parquet").num_rows, 1))
@@ -144,12 +153,12 @@ def popularity_of(features: Location, schema: Schema) -> tuple[Array, Array]:
 
 
 def worse_than(metrics: Mapping[str, Any], references: Iterable[Reference]) -> list[dict[str, Any]]:
-    """Return the references that a model's metrics do not reach, each with the model's value.
+    """Return the references that are better than a model, each with the value of the model.
 
     Args:
-        metrics: The model's metrics on the same rows; ``tasks`` holds those of each task. A metric
-            that is missing or not defined does not count.
-        references: What baselines reach.
+        metrics: Metrics of the model on the same rows; ``tasks`` holds those of each task. A metric
+            that is missing or not defined is not compared.
+        references: Metrics of the baselines.
     """
     worse = []
     for reference in references:
@@ -164,7 +173,7 @@ def worse_than(metrics: Mapping[str, Any], references: Iterable[Reference]) -> l
 
 
 def describe_worse(worse: Iterable[Mapping[str, Any]]) -> str:
-    """Return the entries of `worse_than` as text: ``base_rate (log_loss 0.7 against 0.03)``."""
+    """Format the result of `worse_than`, such as ``base_rate (log_loss 0.7 against 0.03)``."""
     texts = []
     for each in worse:
         metric = f"{each['metric']} of task {each['task']}" if each["task"] else each["metric"]
@@ -177,7 +186,10 @@ def describe_worse(worse: Iterable[Mapping[str, Any]]) -> str:
 def _undefined_tasks(
     labels: Sequence[Array], weight: Array, shares: Sequence[float]
 ) -> dict[str, str]:
-    """Return why ``task_auc`` is not defined; empty if the AUC of a task with a share is."""
+    """Return ``task_auc`` -> the reason, if it is not defined; otherwise an empty result.
+
+    It is defined if the AUC of a task whose share is not 0 is defined.
+    """
     for values, share in zip(labels, shares, strict=True):
         known = values[~np.isnan(values) & (weight > 0)]
         if share and len(known) and known.min() < known.max():
@@ -188,7 +200,7 @@ def _undefined_tasks(
 def _task_references(
     names: Sequence[str], rates: Sequence[float], labels: Sequence[Array], weight: Array
 ) -> list[Reference]:
-    """Return the log loss of each task's base rate."""
+    """Return, for each task, the log loss of always predicting its base rate."""
     references = []
     for name, rate, values in zip(names, rates, labels, strict=True):
         known = ~np.isnan(values)

@@ -1,4 +1,4 @@
-"""The result of an evaluation, as a typed value and as strict JSON."""
+"""The result of an evaluation, as a dataclass and as JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Literal
 from pydantic_core import to_json
 
 Split = Literal["validation", "test"]
-"""A split on which a model is measured."""
+"""Name of a split on which a model is measured."""
 Metrics = Mapping[str, Any]
-"""Metrics by name; NaN where a metric is not defined."""
+"""Name of a metric -> its value; NaN if it is not defined."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics of a model on a split, beside its baselines.
+    """Metrics of a model and of baselines on a split.
 
     Attributes:
         run: Directory of the run.
@@ -29,10 +29,11 @@ class EvaluationResult:
             retrieve.
         baselines: ``ranking``, ``tasks`` and ``retrieval`` of each baseline; None if the baselines
             were left out.
-        notes: Remarks: what is left out, why a metric is not defined, and which settings of the
-            baselines were chosen.
-        worse_than: The simple baselines that the model does not reach: ``baseline``, ``metric``,
-            ``task``, the baseline's ``value`` and that of the ``model``.
+        notes: Lines of text: what is left out, why a metric is not defined, and which settings of
+            the baselines were chosen.
+        worse_than: An entry for each simple baseline that is better than the model, with
+            ``baseline``, ``metric``, ``task``, the ``value`` of the baseline and the value of the
+            ``model``.
     """
 
     run: str
@@ -51,6 +52,6 @@ class EvaluationResult:
 
 
 def as_json(result: Any) -> dict[str, Any]:
-    """Return a dataclass as plain JSON values: NaN becomes None, fields of None are absent."""
+    """Convert a dataclass to plain JSON values; NaN becomes None, and fields of None are omitted."""
     plain: dict[str, Any] = json.loads(to_json(result, inf_nan_mode="null"))
     return {key: value for key, value in plain.items() if value is not None}

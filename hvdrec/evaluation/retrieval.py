@@ -1,7 +1,8 @@
 """Exact retrieval over the whole catalogue, and its metrics.
 
-The protocol is the usual full ranking (RecBole, Zhao et al., CIKM 2021): items that a user has seen
-are excluded, and means are over the users with at least one relevant item.
+All items are ranked for each user, without those that the user has seen, and the metrics are means
+over the users with at least one relevant item. This is the usual protocol of full ranking (RecBole,
+Zhao et al., CIKM 2021).
 """
 
 from __future__ import annotations
@@ -18,18 +19,26 @@ from hvdrec.errors import UserError
 Array = NDArray[Any]
 NAMES = ("recall", "precision", "hit_rate", "ndcg", "mrr", "map")
 BLOCK_SCORES = 2_000_000
-"""Scores in memory at a time, about 30 bytes each."""
+"""Number of scores in memory at a time; each takes about 30 bytes."""
 BLOCK_ITEMS = 65_536
 LOW_HALF = np.uint64(2**32 - 1)
 
 ScoreUsers = Callable[[int, int], Array]
-"""(start, stop) -> scores of users [start, stop) for a block of items, [stop - start, items]."""
+"""Function of start and stop that returns the scores of the users from start to stop - 1 for a
+block of items, [stop - start, items]."""
 ScoreItems = Callable[[int, int], ScoreUsers]
-"""(first, last) -> the function that scores users for the items [first, last)."""
+"""Function of first and last that returns a `ScoreUsers` for the items from first to last - 1."""
 
 
 def user_item_matrix(user: Array, item: Array, users: int, items: int) -> Any:
-    """Return 1 for each (user, item) pair, sparse CSR, float32 [users, items]; pairs may repeat."""
+    """Return a sparse CSR matrix with 1 for each pair of user and item, float32 [users, items].
+
+    Args:
+        user: Index of each pair's user [n].
+        item: Index of each pair's item [n]; a pair may occur more than once.
+        users: Number of users.
+        items: Number of items.
+    """
     ones = np.ones(len(user), dtype=np.float32)
     matrix = sparse.csr_matrix((ones, (user, item)), shape=(users, items))
     matrix.sum_duplicates()
@@ -38,19 +47,19 @@ def user_item_matrix(user: Array, item: Array, users: int, items: int) -> Any:
 
 
 def rank_catalogue(users: Array, items: Array, seen: Any, k: int) -> Array:
-    """Return each user's k best items by inner product, best first.
+    """Return the k items with the largest inner product for each user, best first.
 
     Products are summed in float64 and compared in float32, so the result does not depend on the
     order of summation or the block size.
 
     Args:
-        users: User vectors, [u, d].
-        items: Item vectors, [i, d].
-        seen: Items to exclude for each user (`user_item_matrix`).
-        k: Items per user.
+        users: Vector of each user [users, width].
+        items: Vector of each item [items, width].
+        seen: Items to exclude for each user, a matrix as of `user_item_matrix`.
+        k: Number of items for each user.
 
     Returns:
-        Item indices, int64 [u, k]; see `rank_scores`.
+        Item indices, int64 [users, k]; see `rank_scores`.
 
     Raises:
         UserError: A vector is not finite.
@@ -71,18 +80,18 @@ def rank_catalogue(users: Array, items: Array, seen: Any, k: int) -> Array:
 
 
 def rank_scores(score_items: ScoreItems, users: int, items: int, seen: Any, k: int) -> Array:
-    """Return each user's k best items by score, best first.
+    """Return the k items with the highest score for each user, best first.
 
     Args:
-        score_items: Gives the scores block by block; they are compared in float32.
+        score_items: Computes the scores block by block; they are compared in float32.
         users: Number of users.
         items: Number of items.
-        seen: Items to exclude for each user.
-        k: Items per user.
+        seen: Items to exclude for each user, a matrix as of `user_item_matrix`.
+        k: Number of items for each user.
 
     Returns:
-        Item indices, int64 [users, k]. Ties go to the smaller index; -1 fills a row in which fewer
-        than k items are left.
+        Item indices, int64 [users, k]. Of items with equal scores, the one with the smaller index
+        comes first. If fewer than k items are left for a user, the row ends with -1.
     """
     best = np.zeros((users, k), dtype=np.uint64)
     width = max(1, min(items, BLOCK_ITEMS, BLOCK_SCORES))
@@ -100,22 +109,24 @@ def rank_scores(score_items: ScoreItems, users: int, items: int, seen: Any, k: i
 
 
 def retrieval_sums(top: Array, relevant: Any, ks: Sequence[int], items: int) -> Array:
-    """Return sums over users, which ranks add up before `retrieval_metrics`.
+    """Return sums of metrics over users. Add them up over the ranks, then call `retrieval_metrics`.
 
-    With hits h_j at ranks j = 1..k and R relevant items: recall = sum h / R; precision = sum h / k;
-    hit_rate = [sum h > 0]; ndcg = sum h_j / log2(j + 1), divided by its value for min(R, k) hits in
-    front (Järvelin and Kekäläinen, 2002); mrr = 1 / rank of the first hit; map = sum over hits of
-    the precision at their rank, divided by min(R, k).
+    For a user with R relevant items and a cut-off k, let h_j be 1 if the item at rank j is relevant
+    (a hit), else 0, and sum over j = 1..k. Then recall = sum h_j / R; precision = sum h_j / k;
+    hit_rate = 1 if there is a hit, else 0; ndcg = sum h_j / log2(j + 1), divided by the value of
+    this sum for hits at ranks 1 to min(R, k) (Järvelin and Kekäläinen, 2002); mrr = 1 / rank of the
+    first hit; map = sum of the precision at the rank of each hit, divided by min(R, k).
 
     Args:
-        top: Item indices, best first, int64 [u, K] with K >= max(ks).
-        relevant: Relevant items of each user (`user_item_matrix`).
+        top: Item indices of each user, best first, int64 [users, at least max(ks)].
+        relevant: Relevant items of each user, a matrix as of `user_item_matrix`.
         ks: Cut-offs.
         items: Number of items.
 
     Returns:
-        One row per cut-off, float64 [len(ks), len(NAMES) + 1 + items]: the sums of the metrics, the
-        number of users with a relevant item, and the number of lists that contain each item.
+        One row for each cut-off, float64 [len(ks), len(NAMES) + 1 + items]: the sums of the
+        metrics, the number of users with a relevant item, and, for each item, the number of users
+        whose list contains it.
     """
     sizes = np.diff(relevant.indptr)
     has = sizes > 0
@@ -148,9 +159,9 @@ def retrieval_sums(top: Array, relevant: Any, ks: Sequence[int], items: int) -> 
 
 
 def retrieval_metrics(sums: Array, ks: Sequence[int]) -> dict[str, float]:
-    """Return ``name@k`` for every metric and cut-off, and the number of users.
+    """Return ``name@k`` -> value for every metric and cut-off, and the number of users.
 
-    ``coverage@k`` is the share of the catalogue that is in at least one list.
+    ``coverage@k`` is the share of all items that are in the list of at least one user.
     """
     users = float(sums[0, len(NAMES)])
     metrics: dict[str, float] = {}
@@ -162,10 +173,11 @@ def retrieval_metrics(sums: Array, ks: Sequence[int]) -> dict[str, float]:
 
 
 def _sort_keys(scores: Array, first: int) -> Array:
-    """Return nonzero uint64 keys that sort by score, then by the smaller item index.
+    """Return uint64 keys, not 0, whose descending order is by score, then by ascending item index.
 
-    The bits of a float32 sort like integers once negative numbers are inverted and the others have
-    their sign bit set. The low half holds the item index, counted down.
+    The high half of a key is the score: the bits of a float32 sort like integers if all bits of a
+    negative number are inverted and the sign bit of other numbers is set. The low half is the item
+    index, counted down.
     """
     bits = (scores + np.float32(0)).view(np.uint32)  # adding 0 makes -0.0 equal to 0.0
     sign = np.uint32(1 << 31)
@@ -176,6 +188,6 @@ def _sort_keys(scores: Array, first: int) -> Array:
 
 
 def _largest(keys: Array, k: int) -> Array:
-    """Return the k largest keys of each row in descending order; reorders `keys` in place."""
+    """Return the k largest keys of each row in descending order; `keys` is reordered in place."""
     keys.partition(keys.shape[1] - k, axis=1)
     return np.sort(keys[:, -k:], axis=1)[:, ::-1]

@@ -1,7 +1,8 @@
-"""What stored users know of the log, and which rows to score they know already.
+"""Find rows to score that the stored embedding of their user already depends on.
 
-A stored user's embedding depends on the log up to some row. If rows to score are not later, such as
-the held-out rows of an evaluation, their scores by key are better than they would be online.
+The embedding that a bundle stores for a user depends on the log up to some time. If a row to score
+is not later, such as a held-out row of an evaluation, the embedding already reflects it. Its score
+by user key is then better than it would have been online.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ REMEDY = (
     "(to score validation rows) or validation (test rows)"
 )
 TRAINED = "scores of training rows are too good, those of held-out rows are not"
-"""What a warning says about users who know the training split alone."""
+"""Text of a warning if the stored users depend only on the training split."""
 
 
 def comparable_times(column: pa.ChunkedArray | pa.Array) -> tuple[str, Array] | None:
@@ -47,14 +48,20 @@ def comparable_times(column: pa.ChunkedArray | pa.Array) -> tuple[str, Array] | 
 
 
 def latest_of_each(user: Array, time: Array, users: int) -> Array:
-    """Return the latest time of each user's rows, float64 [users]; NaN for users without rows."""
+    """Return the time of each user's latest row, float64 [users]; NaN for a user without rows.
+
+    Args:
+        user: Index of each row's user, int64 [n].
+        time: Time of each row, float64 [n].
+        users: Number of users.
+    """
     latest = np.full(users, -np.inf)
     np.maximum.at(latest, user, time)
     return np.where(np.isinf(latest), np.nan, latest)
 
 
 class KnownRows:
-    """Counts the rows to score, given by user key, that are not later than what the user knows."""
+    """Counts rows to score that are not later than the data of their user's stored embedding."""
 
     def __init__(self, info: BundleInfo, source: Path, names: list[str]) -> None:
         """Prepare the check of a table with columns `names`, read from `source`."""
@@ -62,7 +69,7 @@ class KnownRows:
         self._record: Mapping[str, Any] | None = info.manifest["meta"].get("known")
         self._column, self._until = "", np.empty(0)
         self._known = self._unclear = self._rows = 0
-        # Users that come with raw features do not depend on what is stored.
+        # If the table has raw features of users, the stored embeddings are not used.
         raw = {field.name for field in info.side("user")} - {info.user_key}
         self._uses_keys = not raw & set(names)
         if self._record is not None and info.holds(KNOWN_UNTIL):
@@ -85,7 +92,7 @@ class KnownRows:
         self._known += int((times[1] <= until).sum())
 
     def warnings(self) -> list[str]:
-        """Return a line if rows are known to the stored users or this cannot be told."""
+        """Return a line if there are such rows, or if this cannot be determined."""
         if not self._uses_keys or not self._rows:
             return []
         if self._record is None:
@@ -111,7 +118,7 @@ class KnownRows:
         return [f"{self._source}: {text}; {TRAINED if is_trained else REMEDY}"]
 
     def _stored_rows(self, keys: pa.Array) -> Array:
-        """Return the stored row of each user key, -1 for users that are not stored."""
+        """Return the row of each user key in the bundle; -1 for a user who is not stored."""
         if self._keys.dtype.kind == "S":
             texts = keys.cast(pa.string()).to_pylist()
             wanted: Array = np.array([(text or "").encode() for text in texts], dtype=np.bytes_)
