@@ -52,6 +52,6 @@ class EvaluationResult:
 
 
 def as_json(result: Any) -> dict[str, Any]:
-    """Convert a dataclass to plain JSON values; NaN becomes None, and fields of None are omitted."""
+    """Convert a dataclass to plain JSON values: NaN becomes None, None fields are omitted."""
     plain: dict[str, Any] = json.loads(to_json(result, inf_nan_mode="null"))
     return {key: value for key, value in plain.items() if value is not None}
