@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hvdrec.errors import write_errors_named
 from hvdrec.parallel.progress import can_show_bar
 from hvdrec.storage.json_text import json_text
 
@@ -72,8 +73,7 @@ class TrainingLog:
             return
         seconds = round(time.time() - self._started, 3)
         line = json_text({"event": event, "seconds": seconds, **facts})
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._append(line)
         if self._bar is not None and event == "step":
             self._bar.set_postfix(loss=f"{facts['loss']:.4f}", refresh=False)
         elif self._has_bar:
@@ -85,12 +85,17 @@ class TrainingLog:
         """Show a line of text to the user, and write it to the file as an event ``note``."""
         if self._file is None:
             return
-        self._file.write(json_text({"event": "note", "text": text}) + "\n")
-        self._file.flush()
+        self._append(json_text({"event": "note", "text": text}))
         if self._has_bar:
             tqdm.write(text, file=sys.stderr)
         elif self._prints:
             print(text, file=sys.stderr, flush=True)
+
+    def _append(self, line: str) -> None:
+        assert self._file is not None
+        with write_errors_named(self._file.name):
+            self._file.write(line + "\n")
+            self._file.flush()
 
     def _close_bar(self) -> None:
         if self._bar is not None:

@@ -16,7 +16,7 @@ from hvdrec.storage.artifacts import verify_artifact
 from hvdrec.training.pointers import FOLDER, find_checkpoint, has_checkpoint
 from tests.small_data import write_small_data
 
-BUCKETS = 800_000
+BUCKETS = 1_400_000
 """Rows of a table of 8 float32 columns; with its optimizer state, a checkpoint has about 50 MB."""
 START_SECONDS = 120.0
 MOST_CHECKPOINTS = 5

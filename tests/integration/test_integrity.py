@@ -13,8 +13,10 @@ import pytest
 
 import hvdrec
 from hvdrec import Config, UserError
-from hvdrec.storage.artifacts import read_manifest, write_manifest
+from hvdrec.storage.artifacts import read_manifest, require_source, write_manifest
 from hvdrec.storage.checksums import sealed, unsealed
+from hvdrec.training import checkpoint
+from hvdrec.training.pointers import find_checkpoint
 from tests.integration.conftest import SmallRun
 
 
@@ -112,7 +114,9 @@ def test_equal_samples_made_again_are_accepted(copy: Copy) -> None:
     manifest = read_manifest(copy.work / "samples", "samples")
     write_manifest(copy.work / "samples", "samples", {**manifest.meta, "note": 1})
     assert read_manifest(copy.work / "samples", "samples").identity == manifest.identity
-    copy.export()
+    features = copy.work / "features"
+    made = read_manifest(features, "features")
+    assert require_source(features, made, copy.work / "samples", "samples", "")
 
 
 def test_artifacts_of_earlier_versions_are_accepted_with_a_line(
@@ -127,3 +131,44 @@ def test_artifacts_of_earlier_versions_are_accepted_with_a_line(
     lines = capfd.readouterr().err.splitlines()
     assert [line for line in lines if "does not record its features" in line]
     assert [line for line in lines if "does not record its samples" in line]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tables.safetensors", "manifest.json"])
+def test_a_flipped_bit_in_a_checkpoint_is_named(copy: Copy, name: str) -> None:
+    for folder in (copy.run / "checkpoints").iterdir():
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) * 9 // 10] ^= 4
+        (folder / name).write_bytes(data)
+    for action in (copy.evaluate, copy.export, lambda: copy.resume(**{"train.epochs": 3})):
+        error = refused(action)
+        assert Path(error.field).name == name and "write the name of another" in str(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xb0", b"{}", b"[1]"])
+def test_a_damaged_configuration_of_a_run_is_named(copy: Copy, content: bytes) -> None:
+    (copy.run / "config.json").write_bytes(content)
+    for action in (copy.evaluate, copy.export, copy.resume):
+        assert refused(action).field == str(copy.run / "config.json")
+
+
+def test_a_flipped_value_in_the_configuration_of_a_run_is_named(copy: Copy) -> None:
+    file = copy.run / "config.json"
+    text = file.read_text()
+    assert '"seed": 0' in text
+    file.write_text(text.replace('"seed": 0', '"seed": 1'))
+    assert "differ from its checksum" in str(refused(copy.evaluate))
+
+
+def test_each_step_has_one_checkpoint(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, save = [], checkpoint.save
+
+    def record(run: Path, position: checkpoint.Position, *others: Any) -> None:
+        saved.append(position.step)
+        save(run, position, *others)
+
+    monkeypatch.setattr(checkpoint, "save", record)
+    steps = read_manifest(find_checkpoint(copy.run, "latest").directory, "checkpoint")
+    per_epoch = steps.meta["position"]["step"] // 2
+    copy.resume(**{"paths.run": str(copy.work / "new"), "train.checkpoint_every": per_epoch})
+    assert saved == [per_epoch, 2 * per_epoch]
+    assert find_checkpoint(copy.work / "new", "latest").metrics
