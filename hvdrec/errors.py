@@ -70,7 +70,7 @@ def _known(name: object, known: Iterable[object]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is most like another one; empty if none is like it."""
+    """Return the known name that is most similar to `name`; "" if none is similar."""
     return next(iter(difflib.get_close_matches(name, [*known], n=1)), "")
 
 

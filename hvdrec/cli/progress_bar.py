@@ -1,4 +1,4 @@
-"""A progress bar on standard error, if tqdm is installed."""
+"""Show a progress bar on standard error if tqdm is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (units done, units in total) that shows a bar."""
+    """Yield a function that updates the bar; it takes the number of units done and their total."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:  # the slim install does not have it

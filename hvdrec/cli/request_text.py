@@ -69,7 +69,10 @@ def parse_allowed(scorer: Scorer, pairs: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _split(pair: str, fields: Collection[str]) -> tuple[str, str, str]:
-    """Split FIELD=VALUE after the longest known field, whose name may contain an equals sign."""
+    """Split FIELD=VALUE into field, equals sign and value.
+
+    The name of a field may contain an equals sign, so the longest known field that fits is taken.
+    """
     known = [name for name in fields if pair.startswith(f"{name}=")]
     if not known:
         return pair.partition("=")

@@ -22,7 +22,7 @@ from hvdrec.cli.progress_bar import progress_bar
     "one beside it, and 2 if a file is damaged.\n\n",
 )
 def verify(options: argparse.Namespace) -> Answer:
-    """Read artifacts completely and compare all checksums."""
+    """Read artifacts completely and compare all their files with the stored checksums."""
     from hvdrec.errors import UserError
     from hvdrec.scoring.errors import ScoringError
     from hvdrec.storage.urls import as_location

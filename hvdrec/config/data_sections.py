@@ -121,8 +121,8 @@ class Samples:
     """How raw tables become labelled samples. Fields that hold SQL use DuckDB's dialect."""
 
     interactions: str = ""
-    """Table of exposures or actions: a CSV or Parquet file, a directory or a glob, relative to
-    paths.raw."""
+    """Table with a row for each item shown or action: path of a CSV or Parquet file, a directory or
+    a glob, relative to paths.raw."""
     users: str = ""
     """Table with one row per user, joined by the user key. Optional."""
     items: str = ""

@@ -41,7 +41,8 @@ MISSING_INT = -(2**63)
 """The int64 input of the preprocessing graph for missing; strings use "" and floats NaN."""
 
 KEY_COLUMNS = ("user_index", "item_index", "label", "weight")
-"""Columns of an encoded shard that are not features; see `Schema.own_name`."""
+"""Columns of an encoded shard that are not features. If the user has a column of the same name,
+`Schema.own_name` gives the name that is used instead."""
 
 
 @dataclass(frozen=True)
@@ -297,20 +298,20 @@ class Schema:
 
     @cached_property
     def _taken(self) -> frozenset[str]:
-        """All names of the user: keys, features and raw columns."""
+        """All names that the user has given: keys, features and raw columns."""
         columns = (column.name for column in self.columns())
         return frozenset({self.user_key, self.item_key, *columns, *(f.name for f in self.features)})
 
     def own_name(self, name: str) -> str:
-        """Return the name of a column or tensor of hvdrec's own, such as ``label``.
+        """Return the name for a column or tensor of hvdrec itself, such as ``label``.
 
-        It is prefixed if a feature, a key or a raw column has this name.
+        It gets a prefix if a feature, a key or a raw column has this name.
         """
         return own_name(name, self._taken)
 
     @property
     def row_columns(self) -> tuple[str, ...]:
-        """The columns of a shard that are not features: indices of user and item, label, weight."""
+        """The columns of a shard that are not features: user index, item index, label, weight."""
         return tuple(map(self.own_name, KEY_COLUMNS))
 
     def key(self, side: Side) -> str:

@@ -17,7 +17,7 @@ else:
 
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 SeenItems = Literal["taken", "shown"]
-"""Which items of a user's log count as seen."""
+"""Which items count as seen by a user: those with label 1, or those of all the user's rows."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +187,12 @@ class Train:
         "auto"
     )
     """Validation metric of early stopping. auto: auc; recall for objective 'retrieval'; with
-    [[tasks]] task_auc, the mean of the tasks' AUCs weighted by their shares. If that metric is not
-    defined on the validation split, auto takes log_loss, recall or none, and says so. none: no
-    validation; all epochs are trained, and the last checkpoint is the best."""
+    [[tasks]] task_auc, the mean of the tasks' AUCs weighted by their shares. If this metric is not
+    defined on the validation split, auto chooses log_loss, recall or none, and prints a line. none:
+    there is no validation; all epochs are trained, and the last checkpoint is the best."""
     patience: NonNegativeInt = 0
-    """Validations without improvement after which training stops. Validations during the warm-up do
-    not count. 0: a fifth of the epochs, at least 2."""
+    """Number of validations without improvement after which training stops. Validations during the
+    warm-up do not count. 0: a fifth of the epochs, at least 2."""
     log_every: PositiveInt = 50
     """Steps between JSON log lines."""
     checkpoint_every: NonNegativeInt = 0
@@ -253,9 +253,9 @@ class Evaluate:
     batch_size: PositiveInt = 32_768
     """Rows of a batch on each rank."""
     seen: SeenItems = "taken"
-    """Which items of a user's log count as seen: retrieval and its baselines leave them out, and so
-    does recommend(..., skip_seen=True). taken: those with label 1. shown: those of every row, such
-    as films that a user rated low."""
+    """Which items count as seen by a user. Retrieval and its baselines leave these items out, and
+    so does recommend(..., skip_seen=True). taken: items of rows with label 1. shown: items of all
+    rows, for example films that a user rated low, too."""
 
 
 @dataclass(frozen=True)
@@ -276,12 +276,12 @@ class Export:
     filters: tuple[str, ...] = ()
     """Item features that a request may filter by: recommend(..., allowed={"genres": ["Drama"]})."""
     seen: bool = True
-    """Whether to store which items of the log a user has seen (`evaluate.seen`), so that
+    """Whether to store the items that each user has seen (see evaluate.seen), so that
     recommend(..., skip_seen=True) can leave them out."""
     users_as_of: Literal["train", "validation", "all"] = "all"
-    """Rows that stored users know: features, histories, seen items and trending counts. all: the
-    whole log, for serving. train: the training split alone, to score validation rows by key.
-    validation: training and validation rows, to score test rows by key."""
+    """Rows from which the users' features, histories and seen items, and the trending counts, are
+    taken. all: the whole log, for serving. train: only training rows, to score validation rows by
+    user key. validation: training and validation rows, to score test rows by user key."""
     trending_days: PositiveFloat = 30.0
     """A request without any user data is answered with the items that have the most positive rows
     in so many last days of the log."""

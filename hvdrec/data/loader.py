@@ -68,11 +68,19 @@ class ShardLoader:
         tasks: Sequence[str] = (),
         pin_memory: bool = False,
     ) -> None:
-        """Open all `*.parquet` shards in a directory, ordered by name, and verify their footers.
+        """Open all `*.parquet` shards in a directory, sorted by name, and verify their footers.
 
-        `batch_size` is the number of rows of this rank's batches. Without `shuffle`, each rank gets
-        a contiguous part of the rows in file order. `tasks` names further label columns to read.
-        With `pin_memory`, batches are in page-locked memory if CUDA is available.
+        Args:
+            directory: Directory or URL of the shards.
+            schema: The features.
+            options: The ``[loader]`` section.
+            batch_size: Number of rows in a batch of this rank.
+            rank: Number of this rank.
+            world_size: Number of ranks.
+            seed: Seed of the shuffling.
+            shuffle: False to give each rank a contiguous part of the rows in file order.
+            tasks: Names of the label columns of tasks, which are read, too.
+            pin_memory: True to put batches into page-locked memory if CUDA is available.
 
         Raises:
             UserError: The directory has no shards, or a shard is unreadable or lacks a column.

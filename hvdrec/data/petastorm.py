@@ -1,8 +1,8 @@
 """Read row groups of Parquet files with Petastorm in a given order.
 
 Petastorm's own reader chooses the order of row groups itself and converts lists to Python objects
-row by row. Here its thread pool runs workers that deliver Arrow tables. Its ventilator hands out
-row groups in the given order and limits how many are read ahead.
+row by row. This module uses its thread pool with other workers, which deliver Arrow tables. Row
+groups are given to them in the wanted order, and only a few are read ahead.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ REMEDY = "run hvdrec prepare with --overwrite"
 class RowGroupCache:
     """Petastorm's cache of row groups on a local disk, shared by the ranks of a host.
 
-    Row groups are stored as a CRC-32 and an Arrow stream, so that reading them
-    unpickles nothing. A damaged one is read from its shard again.
+    Each row group is stored as an Arrow stream with a CRC-32, so that nothing is unpickled when it
+    is read. A damaged row group is read from its shard again.
     """
 
     def __init__(self, directory: Path, size_bytes: int, versions: Mapping[str, str]) -> None:
@@ -66,7 +66,7 @@ class RowGroupCache:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             cache = LocalDiskCache(str(directory), size_bytes, expected_row_size_bytes=0)
-            self._cache = cache._cache  # Petastorm's own interface stores nothing but new values
+            self._cache = cache._cache  # Petastorm's own interface cannot replace a stored value
         except (OSError, sqlite3.Error) as error:
             raise invalid_value(
                 "loader.cache_dir",
@@ -110,7 +110,7 @@ class RowGroupCache:
 
     @contextmanager
     def _warned(self) -> Iterator[None]:
-        """Report a failure of the cache instead of raising it: the shards have all row groups."""
+        """Warn if the cache fails, instead of raising the error: the shards have all row groups."""
         try:
             yield
         except (OSError, sqlite3.Error, ValueError, TypeError, diskcache.Timeout) as error:
@@ -127,7 +127,8 @@ class ShardStore:
     """Shards, and the local cache for their row groups.
 
     Attributes:
-        sources: The shards by their paths, whose row groups are verified; others are not.
+        sources: Path of a shard -> the shard with its checksums. Files that are not in it are read
+            without verification.
         cache: The cache; None if row groups are not cached.
     """
 
@@ -136,7 +137,7 @@ class ShardStore:
 
 
 def open_shards(directory: Location) -> dict[str, ParquetSource]:
-    """Return the shards in a directory, ordered by name: path in its file system -> source.
+    """Return the shards in a directory, sorted by name: path in the file system -> shard.
 
     Raises:
         UserError: There are no shards, or one is not a Parquet file or damaged.
@@ -200,7 +201,7 @@ def read_row_groups(
         UserError: A row group cannot be read.
     """
     job = _Job(planned, list(columns), store or ShardStore(), stopped)
-    # At most `workers` + 2 row groups are out, so an unbounded queue never grows beyond that.
+    # The queue need not be bounded: at most `workers` + 2 row groups are handed out at a time.
     pool = ThreadPool(workers, results_queue_size=0)
     ventilator = _Ventilator(pool.ventilate, len(planned), ahead=workers + 2)
     pool.start(_Worker, job, ventilator)
@@ -227,7 +228,7 @@ def read_row_groups(
 
 @dataclass(frozen=True)
 class _Job:
-    """What all workers of a pool share; each is handed indices of `planned`."""
+    """What all workers of a pool share. A worker is given indices into `planned`."""
 
     planned: Sequence[RowGroup]
     columns: list[str]
@@ -236,7 +237,7 @@ class _Job:
 
 
 class _Worker(WorkerBase):  # type: ignore[misc] # petastorm is untyped
-    """Reads a row group and delivers its index in the plan with an Arrow table or an error."""
+    """Reads row groups; delivers the index in the plan with an Arrow table or an error."""
 
     args: _Job
     publish_func: Any

@@ -1,7 +1,7 @@
-"""Names that Petastorm imports and that current pyarrow and NumPy no longer have.
+"""Make Petastorm importable with current pyarrow and NumPy.
 
-Importing this module adds the missing ones. It must be imported before Petastorm. Nothing calls
-them: the planned reading in `hvdrec.data.petastorm` does not use Petastorm's own reader.
+Petastorm imports names that these no longer have. Importing this module, before Petastorm, adds
+them. They are never called, because `hvdrec.data.petastorm` does not use Petastorm's own reader.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MODULES = {
 }
 """Module that pyarrow removed in version 16 -> classes that Petastorm imports from it."""
 NUMPY_NAMES = {"unicode_": np.str_, "string_": np.bytes_}
-"""Name that NumPy removed in version 2 -> the type of today."""
+"""Name that NumPy removed in version 2 -> the type under its current name."""
 
 
 def add_missing_names() -> None:
-    """Add every removed name that is missing; names that exist stay as they are."""
+    """Add the removed names; names that exist are not changed."""
     for module, classes in MODULES.items():
         if module not in sys.modules and importlib.util.find_spec(module) is None:
             substitute = ModuleType(module, "Placeholder for a module that pyarrow removed.")

@@ -325,11 +325,12 @@ KERNELS: dict[KernelName, Callable[..., Kernel]] = {"torch": TorchKernel, "fbgem
 def default_kernel(
     width: int, optimizer: RowOptimizer, dtype: torch.dtype, device: torch.device
 ) -> KernelName:
-    """Return the kernel of ``parallel.kernel = "auto"``: FBGEMM on a GPU if it can hold the rows.
+    """Return the kernel for ``parallel.kernel = "auto"``: on a GPU, FBGEMM if it supports the rows.
 
-    On a CPU, plain PyTorch is faster: a step on 16,384 of 131,072 rows took it 1 to 8 ms, and
-    FBGEMM 17 to 26 ms (row-wise Adagrad, widths 4 to 128, one thread). A rule, not a trial, because
-    the kernels' results differ in the last digit and equal runs must be equal.
+    Otherwise it is plain PyTorch, which is faster on a CPU: a step on 16,384 of 131,072 rows took
+    1 to 8 ms, with FBGEMM 17 to 26 ms (row-wise Adagrad, widths 4 to 128, one thread). The choice
+    does not depend on a time measurement, because the results of the kernels differ in the last
+    digit, and equal runs must give equal results.
     """
     if device.type == "cpu" or fbgemm_problem(width, optimizer, dtype):
         return "torch"

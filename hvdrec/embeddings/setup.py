@@ -104,8 +104,8 @@ def _choose_kernels(
             chosen[str(width)] = "torch" if problem else previous[width]
         elif str(width) not in chosen:
             chosen[str(width)] = default_kernel(width, optimizer, torch.float32, device)
-    # FBGEMM may be installed on some hosts only. All take rank 0's choice, because the results of
-    # two kernels differ in the last digit.
+    # FBGEMM may be installed on some hosts only. All ranks use the kernel that rank 0 chooses,
+    # because the results of two kernels differ in the last digit.
     return {int(width): name for width, name in ranks.broadcast_object(chosen).items()}
 
 

@@ -225,7 +225,7 @@ def read_interactions(features: Location, splits: Sequence[str]) -> Interactions
     """Read the user and item indices, labels and weights of all rows of some splits."""
     shard = read_metadata(parquet_files(features / splits[0])[0])
     names = shard.schema.to_arrow_schema().names
-    # A prefixed name is there only if a feature has the name itself.
+    # A column has the prefixed name only if a feature has the plain name.
     columns = [PREFIX + name if PREFIX + name in names else name for name in KEY_COLUMNS]
     table = pa.concat_tables([read_tables(features / split, columns) for split in splits])
     return Interactions(*(table[name].to_numpy() for name in columns))

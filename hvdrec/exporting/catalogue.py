@@ -137,7 +137,7 @@ def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) ->
     label = schema.own_name("label")
     files = [str(config.paths.of("samples") / split) for split in SPLITS]
     splits = [ds.dataset(file, format="parquet") for file in files]
-    # Earlier versions left the times out if a feature or key was named "time".
+    # Earlier versions did not store the times if a feature or key was named "time".
     names = splits[0].schema.names if config.samples.time else []
     time = next((t for t in (schema.own_name("time"), config.samples.time) if t in names), None)
     columns = [schema.user_key, schema.item_key, label, *([time] if time else [])]

@@ -174,7 +174,8 @@ def parsed(
         outputs: Declarations of the outputs.
         nodes: The nodes, such as ``sum = Add (left, right)``.
         constants: Name -> value of the constants that the nodes read.
-        names: Name in the text -> name of the tensor; the others become `inner` names.
+        names: Name in the text -> name in the graph, for the tensors whose name matters. The others
+            get the name that `inner` returns.
     """
     signature = f"{name} ({', '.join(inputs)}) => ({', '.join(outputs)})"
     header = f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>'
@@ -186,12 +187,12 @@ def parsed(
 
 
 def inner(name: str) -> str:
-    """Return the name of a tensor inside a graph, which no raw column can have."""
+    """Return a name for a tensor inside a graph that cannot be the name of a raw column."""
     return f"{PREFIX}inner/{name}"
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    """Rename all tensors of a graph and its subgraphs: as `names` says, or to `inner` names."""
+    """Rename all tensors of a graph and its subgraphs as `names` says, the others by `inner`."""
 
     def new(name: str) -> str:
         return names.get(name, inner(name)) if name else ""

@@ -64,7 +64,7 @@ class KnownRows:
     """Counts rows to score that are not later than the data of their user's stored embedding."""
 
     def __init__(self, info: BundleInfo, source: Path, names: list[str]) -> None:
-        """Prepare the check of a table with columns `names`, read from `source`."""
+        """Prepare to check a table with columns `names` that is read from the file `source`."""
         self._info, self._source = info, source
         self._record: Mapping[str, Any] | None = info.manifest["meta"].get("known")
         self._column, self._until = "", np.empty(0)
@@ -78,7 +78,7 @@ class KnownRows:
             self._column = next((n for n in (self._record["time"], "time") if n in names), "")
 
     def count(self, batch: pa.RecordBatch) -> None:
-        """Count the rows of a batch."""
+        """Count such rows in a batch."""
         self._rows += batch.num_rows
         if not self._uses_keys or not self._column or self._record is None:
             return

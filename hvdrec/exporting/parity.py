@@ -61,7 +61,7 @@ def largest_difference(
         encoded[schema.own_name("item_index")].to_numpy()
     )
 
-    scorer = Scorer.load(bundle, verify=False)  # its files were hashed a moment ago
+    scorer = Scorer.load(bundle, verify=False)  # the files have just been written and hashed
     codes = table_arrays(encoded, schema.features)
     by_key = {**codes, **table_arrays(items, schema.side("item"))}
     rows = raw.to_pylist()

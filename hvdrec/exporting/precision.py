@@ -153,7 +153,7 @@ def _inner_layers(graph: onnx.GraphProto) -> list[str]:
     """
     constants = {weight.name for weight in graph.initializer}
     inputs = {value.name for value in graph.input}
-    # The prefixed name is there only if a raw column has the name itself.
+    # A column has the prefixed name only if a raw column has the plain name.
     items = next(n for n in (f"{PREFIX}item_embedding", "item_embedding") if n in inputs)
     before: dict[str, frozenset[str]] = {items: frozenset(), inner("first"): frozenset()}
     followed: set[str] = set()

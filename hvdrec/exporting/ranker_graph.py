@@ -37,7 +37,8 @@ from hvdrec.models.tasks import TaskRanker
 
 Codes = dict[str, Tensor]
 OWN_INPUTS = ("user_embedding", "item_embedding", "request")
-"""Inputs of the ranker's graph besides raw scene columns; see `Schema.own_name`."""
+"""Inputs of the ranker's graph besides raw scene columns. If a raw column has the same name,
+`Schema.own_name` gives the name that is used instead."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +165,11 @@ def _inner_product(model: Recommender) -> Factored:
 def core(model: Recommender) -> onnx.ModelProto:
     """Return the ranker's graph without preprocessing: its scene inputs are codes.
 
-    Inputs: ``user_embedding`` float32 [R, U], ``item_embedding`` float32 [N, I], codes [R] of
-    `request_features`, codes [N] of `pair_features`, and ``request`` int64 [N], the number of the
-    request (0 to R - 1) to which each item belongs. Outputs: ``score`` float32 [N], a probability,
-    and ``score_NAME`` float32 [N] for each task. Names that a raw column has get a prefix, see
-    `Schema.own_name`.
+    A run scores n items for r requests. The inputs are ``user_embedding``, float32 [r, user_width];
+    ``item_embedding``, float32 [n, item_width]; the codes of `request_features` [r] and of
+    `pair_features` [n]; and ``request``, int64 [n], the number of the request to which each item
+    belongs, from 0. The outputs are ``score``, a probability, and ``score_NAME`` for each task,
+    float32 [n]. If a raw column has one of these names, it gets a prefix; see `Schema.own_name`.
     """
     users = model.schema.own_name("user_embedding")
     request_examples = {

@@ -1,4 +1,4 @@
-"""Scores whole tables: Parquet in, Parquet out."""
+"""Score all rows of a Parquet file and write them with their scores to another one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hvdrec.storage.drafts import draft_file
 
 BATCH_ROWS = 65_536
 SAMPLE_COLUMNS = ("label", "weight", "time")
-"""Columns that hvdrec adds to samples, which can be scored as they are."""
+"""Columns that `hvdrec samples` adds. They are accepted, so that files of samples can be scored."""
 REMEDY = "add it, or use defaults (--defaults)"
 CONVERT = "convert the column when you write the file"
 
@@ -35,12 +35,12 @@ class _Columns:
     """How the columns of a file are used.
 
     Attributes:
-        user: The user key and the raw features of users to read; the key alone stands for the
-            stored embedding.
-        item: The same of items.
-        scene: The scene fields to read.
-        kept: Columns of the file that are written again.
-        added: Columns of the scores.
+        user: Fields to read for users: the key and raw features. If it is only the key, the stored
+            embeddings are used.
+        item: Fields to read for items, in the same way.
+        scene: Scene fields to read.
+        kept: Names of the columns that are copied.
+        added: Names of the new columns with scores.
     """
 
     user: tuple[Field, ...]
@@ -59,30 +59,32 @@ def score_table(
     pass_through: Collection[str] = (),
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Score every row of a Parquet file and write its columns with ``score`` added.
+    """Score every row of a Parquet file; write the rows and a new column ``score`` to another file.
 
-    A bundle with tasks also adds ``score_NAME`` of each. A column of this name from an earlier
-    scoring is replaced; if it is a feature or a column of the log, the added one is named
-    ``__hvdrec_score``.
+    If the bundle predicts several tasks (labels), a column ``score_NAME`` is added for each. If the
+    file has a column ``score`` from an earlier scoring, it is replaced. If ``score`` is the name of
+    a feature or of a column of the log, the new column is called ``__hvdrec_score``.
 
     Args:
         bundle: Directory of the bundle.
-        source: Parquet file with the types that `hvdrec samples` takes. It needs the user key, the
-            item key and all scene fields. It has all other raw features of users (items), or
-            none: then the key's stored embedding is used.
-        target: File to write, as a whole or not at all.
-        defaults: Let missing scene fields take their defaults and other missing features count as
-            missing values, and copy unknown columns.
-        pass_through: Columns to copy and not to read, even if they have the name of a feature.
+        source: Parquet file with columns of the types that `hvdrec samples` accepts. It must have
+            the user key, the item key and all scene fields. It must have all other raw features of
+            users, or none of them: then the users' stored embeddings are used. The same holds for
+            items.
+        target: File to write; it appears only when it is complete.
+        defaults: True to accept missing and unknown columns. Missing scene fields take their
+            defaults, other missing features are missing values, unknown columns are copied.
+        pass_through: Columns to copy but not to read, even if they have the name of a feature.
         verify: False to skip the comparison of the bundle's files with their checksums.
 
     Returns:
-        ``rows``, ``output``, ``columns``, the names of the added columns, and ``warnings``: a line
-        if rows are not later than what the stored users know, or if this cannot be told.
+        ``rows`` is the number of rows, ``output`` the path of the written file, ``columns`` the
+        names of the new columns. ``warnings`` has a line if the stored embeddings of users may have
+        been computed from the rows to score, so that their scores are too good.
 
     Raises:
         UserError: The source is not a Parquet file, lacks a column, has an unknown column, or has
-            a column whose type or values do not fit.
+            a column with the wrong type or with values that cannot be converted.
     """
     scorer = Scorer.load(bundle, verify=verify)
     try:
@@ -115,7 +117,7 @@ def _columns(
     defaults: bool,
     pass_through: Collection[str],
 ) -> _Columns:
-    """Decide how columns are used; UserError if one is missing or unknown."""
+    """Decide how columns are used; raise UserError if one is missing or unknown."""
     info, present = scorer.info, [name for name in names if name not in pass_through]
     fields = {field.name: field for field in info.fields}
     for name in pass_through:
@@ -153,7 +155,7 @@ def _columns(
 
 
 def _near(name: str, known: Collection[str]) -> str:
-    """Return the known names for a message, and the nearest one."""
+    """Format the known names and the one most similar to `name` for an error message."""
     near = nearest(name, known)
     return f"known: {choices(known)}" + (f"; did you mean '{near}'?" if near else "")
 
@@ -166,14 +168,14 @@ def _remedy(side: str, raw: Sequence[Field], names: Sequence[str]) -> str:
 
 
 def _key_field(scorer: Scorer, side: str, key: str) -> Field:
-    """Describe a key that is not a feature."""
+    """Return a field that describes a key which is not a feature."""
     return Field(key, side, scorer.key_dtype(side), False, False, 1, None)
 
 
 def _log_columns(info: BundleInfo) -> set[str]:
-    """Return the columns of the raw log of the run.
+    """Return the names of the columns in the raw log of the run.
 
-    An earlier version recorded only the configuration: there, every name in [samples] counts.
+    For bundles of earlier versions, which did not record them, return all names in ``[samples]``.
     """
     meta: Mapping[str, Any] = info.manifest["meta"]
     if "log_columns" in meta:
@@ -197,7 +199,7 @@ def _texts(values: Any) -> Iterator[str]:
 def _scores(
     scorer: Scorer, source: Path, batch: pa.RecordBatch, columns: _Columns
 ) -> Sequence[NDArray[np.float32]]:
-    """Return the score of each row and, with tasks, each task's probability."""
+    """Return the scores of a batch of rows; if there are tasks, also the probabilities of each."""
     entries: list[list[Any]] = []
     for fields in (columns.user, columns.item):
         if len(fields) == 1:

@@ -53,7 +53,7 @@ def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
 
 
 def _repeated(model: Recommender, codes: Sequence[str]) -> onnx.ModelProto:
-    """Return the graph that gathers codes [R] by ``request`` into codes [N]."""
+    """Return the graph that turns codes of requests, [requests], into codes of items, [items]."""
     names = {"request": model.schema.own_name("request")}
     names |= {f"code{i}": code for i, code in enumerate(codes)}
     names |= {f"paired{i}": PAIRED + code for i, code in enumerate(codes)}
@@ -65,7 +65,7 @@ def _repeated(model: Recommender, codes: Sequence[str]) -> onnx.ModelProto:
 
 
 def _represented(side: Side) -> str:
-    """Return the name of a representation without the codes that are stored next to it."""
+    """Return the name of a side's embedding without the codes that are stored with it."""
     return inner(f"{side}/represented")
 
 

@@ -1,4 +1,4 @@
-"""A model that is worse than simple baselines is exported only on request."""
+"""Compare a model with simple baselines before export; a worse one is exported only on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ NOT_RECORDED = (
     "--split validation does"
 )
 MIN_ROWS = 200
-"""With fewer validation rows, a difference is often chance: it is reported, the export goes on."""
+"""With fewer validation rows, a difference may well be chance. Then it is reported, and the export
+continues."""
 
 
 def compare_with_baselines(
@@ -29,17 +30,17 @@ def compare_with_baselines(
     allow_worse: bool,
     notify: Callable[[str], None],
 ) -> list[dict[str, Any]] | None:
-    """Return the baselines that a checkpoint does not reach on the validation split.
+    """Return the baselines that are better than a checkpoint on the validation split.
 
     Args:
-        config: The run.
-        model: The checkpoint's model, with its tables.
-        checkpoint: The checkpoint, which records the comparison that training made.
-        allow_worse: Report baselines that are better, instead of refusing.
-        notify: Called with a line for the user.
+        config: Configuration of the run.
+        model: The model of the checkpoint, with its tables.
+        checkpoint: The checkpoint, in which training recorded a comparison.
+        allow_worse: True to report better baselines instead of raising an error.
+        notify: Called with a line of text for the user.
 
     Returns:
-        Entries of `references.worse_than`; None if the checkpoint records none.
+        The result of `references.worse_than`; None if the checkpoint has no recorded comparison.
 
     Raises:
         UserError: A baseline is better on at least MIN_ROWS rows, and `allow_worse` is False.

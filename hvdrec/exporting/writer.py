@@ -84,7 +84,7 @@ def write_bundle(
     fitted = Fitted.load(features)
     out, model = config.paths.of("bundle"), model.cpu().eval()
     meta = _meta(config, model, checkpoint, metrics) | {MADE_FROM: made_from}
-    if "columns" in made.meta:  # an earlier version did not record them
+    if "columns" in made.meta:  # earlier versions did not record the columns
         meta["log_columns"] = made.meta["columns"]
     with write_artifact(out, "bundle", meta, overwrite=overwrite) as draft:
         notify("compiling graphs")
@@ -192,7 +192,10 @@ def _meta(
 
 
 def _own_names(config: Config) -> dict[str, str]:
-    """Return the tensors of the graphs that give way to raw columns: usual name -> name."""
+    """Return the graph tensors that are renamed because a raw column has their usual name.
+
+    The result maps the usual name to the new one.
+    """
     outputs = ("embedding", "score", *(task.output for task in config.tasks))
     names = {name: config.schema.own_name(name) for name in (*OWN_INPUTS, *outputs)}
     return {usual: name for usual, name in names.items() if name != usual}

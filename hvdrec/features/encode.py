@@ -81,7 +81,7 @@ class _SideFile:
 
 @dataclass(frozen=True)
 class _SideRows:
-    """Rows of a table of users or items to encode."""
+    """Some rows of a table of users or items, which are encoded together."""
 
     job: _Job
     table: _SideFile

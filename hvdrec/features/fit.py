@@ -132,7 +132,7 @@ def fit(samples: Path, schema: Schema) -> Fitted:
 
 
 def _vocabulary_file(directory: Location, name: str) -> Any:
-    """Return the file of the vocabulary that the feature `name` owns."""
+    """Return the path of the vocabulary of the feature `name`."""
     return directory / "vocabulary" / f"{file_name(name)}.parquet"
 
 

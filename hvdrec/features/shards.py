@@ -27,7 +27,7 @@ def encoded_types(features: Iterable[Feature]) -> dict[str, pa.DataType]:
 
 
 def shard_types(schema: Schema, labels: Sequence[str] = ()) -> dict[str, pa.DataType]:
-    """Return name -> Arrow type of a shard's columns; `labels` names the columns of tasks."""
+    """Return the columns of a shard -> their Arrow types; `labels` names the labels of tasks."""
     user, item, label, weight = schema.row_columns
     indices = dict.fromkeys((user, item), pa.int64())
     numbers = dict.fromkeys((label, weight, *labels), pa.float32())

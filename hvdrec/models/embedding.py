@@ -230,9 +230,10 @@ class EmbeddingTables(nn.Module):
 
 
 def module_key(name: str) -> str:
-    """Return the key of a feature in an `nn.ModuleDict`.
+    """Return the key for a feature in an `nn.ModuleDict`.
 
-    Names of attributes are refused there, and the exporter writes Python code with the keys.
+    The name of the feature will not do: a ModuleDict refuses names of its own attributes, and
+    PyTorch's exporter writes Python code with the keys.
     """
     is_free = (
         name.isidentifier()

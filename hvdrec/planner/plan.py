@@ -43,7 +43,7 @@ class PlanResult:
     """The seconds of the computation, of each kind of message and in ``total``."""
     rows_per_second: float
     batch_size: int
-    """Rows of a training step on all ranks together."""
+    """Number of rows of a training step on all ranks together."""
 
 
 def plan(

@@ -155,7 +155,7 @@ def cast(
         name: Name of the column, for error messages.
         purpose: What the column is needed for, for error messages.
         lists: True to cast to lists of the declared type.
-        remedy: Replaces the remedies of `hvdrec samples` in error messages.
+        remedy: Remedy for error messages; if empty, they suggest one for `hvdrec samples`.
 
     Raises:
         UserError: The column has another type, or a value cannot be converted exactly.

@@ -25,7 +25,7 @@ from hvdrec.samples.sql import literal, quoted, without_nan
 
 BATCH_ROWS = 262_144
 INTERNAL = f"{PREFIX}join_"
-"""Start of the names of internal columns."""
+"""Prefix of the names of internal columns."""
 NOTHING: Mapping[str, RawType] = MappingProxyType({})
 
 

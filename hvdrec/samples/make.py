@@ -52,7 +52,7 @@ from hvdrec.storage.artifacts import write_artifact
 DRAWN_ROWS = 2_097_152
 """Number of sampled negatives that are joined at a time, to bound memory."""
 DRAWN, OF = f"{INTERNAL}drawn", f"{INTERNAL}of"
-"""Internal columns of sampled negatives: their row number, and that of their positive."""
+"""Internal columns of sampled negatives: row number of the negative, and of its positive row."""
 Array = NDArray[Any]
 
 

@@ -31,7 +31,7 @@ NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 MAX_BYTES = 1 << 26
 """Largest accepted size of an array: a larger one is damaged, or not a feature."""
 SQL_TYPES = {"b": "BOOLEAN", "i": "BIGINT", "u": "UBIGINT", "f": "DOUBLE", "U": "VARCHAR"}
-"""Kind of a NumPy type -> type in DuckDB."""
+"""Kind of a NumPy type (``numpy.dtype.kind``) -> type in DuckDB."""
 
 
 def is_petastorm(folder: Path) -> bool:

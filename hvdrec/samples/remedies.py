@@ -150,7 +150,7 @@ def _derive(name: str, expression: str) -> str:
 
 
 def _texts(array: pa.Array) -> pa.Array:
-    """Return the distinct texts of a column without nulls."""
+    """Return the distinct values of a column of text, without null."""
     return pc.unique(array.drop_null().cast(pa.string()))
 
 

@@ -25,7 +25,7 @@ class SampleSpec:
 
     @staticmethod
     def of(config: Config) -> SampleSpec:
-        """Return the parts of a configuration."""
+        """Take these parts from a configuration."""
         return SampleSpec(config.samples, config.schema, config.schema.columns(), config.tasks)
 
     @property

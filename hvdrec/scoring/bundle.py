@@ -96,9 +96,10 @@ class BundleInfo:
     manifest: Mapping[str, Any]
     """The whole manifest as parsed from JSON."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Tensors of the graphs whose usual name is a raw feature's: usual name -> name."""
+    """Usual name of a graph tensor -> its name here, for tensors that were renamed because a raw
+    feature has the usual name."""
     filters: Mapping[str, str] = field(default_factory=dict)
-    """Name of an item field that filters -> name of its folder, where they differ."""
+    """Item field with a filter -> folder of the filter, for those whose folder has another name."""
     tasks: tuple[str, ...] = ()
     """Names of the labels that the ranker predicts in addition to the score; empty in most
     bundles."""
@@ -115,7 +116,7 @@ class BundleInfo:
         return tuple(field for field in self.fields if field.side == side)
 
     def tensor(self, name: str) -> str:
-        """Return the name in the graphs of a tensor that is usually called ``name``."""
+        """Return the name in this bundle's graphs of a tensor that is usually called ``name``."""
         return self.names.get(name, name)
 
     def holds(self, name: str) -> bool:
@@ -338,7 +339,7 @@ def _parse_field(raw: Mapping[str, Any]) -> Field:
 
 
 def _texts(meta: Mapping[str, Any], name: str) -> Mapping[str, str]:
-    """Return a mapping of texts, which earlier versions did not write."""
+    """Return an entry that maps strings to strings; empty in bundles of earlier versions."""
     texts = meta.get(name, {})
     if not all(isinstance(value, str) for value in texts.values()):
         raise TypeError(f"{name} is {shown(texts)}, not names")

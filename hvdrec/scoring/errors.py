@@ -42,8 +42,8 @@ class RequestError(ScoringError):
     """A request has an unknown field or a value that is not allowed.
 
     Attributes:
-        problem: The text after ``field = value: ``, for callers that show the value in another
-            notation; empty if the text does not show a value.
+        problem: The part of the message after ``field = value: ``, for callers that format the
+            value themselves; empty if the message shows no value.
     """
 
     problem: str = ""
@@ -80,7 +80,7 @@ def choices(names: Iterable[object]) -> str:
 
 
 def type_words(value: object) -> str:
-    """Return the type of a value in words, in those of JSON where it has one."""
+    """Return the type of a value in words; for JSON types, the words of JSON, such as "a list"."""
     for kind, words in TYPE_WORDS:
         if isinstance(value, kind):
             return words

@@ -165,7 +165,7 @@ class _Reader:
         for each in _spans(parts, "attributes"):
             attribute = self.message(each, ATTRIBUTE)
             name = self._text(_span(attribute, "name"))
-            if name == "values_strings":  # a long string for each row
+            if name == "values_strings":  # could return a long string for each row
                 raise UnsafeGraphError("has a table of strings")
             found = [key for key in ("int", "ints", "tensor", "graph") if key in attribute]
             if found == ["tensor"]:

@@ -36,7 +36,7 @@ SHOWN_VALUES = 20
 
 
 def filter_folder(info: BundleInfo, field: Field) -> str:
-    """Return the folder of a bundle that holds the filter of an item field."""
+    """Return the name of the folder with the filter of an item field."""
     return f"{FILTERS}/{info.filters.get(field.name, field.name)}"
 
 

@@ -112,7 +112,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(long_body(self._options.max_body))
 
     def on_message_begin(self) -> None:
-        """Note the start of a request."""
+        """Record that a request begins, and set the deadline for its header."""
         super().on_message_begin()
         self._messages += 1
         self._fed = 0
@@ -135,7 +135,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._set_deadline()
 
     def on_message_complete(self) -> None:
-        """Note the end of a request."""
+        """Record that a request has arrived completely."""
         self._is_receiving = False
         super().on_message_complete()
 

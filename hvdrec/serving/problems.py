@@ -11,7 +11,7 @@ from starlette.responses import Response
 RETRY_SECONDS = 1
 JSON = "application/json"
 SHOWN = 60
-"""Characters of a value that an error shows."""
+"""Largest number of characters of a value that an error shows."""
 
 
 class Problem(Exception):
@@ -50,7 +50,7 @@ def unavailable(text: str) -> Problem:
 
 
 def invalid_field(field: str, value: object, problem: str) -> Problem:
-    """Build the problem of a field with an invalid value, which it shows as JSON."""
+    """Build the error for a field with an invalid value; the value is shown as JSON."""
     text = " ".join(json.dumps(value, ensure_ascii=False, default=str).split())
     shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
     return Problem(422, f"{field} = {shown}: {problem}", field)

@@ -57,7 +57,7 @@ def find_artifacts(path: Location) -> list[Location]:
     found: list[Location] = []
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
-            continue  # a draft
+            continue  # an unfinished artifact
         if file.name == MANIFEST:
             found.append(file.parent)
         elif file.name in DOCUMENTS and not (file.parent / MANIFEST).exists():

@@ -106,10 +106,10 @@ def tune(
 
 
 def _with_metric(config: Config) -> Config:
-    """Return the configuration with a metric that the validation split defines.
+    """Return the configuration with a metric that is defined on the validation split.
 
     Raises:
-        UserError: There is none, or ``train.metric`` is "none".
+        UserError: No metric is defined, or ``train.metric`` is "none".
     """
     chosen, _, lines = with_defined_metric(config, read_label_facts(config))
     for line in lines:
@@ -162,7 +162,7 @@ def _load_or_create(
     difference = first_difference(before.config, config)
     if difference is None and space and set(space) != set(before.space):
         difference = f"search {' '.join(before.space)}, now {' '.join(space)}"
-    # An earlier version recorded a hash of the manifest.
+    # Earlier versions recorded a hash of the manifest instead of the identity.
     known = (features, digest(config.paths.of("features")))
     if difference is None and before.features not in known:
         difference = f"features {before.features}, now {features}"

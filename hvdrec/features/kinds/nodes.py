@@ -38,7 +38,7 @@ class Nodes:
 
     Attributes:
         nodes: ONNX nodes in topological order.
-        constants: Initializers.
+        constants: Constant tensors (ONNX initializers).
     """
 
     def __init__(self, prefix: str) -> None:

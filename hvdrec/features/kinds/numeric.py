@@ -27,12 +27,12 @@ class Numeric(Kind):
 
     The fitted statistics are ``mean`` and ``deviation``, the population standard deviation, of the
     finite values or of their logarithms; ``boundaries``, the lower limits of all quantile buckets
-    but the first, ascending and distinct; and ``precision``, "float32" or "double", in which
-    values are compared with them.
+    but the first, ascending and distinct; and ``precision``, "float32" or "double": the type in
+    which values are compared with the boundaries.
 
     A boundary lies between two neighbouring training values. Floats are compared in float32, so
-    that a price has one code whether it was stored in 32 or 64 bits. Only integers, and floats
-    whose boundaries would coincide in float32, are compared in double.
+    that a price gets the same code whether it is stored in 32 or 64 bits. Integers, and floats with
+    boundaries that would be equal in float32, are compared in double.
     """
 
     column_kind = "numeric"
@@ -64,7 +64,7 @@ class Numeric(Kind):
         """Standardize the number or find its bucket."""
         number, missing = nodes.number(inputs[0], fitted.feature.dtype)
         if fitted.feature.transform == "quantile":
-            # Earlier versions compared in double and did not record it.
+            # Earlier versions did not record the precision and always compared in double.
             dtype = TYPES[fitted.statistics.get("precision", "double")]
             limits = np.array(fitted.statistics["boundaries"], dtype)
             return _bucket(nodes, nodes.cast(number, dtype), missing, limits)
@@ -91,10 +91,10 @@ def _bucket(nodes: Nodes, number: str, missing: str, boundaries: NDArray[Any]) -
 
 
 def _quantiles(values: NDArray[np.float64], feature: Feature) -> tuple[NDArray[Any], str]:
-    """Return the boundaries of quantile buckets, ascending and distinct, and their precision.
+    """Return the boundaries between quantile buckets, ascending and distinct, and their precision.
 
-    They separate the values at shares 1/buckets, 2/buckets ... of the sorted values from the values
-    below them. Share q of n values is the ceil(q * n)-th smallest.
+    For each q = 1/buckets, 2/buckets, ..., a boundary lies between the q-quantile and the next
+    smaller value. The q-quantile of n values is the ceil(q * n)-th smallest.
     """
     buckets = feature.buckets
     # Use integers: with floats, rounding could give the next position.
@@ -112,14 +112,15 @@ def _quantiles(values: NDArray[np.float64], feature: Feature) -> tuple[NDArray[A
     first = np.searchsorted(values, uppers)
     lowers = values[np.maximum(first - 1, 0)]
     middles = (lowers / 2 + uppers / 2).astype(values.dtype)
-    # The middle of two adjacent numbers is rounded to one of them; nothing is below the smallest.
+    # Use the upper value itself if there is no number between the two, or no lower value.
     return np.where((middles > lowers) & (middles < uppers), middles, uppers), precision
 
 
 def _fit_float32(values: NDArray[np.float64]) -> bool:
-    """True unless several distinct values that float32 cannot hold have one float32 in common.
+    """Return False if values that float32 cannot hold exactly become equal in float32.
 
-    A value and its own rounding to float32 are the same number, stored twice.
+    A value and its own rounding to float32 may become equal: they are the same number, stored in
+    two precisions.
     """
     with np.errstate(over="ignore"):
         rounded = values.astype(np.float32)
