@@ -147,10 +147,11 @@ def window_order(key: tuple[int, ...], window: int, rows: int) -> Array:
 def _merge(
     past: Sequence[Progress], world_size: int, batch_size: int
 ) -> tuple[list[Progress], int]:
-    """Merge adjacent entries of the same shape, and separate the last one if this job continues it.
+    """Merge adjacent parts of an epoch that were read with the same world size and batch size.
 
     Returns:
-        The entries of other shapes, and the number of steps of the last entry, else 0.
+        The parts, without the last one if this job has its world size and batch size; and the
+        number of steps of that last part, or 0.
     """
     merged: list[Progress] = []
     for progress in past:

@@ -29,10 +29,10 @@ class GroupLookup:
     """The unique rows of one group of embedding tables that a batch needs, and their uses.
 
     Attributes:
-        rows: [R], the index of each row in the array of the rank that holds it, ordered by rank.
-            int64, or int32 if the indices are sent to other ranks and fit. The first is the zero
-            row for missing values.
-        counts: int32 [ranks], how many of these rows each rank holds.
+        rows: Index of each row in the array of the rank that holds it, ordered by rank [unique
+            rows]. The dtype is int64, or int32 if the indices are sent to other ranks and fit. The
+            first row is the zero row for missing values.
+        counts: Number of these rows on each rank, int32 [ranks].
         single: The names of the features that have one value per batch row; see
             `models.embedding.RowBlock`.
         values: The lookups of these features, for each part of the batch.
@@ -51,8 +51,8 @@ def drop_to_unknown(
 ) -> dict[str, Tensor]:
     """Replace a random share of the values of categorical features by code UNKNOWN.
 
-    `codes` maps feature names to int64 codes [N] or [N, L]. Lists and missing values stay as they
-    are. `rate` is the share to replace, from 0 to 1.
+    Lists and missing values are not changed. `codes` maps feature names to int64 codes, [rows] or
+    [rows, list length]. `rate` is the share to replace, from 0 to 1.
     """
     dropped = dict(codes)
     for feature in schema.features:
@@ -77,7 +77,8 @@ def look_up(
     Args:
         schema: The features.
         groups: The embedding tables, placed on ranks.
-        codes: Feature name -> int64 codes [N] or [N, L], for all embedded features or some.
+        codes: Feature name -> int64 codes, [rows] or [rows, list length], for some or all of the
+            embedded features.
         pooling: How lists are pooled, by feature name, as in ``[model.pooling]``.
         parts: The number of equal parts in which the model processes the batch.
         is_sent: Whether the row indices will be sent to other ranks.
@@ -100,18 +101,20 @@ class _GroupKeys:
     """The keys of a batch's codes in one group, collected feature by feature."""
 
     single: list[str] = field(default_factory=list)
-    """The feature name of each column."""
+    """Name of the feature of each column."""
     columns: list[Array] = field(default_factory=list)
-    """Keys [N] of each column; a list that the model pools by attention has a column per entry."""
+    """Keys of each column [rows]. A list that the model pools by attention has a column for each
+    list position."""
     list_masks: dict[str, Array] = field(default_factory=dict)
-    """For each other list feature, bool [N, L]: True where there is an entry."""
+    """Name of another list feature -> True for each position that has an entry, bool
+    [rows, list length]."""
     list_keys: list[Array] = field(default_factory=list)
-    """For each other list feature, the keys of its entries, row after row."""
+    """For each of these other list features, the keys of its entries, row after row."""
 
     def add(
         self, group: TableGroup, table: str, feature: Feature, code: Array, pooling: Pooling | None
     ) -> None:
-        """Add the keys of a feature's codes, [N] or [N, L]."""
+        """Add the keys of a feature's codes, [rows] or [rows, list length]."""
         if pooling in ATTENTION:
             # The model pools these lists itself: each entry is looked up like a single value.
             self.single += [feature.name] * code.shape[1]
@@ -202,13 +205,13 @@ def _check_codes(feature: Feature, table: str, code: Array, size: int) -> None:
 
 @dataclass(frozen=True)
 class _UniqueKeys:
-    """An array of E keys and its R unique values.
+    """An array of keys, and its unique values.
 
     Attributes:
-        unique: [R], the unique keys in ascending order, with the keys' dtype.
-        rows: int32 [E], the index of each key in `unique`.
-        order: int32 [E], the indices that sort the keys; equal keys keep their order.
-        starts: int32 [R], where the indices of each unique key start in `order`.
+        unique: The unique keys in ascending order, with the dtype of the keys [unique].
+        rows: Index of each key in `unique`, int32 [keys].
+        order: Indices that sort the keys; equal keys keep their order; int32 [keys].
+        starts: Position in `order` at which the indices of each unique key begin, int32 [unique].
     """
 
     unique: Array
@@ -218,7 +221,7 @@ class _UniqueKeys:
 
     @classmethod
     def of(cls, keys: Array) -> _UniqueKeys:
-        """Find the unique values of keys, uint32 or int64 [E], none below 0 and the first one 0."""
+        """Find the unique values of keys, uint32 or int64; the first key is 0, none is less."""
         order = _stable_argsort(keys)
         in_order = np.take(keys, order)
         is_other = in_order[1:] != in_order[:-1]
@@ -238,9 +241,9 @@ class _UniqueKeys:
         )
 
     def lists(self, ends: Array, *, root: bool) -> ListIndices:
-        """Return the lookup indices for N lists; list i has the keys ``ends[i]:ends[i + 1]``.
+        """Return the lookup indices for lists; list i has the keys ``ends[i]:ends[i + 1]``.
 
-        Pooling divides the sum over a list by its length, or with `root` by the length's root.
+        Pooling divides the sum over a list by its length, or with `root` by its square root.
         """
         lengths = np.diff(ends)
         divisors = np.maximum(lengths, 1).astype(np.float64)
@@ -264,9 +267,9 @@ class _UniqueKeys:
 
 
 def _stable_argsort(keys: Array) -> Array:
-    """Return the indices int64 [E] that sort the keys; equal keys keep their order."""
-    # Keys are sorted by 16 bits at a time: numpy uses radix sort for 16-bit integers, which is
-    # faster than its other sorts on any CPU.
+    """Return the indices that sort keys, int64 [keys]; equal keys keep their order."""
+    # Sort by 16 bits at a time: for 16-bit integers numpy uses radix sort, which is faster than its
+    # other sorts on any CPU.
     order = np.argsort(keys.astype(np.uint16), kind="stable")
     for shift in range(16, 8 * keys.itemsize, 16):
         digits = (keys >> keys.dtype.type(shift)).astype(np.uint16)

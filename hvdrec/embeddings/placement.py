@@ -91,8 +91,9 @@ def group_tables(
 ) -> tuple[TableGroup, ...]:
     """Decide which tables are sharded, and group the tables by width and placement.
 
-    `sizes` and `widths` are the rows and columns of each table. ``auto`` shards tables that take at
-    least `shard_from_bytes` as float32. On one rank, nothing is sharded.
+    `sizes` and `widths` map the name of each table to its numbers of rows and columns. With
+    ``auto``, tables that take at least `shard_from_bytes` in float32 are sharded. On one rank,
+    nothing is sharded.
     """
     groups: dict[tuple[int, bool], dict[str, int]] = {}
     for table, size in sizes.items():

@@ -35,9 +35,10 @@ def row_optimizer(train: Train) -> RowOptimizer:
 def table_groups(
     schema: Schema, dimension: int, sizes: Mapping[str, int], ranks: int, parallel: Parallel
 ) -> tuple[TableGroup, ...]:
-    """Return the embedding tables in groups, placed on a number of ranks.
+    """Return the embedding tables in groups, placed on `ranks` ranks.
 
-    `sizes` are the rows of each table; `dimension` is the width of a table whose feature sets none.
+    `sizes` maps the name of each table to its number of rows. `dimension` is the width of tables
+    whose feature does not set one.
     """
     widths = dimensions(schema, dimension)
     shard_from = int(1e6 * parallel.shard_from_mb)

@@ -49,7 +49,10 @@ def stored_width(model: Recommender, side: Side) -> int:
 
 
 def tower(model: Recommender, fitted: Fitted, side: Side) -> onnx.ModelProto:
-    """Return the graph that computes embeddings [N, `stored_width`] from raw columns of a side."""
+    """Return the graph that computes embeddings of users (or items) from their raw columns.
+
+    The output is [rows, `stored_width`].
+    """
     represent = model.represent_users if side == "user" else model.represent_items
     features, carried = model.schema.side(side), model.schema.carried(side)
 

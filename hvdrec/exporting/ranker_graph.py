@@ -11,9 +11,9 @@ costs one product with this matrix, at most a fourth of the whole layer. A match
 product of some columns of user and item: in W_p, each of these columns has the match's row of
 weights. Pairs are scene features that combine item features (`crossed`); they differ per item.
 
-Shapes: R requests, N items, U and I columns of a user's and an item's representation, H outputs of
-the first layer, P products of a user column and an item column: those of the D columns of the
-towers' outputs, then those of matches.
+In shapes, R is the number of requests, N the number of items, U and I the widths of a user's and an
+item's representation, and H the width of the first layer's output. P is the number of products of a
+user column and an item column: first those of the towers' outputs, then those of matches.
 """
 
 from __future__ import annotations
@@ -46,14 +46,16 @@ class Factored:
     """A ranker whose first layer is split into terms; see the module's formula.
 
     Attributes:
-        request: Computes ``user W_u + scene W_s + b`` [R, H] from user representations [R, U] and
-            the codes [R] of `request_features`.
-        item: [I, H], the weights W_i of an item's representation.
-        product: [P, H], the weights W_p of the products of a user and an item column.
-        columns: The user columns [P] and the item columns [P] of these products.
-        pairs: Computes ``pairs W_x`` [N, H] from the codes [N] of `pair_features`; None if there
-            are none.
-        rest: Computes logits [N], or [N, T] with T tasks, from the first layer's output [N, H].
+        request: Function that computes ``user W_u + scene W_s + b``, [requests, H], from the users'
+            representations and the codes of `request_features`. H is the width of the first
+            layer's output.
+        item: The weights W_i of an item's representation [item_width, H].
+        product: The weights W_p of the products of a user column and an item column [products, H].
+        columns: The user columns and the item columns of these products, [products] each.
+        pairs: Function that computes ``pairs W_x``, [items, H], from the codes of `pair_features`;
+            None if there are no such features.
+        rest: Function that computes the logits, [items] or [items, tasks], from the first layer's
+            output [items, H].
     """
 
     request: Callable[[Tensor, Codes], Tensor]

@@ -21,12 +21,12 @@ PAIRED = f"{PREFIX}paired/"
 
 
 def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:
-    """Return the graph that scores N items for R requests, each with one user and one scene.
+    """Return the graph that scores n items for r requests, each with one user and one scene.
 
-    Inputs: ``user_embedding`` float32 [R, `stored_width`], raw scene columns [R] or [R, L] (lists),
-    ``item_embedding`` float32 [N, `stored_width`], and ``request`` int64 [N], the number of the
-    request (0 to R - 1) to which each item belongs. Outputs: ``score`` float32 [N], a probability,
-    and ``score_NAME`` float32 [N] for each task.
+    The inputs are ``user_embedding``, float32 [r, `stored_width`]; raw scene columns, [r], or
+    [r, list length] for lists; ``item_embedding``, float32 [n, `stored_width`]; and ``request``,
+    int64 [n], the number of the request to which each item belongs, from 0. The outputs are
+    ``score``, a probability, and ``score_NAME`` for each task, float32 [n].
     """
     pairs = pair_features(model)
     parts = [core(model)]

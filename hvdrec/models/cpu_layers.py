@@ -88,7 +88,7 @@ def _has_bf16_products() -> bool:
 
 
 def run_mlp(layers: nn.Sequential, choice: CpuLayers, parts: Sequence[Tensor]) -> Tensor:
-    """Run the layers of an MLP on inputs given as column blocks [N, width_i]: -> [N, width]."""
+    """Run the layers of an MLP on inputs that are given as a sequence of blocks of columns."""
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if not linear or not layers.training or parts[0].device.type != "cpu":
         choice = "plain"
@@ -128,7 +128,7 @@ def _run_fused(linear: list[nn.Linear], dtype: torch.dtype, parts: Sequence[Tens
 
 
 class _LinearRelu(torch.autograd.Function):
-    """relu(x W^T + b) in bf16 or float32, where x is given as column blocks: -> [N, out].
+    """Compute relu(x W^T + b) in bf16 or float32; x is given as a sequence of blocks of columns.
 
     Weights [out, width], biases [out] and their gradients are float32. The blocks of x are copied
     into one matrix of dtype `dtype`. One operator computes product, bias and ReLU: as a separate
@@ -260,7 +260,7 @@ def _dropout_mask(like: Tensor, rate: float) -> tuple[Tensor, float]:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate column blocks [N, width_i] into [N, sum of widths], without a copy if possible.
+    """Concatenate blocks of columns, each [rows, its width], without a copy if possible.
 
     No copy is needed if the blocks are views of all columns of one matrix, in order.
     """

@@ -27,12 +27,13 @@ ATTENTION: tuple[Pooling, ...] = ("attention", "self-attention")
 
 @dataclass(frozen=True)
 class SingleIndices:
-    """Which of R embedding rows each of E values uses, and the inverse for the backward pass.
+    """The embedding row that each value uses, and the inverse for the backward pass.
 
     Attributes:
-        indices: int32 [E], the embedding row of each value.
-        order: int32 [E], the positions of the values, sorted by embedding row.
-        row_offsets: int32 [R], where the positions of each embedding row start in `order`.
+        indices: Embedding row of each value, int32 [values].
+        order: Positions of the values, sorted by embedding row, int32 [values].
+        row_offsets: Index in `order` at which the positions of each embedding row begin, int32
+            [embedding rows].
     """
 
     indices: Tensor
@@ -42,14 +43,18 @@ class SingleIndices:
 
 @dataclass(frozen=True)
 class ListIndices:
-    """Which of R embedding rows the lists of a feature use in N batch rows, and the inverse.
+    """The embedding rows that the lists of a feature use, and the inverse for the backward pass.
+
+    There is one list for each batch row.
 
     Attributes:
-        indices: int32 [E], the embedding row of each list entry, list after list, without padding.
-        offsets: int32 [N], where the entries of each list start in `indices`.
-        divisors: [N, 1], what the sum over each list is divided by.
-        batch_rows: int32 [E], the batch row of each entry, sorted by embedding row.
-        row_offsets: int32 [R], where the entries of each embedding row start in `batch_rows`.
+        indices: Embedding row of each list entry, list after list, without padding, int32
+            [entries].
+        offsets: Index in `indices` at which each list begins, int32 [batch rows].
+        divisors: Number by which the sum over each list is divided [batch rows, 1].
+        batch_rows: Batch row of each entry, sorted by embedding row, int32 [entries].
+        row_offsets: Index in `batch_rows` at which the entries of each embedding row begin, int32
+            [embedding rows].
     """
 
     indices: Tensor
@@ -61,14 +66,14 @@ class ListIndices:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """The unique embedding rows of one width that a batch of N rows needs, and where it uses them.
+    """The unique embedding rows of one width that a batch needs, and where it uses them.
 
     Attributes:
-        vectors: [R, width], the embedding rows; the first is zero and stands for missing values.
-        single: The names of F features with one value per batch row. A name that is repeated L
-            times is a list feature with L entries, each looked up like a single value.
-        values: The lookups of N * F values, ordered by batch row.
-        lists: The lookups of the pooled list features, by name.
+        vectors: The embedding rows [unique rows, width]. The first is zero, for missing values.
+        single: Names of the features with one value per batch row. A list feature is named as many
+            times as its lists are long, and each entry is looked up like a single value.
+        values: The lookups of these values, one batch row after the other.
+        lists: Name of a pooled list feature -> its lookups.
     """
 
     vectors: Tensor
@@ -77,7 +82,10 @@ class RowBlock:
     lists: Mapping[str, ListIndices]
 
     def features(self) -> dict[str, Tensor]:
-        """Look up the features: name -> [N, width], or [N, L, width] for a list without pooling."""
+        """Return name of a feature -> its vectors, [rows, width].
+
+        For a list that is not pooled, they are [rows, list length, width].
+        """
         vectors: dict[str, Tensor] = {
             name: _PoolRows.apply(self.vectors, lists)  # type: ignore[no-untyped-call]
             for name, lists in self.lists.items()
@@ -203,13 +211,14 @@ class EmbeddingTables(nn.Module):
 
         Args:
             features: The features to look up.
-            codes: Feature name -> int64 codes [N], codes [N, L] of lists padded with 0, or plain
-                numbers, float [N].
+            codes: Feature name -> int64 codes [rows], codes [rows, list length] of lists padded
+                with 0, or plain numbers, float [rows].
             rows: The embedding rows that the batch needs; None if this module holds the tables.
 
         Returns:
-            Feature name -> vectors [N, width]. Lists are pooled; one without entries gives zeros.
-            Lists for attention pooling are not pooled yet: [N, L, width], zero at padding.
+            Feature name -> vectors [rows, width]. Lists are pooled; a list without entries gives
+            zeros. Lists for attention pooling are not pooled yet: their vectors are
+            [rows, list length, width], with zeros at padding.
         """
         looked_up = rows.features() if rows is not None else {}
         return {
@@ -252,11 +261,11 @@ def dimensions(schema: Schema, default: int) -> dict[str, int]:
 
 
 def pooled(codes: Tensor, weight: Tensor, *, root: bool = False) -> Tensor:
-    """Pool the embeddings of each of N lists into one vector: -> [N, width].
+    """Pool the embeddings of each list into one vector; return [lists, width].
 
     Args:
-        codes: int64 [N, L], the rows of `weight` that each list names; 0 is padding.
-        weight: [rows, width], the embedding table.
+        codes: Code of each list entry, int64 [lists, list length]; 0 is padding.
+        weight: The embedding table [codes, width].
         root: Divide the sum over a list by the square root of its length, not by its length.
     """
     if not (root or torch.compiler.is_exporting()):

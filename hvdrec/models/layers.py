@@ -15,7 +15,7 @@ MASKED = -1e9
 
 
 class Mlp(HasCpuLayers, nn.Sequential):
-    """Linear layers, each with ReLU and dropout: [N, width] -> [N, hidden[-1]]."""
+    """Linear layers, each followed by ReLU and dropout: [rows, width] -> [rows, last width]."""
 
     def __init__(self, width: int, hidden: Sequence[int], dropout: float) -> None:
         layers: list[nn.Module] = []
@@ -31,7 +31,10 @@ class Mlp(HasCpuLayers, nn.Sequential):
         self.input_width, self.output_width = width, widths[-1]
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
-        """Map inputs [N, width], or column blocks [N, width_i] of them, to [N, hidden[-1]]."""
+        """Map inputs [rows, width] to [rows, last width].
+
+        Inputs may also be given as a sequence of blocks of columns.
+        """
         parts = [inputs] if isinstance(inputs, Tensor) else inputs
         return run_mlp(self, self.cpu_layers, parts)
 
@@ -39,7 +42,8 @@ class Mlp(HasCpuLayers, nn.Sequential):
 class CrossNetwork(nn.Module):
     """Cross layers of DCN-V2: x_{l+1} = x_0 * (W_l x_l + b_l) + x_l.
 
-    Maps [N, width] to [N, width]. Source: Wang et al., "DCN V2", WWW 2021, equation 1.
+    Here x_l is the input of layer l. Inputs and outputs are [rows, width]. Source: Wang et al.,
+    "DCN V2", WWW 2021, equation 1.
     """
 
     def __init__(self, width: int, depth: int) -> None:
@@ -47,7 +51,7 @@ class CrossNetwork(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map inputs [N, width] to [N, width]."""
+        """Map inputs [rows, width] to outputs of the same shape."""
         crossed = inputs
         for layer in self.layers:
             crossed = torch.addcmul(crossed, inputs, layer(crossed))
@@ -61,12 +65,12 @@ def head_products(user: Tensor, item: Tensor, heads: int) -> Tensor:
     Mao et al., "FinalMLP", AAAI 2023, section 3.3; its weight matrices are left to the towers.
 
     Args:
-        user: [N, D] embeddings of users.
-        item: [N, D] embeddings of items.
-        heads: Number of slices into which the D columns are cut.
+        user: Embedding of each row's user [rows, width].
+        item: Embedding of each row's item [rows, width].
+        heads: Number of slices into which the columns are cut.
 
     Returns:
-        [N, heads^2]
+        The inner products [rows, heads^2].
     """
     parts = [side.reshape(side.shape[0], heads, -1) for side in (user, item)]
     return torch.matmul(parts[0], parts[1].transpose(1, 2)).flatten(1)
@@ -76,8 +80,8 @@ class AttentionPooling(nn.Module):
     """Pool a list by a weighted mean; an entry x has weight softmax(v . tanh(W x + p)).
 
     v, W and p are learned; p depends on the entry's position, counted from the end of the list.
-    Padding is zero and does not count. Maps [N, L, width] with L <= length to [N, width], zero for
-    an empty list.
+    Padding is zero and does not count. An empty list gives zeros. Inputs are [rows, entries, width]
+    with at most `length` entries, outputs are [rows, width].
     Source: Yang et al., "Hierarchical attention networks", NAACL 2016, equations 5 to 7.
     """
 
@@ -88,7 +92,7 @@ class AttentionPooling(nn.Module):
         self.query = nn.Linear(width, 1, bias=False)
 
     def forward(self, entries: Tensor) -> Tensor:
-        """Pool entries [N, L, width] into [N, width]."""
+        """Pool entries [rows, entries, width] into one vector for each row [rows, width]."""
         present = (entries != 0).any(-1)
         position = self.place[self.place.shape[0] - entries.shape[1] :]
         score = self.query(torch.tanh(self.project(entries) + position)).squeeze(-1)
@@ -99,7 +103,8 @@ class AttentionPooling(nn.Module):
 class SelfAttentionPooling(nn.Module):
     """One layer of self-attention over list entries, added to them, then `AttentionPooling`.
 
-    Maps [N, L, width] with L <= length to [N, width], zero for an empty list.
+    Inputs are [rows, entries, width] with at most `length` entries, outputs are [rows, width]. An
+    empty list gives zeros.
     Source: Vaswani et al., "Attention is all you need", 2017, equation 1, with one head.
     """
 
@@ -111,7 +116,7 @@ class SelfAttentionPooling(nn.Module):
         self.pool = AttentionPooling(width, length)
 
     def forward(self, entries: Tensor) -> Tensor:
-        """Pool entries [N, L, width] into [N, width]."""
+        """Pool entries [rows, entries, width] into one vector for each row [rows, width]."""
         present = (entries != 0).any(-1)
         position = self.place[self.place.shape[0] - entries.shape[1] :]
         query, key, value = self.inputs(entries + position).chunk(3, dim=-1)

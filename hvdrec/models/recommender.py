@@ -2,8 +2,7 @@
 
 The *scene* is the context of a request: time, place, device, placement. It enters only the ranker.
 A *side* is user, item or scene. *Direct* features feed the ranker as well as a tower.
-Shapes: N batch rows, L list entries, D columns of a tower's output (``model.tower.output``), T
-tasks, which are labels to predict.
+A *task* is one of several labels to predict.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from hvdrec.models.layers import (
 from hvdrec.models.tasks import TaskRanker, combined_score
 
 Codes = Mapping[str, Tensor]
-"""Feature name -> int64 codes [N], codes [N, L] of lists padded with 0, or plain numbers [N]."""
+"""Feature name -> int64 codes [rows], codes [rows, list length] of lists padded with 0, or plain
+numbers [rows]."""
 POOLS = {"attention": AttentionPooling, "self-attention": SelfAttentionPooling}
 
 
@@ -40,9 +40,9 @@ class Output:
     """The result of a forward pass over a batch.
 
     Attributes:
-        user: [N, D] embeddings of the rows' users.
-        item: [N, D] embeddings of the rows' items.
-        logit: [N] logits of the label, or [N, T] if the model has tasks.
+        user: Embedding of each row's user [rows, width].
+        item: Embedding of each row's item [rows, width].
+        logit: Logit of the label [rows], or of each task [rows, tasks] if the model has tasks.
     """
 
     user: Tensor
@@ -68,7 +68,7 @@ class Match:
 
 
 class TowerNetwork(nn.Module):
-    """A tower: an MLP over the joined vectors of all user (or item) features: -> [N, D]."""
+    """A tower: an MLP that maps the joined vectors of all user (or item) features to embeddings."""
 
     def __init__(self, width: int, shape: Tower) -> None:
         super().__init__()
@@ -78,13 +78,13 @@ class TowerNetwork(nn.Module):
         self.head = nn.Linear(self.hidden.output_width, shape.output)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Map the joined vectors [N, width] of a side's features to embeddings [N, D]."""
+        """Map the joined vectors of the features, [rows, width], to embeddings [rows, output]."""
         out: Tensor = self.head(self.hidden(self.input_dropout(vectors)))
         return functional.normalize(out, dim=-1) if self.normalize else out
 
 
 class DnnRanker(nn.Module):
-    """The ranker for one label: an MLP and optional cross layers: [N, width] -> logits [N]."""
+    """The ranker for one label: an MLP and optional cross layers that map inputs to logits."""
 
     def __init__(self, width: int, shape: Ranker) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class DnnRanker(nn.Module):
         )
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """Map inputs, as column blocks [N, width_i], to logits [N]."""
+        """Map inputs, given as a sequence of blocks of columns, to logits [rows]."""
         deep = self.hidden(parts)
         if self.cross is not None:
             deep = torch.cat([self.cross(joined(parts)), deep], dim=-1)
@@ -178,17 +178,19 @@ class Recommender(nn.Module):
         return self.output_width + self._width(self.item_direct)
 
     def represent_users(self, codes: Codes, rows: BatchRows | None = None) -> Tensor:
-        """Compute representations [N, user_width] from the codes of all user features.
+        """Compute the users' representations from the codes of all user features.
 
-        `rows` are the embedding rows that the codes need; None if the model holds its tables.
+        `rows` are the embedding rows that the codes need; None if the model holds its tables. The
+        result is [users, user_width].
         """
         vectors = self._pooled(self.tables(self.schema.side("user"), codes, rows))
         return joined(self._parts(self.user_tower, vectors, self.user_direct))
 
     def represent_items(self, codes: Codes, rows: BatchRows | None = None) -> Tensor:
-        """Compute representations [N, item_width] from the codes of all item features.
+        """Compute the items' representations from the codes of all item features.
 
-        `rows` are the embedding rows that the codes need; None if the model holds its tables.
+        `rows` are the embedding rows that the codes need; None if the model holds its tables. The
+        result is [items, item_width].
         """
         vectors = self._pooled(self.tables(self.schema.side("item"), codes, rows))
         return joined(self._parts(self.item_tower, vectors, self.item_direct))
@@ -196,26 +198,26 @@ class Recommender(nn.Module):
     def scene_vectors(
         self, codes: Codes, features: Iterable[Feature] | None = None
     ) -> dict[str, Tensor]:
-        """Look up some features of the scene, by default all: name -> vectors [N, width]."""
+        """Look up some or all features of the scene; return name -> vectors [rows, width]."""
         scene = self.schema.side("scene") if features is None else features
         return self._pooled(self.tables(scene, codes))
 
     def rank(self, user: Tensor, item: Tensor, codes: Codes) -> Tensor:
-        """Compute the logits of N user-item pairs, each in a scene of its own.
+        """Compute the logits of pairs of a user and an item, each in its own scene.
 
         Args:
-            user: [N, user_width] representations of the users.
-            item: [N, item_width] representations of the items.
-            codes: The codes of all scene features.
+            user: Representation of each pair's user [pairs, user_width].
+            item: Representation of each pair's item [pairs, item_width].
+            codes: Codes of all scene features of each pair.
 
         Returns:
-            Logits [N], or [N, T] if the model has tasks.
+            Logits [pairs], or [pairs, tasks] if the model has tasks.
         """
         scene = self.scene_vectors(codes)
         return self._logit([user], [item], list(scene.values()))
 
     def score(self, logit: Tensor) -> Tensor:
-        """Compute the served score [N], a probability, from logits [N] or [N, T]."""
+        """Compute the served score, a probability [rows], from logits [rows] or [rows, tasks]."""
         probability = logit.sigmoid()
         if not self.tasks:
             return probability
@@ -249,7 +251,7 @@ class Recommender(nn.Module):
         return Output(embeddings[0], embeddings[1], logit)
 
     def _pooled(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pool lists [N, L, width] by attention to [N, width]; keep the vectors of all others."""
+        """Pool the lists that are still unpooled by attention; keep all other vectors."""
         return {
             name: self.pools[key](vector) if (key := module_key(name)) in self.pools else vector
             for name, vector in vectors.items()
@@ -290,7 +292,7 @@ class Recommender(nn.Module):
         return logit
 
     def _match_products(self, user: Tensor, item: Tensor) -> list[Tensor]:
-        """Compute the inner product [N, 1] of the two vectors of each match."""
+        """Compute, for each match, the inner products of its two vectors [rows, 1]."""
         return [
             (user.narrow(1, m.user, m.width) * item.narrow(1, m.item, m.width)).sum(1, keepdim=True)
             for m in self.matches

@@ -1,6 +1,6 @@
 """A ranker that predicts several labels, and the score that combines its predictions.
 
-A *task* is one label to predict. Shapes: N batch rows, T tasks, H outputs of the first layer.
+A *task* is one of these labels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hvdrec.models.layers import CrossNetwork, Mlp
 
 
 class TaskRanker(nn.Module):
-    """A DNN with one logit per task: [N, width] -> [N, T].
+    """A DNN with one logit per task: [rows, width] -> [rows, tasks].
 
     With sharing "bottom", all tasks share the hidden layers. With "mmoe", there are several experts
     with their own hidden layers, and task t reads the mean of the experts' outputs weighted by
@@ -64,17 +64,17 @@ class TaskRanker(nn.Module):
         return [layer for layer in last if isinstance(layer, nn.Linear)]
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
-        """Map inputs, as column blocks [N, width_i], to logits [N, T]."""
+        """Map inputs, given as a sequence of blocks of columns, to logits [rows, tasks]."""
         vectors = joined(parts)
         crossed = None if self.cross is None else self.cross(vectors)
         return self.after_first(self.first(vectors), crossed)
 
     def after_first(self, first: Tensor, crossed: Tensor | None = None) -> Tensor:
-        """Compute logits [N, T] from the outputs of the first layer and of the cross layers.
+        """Compute logits [rows, tasks] from the outputs of the first layer and the cross layers.
 
         Args:
-            first: [N, H] output of the layer ``first``.
-            crossed: [N, width] output of the cross layers; None if there are none.
+            first: Output of the layer ``first`` [rows, its width].
+            crossed: Output of the cross layers [rows, width]; None if there are none.
         """
         parts = torch.split(first, self.widths, dim=-1)
         outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=False)]
@@ -91,10 +91,10 @@ class TaskRanker(nn.Module):
 
 
 def combined_score(probabilities: Tensor, tasks: Sequence[Task], combine: str) -> Tensor:
-    """Combine the tasks' probabilities [N, T] into the served score [N], in [0, 1].
+    """Combine the probabilities of all tasks into the served score [rows], which is in [0, 1].
 
     Args:
-        probabilities: [N, T], what the model predicts for each task.
+        probabilities: Predicted probability for each task [rows, tasks].
         tasks: The tasks; ``share`` is the weight of each in the score.
         combine: "product" for the product of p ** share. With shares of 1 this is a plain product,
             as in P(click) * P(long view | click). "sum" for the mean of p weighted by the shares.

@@ -95,8 +95,9 @@ class EventLog:
     def others(self, times: UserTimes, rows: Array, length: int) -> pa.Array:
         """Return, for each of `rows`, `length` other events of its user that are closest to it.
 
-        Closest is meant in the sorted order of the user's events: half of them come before the row
-        and half after it, if there are enough on both sides. The row itself is left out.
+        Distance is counted in the sorted list of the user's events: half of the returned events
+        come before the row and half after it, if there are enough on both sides. The row itself is
+        left out.
         """
         start = times.user[rows] * times.times
         first, end = (np.searchsorted(self.key, bound) for bound in (start, start + times.times))

@@ -1,4 +1,7 @@
-"""Bayesian personalized ranking."""
+"""The loss ``bpr``: Bayesian personalized ranking over in-batch negatives.
+
+B is the number of rows in a block, C the number of candidate items.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from torch.nn import functional
 
 
 def bpr(logits_BC: Tensor, positive_B: Tensor) -> Tensor:
-    """Compute for each row the mean of -log sigmoid(positive - negative) over its negatives, [B].
+    """Return, for each row, the mean of -log sigmoid(positive - negative) over its negatives [B].
 
     A row without negatives has a loss of 0. With the logQ correction, the difference of the logits
     of two items estimates the log ratio of their probabilities given the user, whatever

@@ -20,9 +20,9 @@ class RetrievalLoss(Protocol):
         batch are cut into blocks.
 
         Args:
-            logits_BC: [B, C] logits of each row's candidates, -inf for candidates that do not
+            logits_BC: Logit of each candidate for each row [B, C]; -inf for candidates that do not
                 count. The logit of the positive item is always finite.
-            positive_B: int64 [B], the column of each row's positive item.
+            positive_B: Column of each row's positive item, int64 [B].
 
         Returns:
             The losses [B], unweighted.

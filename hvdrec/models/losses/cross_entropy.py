@@ -1,6 +1,6 @@
 """The losses of the ranker.
 
-Shapes: B batch rows of this rank, T tasks (labels to predict).
+In shapes, B is the number of batch rows of this rank, T the number of tasks (labels to predict).
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from torch.nn import functional
 
 
 def binary_cross_entropy(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Sum the log losses of logits [B] for labels [B] in [0, 1], times the row weights [B]."""
+    """Return the sum of the rows' log losses times their weights, a scalar.
+
+    Logits, labels (in [0, 1]) and weights are [rows].
+    """
     return functional.binary_cross_entropy_with_logits(logit, label, weight=weight, reduction="sum")
 
 
 def task_weights(labels_BT: Tensor, weight_B: Tensor) -> Tensor:
-    """Return the weight [B, T] of each row for each task: 0 where the label is unknown (NaN)."""
+    """Return the weight of each row for each task [B, T]; it is 0 if the label is unknown (NaN)."""
     return weight_B.unsqueeze(1) * (~labels_BT.isnan())
 
 
 def task_cross_entropies(logits_BT: Tensor, labels_BT: Tensor, weight_B: Tensor) -> Tensor:
-    """Sum for each task the weighted log losses over the rows whose label is known: -> [T].
+    """Return, for each task, the sum of the weighted log losses of the rows with a label [T].
 
     Args:
-        logits_BT: [B, T] logits.
-        labels_BT: [B, T] labels: 0, 1, or NaN where a label is unknown.
-        weight_B: [B] weights of the rows.
+        logits_BT: Logit of each row for each task [B, T].
+        labels_BT: Label of each row for each task, 0, 1, or NaN if it is unknown [B, T].
+        weight_B: Weight of each row [B].
     """
     weight_BT = task_weights(labels_BT, weight_B)
     losses_BT = functional.binary_cross_entropy_with_logits(

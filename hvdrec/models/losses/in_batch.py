@@ -1,7 +1,8 @@
 """Compute retrieval losses in blocks of rows. The negatives of a row are other rows' items.
 
-Shapes: B positive rows of this rank; C candidate items, which are the items of the positive rows of
-all ranks and any items drawn in addition; D columns of the embeddings.
+In shapes, B is the number of positive rows of this rank, C the number of candidate items, D the
+width of embeddings. Candidates are the items of the positive rows of all ranks, and items that are
+drawn in addition.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def without_accidental_hits(
     """Set the logits of negatives that are the row's own item to -inf.
 
     Args:
-        logits_BC: [B, C] logits.
-        own_B: int64 [B], the column of each row's positive, which keeps its logit.
-        item_B: int64 [B], the item of each row, as a number.
-        item_C: int64 [C], the item of each candidate, as a number.
+        logits_BC: Logit of each candidate for each row [B, C].
+        own_B: Column of each row's positive item, which keeps its logit, int64 [B].
+        item_B: Number of each row's item, int64 [B].
+        item_C: Number of each candidate item, int64 [C].
     """
     same = item_B.unsqueeze(1) == item_C.unsqueeze(0)
     same.scatter_(1, own_B.unsqueeze(1), False)
@@ -37,8 +38,9 @@ def without_accidental_hits(
 
 
 def with_logq(logits_BC: Tensor, log_probability_C: Tensor) -> Tensor:
-    """Subtract from the logits [B, C] the log probability [C] that a candidate is in the batch.
+    """Subtract from each logit the log probability that the candidate is in the batch.
 
+    Logits are [B, C] for B rows and C candidates, log probabilities are [C].
     Source: Yi et al., "Sampling-bias-corrected neural modeling", RecSys 2019, equation 4.
     """
     return logits_BC - log_probability_C
@@ -94,15 +96,15 @@ def in_batch_loss(
 
     Args:
         loss: The loss of a block of rows.
-        user_BD: [B, D] embeddings of the rows' users.
-        item_CD: [C, D] embeddings of the candidate items.
-        weight_B: [B] weights of the rows.
-        own_B: int64 [B], the column of each row's positive item among the candidates.
-        item_B: int64 [B], the item of each row, as a number.
-        item_C: int64 [C], the item of each candidate, as a number.
+        user_BD: Embedding of each row's user [B, D].
+        item_CD: Embedding of each candidate item [C, D].
+        weight_B: Weight of each row [B].
+        own_B: Number of each row's positive item among the candidates, int64 [B].
+        item_B: Number of each row's item in the catalogue, int64 [B].
+        item_C: Number of each candidate item in the catalogue, int64 [C].
         temperature: Divisor of the logits.
-        log_probability_C: [C] log probabilities that the candidates are in the batch, for the logQ
-            correction; None without it.
+        log_probability_C: Log probability that each candidate is in the batch, for the logQ
+            correction [C]; None to leave the correction out.
         remove_accidental_hits: Whether to ignore negatives that are the row's own item.
         hard_negatives: How many negatives of a row count, those with the highest logits; 0 for all.
         max_logits: The largest number of logits in memory at a time; 0 for what suits the device.
@@ -130,7 +132,8 @@ def in_batch_loss(
 class _InBlocks(torch.autograd.Function):
     """Sum a loss over blocks of rows; the forward pass already computes each block's gradients.
 
-    Of a block, only loss and gradients are kept, so the logits of all rows never exist at once.
+    Only the loss and the gradients of a block are kept, so the logits of all rows are never in
+    memory at the same time.
     """
 
     @staticmethod

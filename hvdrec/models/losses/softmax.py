@@ -1,4 +1,7 @@
-"""In-batch softmax."""
+"""The loss ``softmax``: cross-entropy over in-batch negatives.
+
+B is the number of rows in a block, C the number of candidate items.
+"""
 
 from __future__ import annotations
 
@@ -7,5 +10,5 @@ from torch.nn import functional
 
 
 def softmax(logits_BC: Tensor, positive_B: Tensor) -> Tensor:
-    """Compute for each row the cross-entropy of its positive among all candidates: -> [B]."""
+    """Return, for each row, the cross-entropy of its positive item among all candidates [B]."""
     return functional.cross_entropy(logits_BC, positive_B, reduction="none")
