@@ -11,17 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """N rows as tensors: samples, followed by padding rows that are zero in every column.
+    """n rows as tensors: samples, followed by padding rows that are zero in every column.
 
     Attributes:
-        features: Feature name -> integer codes [N], codes [N, max_length] of lists padded with 0,
-            or numbers, float32 [N].
-        user_index: The number of each row's user, int64 [N].
-        item_index: The number of each row's item, int64 [N].
-        label: The label of each row, float32 [N].
-        weight: The weight of each row, float32 [N]; 0 for padding.
-        rows: How many of the N rows are samples.
-        tasks: The labels of T tasks, float32 [N, T], NaN where unknown; None if there are no tasks.
+        features: Feature name -> integer codes [n], codes [n, max_length] of lists padded with 0,
+            or numbers, float32 [n].
+        user_index: The number of each row's user, int64 [n].
+        item_index: The number of each row's item, int64 [n].
+        label: The label of each row, float32 [n].
+        weight: The weight of each row, float32 [n]; 0 for padding.
+        rows: The number of samples among the n rows.
+        tasks: The label of each row for each task, float32 [n, tasks], NaN if it is unknown; None
+            if there are no tasks.
     """
 
     features: dict[str, Tensor]

@@ -69,13 +69,13 @@ class BlockLayout:
 def table_arrays(
     table: pa.Table, features: Sequence[Feature], code_type: CodeType = np.int64
 ) -> Columns:
-    """Convert the encoded feature columns of a table with N rows to arrays.
+    """Convert the encoded feature columns of a table with n rows to arrays.
 
     Lists are cut to their first max_length codes and padded with 0 on the right. Sequences (lists
     in time order) are cut to their last max_length codes and padded on the left.
 
     Returns:
-        Feature name -> codes [N] or [N, max_length] of dtype `code_type`, or numbers, float32 [N].
+        Feature name -> codes [n] or [n, max_length] of dtype `code_type`, or numbers, float32 [n].
     """
     rows = table.num_rows
     columns: Columns = {
@@ -107,7 +107,7 @@ def fill(columns: Mapping[str, Array], table: pa.Table, features: Sequence[Featu
 
 
 def _pad(out: Array, lists: pa.ListArray, *, left: bool) -> None:
-    """Write lists into the rows of `out` [N, width], with zeros on the left or the right."""
+    """Write lists into the rows of `out`, [lists, width], with zeros on the left or the right."""
     width = out.shape[1]
     offsets = lists.offsets.to_numpy()
     values = lists.values.to_numpy()

@@ -15,7 +15,7 @@ _capacities: dict[str, int] = {}
 
 
 def start_alltoall(rows: Tensor, counts: Tensor, name: str) -> int:
-    """Start to send some rows to each rank; all ranks must call this together.
+    """Start to send some rows to each rank; all ranks must call this at the same time.
 
     Args:
         rows: [n, ...], first the rows for rank 0, then those for rank 1, and so on.

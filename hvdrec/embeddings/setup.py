@@ -55,7 +55,7 @@ def make_tables(
     kernels: Mapping[int, KernelName] | None = None,
     is_new: bool = True,
 ) -> DistributedTables:
-    """Create this rank's embedding tables; all ranks must call this together.
+    """Create this rank's embedding tables; all ranks must call this at the same time.
 
     Args:
         config: The run's configuration.

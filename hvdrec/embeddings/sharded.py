@@ -177,8 +177,8 @@ class DistributedTables:
     def start_fetch(self, request: RowRequest) -> None:
         """Start to send the rows for the next step, after `update` of the current step.
 
-        All ranks must call this together. If a kernel must know the learning rate to read rows,
-        nothing happens, because the next rate is not set yet; `fetch` then sends the rows.
+        All ranks must call this at the same time. If a kernel must know the learning rate to read
+        rows, nothing happens, because the next rate is not set yet; `fetch` then sends the rows.
         """
         if not any(kernel.needs_rate_to_fetch for kernel in self.kernels):
             self._start_fetch(request)
@@ -293,7 +293,7 @@ class DistributedTables:
         """Wait for the gradients of the rows that this rank updates.
 
         Returns:
-            For each group, the gradients [R, width] of all ranks. Gradients of the same row are
+            For each group, the gradients of all ranks [rows, width]. Gradients of the same row are
             already summed, unless the kernel sums them itself.
         """
         sums = []

@@ -20,7 +20,7 @@ from hvdrec.storage.urls import Location
 MISSING_FILE = "missing"
 """The digest of a path that does not exist."""
 MAX_HOSTS, MAX_FIELDS = 4, 4
-"""A message names at most so many hosts and fields, and says how many more there are."""
+"""Largest numbers of hosts and fields that a message names; it says how many more there are."""
 
 
 def host_name() -> str:

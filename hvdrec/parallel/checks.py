@@ -21,7 +21,7 @@ VISIBILITY_SECONDS = 5.0
 def require_same_config(config: Mapping[str, Any]) -> None:
     """Raise SharedError if the ranks' configurations differ; it names the fields and hosts.
 
-    All ranks must call this together.
+    All ranks must call this at the same time.
     """
     text = json.dumps(config, sort_keys=True)
     if len(set(ranks.gather_objects(hashlib.sha256(text.encode()).hexdigest()))) > 1:
@@ -34,7 +34,7 @@ def require_same_config(config: Mapping[str, Any]) -> None:
 def require_same_files(path: Location, remedy: str) -> None:
     """Raise SharedError if ranks see different content at a path; it names the hosts.
 
-    All ranks must call this together. The message ends with `remedy`.
+    All ranks must call this at the same time. The message ends with `remedy`.
     """
     digests = ranks.gather_objects(ranks.run_on_all(lambda: agreement.digest(path)))
     difference = agreement.describe_difference(digests, ranks.current().hosts)
@@ -45,9 +45,9 @@ def require_same_files(path: Location, remedy: str) -> None:
 def require_shared_directory(path: Path, reason: str) -> None:
     """Raise SharedError if a rank does not see rank 0's directory; it names ranks and hosts.
 
-    All ranks must call this together. Rank 0 creates a file in the directory, or in the nearest
-    parent that exists, and all ranks look for it. A host that has a directory of its own at this
-    path does not see the file. The message says with `reason` why the directory must be shared.
+    All ranks must call this at the same time. Rank 0 creates a file in the directory, or in the
+    nearest parent that exists, and all ranks look for it. A host that has its own directory at this
+    path does not see the file. The message gives `reason`: why the directory must be shared.
     """
     world = ranks.current()
     if world.size == 1:

@@ -87,7 +87,7 @@ class _Gather(torch.autograd.Function):
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """Concatenate the rows of all ranks; gradients flow back to the rank that gave a row.
 
-    All ranks must call this together, and all must run the backward pass.
+    All ranks must call this at the same time, and all must run the backward pass.
 
     Args:
         rows: This rank's rows [n_r, ...]; n_r may differ between ranks.

@@ -39,7 +39,7 @@ others. Each worker needs a second to start, and memory of its own."""
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """Set by MPI launchers, `horovodrun --mpi` included. Their values differ between launchers."""
 FOLLOW_SECONDS = 10.0
-"""After an error, the other ranks wait so long, so that rank 0 reports it and the launcher then
+"""Time that the other ranks wait after an error, so that rank 0 reports it and the launcher then
 stops them."""
 
 _rank = 0

@@ -21,7 +21,8 @@ from hvdrec.parallel import agreement, environment
 T = TypeVar("T")
 
 SILENCE_VARIABLE = "HVDREC_SILENCE_SECONDS"
-"""A rank counts as lost if it sends no sign of life for so many seconds; 0 disables the check."""
+"""Environment variable with the number of seconds without a sign of life after which a rank counts
+as lost; 0 disables the check."""
 DEFAULT_SILENCE = 25.0
 GLOO_TIMEOUT_VARIABLE = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 MIN_GLOO_TIMEOUT = 30.0
@@ -31,8 +32,8 @@ watchdog must report the loss first."""
 SPIN_SECONDS, SLEEP_SECONDS = 5e-5, 1e-4
 """How long `wait` polls without a pause, and how long it then sleeps between polls."""
 FIRST_RANK_LEAD_SECONDS = 1.0
-"""The other ranks give rank 0 so much time to report an error, because launchers stop all ranks
-when the first one ends."""
+"""Time that the other ranks wait so that rank 0 can report an error: launchers stop all ranks when
+the first one ends."""
 
 Array = NDArray[Any]
 
@@ -217,8 +218,8 @@ def broadcast_object(value: Any) -> Any:
 def run_on_all(action: Callable[[], T]) -> T:
     """Run an action on every rank; if it fails on one rank, raise an error on all of them.
 
-    All ranks must call this together. Without it, if one rank failed, the others would wait for it
-    in their next collective.
+    All ranks must call this at the same time. Without it, if one rank failed, the others would wait
+    for it in their next collective.
 
     Raises:
         SharedError: The action raised UserError on at least one rank.

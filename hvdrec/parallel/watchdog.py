@@ -39,8 +39,8 @@ BEATS = 10
 """How many signs of life a rank sends within the time after which it counts as lost."""
 CONNECT_SECONDS = LEAVE_SECONDS = 3.0
 FOLLOW_SECONDS = 3.0
-"""A rank that has nothing to report waits so long before it ends, because launchers name the rank
-that ends first."""
+"""Time that a rank with nothing to report waits before it ends: launchers name the rank that ends
+first."""
 REPORT_SECONDS, MAX_REPORTS = 5.0, 4
 LOOPBACK = "127.0.0.1"
 ALIVE, LEAVING, FAILED, END = b"alive\n", b"leaving\n", b"failed\n", b"end\n"
@@ -256,8 +256,8 @@ class _Watchdog:
 def report_delay(world: World) -> float:
     """Return how many seconds a rank waits before it reports the loss of rank 0.
 
-    Each host would report it, one after the other. The launcher ends the job before the second host
-    reports, so only one line appears.
+    Without a delay, every host would report the loss. With delays that differ between hosts, the
+    launcher ends the job before the second host reports, so only one line appears.
     """
     reporters = [world.hosts.index(host, 1) for host in dict.fromkeys(world.hosts[1:])]
     turn = reporters.index(world.rank) if world.rank in reporters else MAX_REPORTS

@@ -186,7 +186,7 @@ def _fold_codes(batch: Batch, config: Config, sizes: Mapping[str, int]) -> Batch
 def time_messages(size: int) -> tuple[float, float]:
     """Return the seconds that a collective takes without data, and the seconds per byte sent.
 
-    All ranks of a job must call this together; `size` > 1 is their number.
+    All ranks of a job must call this at the same time; `size` > 1 is their number.
     """
     import horovod.torch as hvd
 
