@@ -90,6 +90,7 @@ def write_bundle(
     seen: Mapping[str, Sequence[str]] | None = SEEN,
     filters: Sequence[str] = FILTERS,
     tasks: bool = False,
+    log_columns: Sequence[str] | None = None,
 ) -> Path:
     """Write the bundle to ``path`` and return the path.
 
@@ -104,6 +105,7 @@ def write_bundle(
         seen: Keys of seen items by user key; None for a bundle without them.
         filters: Item features with a filter.
         tasks: True for a ranker that predicts two labels, whose product is the score.
+        log_columns: Columns of the log; None for a bundle that does not record them.
     """
     meta = {
         "name": "tiny",
@@ -121,6 +123,8 @@ def write_bundle(
         "parity": {"rows": 0, "largest_difference": 0.0},
         "config": {},
     }
+    if log_columns is not None:
+        meta["log_columns"] = list(log_columns)
     if tasks:
         meta |= {"tasks": [{"name": name, "share": 1.0} for name in TASKS], "combine": "product"}
     with write_artifact(path, "bundle", meta) as draft:

@@ -73,7 +73,7 @@ def test_crosses_are_served_without_fields_of_their_own(bundle: Path, tmp_path: 
 
     rows = pa.table({"user_id": ["u1", "u2"], "item_id": ["101", "102"], "hour": [3, 4]})
     pq.write_table(rows, tmp_path / "rows.parquet")
-    succeed("score", bundle, tmp_path / "rows.parquet", tmp_path / "scored.parquet")
+    succeed("score", bundle, tmp_path / "rows.parquet", tmp_path / "scored.parquet", "--defaults")
     scores = pq.read_table(tmp_path / "scored.parquet")["score"].to_numpy()
     expected = [
         scorer.score(row["user_id"], [row["item_id"]], {"hour": row["hour"]})[0]
