@@ -61,8 +61,7 @@ def write_bundle(
         checkpoint_identity: Identity of the checkpoint, from its manifest.
         overwrite: True to replace an existing bundle.
         notify: Called with a line of text at the start of each step.
-        workers: Processes that compute embeddings. The directory of the bundle must be visible on
-            all their hosts.
+        workers: Processes that compute embeddings; all their hosts must see the bundle's directory.
 
     Returns:
         The ``meta`` of the bundle's manifest.

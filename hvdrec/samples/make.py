@@ -100,10 +100,9 @@ def make_samples(
 ) -> SamplesResult:
     """Make labelled, split samples from raw tables and write them to ``paths.samples``.
 
-    First the tables are joined and the rows are labelled and split. Then negatives are drawn. A
-    negative belongs to the split of its positive row and copies that row's columns of the
-    interactions, except the item; it is joined like other rows. The result depends only on the
-    contents of the tables and the seeds, not on the order of rows in the files.
+    The tables are joined and the rows are labelled and split. Then negatives are drawn: each has
+    the split and the columns of its positive row, except the item, and is joined like other rows.
+    The result does not depend on the order of rows in the files.
 
     The samples also contain a table of users and one of items. A feature of an item that is not in
     the raw table of items is taken from the item's latest training row. The same holds for users,

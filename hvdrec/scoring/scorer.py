@@ -78,8 +78,7 @@ class Scorer:
     ) -> Scorer:
         """Open a bundle.
 
-        A tower with a large vocabulary takes long to open. The first request that needs it, or
-        `warm`, opens it.
+        The first request that needs a tower with a large vocabulary, or `warm`, opens it.
 
         Args:
             path: Directory of the bundle.
@@ -87,8 +86,7 @@ class Scorer:
             verify: True to compare the checksum of each file and to check the arrays' contents,
                 which reads every file once; False to compare only sizes, types and shapes.
             users: Source of the users' embeddings in place of the bundle's own arrays.
-            items: Source of the items' embeddings for scoring in place of the bundle's own arrays.
-                Retrieval always uses the bundle's arrays.
+            items: Source of the items' embeddings for scoring; retrieval uses the bundle's arrays.
 
         Raises:
             BundleError: The bundle is missing, damaged or has another format.
@@ -112,9 +110,8 @@ class Scorer:
     ) -> WatchedScorer:
         """Open a bundle and watch its path; when a new bundle appears there, switch to it.
 
-        To publish a bundle, replace the directory at the path, or change the link. While the old
-        bundle stays in use, the new one is verified, loaded and tried. Then it takes over. A bundle
-        that fails is refused and logged once, and the old one stays in use.
+        To publish a bundle, replace the directory at the path, or change the link. The new bundle
+        is verified, loaded and tried, then it takes over. If it fails, it is refused and logged.
 
         Args:
             path: Directory of the bundle, or a link to it.
@@ -271,7 +268,7 @@ class Scorer:
     ) -> dict[str, Array]:
         """Score n rows as `score_rows` does and return each task's probabilities as well.
 
-        For the result see `score_tasks`.
+        The result is that of `score_tasks`.
         """
         self._require_tasks()
         return self._ranker.run_tasks(self._ranker.row_blocks(users, items, scenes))
@@ -298,15 +295,13 @@ class Scorer:
         Args:
             user: As in `score`.
             scene: As in `score`.
-            k: Number of items to return.
+            k: Largest number of items to return.
             candidates: Number of items to retrieve and rank, at least ``k``.
             exclude: Keys of items to leave out.
-            allowed: Mapping of fields of ``export.filters`` to lists of values, such as
-                ``{"genres": ["Drama", "War"]}``. Only items that have at least one of the values in
-                each field are recommended.
+            allowed: Field of ``export.filters`` -> allowed values, such as ``{"genres": ["War"]}``.
+                An item must have at least one of the values of each field.
             skip_seen: True to leave out the items that a stored user has seen.
-            diversity: In [0, 1). Above 0, items that resemble those chosen before them rank lower;
-                see `hvdrec.scoring.diversity`.
+            diversity: In [0, 1). Above 0, items that resemble better ones rank lower (`diversity`).
 
         Returns:
             Up to k recommendations, best first. Items with equal scores are sorted by key.
@@ -396,8 +391,7 @@ def _delegated(
 class WatchedScorer(BundleWatcher[Scorer]):
     """A scorer that switches to each new bundle at its path; returned by `Scorer.watch`.
 
-    A call uses the bundle that is current when the call begins, until it ends. Safe to share
-    between threads.
+    A call uses the bundle that is current when it begins. Safe to share between threads.
     """
 
     score = _delegated(Scorer.score)

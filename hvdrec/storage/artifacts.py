@@ -91,9 +91,7 @@ def write_artifact(
     overwrite: bool = False,
     known: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Iterator[Path]:
-    """Yield an empty directory; it becomes the artifact when the ``with`` body ends without error.
-
-    After an error the directory is removed.
+    """Yield an empty directory; it becomes the artifact if the ``with`` body ends without error.
 
     Args:
         path: Path of the artifact.
@@ -126,8 +124,7 @@ def write_manifest(
 ) -> None:
     """Write the manifest of a directory whose other files are complete.
 
-    `known` maps file names to their `file_facts` if the caller knows them. All other files are read
-    to compute their checksums.
+    `known` maps file names to their `file_facts`; the checksums of all other files are computed.
     """
     files = {
         name: {
@@ -204,8 +201,7 @@ class StoredFiles:
         """Return the path of a file; on the first call, compare its SHA-256 with the manifest.
 
         Raises:
-            UserError: The file cannot be read, differs from its checksum, or is not listed in the
-                manifest.
+            UserError: The file cannot be read, differs from its checksum, or is not listed.
         """
         file = self.directory / name
         remedy = REMEDIES.get(self.manifest.kind, REWRITE)
@@ -259,8 +255,7 @@ def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = F
         True if files were copied; False if `to` already holds the same artifact.
 
     Raises:
-        UserError: `source` is not a valid artifact or changed during the copy, or `to` already
-            exists.
+        UserError: `source` is not a valid artifact or changed during the copy, or `to` exists.
     """
     text = _read_manifest(source, kind)
     manifest = _check_manifest(text, source, kind)
