@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 CpuLayers = Literal["plain", "fused", "onednn"]
 """plain: torch's public layers. fused: linear layers that include bias and ReLU, in MLPs without
@@ -45,8 +46,8 @@ def use_cpu_layers(model: nn.Module, choice: CpuLayers) -> None:
     for module in model.modules():
         if isinstance(module, HasCpuLayers):
             module.cpu_layers = choice
-    if choice == "fused":
-        _has_fused_operator()
+    if choice != "plain" and _has_onednn():
+        _works(choice)
 
 
 def vendor_cpu_layers(*, bf16: bool) -> CpuLayers:
@@ -67,14 +68,43 @@ def _is_intel() -> bool:
 
 
 @cache
-def _has_fused_operator() -> bool:
-    """Return True if this torch has the operator of the fused layers; log a warning if not."""
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return True
+def _works(choice: CpuLayers) -> bool:
+    """Return whether this torch computes a small step of a choice right; log a warning if not.
+
+    Private operators may be missing from a version of torch, or take other arguments.
+    """
+    # skip_init draws no random numbers, so that the check changes no results.
+    linear = [skip_init(nn.Linear, *widths) for widths in ((ALIGNMENT, 3), (3, 2))]
+    layers = nn.Sequential(linear[0], nn.ReLU(), linear[1], nn.ReLU())
+    inputs = torch.linspace(-1, 1, 2 * ALIGNMENT).view(2, ALIGNMENT)
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        for weight in layers.parameters():
+            nn.init.ones_(weight)
+        expected = _step(layers, layers(inputs))
+        try:
+            if choice == "fused":
+                found = _step(layers, _run_fused(linear, torch.float32, [inputs]))
+            else:
+                found = _step(layers, _run_onednn(layers, inputs))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        except Exception as error:  # whatever this version of torch does differently
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            _warn(choice, reason)
+            return False
+    return True
+
+
+def _warn(choice: CpuLayers, reason: str) -> None:
     logging.getLogger(__name__).warning(
-        "torch %s lacks mkldnn::_linear_pointwise: MLPs use plain layers", torch.__version__
+        "torch %s does not run %s layers (%s): MLPs use plain layers",
+        torch.__version__,
+        choice,
+        reason,
     )
-    return False
+
+
+def _step(layers: nn.Module, out: Tensor) -> list[Tensor]:
+    return [out.detach(), *torch.autograd.grad(out.sum(), list(layers.parameters()))]
 
 
 def _has_onednn() -> bool:
@@ -82,9 +112,14 @@ def _has_onednn() -> bool:
     return bool(is_built and torch.backends.mkldnn.enabled)
 
 
+@cache
 def _has_bf16_products() -> bool:
-    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    return bool(_has_onednn() and is_supported())
+    """Return whether oneDNN computes in bf16 here; log a warning if torch cannot tell."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        _warn("fused", "mkldnn::_is_mkldnn_bf16_supported is missing")
+        return False
 
 
 def run_mlp(layers: nn.Sequential, choice: CpuLayers, parts: Sequence[Tensor]) -> Tensor:
@@ -108,13 +143,15 @@ def _fused_dtype(
     layers: nn.Sequential, first: nn.Linear, parts: Sequence[Tensor]
 ) -> torch.dtype | None:
     """Return the dtype in which the fused layers run, or None if plain layers must run."""
-    if any(isinstance(layer, nn.Dropout) for layer in layers) or not _has_fused_operator():
+    if any(isinstance(layer, nn.Dropout) for layer in layers):
+        return None
+    if not (_has_onednn() and _works("fused")):
         return None
     if torch.is_autocast_enabled("cpu"):
         is_bf16 = torch.get_autocast_dtype("cpu") is torch.bfloat16
         return torch.bfloat16 if is_bf16 and _has_bf16_products() else None
     is_float32 = all(tensor.dtype is torch.float32 for tensor in (first.weight, *parts))
-    return torch.float32 if is_float32 and _has_onednn() else None
+    return torch.float32 if is_float32 else None
 
 
 def _run_fused(linear: list[nn.Linear], dtype: torch.dtype, parts: Sequence[Tensor]) -> Tensor:
@@ -184,6 +221,7 @@ def _suits_onednn(linear: list[nn.Linear], inputs: Tensor) -> bool:
         and work >= MIN_ONEDNN_WORK
         and not torch.is_autocast_enabled("cpu")
         and _has_onednn()
+        and _works("onednn")
     )
 
 

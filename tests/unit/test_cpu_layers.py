@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -54,6 +55,8 @@ def assert_close(ours: list[Tensor], plain: list[Tensor], share: float, least: f
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the list of the faster versions that were run, in order."""
+    for choice in ("fused", "onednn"):
+        cpu_layers._works(choice)  # the check runs them, too
     names: list[str] = []
     for name in ("_run_fused", "_run_onednn"):
         original = getattr(cpu_layers, name)
@@ -152,20 +155,99 @@ def test_the_switch_reaches_every_layer_of_a_model(used: list[str]) -> None:
     torch.testing.assert_close(outputs["fused"], outputs["plain"], rtol=1e-5, atol=1e-6)
 
 
-def test_torch_without_the_private_operator_uses_plain_layers(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, used: list[str]
+class NewTorch:
+    """Stands in for the operators of a torch that has changed them."""
+
+    def _linear_pointwise(self, *arguments: object) -> Tensor:
+        raise TypeError("_linear_pointwise() takes 7 arguments")
+
+
+class WrongTorch:
+    def _linear_pointwise(self, inputs: Tensor, *rest: object) -> Tensor:
+        return torch.zeros(len(inputs), len(rest[0]))  # type: ignore[arg-type]
+
+
+def forget_the_checks() -> None:
+    cpu_layers._works.cache_clear()
+    cpu_layers._has_bf16_products.cache_clear()
+
+
+@pytest.fixture
+def unchecked(used: list[str]) -> Iterator[list[str]]:
+    """Forget which layers work, before and after a test that changes torch."""
+    forget_the_checks()
+    yield used
+    forget_the_checks()
+
+
+@pytest.mark.parametrize(
+    ("operators", "reason"),
+    [
+        (object(), "'object' object has no attribute '_linear_pointwise'"),
+        (NewTorch(), "_linear_pointwise() takes 7 arguments"),
+        (WrongTorch(), "not close"),
+    ],
+)
+def test_a_torch_with_other_private_operators_uses_plain_layers(
+    operators: object,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    unchecked: list[str],
 ) -> None:
     plain = step(mlp("plain"))
-    monkeypatch.setattr(torch.ops, "mkldnn", object())
-    cpu_layers._has_fused_operator.cache_clear()
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
     with caplog.at_level(logging.WARNING):
         network = mlp("fused")
+        unchecked.clear()  # the check itself runs them once
         assert all(torch.equal(a, b) for a, b in zip(step(network), plain, strict=True))
-    cpu_layers._has_fused_operator.cache_clear()
-    assert used == []
-    assert [record.getMessage() for record in caplog.records] == [
-        f"torch {torch.__version__} lacks mkldnn::_linear_pointwise: MLPs use plain layers"
-    ]
+        step(network)
+    assert unchecked == []
+    (record,) = caplog.records
+    assert reason in record.getMessage()
+    assert "MLPs use plain layers" in record.getMessage()
+
+
+def test_a_torch_without_onednns_layout_uses_plain_layers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, unchecked: list[str]
+) -> None:
+    plain = step(mlp("plain"))
+
+    def to_mkldnn(self: Tensor) -> Tensor:
+        raise RuntimeError("to_mkldnn was removed")
+
+    monkeypatch.setattr(Tensor, "to_mkldnn", to_mkldnn)
+    with caplog.at_level(logging.WARNING):
+        network = mlp("onednn")
+        unchecked.clear()
+        assert all(torch.equal(a, b) for a, b in zip(step(network), plain, strict=True))
+    assert unchecked == []
+    assert "to_mkldnn was removed" in caplog.text
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_check_of_the_layers_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    assert cpu_layers._works("fused")
+    assert cpu_layers._works("onednn")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bf16_without_its_operator_uses_plain_layers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, unchecked: list[str]
+) -> None:
+    class OldTorch:
+        _linear_pointwise = torch.ops.mkldnn._linear_pointwise
+
+    monkeypatch.setattr(torch.ops, "mkldnn", OldTorch)
+    with caplog.at_level(logging.WARNING), torch.autocast("cpu", dtype=torch.bfloat16):
+        network = mlp("fused")
+        unchecked.clear()
+        step(network)
+        step(network)
+    assert unchecked == []
+    assert len(caplog.records) == 1
+    assert "_is_mkldnn_bf16_supported" in caplog.text
 
 
 def test_the_default_follows_the_vendor_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
