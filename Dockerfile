@@ -63,7 +63,8 @@ ENV HVDREC_VENV=/opt/hvdrec/environment HVDREC_CACHE=/tmp/cache PIP_NO_CACHE_DIR
 # Copy only what the environment depends on, so that a change of the code does not rebuild Horovod.
 # The package's metadata needs a README.md, which changes often: an empty one does.
 COPY pyproject.toml constraints.txt LICENSE ./
-COPY scripts/install scripts/patch_horovod scripts/horovod-launcher.patch ./scripts/
+COPY scripts/install scripts/build_horovod ./scripts/
+COPY scripts/horovod ./scripts/horovod
 COPY hvdrec/__init__.py ./hvdrec/__init__.py
 RUN touch README.md \
     && scripts/install --extras train,fbgemm,serve,redis,index ${CUDA:+--cuda} \

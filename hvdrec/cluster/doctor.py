@@ -19,6 +19,8 @@ from hvdrec import __version__
 Status = Literal["ok", "warning", "problem"]
 
 INSTALL = "run scripts/install"
+PYTHONS = ((3, 11), (3, 12), (3, 13))
+"""The versions of Python on which hvdrec was tested."""
 TRAINING_PACKAGES = ("torch", "horovod", "petastorm", "pyarrow")
 MIN_MEMORY_GIB = 4.0
 """With less memory, training with hvdrec's own recipes may run out of it."""
@@ -80,13 +82,13 @@ def diagnose() -> Report:
 
 
 def python_check(version: Sequence[int]) -> Check:
-    """Check Python's version: scoring works from 3.11 on, training needs exactly 3.11."""
+    """Check Python's version: 3.11 or later, and one on which hvdrec was tested."""
     text = ".".join(map(str, version))
-    if tuple(version[:2]) < (3, 11):
-        return Check("python", text, "problem", "use Python 3.11")
-    if tuple(version[:2]) > (3, 11):
-        remedy = "scoring works; for training create the environment with Python 3.11"
-        return Check("python", text, "warning", remedy)
+    known = ", ".join(f"{major}.{minor}" for major, minor in PYTHONS)
+    if tuple(version[:2]) < PYTHONS[0]:
+        return Check("python", text, "problem", f"use one of Python {known}")
+    if tuple(version[:2]) not in PYTHONS:
+        return Check("python", text, "warning", f"tested with {known}; use one of them")
     return Check("python", text)
 
 

@@ -34,7 +34,13 @@ OPEN_MPI_4 = "mpirun (Open MPI) 4.1.8"
 
 @pytest.mark.parametrize(
     ("version", "status"),
-    [((3, 10, 2), "problem"), ((3, 11, 0), "ok"), ((3, 11, 9), "ok"), ((3, 12, 1), "warning")],
+    [
+        ((3, 10, 2), "problem"),
+        ((3, 11, 0), "ok"),
+        ((3, 12, 1), "ok"),
+        ((3, 13, 0), "ok"),
+        ((3, 14, 0), "warning"),
+    ],
 )
 def test_python_versions(version: tuple[int, int, int], status: str) -> None:
     check = doctor.python_check(version)

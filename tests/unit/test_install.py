@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from hvdrec.cluster import doctor
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,8 +38,8 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def pins() -> dict[str, Version]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, Version]:
+    lines = (ROOT / file).read_text().splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
@@ -49,16 +51,51 @@ def test_the_slim_install_needs_only_numpy_and_onnxruntime() -> None:
     assert requirements[0].specifier.contains("2.4.6")
 
 
-def test_every_requirement_has_a_pin_that_satisfies_it() -> None:
+def requirements() -> list[Requirement]:
     groups = [project()["dependencies"], *project()["optional-dependencies"].values()]
-    for requirement in (Requirement(line) for group in groups for line in group):
+    return [Requirement(line) for group in groups for line in group]
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-lowest.txt"])
+def test_every_requirement_has_a_pin_that_satisfies_it(file: str) -> None:
+    for requirement in requirements():
         name = canonicalize_name(requirement.name)
-        assert requirement.specifier.contains(pins()[name]), requirement
+        assert requirement.specifier.contains(pins(file)[name]), requirement
+
+
+def test_the_lowest_pins_are_the_lower_bounds() -> None:
+    lowest = pins("constraints-lowest.txt")
+    for requirement in requirements():
+        bounds = [Version(s.version) for s in requirement.specifier if s.operator in (">=", "==")]
+        assert bounds, f"{requirement} has no lower bound"
+        assert lowest[canonicalize_name(requirement.name)] == max(bounds), requirement
+
+
+def test_every_upper_bound_has_a_reason() -> None:
+    for line in (ROOT / "pyproject.toml").read_text().splitlines():
+        if re.match(r'\s+"[\w.\[\]-]+[^"]*(<|==)', line):
+            assert "#" in line, line
+
+
+def test_the_dependencies_page_names_every_direct_dependency() -> None:
+    rows = re.findall(r"^\| `([\w.-]+)`", (ROOT / "docs/dependencies.md").read_text(), re.MULTILINE)
+    names = {canonicalize_name(requirement.name) for requirement in requirements()}
+    assert {canonicalize_name(row) for row in rows} == names
+
+
+def test_the_tested_pythons_are_declared() -> None:
+    script = (ROOT / "scripts" / "install").read_text()
+    (versions,) = re.findall(r"^pythons=\((.+?)\)", script, re.MULTILINE)
+    prefix = "Programming Language :: Python :: "
+    declared = {line.removeprefix(prefix) for line in project()["classifiers"]}
+    assert declared >= set(versions.split())
+    assert project()["requires-python"] == f">={versions.split()[0]}"
+    assert versions.split() == [f"{major}.{minor}" for major, minor in doctor.PYTHONS]
 
 
 def test_install_builds_the_declared_horovod() -> None:
-    script = (ROOT / "scripts" / "install").read_text()
-    (version,) = re.findall(r"^horovod_version=(.+)$", script, re.MULTILINE)
+    script = (ROOT / "scripts" / "build_horovod").read_text()
+    (version,) = re.findall(r'^VERSION = "(.+)"$', script, re.MULTILINE)
     assert Version(version) == pins()["horovod"]
     assert f"horovod=={version}" in project()["optional-dependencies"]["train"]
 
@@ -66,7 +103,8 @@ def test_install_builds_the_declared_horovod() -> None:
 def test_help_of_install_names_every_option(tmp_path: Path) -> None:
     code, out, err = install(tmp_path, "--help")
     assert (code, err) == (0, "")
-    for word in ("--extras", "--slim", "--cuda", "PYTHON", "HVDREC_VENV", "HVDREC_CACHE"):
+    options = ("--extras", "--slim", "--cuda", "--wheel", "--lowest")
+    for word in (*options, "PYTHON", "HVDREC_VENV", "HVDREC_CACHE"):
         assert word in out
 
 
@@ -75,9 +113,11 @@ def test_help_of_install_names_every_option(tmp_path: Path) -> None:
     [
         (
             ["--fast"],
-            "unknown argument '--fast'; known: [--extras LIST, --slim, --cuda, --help]",
+            "unknown argument '--fast'; known: [--extras LIST, --slim, --cuda, --wheel PATH, "
+            "--lowest, --help]",
         ),
         (["--extras"], "--extras needs a list, e.g. --extras train,dev"),
+        (["--wheel"], "--wheel needs the path of a wheel of Horovod"),
         (
             ["--extras", "train dev"],
             "--extras 'train dev': must be names separated by commas, e.g. train,dev",
@@ -101,8 +141,8 @@ def test_install_refuses_a_python_that_does_not_run(tmp_path: Path) -> None:
     code, _, err = install(tmp_path, PYTHON="/bin/false")
     assert code == 1
     assert err.splitlines() == [
-        "scripts/install: PYTHON=/bin/false: not a Python 3.11",
-        "  remedy: unset PYTHON, or set it to the path of a Python 3.11",
+        "scripts/install: PYTHON=/bin/false: not a Python 3.11, 3.12 or 3.13",
+        "  remedy: unset PYTHON, or set it to the path of a Python 3.11, 3.12 or 3.13",
     ]
 
 
@@ -114,6 +154,17 @@ def test_install_reports_a_missing_compiler_before_it_downloads_anything(tmp_pat
         "  remedy: apt-get install g++",
         "  remedy: or set CXX to the path of a compiler",
     ]
+
+
+def test_install_refuses_another_wheel_before_it_downloads_anything(tmp_path: Path) -> None:
+    wheel = tmp_path / "horovod-0.28.1-cp39-cp39-linux_x86_64.whl"
+    wheel.write_bytes(b"")
+    code, out, err = install(tmp_path, "--wheel", str(wheel))
+    assert (code, out) == (1, "")
+    problem, remedy = err.splitlines()
+    assert problem.startswith(f"scripts/install: {wheel} was built for Python cp39; this Python is")
+    assert "remedy" in remedy
+    assert not any((tmp_path / "venv").iterdir())
 
 
 def test_install_refuses_a_compiler_without_cpp17(tmp_path: Path) -> None:

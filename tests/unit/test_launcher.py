@@ -18,7 +18,7 @@ from horovod.runner.driver import driver_service
 from horovod.runner.http.http_server import RendezvousServer
 from horovod.runner.util.remote import get_remote_command_and_env
 
-PATCH = Path(__file__).parents[2] / "scripts" / "patch_horovod"
+BUILD = Path(__file__).parents[2] / "scripts" / "build_horovod"
 OTHER_HOST = "203.0.113.7"  # reserved for documentation, so not an address of this host
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "not-to-be-seen",
@@ -127,7 +127,7 @@ def test_the_rendezvous_listens_on_one_address() -> None:
 
 
 def patch(packages: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PATCH), str(packages)]
+    command = [sys.executable, str(BUILD), "patch", str(packages)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -135,6 +135,7 @@ def test_a_second_patch_changes_nothing_and_another_release_is_refused(tmp_path:
     installed = Path(str(find_spec("horovod").origin)).parent  # type: ignore[union-attr]
     copy = tmp_path / "horovod"
     shutil.copytree(installed / "runner", copy / "runner")
+    assert patch(tmp_path).returncode == 0
     before = {path: path.read_bytes() for path in copy.rglob("*.py")}
     assert patch(tmp_path).returncode == 0
     assert before == {path: path.read_bytes() for path in copy.rglob("*.py")}
