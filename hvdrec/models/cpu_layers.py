@@ -74,7 +74,10 @@ def _works(choice: CpuLayers) -> bool:
     Private operators may be missing from a version of torch, or take other arguments.
     """
     # skip_init draws no random numbers, so that the check changes no results.
-    linear = [skip_init(nn.Linear, *widths) for widths in ((ALIGNMENT, 3), (3, 2))]
+    linear: list[nn.Linear] = [
+        skip_init(nn.Linear, *widths)  # type: ignore[no-untyped-call]
+        for widths in ((ALIGNMENT, 3), (3, 2))
+    ]
     layers = nn.Sequential(linear[0], nn.ReLU(), linear[1], nn.ReLU())
     inputs = torch.linspace(-1, 1, 2 * ALIGNMENT).view(2, ALIGNMENT)
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
