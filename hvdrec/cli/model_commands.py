@@ -60,10 +60,10 @@ def train(options: argparse.Namespace) -> Answer:
     from hvdrec.training.trainer import train
 
     result = train(config, resume=options.resume, overwrite=options.overwrite)
-    text = (
-        f"{result.steps} steps on {result.world_size} ranks; best {result.metric} {result.best}, "
-        f"step {result.best_step}\nwrote {result.run}"
-    )
+    best = "no validation metric"
+    if result.best is not None:
+        best = f"best {result.metric} {result.best}, step {result.best_step}"
+    text = f"{result.steps} steps on {result.world_size} ranks; {best}\nwrote {result.run}"
     return Answer(result.to_dict(), text)
 
 
