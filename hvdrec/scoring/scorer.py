@@ -301,7 +301,7 @@ class Scorer:
             allowed: Field of ``export.filters`` -> allowed values, such as ``{"genres": ["War"]}``.
                 An item must have at least one of the values of each field.
             skip_seen: True to leave out the items that a stored user has seen.
-            diversity: In [0, 1). Above 0, items that resemble better ones rank lower (`diversity`).
+            diversity: In [0, 1). Above 0, items like better ones rank lower; see `diversified`.
 
         Returns:
             Up to k recommendations, best first. Items with equal scores are sorted by key.

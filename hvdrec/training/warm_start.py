@@ -1,7 +1,7 @@
 """Warm start: initialize linear towers from a linear autoencoder that is solved in closed form.
 
-The autoencoder predicts the items that a user took from the user's other items. In shapes, U is the
-number of users, V the number of codes in the item vocabulary, D the width of the towers' outputs.
+The autoencoder predicts the items that a user took from the user's other items. In shapes, "codes"
+is the number of codes in the item vocabulary.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ SCALES = 2.0 ** np.arange(-4, 17)
 def warm_start(config: Config, size: int, model: Recommender, tables: DistributedTables) -> None:
     """Initialize the item table and the last layers of the towers.
 
-    All ranks must call this at the same time. Afterwards, a user's embedding is the pooled first D
-    columns of the item table's rows for the user's history, and an item's embedding is the next D
-    columns of the item's row. Their inner product is the best approximation of rank D to the scores
-    of `item_item_weights`. Other features have no influence at first.
+    All ranks must call this at the same time. Let D be the width of the towers' outputs. Then a
+    user's embedding is the pooled first D columns of the item table's rows for the user's history,
+    and an item's embedding is the next D columns of the item's row. Their inner product is the best
+    approximation of rank D to the scores of `item_item_weights`. Other features have no influence
+    at first.
 
     Args:
         config: Configuration of the run.
@@ -76,7 +77,7 @@ def check_size(config: Config, size: int) -> None:
 
 
 def _item_rows(config: Config, size: int, width: int) -> Array:
-    """Compute the two vectors of each item code, float32 [V, 2 D]."""
+    """Compute the two vectors of each item code, float32 [codes, 2 * width]."""
     taken = _taken(config, size)
     weights = item_item_weights(taken, config.train.warm_start)
     user, item = factors(taken, weights, width, config.seed)
@@ -90,7 +91,7 @@ def _item_rows(config: Config, size: int, width: int) -> Array:
 
 
 def item_item_weights(taken: Any, warm: WarmStart) -> Array:
-    """Compute the item-item weights of a denoising linear autoencoder, float32 [V, V].
+    """Compute the item-item weights of a denoising linear autoencoder, float32 [codes, codes].
 
     They minimize, with an L2 penalty, the squared error of predicting each entry of a user's row
     from the other entries, each of which is kept with probability 1 - dropout. A user with n items
@@ -102,7 +103,7 @@ def item_item_weights(taken: Any, warm: WarmStart) -> Array:
     Without dropout and user weights it is EASE (Steck, WWW 2019).
 
     Args:
-        taken: Sparse matrix [U, V] with 1 for each item that a user took.
+        taken: Sparse matrix [users, codes] with 1 for each item that a user took.
         warm: The ``[train.warm_start]`` section.
     """
     sizes = np.maximum(np.asarray(taken.sum(1)).reshape(-1), 1.0)
@@ -118,12 +119,12 @@ def factors(taken: Any, weights: Array, width: int, seed: int) -> tuple[Array, A
 
     Each item gets two vectors. Take the mean of the first vectors of a user's items. Its inner
     product with the second vector of an item is, up to a factor for each user, the best
-    approximation of rank D to (taken @ weights) / sqrt(number of the user's items).
+    approximation of rank `width` to (taken @ weights) / sqrt(number of the user's items).
 
     Source: Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1.
 
     Returns:
-        Vectors of taken items, float32 [V, D], and of items to score, float32 [V, D].
+        Vectors of taken items and vectors of items to score, float32 [codes, width] each.
     """
     from scipy import linalg  # slow to import, and only the first rank needs it
 
@@ -144,7 +145,7 @@ def factors(taken: Any, weights: Array, width: int, seed: int) -> tuple[Array, A
 
 
 def _taken(config: Config, size: int) -> Any:
-    """Read the training positives as a sparse float32 matrix [U, V] over item codes."""
+    """Read the positive training rows as a sparse float32 matrix [users, item codes]."""
     features = config.paths.of("features")
     train = read_interactions(features, ["train"])
     codes = read_table(features / "items.parquet", [config.schema.item_key])[0].to_numpy()

@@ -1,4 +1,4 @@
-"""Damage the files of a small run and check that no stage gives a wrong result without a word.
+"""Damage the files of a small run and check that no stage silently gives a wrong result.
 
 Each trial flips one bit of an artifact, or truncates one of its files, and runs a stage that reads
 it. The outcome is "no effect" (the same bytes or figures as without damage), "named" (one line that
@@ -48,7 +48,7 @@ Fault = Literal["flip", "truncation"]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the small run is: its TOML file, and the directory of its artifacts."""
+    """The small run: its TOML file, and the directory of its artifacts."""
 
     toml: Path
     work: Path
@@ -114,11 +114,11 @@ STAGES: dict[str, tuple[Callable[[Setting], str], str]] = {
     "resume": (resume, "half"),
     "recommend": (recommend, "bundle"),
 }
-"""Stage -> what it does, and the directory that is damaged."""
+"""Stage -> function that runs it, and the directory whose files are damaged."""
 
 
 def make(folder: Path) -> Setting:
-    """Make the small run: all artifacts, and in ``half`` the run as it was within an epoch."""
+    """Make the small run: all artifacts, and in ``half`` the run in the middle of an epoch."""
     toml = write_small_data(folder)
     setting = Setting(toml, folder / "work")
     config = setting.config(train__checkpoint_every=3, train__keep=99)
@@ -146,9 +146,10 @@ def _keep_only(run: Path, name: str) -> None:
 
 @contextmanager
 def damaged(folder: Path, fault: Fault, draw: random.Random) -> Iterator[str]:
-    """Damage a file of a folder; yield what was done, and repair the file on exit.
+    """Damage a file of a folder, yield a description of the damage, and repair the file at the end.
 
-    Half of the files are drawn by their size, half of them evenly.
+    In half of the trials, the file is drawn with a probability proportional to its size, in the
+    others with equal probability.
     """
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size]
     sizes = [file.stat().st_size for file in files]
@@ -171,9 +172,9 @@ def damaged(folder: Path, fault: Fault, draw: random.Random) -> Iterator[str]:
 
 
 def outcome(stage: str, setting: Setting, expected: str | None) -> str:
-    """Run a stage; return "no effect", "named", or what is wrong.
+    """Run a stage on damaged files; return "no effect", "named", or a description of what is wrong.
 
-    Without `expected`, return the stage's result instead.
+    If `expected` is None, return the result of the stage instead.
     """
     action, folder = STAGES[stage]
     shutil.rmtree(setting.out, ignore_errors=True)
@@ -191,7 +192,7 @@ def outcome(stage: str, setting: Setting, expected: str | None) -> str:
 
 
 class Worker:
-    """Runs stages in a process of its own; a crash of it is an outcome, too."""
+    """Runs stages in a separate process, so that a crash is an outcome, too."""
 
     def __init__(self) -> None:
         """Start the process."""

@@ -1,4 +1,4 @@
-"""Kill a training job while it writes a checkpoint, and look at what it leaves."""
+"""Kill a training job while it writes a checkpoint, and check the files that it leaves."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from hvdrec.training.pointers import FOLDER, find_checkpoint, has_checkpoint
 from tests.small_data import write_small_data
 
 BUCKETS = 1_400_000
-"""Rows of a table of 8 float32 columns; with its optimizer state, a checkpoint has about 50 MB."""
+"""Number of rows of a table with 8 float32 columns. With the optimizer state, a checkpoint takes
+about 50 MB."""
 START_SECONDS = 120.0
 MOST_CHECKPOINTS = 5
-"""With train.keep = 1: the latest, the best, one that is written, one left behind, one removed."""
+"""Largest number of checkpoints on disk with train.keep = 1: the latest, the best, one being
+written, one left by a killed job, and one being removed."""
 
 
 def kill_writers(folder: Path, kills: int, seed: int) -> bool:
@@ -74,7 +76,7 @@ def kill_writers(folder: Path, kills: int, seed: int) -> bool:
 
 
 def _start(config: Any) -> int:
-    """Start a job in a child process, which needs no time for imports; return its id."""
+    """Start a job in a forked process, which need not import anything; return its id."""
     import hvdrec.training.trainer  # loaded once, by the parent
 
     job = os.fork()
