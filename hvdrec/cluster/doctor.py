@@ -20,7 +20,7 @@ Status = Literal["ok", "warning", "problem"]
 
 INSTALL = "run scripts/install"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
-"""The versions of Python on which hvdrec was tested."""
+"""Versions of Python with which hvdrec was tested."""
 TRAINING_PACKAGES = ("torch", "horovod", "petastorm", "pyarrow")
 MIN_MEMORY_GIB = 4.0
 """With less memory, training with hvdrec's own recipes may run out of it."""
@@ -82,7 +82,7 @@ def diagnose() -> Report:
 
 
 def python_check(version: Sequence[int]) -> Check:
-    """Check Python's version: 3.11 or later, and one on which hvdrec was tested."""
+    """Check the version of Python: it should be one with which hvdrec was tested."""
     text = ".".join(map(str, version))
     known = ", ".join(f"{major}.{minor}" for major, minor in PYTHONS)
     if tuple(version[:2]) < PYTHONS[0]:

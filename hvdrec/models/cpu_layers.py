@@ -69,11 +69,11 @@ def _is_intel() -> bool:
 
 @cache
 def _works(choice: CpuLayers) -> bool:
-    """Return whether this torch computes a small step of a choice right; log a warning if not.
+    """Return True if a small training step gives the right result; else log a warning.
 
-    Private operators may be missing from a version of torch, or take other arguments.
+    The private operators of a choice may be missing in a version of torch, or have other arguments.
     """
-    # skip_init draws no random numbers, so that the check changes no results.
+    # skip_init draws no random numbers, so the check does not change later results.
     linear: list[nn.Linear] = [
         skip_init(nn.Linear, *widths)  # type: ignore[no-untyped-call]
         for widths in ((ALIGNMENT, 3), (3, 2))
@@ -90,7 +90,7 @@ def _works(choice: CpuLayers) -> bool:
             else:
                 found = _step(layers, _run_onednn(layers, inputs))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        except Exception as error:  # whatever this version of torch does differently
+        except Exception as error:  # any exception means that this version of torch differs
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             _warn(choice, reason)
             return False
@@ -117,7 +117,7 @@ def _has_onednn() -> bool:
 
 @cache
 def _has_bf16_products() -> bool:
-    """Return whether oneDNN computes in bf16 here; log a warning if torch cannot tell."""
+    """Return True if oneDNN computes in bf16 on this CPU; log a warning if torch cannot tell."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
