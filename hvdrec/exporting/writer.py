@@ -30,11 +30,11 @@ from hvdrec.parallel.progress import print_line
 from hvdrec.storage.artifacts import (
     MADE_FROM,
     read_manifest,
-    require_source,
     verify_artifact,
     write_artifact,
     write_manifest,
 )
+from hvdrec.storage.lineage import require_source
 from hvdrec.storage.urls import Location
 
 EXTERNAL_DATA_BYTES = 1 << 30

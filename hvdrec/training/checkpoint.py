@@ -34,10 +34,10 @@ from hvdrec.storage.artifacts import (
     MADE_FROM,
     StoredFiles,
     file_facts,
-    require_source,
     write_artifact,
 )
 from hvdrec.storage.checksums import unsealed
+from hvdrec.storage.lineage import require_source
 from hvdrec.storage.urls import Location
 from hvdrec.training.build import build_model
 from hvdrec.training.optimizer import optimizer_tensors, restore_optimizer

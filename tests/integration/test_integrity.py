@@ -13,8 +13,9 @@ import pytest
 
 import hvdrec
 from hvdrec import Config, UserError
-from hvdrec.storage.artifacts import read_manifest, require_source, write_manifest
+from hvdrec.storage.artifacts import read_manifest, write_manifest
 from hvdrec.storage.checksums import sealed, unsealed
+from hvdrec.storage.lineage import require_source
 from hvdrec.training import checkpoint
 from hvdrec.training.pointers import find_checkpoint
 from tests.integration.conftest import SmallRun

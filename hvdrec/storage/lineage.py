@@ -1,0 +1,34 @@
+"""Check that artifacts that are read together belong together."""
+
+from __future__ import annotations
+
+from hvdrec.errors import invalid_file
+from hvdrec.storage.artifacts import Manifest, read_manifest
+from hvdrec.storage.urls import Location
+
+
+def require_source(
+    path: Location, manifest: Manifest, source: Location, kind: str, remedy: str
+) -> bool:
+    """Check that an artifact was made from exactly the source that is on disk now.
+
+    Args:
+        path: Path of the artifact, for the error message.
+        manifest: Manifest of the artifact.
+        source: Path of the source, such as the samples that features were made from.
+        kind: Kind of the source.
+        remedy: What the user can do if the source is another one.
+
+    Returns:
+        True if the source is the recorded one; False if the artifact, written by an earlier version
+        of hvdrec, does not record its source.
+
+    Raises:
+        UserError: The artifact was made from another source, or the source cannot be read.
+    """
+    now = read_manifest(source, kind).identity
+    recorded = manifest.made_from(kind)
+    if recorded and recorded != now:
+        problem = f"was made from {kind} {recorded}, but {source} now holds {kind} {now}"
+        raise invalid_file(path, problem, remedy)
+    return bool(recorded)
