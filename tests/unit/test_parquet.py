@@ -16,7 +16,13 @@ from hvdrec.data.petastorm import RowGroupCache, open_shards
 from hvdrec.errors import UserError
 from hvdrec.features.shards import parquet_writer
 from hvdrec.storage.checksums import sealed, unsealed
-from hvdrec.storage.parquet import CHECKSUMS, read_table, read_tables, write_checksums
+from hvdrec.storage.parquet import (
+    CHECKSUMS,
+    grid_checksum,
+    read_table,
+    read_tables,
+    write_checksums,
+)
 
 TYPES = {
     "code": pa.int32(),
@@ -133,3 +139,23 @@ def test_a_document_is_compared_with_its_checksum() -> None:
     assert unsealed(text) == {"b": [1, 2.5, None], "a": {"é": "x"}}
     with pytest.raises(ValueError, match="differ from its checksum"):
         unsealed(text.replace("2.5", "2.6"))
+
+
+@pytest.mark.parametrize("size", [0, 7, 4095, 4096, 4104, 20_000])
+def test_a_checksum_sees_flips_swaps_and_zeros(size: int) -> None:
+    data = np.random.default_rng(0).integers(1, 256, size, np.uint8)
+    before = grid_checksum(data.tobytes())
+    draw = random.Random(1)
+    for _ in range(200 if size else 0):
+        changed = data.copy()
+        changed[draw.randrange(size)] ^= 1 << draw.randrange(8)
+        assert grid_checksum(changed.tobytes()) != before
+    for one, other, length in ((0, 4096, 8), (8, 808, 8), (0, 4096, 4096), (4096, 12288, 4096)):
+        if other + length <= size:
+            changed = data.copy()
+            changed[one : one + length] = data[other : other + length]
+            changed[other : other + length] = data[one : one + length]
+            assert grid_checksum(changed.tobytes()) != before
+            changed[one : one + length] = 0
+            assert grid_checksum(changed.tobytes()) != before
+    assert grid_checksum(bytes(size)) != before or not size
