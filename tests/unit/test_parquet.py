@@ -23,6 +23,7 @@ from hvdrec.storage.parquet import (
     read_tables,
     write_checksums,
 )
+from hvdrec.storage.urls import Url
 
 TYPES = {
     "code": pa.int32(),
@@ -67,6 +68,22 @@ def test_a_flipped_bit_is_named_or_without_effect(folder: Path, name: str) -> No
             named += 1
     assert named > 200
     assert read_tables(folder).equals(good)
+
+
+def test_a_remote_folder_is_verified(folder: Path) -> None:
+    url = Url("memory://shards")
+    for file in folder.iterdir():
+        (url / file.name).upload(file)
+    assert read_tables(url).equals(read_tables(folder))
+    assert read_table(url / "one.parquet", ["code", "list"]).num_rows == 50
+    file = folder / "one.parquet"
+    data = bytearray(file.read_bytes())
+    data[pq.read_metadata(file).row_group(1).column(1).data_page_offset + 10] ^= 1
+    file.write_bytes(data)
+    (url / "one.parquet").upload(file)
+    with pytest.raises(UserError, match="differ from their checksum") as error:
+        read_tables(url)
+    assert error.value.field == str(url / "one.parquet")
 
 
 def test_only_the_columns_that_are_read_are_verified(folder: Path) -> None:
