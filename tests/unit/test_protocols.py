@@ -303,7 +303,9 @@ def test_users_as_of_a_split_make_scores_by_key_honest(
     tables = {
         **rows,
         "untimed": rows["test"].drop(["t"]),
-        "with raw features": rows["test"].append_column("city", pa.array(["c1"] * USERS)),
+        "with raw features": rows["test"]
+        .append_column("city", pa.array(["c1"] * USERS))
+        .append_column("history", pa.array([["i01"]] * USERS)),
         "text for times": rows["test"].set_column(2, "t", rows["test"]["t"].cast(pa.string())),
     }
     for name, table in tables.items():

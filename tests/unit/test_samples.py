@@ -155,6 +155,7 @@ def test_a_small_log_equals_a_worked_example(raw: Path, capsys: pytest.CaptureFi
         **facts,
         "user_states": states,
         "copies": {"validation": 0, "test": 0},
+        "columns": ["user_id", "item_id", "rating", "t", "late", "age", "name", "genres"],
     }
     verify_artifact(out, "samples")
     assert "9 labelled rows" in capsys.readouterr().err

@@ -277,13 +277,13 @@ BROKEN = [
     ),
     Broken(
         "widths that are not integers",
-        manifest(lambda m: m["meta"].update(user_width=float("nan"))),
-        f"{DAMAGED}user_width is nan, not an integer)",
+        manifest(lambda m: m["meta"].update(user_width=1.5)),
+        f"{DAMAGED}user_width is 1.5, not an integer)",
     ),
     Broken(
         "sizes that are not integers",
-        manifest(lambda m: m["files"]["ranker.onnx"].update(bytes=float("inf"))),
-        f"{DAMAGED}cannot convert float infinity to integer)",
+        manifest(lambda m: m["files"]["ranker.onnx"].update(bytes=None)),
+        f"{DAMAGED}int() argument must be",
     ),
     Broken(
         "path of two dots",
