@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvdrec.storage.artifacts import read_manifest, verify_artifact, write_manifest
+from hvdrec.storage.parquet import write_checksums
 from tests.integration.conftest import Result, SmallRun, hvdrec, succeed
 
 Write = Callable[..., Path]
@@ -187,7 +188,7 @@ def test_refuses_a_damaged_shard(small_run: SmallRun, tmp_path: Path, damage: st
     shard.write_bytes(
         content[:100].ljust(len(content), b"\0") if damage == "zeros" else b"x" * len(content)
     )
-    refused(hvdrec("train", config), "shard-00001.parquet: not a readable Parquet file", "prepare")
+    refused(hvdrec("train", config), "shard-00001.parquet: is damaged", "prepare with --overwrite")
     shard.write_bytes(content[:-10])
     refused(hvdrec("train", config), f"shard-00001.parquet: {len(content) - 10} bytes")
 
@@ -218,7 +219,8 @@ def test_refuses_a_code_outside_its_table(small_run: SmallRun, tmp_path: Path) -
     position = table.column_names.index("shop")
     meta = read_manifest(features, "features").meta
     change(shard, lambda t: t.set_column(position, "shop", pc.add(t["shop"], 90)))
-    write_manifest(features, "features", meta)  # so that the checksums match
+    write_checksums(features / "train")  # so that the checksums match
+    write_manifest(features, "features", meta)
     done = hvdrec(
         "train", small_run.config, "--paths.features", features, "--paths.run", tmp_path / "run"
     )
