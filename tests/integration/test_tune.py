@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hvdrec.storage.checksums import sealed, unsealed
 from tests.integration.conftest import HVDREC, SmallRun, hvdrec, succeed
 
 SEARCH = ("train.embedding-learning-rate=log:0.05:0.8", "model.dimension=8,16,32")
@@ -93,10 +94,10 @@ def test_later_trials_use_the_cpu_layers_of_the_first(
     command = (*options, "--search", *SEARCH, "--train.epochs", "1", "--paths.work", tmp_path)
     succeed(*command, "--trials", "1")
     first = tmp_path / "tune/trial-000/config.json"
-    recorded = json.loads(first.read_text())
+    recorded = unsealed(first.read_bytes())
     other = "plain" if recorded["train"]["cpu_layers"] != "plain" else "fused"
     recorded["train"]["cpu_layers"] = other
-    first.write_text(json.dumps(recorded))
+    first.write_text(sealed(recorded))
     succeed(*command, "--trials", "2")
     second = json.loads((tmp_path / "tune/trial-001/config.json").read_text())
     assert second["train"]["cpu_layers"] == other
