@@ -105,6 +105,7 @@ def test_the_bundle_scores_every_task(task_run: SmallRun, tmp_path: Path) -> Non
     assert text.splitlines()[0].split() == ["item", "title", "score", "click", "late"]
 
 
+@pytest.mark.slow
 def test_the_cost_of_int8_is_measured_for_every_task(task_run: SmallRun, tmp_path: Path) -> None:
     to = tmp_path / "bundle"
     smaller = ("--export.ranker", "int8", "--export.embeddings", "int8")
@@ -119,6 +120,7 @@ def test_the_cost_of_int8_is_measured_for_every_task(task_run: SmallRun, tmp_pat
         assert abs(cost["auc_loss"]) < 0.01
 
 
+@pytest.mark.slow
 def test_shares_and_combination_can_change_at_export(task_run: SmallRun, tmp_path: Path) -> None:
     to = tmp_path / "bundle"
     fields = ("--tasks.1.share", "1", "--model.ranker.combine", "sum")
@@ -129,6 +131,7 @@ def test_shares_and_combination_can_change_at_export(task_run: SmallRun, tmp_pat
     assert done.returncode == 2 and "--tasks.1.weight" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_with_fewer_tasks_reuses_the_shards(task_run: SmallRun, tmp_path: Path) -> None:
     text = task_run.config.read_text()
     config = tmp_path / "click.toml"

@@ -47,6 +47,7 @@ def test_the_first_trial_equals_hvdrec_train(tuned: Path, small_run: SmallRun) -
     assert first["value"] == small_run.train["validation"]["auc"]
 
 
+@pytest.mark.slow
 def test_the_best_trial_can_be_repeated_and_keeps_its_checkpoint(
     tuned: Path, small_run: SmallRun, tmp_path: Path
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_killed_search_resumes_with_the_same_trials(
     ]
 
 
+@pytest.mark.slow
 def test_later_trials_use_the_cpu_layers_of_the_first(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:
