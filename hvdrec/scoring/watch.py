@@ -155,6 +155,8 @@ class BundleWatcher(Generic[T]):
         except ReplacedError:
             return False  # the next check finds the bundle that replaced it
         except ScoringError as error:
+            if _all_stamps(self._path) != files:
+                return False  # another bundle is just replacing it
             self._refuse(error)
             self._seen, self._retry_time = files, math.inf
             if isinstance(error, StoreError):
