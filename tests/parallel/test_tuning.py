@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.parallel.launch import BIN, launch
 
 HVDREC = str(BIN / "hvdrec")
 
 
+@pytest.mark.slow
 def test_a_failed_trial_does_not_end_a_search_on_several_ranks(small: Path, tmp_path: Path) -> None:
     features = small.parent / "work/features"
     options = ["tune", str(small), "--paths.features", str(features), "--trials", "3"]
