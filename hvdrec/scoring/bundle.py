@@ -109,7 +109,7 @@ class BundleInfo:
     """Digest of the graphs' checksums, 12 hexadecimal digits. Embeddings may only be used with
     graphs of the same digest."""
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
-    """Stamp of each file when the manifest was read; see `stamp_of`."""
+    """Stamp of the directory (".") and of each file when the manifest was read; see `stamp_of`."""
 
     def side(self, side: str) -> tuple[Field, ...]:
         """Return the fields of one side."""
@@ -144,9 +144,9 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
         path = path.resolve()
     except (OSError, RuntimeError, ValueError):
         raise _not_a_bundle(path) from None
-    raw, stamp = _read_manifest(path)
+    stamps = {".": stamp_of(path.stat())} if path.is_dir() else {}
+    raw, stamps[MANIFEST] = _read_manifest(path)
     manifest = _parse_manifest(path, raw)
-    stamps = {MANIFEST: stamp}
     try:
         check_manifest(manifest)
         files = {str(name): _parse_file(file) for name, file in manifest["files"].items()}
@@ -192,8 +192,11 @@ def replaced(path: Path, when: str) -> ReplacedError:
 def stamp_of(status: os.stat_result) -> Stamp:
     """Return device, inode, size and modification time of a file.
 
-    Together they change when the file is replaced or overwritten.
+    Together they change when the file is replaced or overwritten. Of a directory, return the time
+    of its last change, which a rename sets: its copies can have the inodes and times of its files.
     """
+    if stat.S_ISDIR(status.st_mode):
+        return status.st_dev, status.st_ino, 0, status.st_ctime_ns
     # ctime is left out: it also changes when a hard link to the file is removed.
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
