@@ -110,6 +110,16 @@ class Node:
     graphs: tuple[Graph, ...] = ()
     """Attributes that are graphs."""
 
+    @property
+    def reads(self) -> set[str]:
+        """Names of the tensors that the operator and its graphs read from outside."""
+        names = {name for name in self.inputs if name}
+        for graph in self.graphs:
+            made = {name for node in graph.nodes for name in node.outputs}
+            names |= {name for node in graph.nodes for name in node.reads} - made
+            names -= graph.tensors.keys()
+        return names
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -347,3 +357,10 @@ def _span(parts: Mapping[str, list[Value]], key: str) -> tuple[int, int]:
 
 def _signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
+
+
+def weights(graph: Graph) -> int:
+    """Return the number of elements of all weights of a graph and of the graphs inside it."""
+    own = sum(math.prod(tensor.shape) for tensor in graph.tensors.values())
+    inside = (weights(branch) for node in graph.nodes for branch in node.graphs)
+    return own + sum(inside)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
-from hvdrec.scoring.graph_file import Graph, GraphError, Node, Tensor, UnsafeGraphError
+from hvdrec.scoring.graph_file import Graph, GraphError, Node, Tensor, UnsafeGraphError, weights
 
 Shape = tuple[int, ...]
 MOST_RANK = 8
@@ -76,21 +76,29 @@ class Sizes:
             varying = [self.rows if axis == 0 else self.entries for axis in range(len(shape))]
             sizes = zip(shape, varying, strict=True)
             inputs[name] = Sized(tuple(size if fixed is None else fixed for fixed, size in sizes))
-        self.weights = _weights(graph)
+        self.weights = weights(graph)
         self._run(graph, inputs)
 
     def _run(self, graph: Graph, outer: dict[str, Sized]) -> list[Sized]:
         """Compute the sizes of all tensors of a graph and return those of its outputs."""
         known = outer | {name: _constant(tensor) for name, tensor in graph.tensors.items()}
-        for node in graph.nodes:
-            inputs = [known[name] for name in node.inputs if name in known]
-            if len(inputs) != sum(map(bool, node.inputs)):
-                raise GraphError(f"operator {node.op} reads a tensor that is not there")
-            for name, sized in zip(node.outputs, self._outputs(node, known), strict=False):
-                self._count(node, sized)
-                known[name] = sized
-            if any(name and name not in known for name in node.outputs):
-                raise GraphError(f"operator {node.op} has {len(node.outputs)} outputs")
+        ahead, turns = (
+            [*graph.nodes],
+            8,
+        )  # a quantized ranker has its If before what the branches read
+        while ahead and (turns := turns - 1):
+            nodes, ahead = ahead, []
+            for node in nodes:
+                if not node.reads <= known.keys():
+                    ahead.append(node)
+                    continue
+                for name, sized in zip(node.outputs, self._outputs(node, known), strict=False):
+                    self._count(node, sized)
+                    known[name] = sized
+                if any(name and name not in known for name in node.outputs):
+                    raise GraphError(f"operator {node.op} has {len(node.outputs)} outputs")
+        if ahead:
+            raise GraphError(f"operator {ahead[0].op} reads a tensor that is not there")
         if not set(graph.outputs) <= known.keys():
             raise GraphError("has an output that no operator returns")
         return [known[name] for name in graph.outputs]
@@ -109,9 +117,8 @@ class Sizes:
         try:
             outputs = rule(node, inputs)
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
-            if isinstance(error, GraphError):
-                raise
-            raise UnsafeGraphError(f"operator {node.op} has outputs of unknown sizes") from None
+            unknown = UnsafeGraphError(f"operator {node.op} has outputs of unknown sizes")
+            raise (error if isinstance(error, GraphError) else unknown) from None
         if node.op in PRODUCTS:
             self.products += math.prod(outputs[0].shape) * _inner(node, inputs)
         return outputs
@@ -129,12 +136,6 @@ class Sizes:
             )
         if self.products > most * PRODUCTS_PER_ROW:
             raise UnsafeGraphError(f"operator {node.op} makes the graph too slow")
-
-
-def _weights(graph: Graph) -> int:
-    own = sum(math.prod(tensor.shape) for tensor in graph.tensors.values())
-    inside = (_weights(branch) for node in graph.nodes for branch in node.graphs)
-    return own + sum(inside)
 
 
 def _constant(tensor: Tensor) -> Sized:

@@ -308,3 +308,17 @@ def test_no_rule_is_for_an_operator_with_a_subgraph() -> None:
         attributes = onnx.defs.get_schema(op, domain=domain).attributes.values()
         kinds = {attribute.type for attribute in attributes}
         assert kinds.isdisjoint([onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS]), name
+
+
+def test_an_if_may_stand_before_what_its_branches_read(tmp_path: Path) -> None:
+    # The order that quantization leaves. ONNX Runtime opens such a graph, too.
+    parts = [branch(node(op, "late", "b")) for op in ("Relu", "Identity")]
+    nodes = [
+        node("If", "yes", "chosen", then_branch=parts[0], else_branch=parts[1]),
+        node("Relu", "chosen", "y"),
+        node("Add", "x x", "late"),
+    ]
+    yes = constant("yes", True, bool)
+    check(tmp_path, model(nodes, yes))
+    with pytest.raises(BundleError, match="reads a tensor that is not there"):
+        check(tmp_path, model(nodes[:2], yes))
