@@ -75,7 +75,9 @@ class KnownRows:
         if self._record is not None and info.holds(KNOWN_UNTIL):
             self._keys = read_array(info.path, "users/keys.npy")
             self._until = read_vector(info, KNOWN_UNTIL, "<f8", len(self._keys))
-            self._column = next((n for n in (self._record["time"], "time") if n in names), "")
+            # Samples call the column "time"; a feature of that name is something else.
+            times = [self._record["time"], *({"time"} - {field.name for field in info.fields})]
+            self._column = next((name for name in times if name in names), "")
 
     def count(self, batch: pa.RecordBatch) -> None:
         """Count such rows in a batch."""
@@ -96,7 +98,7 @@ class KnownRows:
         if not self._uses_keys or not self._rows:
             return []
         if self._record is None:
-            problem = "does not say which rows its users know, an earlier version wrote it"
+            problem = "an earlier version wrote it, so it does not say which rows its users know"
             return [f"{self._info.path}: {problem}; export it again to check the rows to score"]
         splits = ", ".join(self._record["users"]["splits"])
         known = f"what the stored users know (splits {splits})"
