@@ -107,7 +107,7 @@ def score_table(
             known.count(batch)
             rows += batch.num_rows
     facts = {"rows": rows, "output": str(target), "columns": list(columns.added)}
-    return facts | {"warnings": known.warnings()}
+    return facts | {"warnings": [*known.warnings(), *_underived(scorer.info, source, read)]}
 
 
 def _columns(
@@ -182,6 +182,22 @@ def _log_columns(info: BundleInfo) -> set[str]:
         return set(meta["log_columns"])
     texts = [*_texts(meta.get("config", {}).get("samples", {}))]
     return {*texts, *(word for text in texts for word in re.findall(r"\w+", text))}
+
+
+def _underived(info: BundleInfo, source: Path, names: Collection[str]) -> Iterator[str]:
+    """Yield a line for each feature that the samples derived from a log column of the same name.
+
+    A file with other columns of the log is taken for the log, which has the value before that.
+    """
+    meta: Mapping[str, Any] = info.manifest["meta"]
+    features = {field.name for field in info.fields} | {info.user_key, info.item_key}
+    derive = meta.get("config", {}).get("samples", {}).get("derive", {})
+    if not set(meta.get("log_columns", ())) - features - set(derive) & set(names):
+        return
+    for name, expression in derive.items():
+        if name in features and name in names and re.search(rf"\b{re.escape(name)}\b", expression):
+            problem = f"column '{name}' is read as it is; the samples derived it as {expression}"
+            yield f"{source}: {problem}; give it the derived values, unless it has them already"
 
 
 def _texts(values: Any) -> Iterator[str]:

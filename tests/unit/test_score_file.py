@@ -16,6 +16,7 @@ import pytest
 from hvdrec.errors import UserError
 from hvdrec.exporting.score_file import score_table
 from hvdrec.scoring import Scorer
+from hvdrec.storage.artifacts import read_manifest, write_manifest
 from tests.bundles import write_bundle
 
 ROWS: dict[str, Any] = {
@@ -185,6 +186,23 @@ def test_columns_of_the_log_are_known_and_kept(tmp_path: Path) -> None:
     assert json.loads((bundle / "manifest.json").read_text())["meta"]["log_columns"] == log
     (folder / "scored.parquet").unlink()
     assert "'hours' is unknown" in refused(bundle, {**rows, "hours": [1, 2, 3]}, folder)
+
+
+def test_a_derived_column_of_the_same_name_is_pointed_out_in_the_log(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", log_columns=["clicked", "hour"])
+    meta = dict(read_manifest(bundle, "bundle").meta)
+    derive = {"hour": "hour % 24", "late": "hour > 20", "place": "lower(town)"}
+    write_manifest(bundle, "bundle", {**meta, "config": {"samples": {"derive": derive}}})
+
+    def warnings(columns: dict[str, Any]) -> list[str]:
+        source = tmp_path / "rows.parquet"
+        pq.write_table(pa.table(columns), source)
+        facts = score_table(bundle, source, tmp_path / "scored.parquet")
+        return [line for line in facts["warnings"] if "read as it is" in line]
+
+    (line,) = warnings({**ROWS, "clicked": [0, 1, 0]})
+    assert "'hour'" in line and "hour % 24" in line
+    assert warnings(ROWS) == []  # not the log
 
 
 def test_a_score_of_an_earlier_run_is_replaced(bundle: Path, tmp_path: Path) -> None:
