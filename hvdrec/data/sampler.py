@@ -1,11 +1,11 @@
 """Decide which rank reads which rows in which order, from seed, epoch and world size alone.
 
 The row groups of a split are put into a random order in each epoch. This sequence of rows is cut
-into one contiguous part per rank. The parts differ by at most one row, so two ranks may read
-different rows of the same row group. A rank divides its part into windows of a few row groups and
-shuffles the rows within each window. Batches are taken from the windows one after the other.
-`Progress` entries record how much of an epoch was delivered, so that any number of ranks can
-continue with the remaining rows.
+into one contiguous part per rank. The lengths of the parts differ by at most one row. A cut may
+therefore fall inside a row group; then two ranks read different rows of that group. A rank divides
+its part into windows of a few row groups and shuffles the rows within each window. Batches are
+taken from the windows one after the other. `Progress` entries record how much of an epoch was
+delivered, so that any number of ranks can continue with the remaining rows.
 """
 
 from __future__ import annotations

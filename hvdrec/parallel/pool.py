@@ -46,11 +46,13 @@ _rank = 0
 
 
 class WorkerPool:
-    """This process and its helpers: other processes that an executor reaches.
+    """A group of processes that share work: this process and its helpers.
+
+    This process gives tasks to the helpers through a `concurrent.futures.Executor`.
 
     Attributes:
-        helpers: The number of other processes.
-        is_broken: Whether helpers may have ended; then nothing waits for them.
+        helpers: The number of helpers.
+        is_broken: True if a helper may have died. `map` then does not wait for running tasks.
     """
 
     def __init__(
@@ -127,9 +129,10 @@ def is_first_rank() -> bool:
 def local_pool(count: int = 0) -> Iterator[WorkerPool]:
     """Yield a pool of `count` workers on this machine, which includes this process.
 
-    With 0 there is one worker per core, at most DEFAULT_WORKERS; the others start only if the work
-    takes a while. Processes are spawned, not forked: a fork would copy locks that threads of
-    DuckDB, Arrow or onnxruntime hold, but not these threads.
+    If `count` is 0, there is one worker per core, but at most DEFAULT_WORKERS. This process then
+    works alone for HEAD_START_SECONDS before it starts the other workers. Processes are spawned,
+    not forked: a fork would copy locks that threads of DuckDB, Arrow or onnxruntime hold, but not
+    these threads.
     """
     head_start = 0.0 if count else HEAD_START_SECONDS
     count = count or min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)

@@ -174,8 +174,10 @@ def _numbers(
 ) -> tuple[str | None, float, str | None, str | None]:
     """Examine a text column of numbers.
 
-    Returns a value that is not a number, the share of numbers, an integer that a float cannot hold,
-    and a decimal number; None for each that does not occur.
+    Returns:
+        An example of a value that is not a number, the fraction of values that are numbers, an
+        example of an integer that a float cannot hold exactly, and an example of a number with a
+        decimal point. An example is None if the column has no such value.
     """
     value = quoted(column)
     number, digits, holds = (t.replace("{v}", value) for t in (ANY_NUMBER, _form(DIGITS), HOLDS))

@@ -134,9 +134,9 @@ _HALF_BITS = np.array(0x8FFFE000, dtype=np.uint32).view(np.int32)[()]
 
 
 def largest(scores: Array, count: int, excluded: Array | None = None) -> Array:
-    """Return the rows of the ``count`` largest scores, int64, in ascending order.
+    """Return the row numbers of the ``count`` largest scores, int64, sorted by row number.
 
-    If several rows share the smallest score that is taken, those with the smallest numbers win.
+    If several rows share the smallest score that is taken, the smallest row numbers are taken.
 
     Args:
         scores: float32 [n] without NaN; the scores of excluded rows are overwritten.
