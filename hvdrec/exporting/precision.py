@@ -147,9 +147,9 @@ def quantize_ranker(file: Path) -> None:
 def _inner_layers(graph: onnx.GraphProto) -> list[str]:
     """Return the names of the MatMul nodes of the ranker's inner layers, in order.
 
-    Their weights are constants, and they run once per item. The first layer is left out, because
-    its sum of several products is the input of the others. The last layer of each output is left
-    out too: it is small, and errors in logits do not average out.
+    Their weights are constants, and they run once per item. The first layer is left out: it is a
+    sum of several MatMuls, and its errors would reach all other layers. The last layer of each
+    output is left out too: it is small, and errors in logits do not average out.
     """
     constants = {weight.name for weight in graph.initializer}
     inputs = {value.name for value in graph.input}

@@ -97,7 +97,7 @@ def find_files(raw: Path, name: str) -> RawFiles:
 
 
 def _files_of(directory: Path) -> list[str]:
-    """List the files of a table in a directory and in those below it, sorted.
+    """List the files of a table in a directory and its subdirectories, sorted by path.
 
     Names that begin with "_" or "." are skipped, as other readers of Parquet do: Spark and
     Petastorm use them for files that are not part of the table.

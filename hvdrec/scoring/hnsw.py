@@ -57,8 +57,8 @@ class HnswSearch:
             path: Directory of the bundle.
             exact: Exact search over the same items.
             width: Width of a query.
-            stamps: `BundleInfo.stamps`, to detect files that were replaced since; None to skip the
-                check.
+            stamps: `BundleInfo.stamps`, to detect files that were replaced after the manifest was
+                read; None to skip the check.
         """
         self._path = path
         self._stamps = {} if stamps is None else stamps

@@ -301,7 +301,8 @@ class Scorer:
             allowed: Field of ``export.filters`` -> allowed values, such as ``{"genres": ["War"]}``.
                 An item must have at least one of the values of each field.
             skip_seen: True to leave out the items that a stored user has seen.
-            diversity: In [0, 1). Above 0, items like better ones rank lower; see `diversified`.
+            diversity: In [0, 1). Above 0, an item similar to a higher-ranked one moves down; see
+                `diversified`.
 
         Returns:
             Up to k recommendations, best first. Items with equal scores are sorted by key.

@@ -292,8 +292,8 @@ def make_app(options: Options, listener: socket.socket | None = None) -> ASGIApp
 
     Args:
         options: Settings of the service.
-        listener: The listening socket if this is the only worker, which closes it when it stops;
-            None for one of several workers.
+        listener: The listening socket if this is the only worker, otherwise None. The worker closes
+            this socket when the worker stops.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("hvdrec").setLevel(logging.INFO)

@@ -71,7 +71,8 @@ def tune(
         prune: Whether to stop a trial that is worse than the median of the complete trials after
             the same number of epochs.
         overwrite: Whether to remove an earlier search first.
-        progress: Whether the first rank shows the training and a line when a trial ends.
+        progress: Whether the first rank shows the progress of each training and prints a line when
+            a trial ends.
 
     Raises:
         UserError: The features are missing, a field cannot be searched, or WORK/tune holds another
