@@ -202,7 +202,7 @@ def test_the_test_script_refuses_an_unknown_step() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "scripts/test: unknown step 'units'; known: lint unit slim build docs parallel integration "
-        "serving two-hosts slow hosts\n"
+        "spark serving two-hosts slow hosts\n"
     )
 
 
