@@ -51,19 +51,48 @@ middle of a trial if that has a checkpoint. Raise --trials for more trials, or s
     argument(
         "--resume", action="store_true", help="continue from the latest checkpoint, if there is one"
     ),
+    argument(
+        "--log-format",
+        choices=["text", "json"],
+        default="text",
+        help="what is shown on standard error: text, or the JSON lines of WORK/run/log.jsonl",
+    ),
+    argument(
+        "--horovod-timeline",
+        type=Path,
+        metavar="FILE",
+        help="write Horovod's timeline of all messages to this JSON file; training is slower",
+    ),
+    argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="record steps 11 to 30 with the profiler of torch, a trace for each rank",
+    ),
     example="horovodrun -np 2 hvdrec train configs/movielens-1m.toml --train.epochs 3",
     fields=ALL_FIELDS,
 )
 def train(options: argparse.Namespace) -> Answer:
     """Train a model in one process, or on many ranks under horovodrun or mpirun."""
+    if options.horovod_timeline is not None:
+        from hvdrec.parallel.environment import record_timeline
+
+        record_timeline(options.horovod_timeline)
     config = load_config_on_all(options)
     from hvdrec.training.trainer import train
 
-    result = train(config, resume=options.resume, overwrite=options.overwrite)
+    result = train(
+        config,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        log_format=options.log_format,
+        profile=options.profile,
+    )
     best = "no validation metric"
     if result.best is not None:
-        best = f"best {result.metric} {result.best}, step {result.best_step}"
-    text = f"{result.steps} steps on {result.world_size} ranks; {best}\nwrote {result.run}"
+        best = f"best validation {result.metric} {result.best:.4f} at step {result.best_step}"
+    ranks = f"{result.world_size} rank" + ("" if result.world_size == 1 else "s")
+    text = f"{result.steps} steps on {ranks}; {best}\nwrote {result.run}"
     return Answer(result.to_dict(), text)
 
 

@@ -14,13 +14,21 @@ from hvdrec.cli import (
     data_commands,
     host_commands,
     model_commands,
+    run_commands,
     serve_commands,
     verify_command,
 )
 from hvdrec.cli.command import ALL_FIELDS, Command
 from hvdrec.errors import UserError
 
-MODULES = (data_commands, model_commands, serve_commands, verify_command, host_commands)
+MODULES = (
+    data_commands,
+    model_commands,
+    run_commands,
+    serve_commands,
+    verify_command,
+    host_commands,
+)
 COMMANDS = tuple(
     each for module in MODULES for each in vars(module).values() if isinstance(each, Command)
 )

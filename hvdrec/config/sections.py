@@ -194,7 +194,7 @@ class Train:
     """Number of validations without improvement after which training stops. Validations during the
     warm-up do not count. 0: a fifth of the epochs, at least 2."""
     log_every: PositiveInt = 50
-    """Steps between JSON log lines."""
+    """Steps between two lines of the training log."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints. 0: only at the end of each epoch."""
     keep: PositiveInt = 2

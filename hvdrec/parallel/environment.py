@@ -6,11 +6,12 @@ import http.client
 import ipaddress
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import psutil
 
-from hvdrec.errors import UserError
+from hvdrec.errors import UserError, invalid_value
 
 LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """One of these is set if horovodrun or an MPI launcher started the process; values may be wrong."""
@@ -59,6 +60,22 @@ def set_horovod_defaults() -> None:
             settings |= GLOO_SHARED_CORE_DEFAULTS
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def record_timeline(file: Path) -> None:
+    """Let Horovod write its timeline to a file; call this before Horovod starts.
+
+    Raises:
+        UserError: The directory of the file does not exist, or the file cannot be written.
+    """
+    try:
+        file.touch()
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise invalid_value(
+            "--horovod-timeline", str(file), problem, "choose another file"
+        ) from None
+    os.environ["HOROVOD_TIMELINE"] = str(file)
 
 
 def check_process_count(host: str, size: int) -> None:

@@ -67,6 +67,7 @@ class World:
 
 
 _world: World | None = None
+_waited_seconds = 0.0
 
 
 def silence_seconds() -> float:
@@ -155,13 +156,21 @@ def wait(handle: int) -> Any:
     the host may need that core: with two ranks per core, steps took ten times as long. This
     function sleeps between polls.
     """
+    global _waited_seconds  # noqa: PLW0603 -- a counter of the process
     import horovod.torch as hvd
 
     started = time.perf_counter()
     while not hvd.poll(handle):
         if time.perf_counter() - started > SPIN_SECONDS:
             time.sleep(SLEEP_SECONDS)
-    return hvd.synchronize(handle)
+    result = hvd.synchronize(handle)
+    _waited_seconds += time.perf_counter() - started
+    return result
+
+
+def waited_seconds() -> float:
+    """Return how many seconds this process has waited for collectives so far."""
+    return _waited_seconds
 
 
 def barrier() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hvdrec.config import Config
 from hvdrec.data.sampler import Progress
@@ -21,15 +20,17 @@ from hvdrec.parallel.gradients import global_sum
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import Position
+from hvdrec.training.display import LogFormat, Silent, make_display
 from hvdrec.training.divergence import check_loss, check_weights
 from hvdrec.training.job import TrainJob, set_up
 from hvdrec.training.labels import metric_name
 from hvdrec.training.log import TrainingLog
 from hvdrec.training.machine import no_gc_pauses
-from hvdrec.training.objective import StepLoss
 from hvdrec.training.pipeline import Prepared, make_preparer, steps
 from hvdrec.training.pointers import find_checkpoint
+from hvdrec.training.profiler import record_steps
 from hvdrec.training.step import take_step
+from hvdrec.training.step_log import StepSums, log_start, log_step, rows_done
 
 Stop = Callable[[int, float], bool]
 """Function of the epoch, from 0, and the validation metric that returns True to stop training. It
@@ -79,6 +80,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    log_format: LogFormat = "text",
+    profile: Path | None = None,
     stop: Stop | None = None,
 ) -> TrainResult:
     """Train a model on the encoded shards.
@@ -91,7 +94,10 @@ def train(
         config: Configuration of the run.
         resume: Continue from the latest checkpoint, if there is one.
         overwrite: Remove an earlier run first.
-        progress: Show a progress bar on the first rank, or log lines if there is no terminal.
+        progress: Show progress on standard error of the first rank: a bar on a terminal, else lines
+            of text.
+        log_format: "json" to show the lines of ``log.jsonl`` instead.
+        profile: Directory to which every rank writes a trace of some steps; see `record_steps`.
         stop: Called after each validation; if it returns True, training ends.
 
     Returns:
@@ -105,12 +111,11 @@ def train(
     world = ranks.init()
     with watched():
         job = set_up(config, world, resume=resume, overwrite=overwrite)
-        with TrainingLog(
-            job.run, is_first=world.is_first, rows_per_epoch=job.loader.rows, shown=progress
-        ) as log:
-            _log_start(job, log)
-            with no_gc_pauses():
-                end = _fit(job, log, stop)
+        display = make_display(log_format) if progress else Silent()
+        with TrainingLog(job.run, is_first=world.is_first, display=display) as log:
+            log_start(job, log)
+            with no_gc_pauses(), record_steps(profile, world, job.device) as after_step:
+                end = _fit(job, log, stop, after_step)
             worse = _worse_than(job)
             if worse:
                 log.note(f"the best checkpoint is worse on validation than {describe_worse(worse)}")
@@ -123,7 +128,9 @@ def train(
     )
 
 
-def _fit(job: TrainJob, log: TrainingLog, stop: Stop | None) -> Position:
+def _fit(
+    job: TrainJob, log: TrainingLog, stop: Stop | None, after_step: Callable[[], None]
+) -> Position:
     """Train all remaining epochs, with a validation and a checkpoint after each."""
     train, position = job.config.train, job.start
     if train.warm_start.history and position.best is None:
@@ -134,7 +141,7 @@ def _fit(job: TrainJob, log: TrainingLog, stop: Stop | None) -> Position:
     epochs = job.loader.epochs(position.epoch, train.epochs, prepare, position.past)
     with closing(epochs):
         while position.epoch < train.epochs and not position.finished:
-            position = _train_epoch(job, log, position, next(epochs))
+            position = _train_epoch(job, log, position, next(epochs), after_step)
             epoch = position.epoch + 1
             metrics, position = _validate(job, log, position, epoch)
             is_last = epoch == train.epochs or position.stale >= train.patience
@@ -146,15 +153,19 @@ def _fit(job: TrainJob, log: TrainingLog, stop: Stop | None) -> Position:
 
 
 def _train_epoch(
-    job: TrainJob, log: TrainingLog, position: Position, prepared: Iterator[Prepared]
+    job: TrainJob,
+    log: TrainingLog,
+    position: Position,
+    prepared: Iterator[Prepared],
+    after_step: Callable[[], None],
 ) -> Position:
     """Train on the rest of the current epoch; return the new position."""
     train, loader, world = job.config.train, job.loader, job.world
     rows = loader.batch_size * world.size
-    done = min(loader.rows, sum(p.world_size * p.batch_size * p.steps for p in position.past))
-    log.start_epoch(position.epoch, done)
+    done = rows_done(job, position)
+    log.start_epoch(position.epoch + 1, train.epochs, loader.rows, done)
     job.state.model.train()
-    sums = _StepSums(torch.zeros(3 + len(job.config.tasks), device=job.device))
+    sums = StepSums(torch.zeros(3 + len(job.config.tasks), device=job.device), loader)
     step = position.step
     due: Position | None = None
     for number, now in enumerate(steps(prepared, job.state.tables, job.device), start=1):
@@ -169,8 +180,9 @@ def _train_epoch(
         done = min(loader.rows, done + rows)
         sums.add(loss, rows)
         log.advance(rows)
+        after_step()
         if step % train.log_every == 0:
-            _log_step(job, log, sums, step, progress)
+            log_step(job, log, sums, replace(position, step=step), progress)
         if train.checkpoint_every and step % train.checkpoint_every == 0:
             past = (*position.past, Progress(world.size, loader.batch_size, number))
             _check_losses(job, sums, step)
@@ -179,85 +191,7 @@ def _train_epoch(
     return replace(position, step=step)
 
 
-@dataclass
-class _StepSums:
-    """Sums over the steps between two log lines.
-
-    ``losses`` is this rank's share of the total loss, the ranking loss, the retrieval loss and the
-    loss of each task, float32 [3 + tasks].
-    """
-
-    losses: Tensor
-    steps: int = 0
-    rows: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, loss: StepLoss, rows: int) -> None:
-        self.losses[:3] += torch.stack([loss.total, loss.ranking, loss.retrieval])
-        self.losses[3:] += loss.tasks
-        self.steps += 1
-        self.rows += rows
-
-    def reset(self) -> None:
-        self.losses.zero_()
-        self.steps = self.rows = 0
-        self.started = time.perf_counter()
-
-
-def _log_start(job: TrainJob, log: TrainingLog) -> None:
-    tables, model, train = job.state.tables, job.state.model, job.config.train
-    embedded = sum(rows * group.width for group in tables.groups for rows in group.sizes.values())
-    log.write(
-        "start",
-        world_size=job.world.size,
-        device=str(job.device),
-        batch_size=train.batch_size,
-        warmup_steps=train.warmup_steps,
-        patience=train.patience,
-        metric=metric_name(job.config),
-        precision=train.precision,
-        cpu_layers=train.cpu_layers,
-        rows=job.loader.rows,
-        parameters=sum(parameter.numel() for parameter in model.parameters()) + embedded,
-        tables={
-            group.name: {
-                "tables": list(group.sizes),
-                "rows": group.local_rows,
-                "kernel": kernel.name,
-            }
-            for group, kernel in zip(tables.groups, tables.kernels, strict=True)
-        },
-        step=job.start.step,
-    )
-    for note in job.notes:
-        log.note(note)
-
-
-def _log_step(job: TrainJob, log: TrainingLog, sums: _StepSums, step: int, progress: float) -> None:
-    """Log the mean losses over all ranks since the last log line.
-
-    All ranks must call this at the same time.
-    """
-    total, ranking, retrieval, *tasks = (global_sum(sums.losses) / sums.steps).tolist()
-    names = [task.name for task in job.config.tasks]
-    log.write(
-        "step",
-        step=step,
-        progress=round(progress, 6),
-        loss=total,
-        ranking_loss=ranking,
-        retrieval_loss=retrieval,
-        **({"task_losses": dict(zip(names, tasks, strict=True))} if names else {}),
-        learning_rate=job.state.optimizer.param_groups[0]["lr"],
-        rows_per_second=round(sums.rows / (time.perf_counter() - sums.started)),
-        reader_wait=round(job.loader.waited_seconds, 3),
-        table_bytes_sent=job.state.tables.sent_bytes,
-    )
-    sums.reset()
-    check_loss(job.config.train, step, total)
-
-
-def _check_losses(job: TrainJob, sums: _StepSums, step: int) -> None:
+def _check_losses(job: TrainJob, sums: StepSums, step: int) -> None:
     """Raise an error if a loss since the last log line is not finite.
 
     All ranks must call this at the same time.

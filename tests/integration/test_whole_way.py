@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from hvdrec.scoring import Scorer
 from hvdrec.storage.artifacts import verify_artifact
@@ -129,6 +130,14 @@ def test_training_writes_a_json_line_per_logging_step(small_run: SmallRun) -> No
     assert [e["step"] for e in events if e["event"] == "step"] == [5, 10, 15, 20]
     assert [e["event"] for e in events if e["event"] == "validation"] == ["validation"] * 2
     assert events[0]["event"] == "start"
+
+
+def test_top_shows_a_finished_run_from_its_files(small_run: SmallRun) -> None:
+    facts = succeed("top", small_run.work / "run")
+    assert (facts["state"], facts["step"], facts["total_steps"]) == ("finished", 20, 20)
+    assert facts["best"] == small_run.train["validation"]["auc"]
+    assert sum(facts["time_shares"].values()) == pytest.approx(1)
+    assert "finished after" in hvdrec("top", small_run.work / "run").stdout
 
 
 def test_history_has_only_clicks_strictly_before_the_sample(small_run: SmallRun) -> None:
