@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hvdrec.config.schema import MISSING, Column, Feature
+from hvdrec.config.schema import MISSING, Feature
 from hvdrec.errors import invalid_file
 from hvdrec.features.fit import Fitted
 from hvdrec.features.graph import build, output_name
@@ -30,6 +31,10 @@ class Encoder:
         self.fitted = fitted
         self._sessions = {
             feature.name: _session(fitted, feature) for feature in fitted.schema.features
+        }
+        self._values = {
+            feature.name: _ByDistinct(partial(self._run_flat, feature))
+            for feature in fitted.schema.features
         }
 
     def encode(self, features: Iterable[Feature], table: pa.Table) -> dict[str, pa.Array]:
@@ -57,40 +62,72 @@ class Encoder:
             }
             columns = kind_of(feature).columns(feature)
             if feature.is_list:
-                [column] = columns
-                encoded[feature.name] = self._lists(feature, column, one_chunk(table[column.name]))
+                encoded[feature.name] = self._lists(feature, table[columns[0].name].chunks)
             elif len(columns) == 1 and not codes:
-                values = one_chunk(table[columns[0].name])
-                encoded[feature.name] = pa.array(self._values(feature, columns[0], values))
+                values = table[columns[0].name].chunks
+                encoded[feature.name] = pa.array(self._values[feature.name](values))
             else:
                 raw = {c.name: flat_to_input(one_chunk(table[c.name])) for c in columns}
                 encoded[feature.name] = pa.array(self._run(feature, {**raw, **codes}))
         return encoded[feature.name]
 
-    def _lists(self, feature: Feature, column: Column, array: pa.ListArray) -> pa.ListArray:
-        lengths = list_lengths(array)
-        codes = self._values(feature, column, array.flatten())
+    def _lists(self, feature: Feature, arrays: Sequence[pa.ListArray]) -> pa.ListArray:
+        lengths = np.concatenate([np.empty(0, np.int32), *map(list_lengths, arrays)])
+        codes = self._values[feature.name]([array.flatten() for array in arrays])
         if lengths.max(initial=0) > feature.max_length:
             kept, lengths = _cut(lengths, feature)
             codes = codes[kept]
-        present = codes != MISSING
-        # Number of entries that are not missing, from the first row to the end of each row.
-        ends = np.concatenate([[0], np.cumsum(present)])[np.cumsum(lengths, dtype=np.int64)]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        missing = np.flatnonzero(codes == MISSING)
+        if len(missing):
+            ends -= np.searchsorted(missing, ends)
+            codes = np.delete(codes, missing)
         offsets = np.concatenate([[0], ends]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes[present]))
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes))
 
-    def _values(self, feature: Feature, column: Column, values: pa.Array) -> NDArray[Any]:
+    def _run_flat(self, feature: Feature, values: NDArray[Any]) -> NDArray[Any]:
         """Encode flat values of a column; the graph gets each entry of a list as a list of one."""
-
-        def run(inputs: NDArray[Any]) -> NDArray[Any]:
-            return self._run(feature, {column.name: inputs[:, None] if feature.is_list else inputs})
-
-        return _of_distinct(run, values)
+        [column] = kind_of(feature).columns(feature)
+        return self._run(feature, {column.name: values[:, None] if feature.is_list else values})
 
     def _run(self, feature: Feature, inputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
         [codes] = self._sessions[feature.name].run([output_name(feature.name)], inputs)
         flat: NDArray[Any] = codes.reshape(-1)
         return flat.astype(np.int32) if feature.is_embedded else flat
+
+
+class _ByDistinct:
+    """Applies a function to flat values; calls it only once for each distinct string.
+
+    This saves time, because a Python object is created for every string that the function gets. The
+    results for the last dictionary are kept: all rows of a row group have the same one.
+    """
+
+    def __init__(self, run: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+        self._run = run
+        self._dictionary = pa.array([], pa.string())
+        self._results: NDArray[Any] | None = None
+
+    def __call__(self, chunks: Sequence[pa.Array]) -> NDArray[Any]:
+        """Return the results for the values of all chunks, one after the other."""
+        results = [self._of_chunk(chunk) for chunk in chunks]
+        if len(results) == 1:
+            return results[0]
+        return np.concatenate(results) if results else self._run(np.empty(0, object))
+
+    def _of_chunk(self, values: pa.Array) -> NDArray[Any]:
+        if values.type == pa.string():
+            values = values.dictionary_encode()
+        elif not pa.types.is_dictionary(values.type):
+            return self._run(flat_to_input(values))
+        if self._results is None or not self._dictionary.equals(values.dictionary):
+            self._dictionary = values.dictionary
+            # An additional entry after the distinct values is null; null values get its index.
+            distinct = pa.concat_arrays([self._dictionary, pa.nulls(1, pa.string())])
+            self._results = self._run(flat_to_input(distinct))
+        indices = pc.fill_null(values.indices, len(self._dictionary))
+        taken: NDArray[Any] = self._results[indices.to_numpy(zero_copy_only=False)]
+        return taken
 
 
 class KeyRows:
@@ -112,7 +149,7 @@ class KeyRows:
             raise invalid_file(file, "has no rows", REMEDY)
         self._type = keys.type
         self._file = file
-        self._rows = pd.Index(flat_to_input(keys))
+        self._find = _ByDistinct(pd.Index(flat_to_input(keys)).get_indexer)
 
     def find(self, column: pa.ChunkedArray, name: str) -> pa.Array:
         """Return the row of each of n keys, int64 [n].
@@ -124,14 +161,14 @@ class KeyRows:
         Raises:
             UserError: A key is not in the table, or the column has another type than its keys.
         """
-        if column.type != self._type:
-            problem = f"'{name}' is {self._type} here, {column.type} in the samples"
+        stored = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if stored != self._type:
+            problem = f"'{name}' is {self._type} here, {stored} in the samples"
             raise invalid_file(self._file, problem, REMEDY)
-        array = one_chunk(column)
-        rows = _of_distinct(self._rows.get_indexer, array)
+        rows = self._find(column.chunks)
         unknown = np.flatnonzero(rows < 0)
         if len(unknown):
-            key = array[int(unknown[0])].as_py()
+            key = column[int(unknown[0])].as_py()
             problem = f"has no row for {name} '{key}' of the samples"
             raise invalid_file(self._file, problem, REMEDY)
         return pa.array(rows.astype(np.int64))
@@ -145,21 +182,6 @@ def _session(fitted: Fitted, feature: Feature) -> onnxruntime.InferenceSession:
         options,
         providers=["CPUExecutionProvider"],
     )
-
-
-def _of_distinct(run: Callable[[NDArray[Any]], NDArray[Any]], values: pa.Array) -> NDArray[Any]:
-    """Apply a function to flat values; call it only once for each distinct string.
-
-    This saves time, because a Python object is created for every string.
-    """
-    if values.type != pa.string():
-        return run(flat_to_input(values))
-    encoded = values.dictionary_encode()
-    # An additional entry after the distinct values is null; null values get its index.
-    distinct = pa.concat_arrays([encoded.dictionary, pa.nulls(1, values.type)])
-    indices = pc.fill_null(encoded.indices, len(distinct) - 1).to_numpy(zero_copy_only=False)
-    results: NDArray[Any] = run(flat_to_input(distinct))[indices]
-    return results
 
 
 def _cut(lengths: NDArray[Any], feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:

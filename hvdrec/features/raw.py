@@ -66,6 +66,8 @@ def list_lengths(array: pa.ListArray) -> NDArray[Any]:
 
 def flat_to_input(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """Convert n values that are not lists to a graph input [n]; nulls become missing values."""
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
     filled = pc.fill_null(values, FILL[values.type])
     array: NDArray[Any] = (
         filled.to_numpy()

@@ -21,6 +21,9 @@ def read_tables(
 ) -> Generator[pa.Table, None, None]:
     """Yield consecutive rows of several files as tables.
 
+    Strings, also in lists, are dictionary-encoded: so each distinct string of a row group is
+    decoded once. This takes a third of the time for histories of string keys.
+
     Args:
         files: Parquet files, read in this order as if they were one.
         columns: Columns to read.
@@ -51,20 +54,29 @@ def _batches(
     """Yield the rows from `start` on, at most `rows` at a time; skip row groups before `start`."""
     for file in files:
         try:
-            with pq.ParquetFile(file) as source:
-                groups: list[int] = []
-                for group in range(source.metadata.num_row_groups):
-                    length = source.metadata.row_group(group).num_rows
-                    if groups or start < length:
-                        groups.append(group)
-                    else:
+            metadata = pq.read_metadata(file)
+            with pq.ParquetFile(
+                file, metadata=metadata, read_dictionary=_string_paths(metadata.schema)
+            ) as source:
+                for group in range(metadata.num_row_groups):
+                    length = metadata.row_group(group).num_rows
+                    if start >= length:
                         start -= length
-                # Several workers run in parallel, so Arrow need not use threads.
-                batches = source.iter_batches(rows, groups, columns, use_threads=False)
-                for batch in batches if groups else ():
-                    skipped = min(start, batch.num_rows)
-                    start -= skipped
-                    if skipped < batch.num_rows:
-                        yield batch.slice(skipped)
+                        continue
+                    # Arrow cannot read lists from several row groups, which have dictionaries of
+                    # their own, into one batch. Several workers run in parallel, so Arrow need not
+                    # use threads.
+                    batches = source.iter_batches(rows, [group], columns, use_threads=False)
+                    for batch in batches:
+                        skipped = min(start, batch.num_rows)
+                        start -= skipped
+                        if skipped < batch.num_rows:
+                            yield batch.slice(skipped)
         except (OSError, pa.ArrowInvalid) as error:
             raise damaged(file, error) from None
+
+
+def _string_paths(schema: pq.ParquetSchema) -> list[str]:
+    """Return the paths of all columns of strings, which may be the entries of lists."""
+    leaves = (schema.column(index) for index in range(len(schema)))
+    return [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
