@@ -50,6 +50,13 @@ def samples(options: argparse.Namespace) -> Answer:
 
 @command(
     CONFIG,
+    argument(
+        "--from",
+        dest="start_from",
+        metavar="FEATURES",
+        help="earlier features to go on from: known values keep their codes, new ones get further "
+        "codes; see [grow]",
+    ),
     OVERWRITE,
     WORKERS,
     example="hvdrec prepare configs/movielens-1m.toml --workers 2",
@@ -63,8 +70,17 @@ def prepare(options: argparse.Namespace) -> Answer:
     with open_pool(options.workers) as pool:
         if pool is None:  # the first rank of the MPI job answers
             return Answer({}, "")
-        result = prepare_with(pool, load_config(options), overwrite=options.overwrite)
-    sizes = [[name, size] for name, size in result.sizes.items()]
+        result = prepare_with(
+            pool,
+            load_config(options),
+            start_from=options.start_from,
+            overwrite=options.overwrite,
+        )
+    head, sizes = ["table", "codes"], [[name, size] for name, size in result.sizes.items()]
+    if result.growth:
+        head += ["admitted", "evicted", "free"]
+        unchanged = {"admitted": 0, "evicted": 0, "free": 0}
+        sizes = [[*row, *result.growth.get(str(row[0]), unchanged).values()] for row in sizes]
     shards = [[split, rows, len(result.shards[split])] for split, rows in result.rows.items()]
-    text = table(["split", "rows", "shards"], shards) + "\n\n" + table(["table", "codes"], sizes)
+    text = table(["split", "rows", "shards"], shards) + "\n\n" + table(head, sizes)
     return Answer(result.to_dict(), f"{text}\nwrote {result.path}")

@@ -2,6 +2,7 @@
 
 from hvdrec.config.data_sections import (
     Encode,
+    Grow,
     History,
     Join,
     Loader,
@@ -32,6 +33,7 @@ __all__ = [
     "Evaluate",
     "Export",
     "Feature",
+    "Grow",
     "History",
     "Join",
     "Loader",

@@ -181,6 +181,23 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Grow:
+    """How features go on from earlier ones (hvdrec prepare --from).
+
+    Known values keep their codes. A new value gets a code when it has occurred min_count times,
+    counted over all preparations.
+    """
+
+    evict_days: NonNegativeFloat = 0.0
+    """A value that no training row had in so many days before the newest row loses its code, which
+    another value may get then. Needs samples.time; numbers are seconds, or ms, us or ns since 1970
+    if they are that large. 0: no value is evicted."""
+    statistics: Literal["keep", "follow"] = "keep"
+    """Means, deviations and quantiles of numeric features. keep: those that were learned first.
+    follow: learned again from the new training rows; the rows of quantile buckets go on."""
+
+
+@dataclass(frozen=True)
 class Encode:
     """How shards are written."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import MinLen
 
-from hvdrec.config.data_sections import Encode, Loader, Paths, Samples, Task
+from hvdrec.config.data_sections import Encode, Grow, Loader, Paths, Samples, Task
 from hvdrec.config.rules import check_rules
 from hvdrec.config.schema import Feature, Schema
 from hvdrec.config.sections import Evaluate, Export, Model, Parallel, Train
@@ -37,6 +37,8 @@ class Config:
     """How raw tables become labelled samples."""
     tasks: tuple[Task, ...] = ()
     """The labels that the ranker predicts. Empty: only samples.label."""
+    grow: Grow = Grow()
+    """How features go on from earlier ones."""
     encode: Encode = Encode()
     """How samples become shards."""
     loader: Loader = Loader()

@@ -29,12 +29,14 @@ from hvdrec.errors import invalid_file
 from hvdrec.features.encoder import Encoder, KeyRows
 from hvdrec.features.fit import Fitted, fit
 from hvdrec.features.graph import build
+from hvdrec.features.grow import grow
 from hvdrec.features.raw import one_chunk
 from hvdrec.features.reading import count_rows, read_tables
 from hvdrec.features.sample_checks import check_columns, check_file, check_task_labels
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
-from hvdrec.storage.artifacts import MADE_FROM, verify_artifact, write_artifact
+from hvdrec.storage.artifacts import MADE_FROM, read_manifest, verify_artifact, write_artifact
+from hvdrec.storage.lineage import ANCESTORS, descent
 from hvdrec.storage.parquet import FileChecksums, write_checksums
 from hvdrec.storage.urls import Location
 
@@ -94,6 +96,7 @@ def encode(
     out: Location,
     config: Config,
     *,
+    parent: Location | None = None,
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda _: None,
     progress: Callable[[int], None] = lambda _: None,
@@ -108,6 +111,7 @@ def encode(
         samples: Directory that `hvdrec samples` wrote.
         out: Directory or URL to write.
         config: Configuration of the run, which is also stored in the manifest.
+        parent: Earlier features to go on from, which may be at `out`; None to begin.
         overwrite: Replace an existing artifact.
         notify: Called with a line of text at the start of each step.
         progress: Called with the number of rows written since the last call.
@@ -128,9 +132,17 @@ def encode(
     meta[MADE_FROM] = {"samples": manifest.identity}
     # Evaluation reads these: as of which split users are evaluated, and the number of copied rows.
     meta |= {key: manifest.meta[key] for key in ("user_states", "copies") if key in manifest.meta}
+    before = None
+    if parent is not None:
+        meta[ANCESTORS] = descent(read_manifest(parent, "features"))
+        before = Fitted.load(parent, to_grow=True)
     with write_artifact(out, "features", meta, overwrite=overwrite) as draft:
         notify("fitting features")
-        fitted = fit(samples, schema)
+        if before is None:
+            fitted = fit(samples, schema)
+        else:
+            fitted = grow(samples, schema, before, config.grow)
+            meta["growth"] = _growth_facts(fitted)
         fitted.save(draft)
         graph = build(fitted, [feature.name for feature in schema.features])
         onnx.save(graph, str(draft / "preprocess.onnx"))
@@ -148,6 +160,20 @@ def encode(
         finally:
             _state.cache_clear()
     return meta
+
+
+def _growth_facts(fitted: Fitted) -> dict[str, dict[str, int]]:
+    """Return table -> numbers of admitted and evicted values and of free codes."""
+    facts = {}
+    for name in fitted.sizes:
+        vocabulary = fitted.features[name].vocabulary
+        if vocabulary is not None:
+            admitted = vocabulary.admitted(fitted.generation)
+            if fitted.features[name].since == fitted.generation:
+                admitted = len(vocabulary.values)
+            numbers = (admitted, vocabulary.evicted, vocabulary.free)
+            facts[name] = dict(zip(("admitted", "evicted", "free"), numbers, strict=True))
+    return facts
 
 
 def _write_splits(

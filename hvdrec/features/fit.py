@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from hvdrec.config.names import file_name
 from hvdrec.config.schema import FIRST_CODE, Schema
@@ -18,11 +20,13 @@ from hvdrec.errors import UserError, invalid_file, invalid_value
 from hvdrec.features.kinds.kind import FittedFeature, TrainingSplit, kind_of
 from hvdrec.features.raw import ARROW_TYPES
 from hvdrec.features.sample_checks import check_columns, damaged
+from hvdrec.features.vocabulary import COUNT, DAY, VALUE, Vocabulary
 from hvdrec.storage.checksums import sealed, unsealed
-from hvdrec.storage.parquet import read_table, write_checksums
+from hvdrec.storage.parquet import read_checksums, read_table, write_checksums
 from hvdrec.storage.urls import Location
 
 FITTED_FILE = "fitted.json"
+VOCABULARY, WAITING = "vocabulary", "waiting"
 _NO_STATISTICS = {"mean": 0.0, "deviation": 1.0, "boundaries": None}
 """Statistics of a feature that has none; the file lists these for every feature."""
 LARGEST_CARRIED = 2**24
@@ -35,10 +39,18 @@ class Fitted:
     """The schema, and what fitting learned about each feature.
 
     Features that share a vocabulary refer to the same object.
+
+    Attributes:
+        schema: The features.
+        features: Name of a feature -> what was learned.
+        generation: How often these features went on from earlier ones; see `features.vocabulary`.
+        newest_day: Day of the newest row so far, in days since 1970; None without times.
     """
 
     schema: Schema
     features: Mapping[str, FittedFeature]
+    generation: int = 0
+    newest_day: float | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -49,24 +61,42 @@ class Fitted:
             if fitted.size and self.schema.vocabulary_of(fitted.feature) == name
         }
 
+    def changed_in(self, table: str) -> NDArray[np.int32]:
+        """Return the generation in which each row of an embedding table got a new meaning [rows].
+
+        A run that was trained in an earlier generation has nothing to go on from in such a row.
+        """
+        fitted = self.features[table]
+        generations = np.full(fitted.size, fitted.since, np.int32)
+        if fitted.vocabulary is not None:
+            own = generations[FIRST_CODE:]
+            np.maximum(own, fitted.vocabulary.since, out=own)
+        return generations
+
     def save(self, directory: Path) -> None:
-        """Write ``fitted.json`` and ``vocabulary/NAME.parquet`` into a directory."""
-        (directory / "vocabulary").mkdir(parents=True, exist_ok=True)
+        """Write ``fitted.json``, ``vocabulary/`` and ``waiting/`` into a directory.
+
+        ``vocabulary/NAME.parquet`` has the values of a feature, and ``waiting/NAME.parquet`` those
+        that are too rare so far.
+        """
+        for folder in (VOCABULARY, WAITING):
+            (directory / folder).mkdir(parents=True, exist_ok=True)
         facts = {}
         for name, fitted in self.features.items():
             facts[name] = {"size": fitted.size, **_NO_STATISTICS, **fitted.statistics}
+            if fitted.since:
+                facts[name]["since"] = fitted.since
             if fitted.values is not None and self.schema.vocabulary_of(fitted.feature) == name:
-                values = pa.array(fitted.values, ARROW_TYPES[fitted.feature.dtype])
-                codes = pa.array(range(FIRST_CODE, FIRST_CODE + len(values)), pa.int64())
-                table = pa.table({"code": codes, "value": values})
-                pq.write_table(table, _vocabulary_file(directory, name))
-        text = sealed({"schema": to_dict(self.schema), "fitted": facts})
+                _save_vocabulary(directory, fitted)
+        state = {"generation": self.generation, "newest_day": self.newest_day}
+        text = sealed({"schema": to_dict(self.schema), "fitted": facts, **state})
         (directory / FITTED_FILE).write_text(text)
-        write_checksums(directory / "vocabulary")
+        for folder in (VOCABULARY, WAITING):
+            write_checksums(directory / folder)
 
     @staticmethod
-    def load(directory: Location) -> Fitted:
-        """Load the files that `save` wrote.
+    def load(directory: Location, *, to_grow: bool = False) -> Fitted:
+        """Load the files that `save` wrote; with `to_grow`, also the values that are too rare.
 
         Raises:
             UserError: A file is missing or damaged.
@@ -79,17 +109,21 @@ class Fitted:
             for feature in schema.features:
                 statistics = dict(raw["fitted"][feature.name])
                 size, owner = statistics.pop("size"), schema.vocabulary_of(feature)
-                values = None
+                since = statistics.pop("since", 0)
+                values = vocabulary = None
                 if feature.has_vocabulary:
-                    values = _read_vocabulary(_vocabulary_file(directory, owner))
-                features[feature.name] = FittedFeature(feature, size, values, statistics)
+                    vocabulary = _read_vocabulary(directory, owner, to_grow=to_grow)
+                    values = vocabulary.values
+                features[feature.name] = FittedFeature(
+                    feature, size, values, statistics, vocabulary, since
+                )
         except FileNotFoundError:
             raise invalid_file(file, "is missing", "run hvdrec prepare") from None
         except UserError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(file, error, "run hvdrec prepare with --overwrite") from None
-        return Fitted(schema, features)
+        return Fitted(schema, features, raw.get("generation", 0), raw.get("newest_day"))
 
 
 def fit(samples: Path, schema: Schema) -> Fitted:
@@ -105,22 +139,43 @@ def fit(samples: Path, schema: Schema) -> Fitted:
         UserError: There are no files, a column is missing or has a wrong type, or its values
             cannot be used.
     """
-    import duckdb  # slow to import, so not at the top, where every rank would import it
-
     check_columns(samples / "train", schema)
-    # Escape the path, since it may contain wildcards.
-    pattern = glob.escape(str(samples / "train")) + "/*.parquet"
     learned: dict[str, FittedFeature] = {}
-    with duckdb.connect() as connection:
-        connection.execute("SET enable_progress_bar = false")
-        split = TrainingSplit(connection, pattern)
+    with training_split(samples, schema) as split:
         for feature in schema.features:
             if schema.vocabulary_of(feature) == feature.name:
                 learned[feature.name] = kind_of(feature).fit(feature, split)
-    features = {
+        newest_day = split.newest_day
+    return checked(Fitted(schema, shared(schema, learned), newest_day=newest_day))
+
+
+@contextmanager
+def training_split(samples: Path, schema: Schema) -> Iterator[TrainingSplit]:
+    """Open the rows of the training split for queries."""
+    import duckdb  # slow to import, so not at the top, where every rank would import it
+
+    # Escape the path, since it may contain wildcards.
+    pattern = glob.escape(str(samples / "train")) + "/*.parquet"
+    with duckdb.connect() as connection:
+        connection.execute("SET enable_progress_bar = false")
+        yield TrainingSplit(connection, pattern, schema.own_name("time"))
+
+
+def shared(schema: Schema, learned: Mapping[str, FittedFeature]) -> dict[str, FittedFeature]:
+    """Give each feature what the owner of its vocabulary and table has learned."""
+    return {
         feature.name: replace(learned[schema.vocabulary_of(feature)], feature=feature)
         for feature in schema.features
     }
+
+
+def checked(fitted: Fitted) -> Fitted:
+    """Return the fitted features.
+
+    Raises:
+        UserError: A feature has more codes than a bundle can carry to a scene feature.
+    """
+    features, schema = fitted.features, fitted.schema
     for feature in (*schema.carried("user"), *schema.carried("item")):
         if features[feature.name].size > LARGEST_CARRIED:
             problem = (
@@ -128,19 +183,40 @@ def fit(samples: Path, schema: Schema) -> Fitted:
                 f"{LARGEST_CARRIED} codes of a user or item feature"
             )
             raise invalid_value("features.name", feature.name, problem, "raise its min_count")
-    return Fitted(schema, features)
+    return fitted
 
 
-def _vocabulary_file(directory: Location, name: str) -> Any:
-    """Return the path of the vocabulary of the feature `name`."""
-    return directory / "vocabulary" / f"{file_name(name)}.parquet"
+def _save_vocabulary(directory: Path, fitted: FittedFeature) -> None:
+    assert fitted.values is not None
+    name, dtype = file_name(fitted.feature.name), ARROW_TYPES[fitted.feature.dtype]
+    codes = pa.array(range(FIRST_CODE, FIRST_CODE + len(fitted.values)), pa.int64())
+    columns = {"code": codes, VALUE: pa.array(fitted.values, dtype)}
+    vocabulary = fitted.vocabulary
+    if vocabulary is not None:
+        day = pa.array(vocabulary.day, pa.float64(), from_pandas=True)
+        columns |= {"since": pa.array(vocabulary.since, pa.int32()), DAY: day}
+    pq.write_table(pa.table(columns), directory / VOCABULARY / f"{name}.parquet")
+    if vocabulary is not None and vocabulary.waiting is not None and len(vocabulary.waiting):
+        pq.write_table(vocabulary.waiting, directory / WAITING / f"{name}.parquet")
 
 
-def _read_vocabulary(file: Location) -> list[Any]:
+def _read_vocabulary(directory: Location, owner: str, *, to_grow: bool) -> Vocabulary:
+    """Read a vocabulary; earlier versions wrote only the values."""
+    name = f"{file_name(owner)}.parquet"
+    file = directory / VOCABULARY / name
     try:
-        values: list[Any] = read_table(file)["value"].to_pylist()
+        table = read_table(file)
+        values = table[VALUE].to_pylist()
+        since, day = np.zeros(len(values), np.int32), np.full(len(values), np.nan)
+        if "since" in table.column_names:
+            since = table["since"].to_numpy()
+            day = table[DAY].to_numpy(zero_copy_only=False)
+        waiting = None
+        if to_grow and name in (read_checksums(directory / WAITING) or {}):
+            file = directory / WAITING / name
+            waiting = read_table(file).select([VALUE, COUNT, DAY])
     except FileNotFoundError:
         raise invalid_file(file, "is missing", "run hvdrec prepare") from None
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         raise damaged(file, error, "run hvdrec prepare with --overwrite") from None
-    return values
+    return Vocabulary(values, since, day, waiting)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hvdrec.config import Config
@@ -11,6 +12,7 @@ from hvdrec.features.encode import encode
 from hvdrec.parallel.pool import WorkerPool, open_pool
 from hvdrec.parallel.progress import show_progress
 from hvdrec.storage.artifacts import read_manifest
+from hvdrec.storage.urls import as_location
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,16 @@ class PrepareResult:
         rows: Split -> number of rows.
         sizes: Embedding table -> number of codes, including those for unknown and missing values.
         shards: Split -> number of rows of each shard.
+        growth: Embedding table -> numbers of values that got a code (``admitted``) and lost theirs
+            (``evicted``), and of codes that are ``free``. Empty unless the features went on from
+            earlier ones.
     """
 
     path: str
     rows: Mapping[str, int]
     sizes: Mapping[str, int]
     shards: Mapping[str, Sequence[int]]
+    growth: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
@@ -35,7 +41,12 @@ class PrepareResult:
 
 
 def prepare(
-    config: Config, *, overwrite: bool = False, workers: int = 0, progress: bool = True
+    config: Config,
+    *,
+    start_from: Path | str | None = None,
+    overwrite: bool = False,
+    workers: int = 0,
+    progress: bool = True,
 ) -> PrepareResult:
     """Fit the features on the training split and encode all splits into shards.
 
@@ -44,24 +55,33 @@ def prepare(
 
     Args:
         config: Configuration of the run.
+        start_from: Directory or URL of earlier features to go on from: known values keep their
+            codes, and new ones get further codes. It may be ``paths.features`` itself.
         overwrite: Replace features that were written before.
         workers: Number of processes that share the work, except under mpirun; 0 for one per core,
             at most 8. The shards do not depend on it.
         progress: Show a progress bar on the first rank, or lines if there is no terminal.
 
     Raises:
-        UserError: The samples are missing or do not match the configuration, or there are features
-            already. Then nothing is written.
+        UserError: The samples are missing or do not match the configuration or the earlier
+            features, or there are features already. Then nothing is written.
     """
     with open_pool(workers) as pool:
         if pool is not None:
-            return prepare_with(pool, config, overwrite=overwrite, progress=progress)
+            return prepare_with(
+                pool, config, start_from=start_from, overwrite=overwrite, progress=progress
+            )
     # The first rank of the MPI job has finished the artifact, and all ranks can read it.
     return _result(config, read_manifest(config.paths.of("features"), "features").meta)
 
 
 def prepare_with(
-    pool: WorkerPool, config: Config, *, overwrite: bool = False, progress: bool = True
+    pool: WorkerPool,
+    config: Config,
+    *,
+    start_from: Path | str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> PrepareResult:
     """Do what `prepare` does, with a pool of workers that is already open."""
     with show_progress(progress) as display:
@@ -69,6 +89,7 @@ def prepare_with(
             config.paths.of("samples"),
             config.paths.of("features"),
             config,
+            parent=None if start_from is None else as_location(str(start_from)),
             overwrite=overwrite,
             notify=display.describe,
             progress=display.advance,
@@ -79,4 +100,5 @@ def prepare_with(
 
 def _result(config: Config, meta: Mapping[str, Any]) -> PrepareResult:
     path = str(config.paths.of("features"))
-    return PrepareResult(path, meta["rows"], meta["sizes"], meta["shards"])
+    growth = meta.get("growth", {})
+    return PrepareResult(path, meta["rows"], meta["sizes"], meta["shards"], growth)

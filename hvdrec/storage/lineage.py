@@ -6,6 +6,25 @@ from hvdrec.errors import invalid_file
 from hvdrec.storage.artifacts import Manifest, read_manifest
 from hvdrec.storage.urls import Location
 
+ANCESTORS = "ancestors"
+"""Key in the ``meta`` of features that went on from others. The value lists the identities of all
+earlier generations, the first one first."""
+
+
+def descent(parent: Manifest) -> list[str]:
+    """Return the ancestors of an artifact that goes on from `parent`."""
+    return [*parent.meta.get(ANCESTORS, ()), parent.identity]
+
+
+def generation_of(recorded: str, manifest: Manifest) -> int | None:
+    """Return the generation of the artifact `recorded` among an artifact and its ancestors.
+
+    Returns:
+        The generation, from 0; None if the artifact does not descend from the recorded one.
+    """
+    generations = descent(manifest)
+    return generations.index(recorded) if recorded in generations else None
+
 
 def require_source(
     path: Location, manifest: Manifest, source: Location, kind: str, remedy: str

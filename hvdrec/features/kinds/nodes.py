@@ -80,9 +80,12 @@ class Nodes:
     def vocabulary(self, raw: str, dtype: str, values: Sequence[Any]) -> str:
         """Look up the codes of raw values; return the name of the resulting tensor.
 
-        The code is MISSING, UNKNOWN, or FIRST_CODE plus the index of the value in `values`.
+        The code is MISSING, UNKNOWN, or FIRST_CODE plus the index of the value in `values`, where
+        None stands for a code that is free.
         """
-        codes = [MISSING, *range(FIRST_CODE, FIRST_CODE + len(values))]
+        used = [index for index, value in enumerate(values) if value is not None]
+        values = [values[index] for index in used]
+        codes = [MISSING, *(FIRST_CODE + index for index in used)]
         attributes: dict[str, Any] = {"values_int64s": codes, "default_int64": UNKNOWN}
         if dtype == "string":
             attributes["keys_strings"] = ["", *values]
