@@ -47,6 +47,14 @@ middle of a trial if that has a checkpoint. Raise --trials for more trials, or s
 
 @command(
     CONFIG,
+    argument(
+        "--from",
+        dest="start_from",
+        type=Path,
+        metavar="RUN",
+        help="earlier run to start from: its best checkpoint goes on with weights, table rows and "
+        "optimizer state on features that hvdrec prepare --from made",
+    ),
     OVERWRITE,
     argument(
         "--resume", action="store_true", help="continue from the latest checkpoint, if there is one"
@@ -83,6 +91,7 @@ def train(options: argparse.Namespace) -> Answer:
 
     result = train(
         config,
+        start_from=options.start_from,
         resume=options.resume,
         overwrite=options.overwrite,
         log_format=options.log_format,

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,6 +41,7 @@ def table_meta(tables: DistributedTables) -> dict[str, Any]:
             for group, kernel in zip(tables.groups, tables.kernels, strict=True)
         },
         "step": tables.step,
+        "sizes": {t: size for group in tables.groups for t, size in group.sizes.items()},
         # If moving averages of the rows are stored, evaluation and export read those.
         "averaged": any(AVERAGE in kernel.state for kernel in tables.kernels),
     }
@@ -96,6 +99,64 @@ def read_tables(
                     )
                 value.copy_(rows)
     tables.step = int(meta["step"])
+
+
+def carry_tables(
+    files: StoredFiles,
+    meta: Mapping[str, Any],
+    tables: DistributedTables,
+    changed: Mapping[str, NDArray[np.bool_]],
+) -> None:
+    """Read this rank's rows of a checkpoint into tables that have grown since then.
+
+    Tables and rows that the checkpoint lacks keep their initial values and optimizer state, and so
+    do rows that changed their meaning.
+
+    Args:
+        files: The files of the checkpoint, which are verified.
+        meta: The result of `table_meta`, from the checkpoint's manifest.
+        tables: The tables to fill, which hold initial values.
+        changed: Table -> whether each row has changed its meaning [rows].
+
+    Raises:
+        UserError: A file is damaged, or a table now has another width.
+    """
+    for group in tables.groups:
+        for table in group.sizes:
+            stored = _stored_rows(files, meta, table)
+            if not stored:
+                continue
+            start = tables.world.rank if group.is_sharded else 0
+            weight, state = tables.table(table)
+            for key, value in {WEIGHT: weight, **state}.items():
+                is_kept = key != AVERAGE or meta.get("averaged")
+                source = f"{table}/{key if is_kept else WEIGHT}"
+                rows = _rows(files, meta, source, stored, start, group.ranks)
+                rows = rows[: len(value)]
+                if rows.shape[1:] != value.shape[1:]:
+                    shapes = tuple(rows.shape), tuple(value.shape)
+                    raise _wrong_shape(files.directory, table, *shapes)
+                own = torch.from_numpy(changed[table][start :: group.ranks][: len(rows)])
+                kept = torch.nonzero(~own).squeeze(1)
+                value[kept.to(value.device)] = rows[kept].to(value)
+    tables.step = int(meta["step"])
+
+
+def _stored_rows(files: StoredFiles, meta: Mapping[str, Any], table: str) -> int:
+    """Return the number of rows of a table in a checkpoint; 0 if it lacks the table.
+
+    Earlier versions did not record the numbers.
+    """
+    if "sizes" in meta:
+        return int(meta["sizes"].get(table, 0))
+    parts = range(int(meta["ranks"])) if table in meta["sharded"] else ()
+    names = [_part_name(rank, int(meta["ranks"])) for rank in parts] or [REPLICATED]
+    rows = 0
+    for file in (files.verified(name) for name in names if name in files):
+        with safe_open(file, framework="pt") as opened:
+            if f"{table}/{WEIGHT}" in opened.keys():  # noqa: SIM118
+                rows += opened.get_slice(f"{table}/{WEIGHT}").get_shape()[0]
+    return rows
 
 
 def read_into_model(files: StoredFiles, meta: Mapping[str, Any], tables: EmbeddingTables) -> None:

@@ -35,7 +35,13 @@ from hvdrec.features.reading import count_rows, read_tables
 from hvdrec.features.sample_checks import check_columns, check_file, check_task_labels
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
-from hvdrec.storage.artifacts import MADE_FROM, read_manifest, verify_artifact, write_artifact
+from hvdrec.storage.artifacts import (
+    MADE_FROM,
+    Manifest,
+    read_manifest,
+    verify_artifact,
+    write_artifact,
+)
 from hvdrec.storage.lineage import ANCESTORS, descent
 from hvdrec.storage.parquet import FileChecksums, write_checksums
 from hvdrec.storage.urls import Location
@@ -128,25 +134,16 @@ def encode(
     check_task_labels(samples, manifest, config.tasks, "hvdrec samples")
     states = sorted({*manifest.meta.get("user_states", {}).values()} - {"train"})
     _check(samples, schema, config.task_columns, states)
-    meta: dict[str, Any] = {"config": to_dict(config), "rows": {}, "sizes": {}, "shards": {}}
-    meta[MADE_FROM] = {"samples": manifest.identity}
-    # Evaluation reads these: as of which split users are evaluated, and the number of copied rows.
-    meta |= {key: manifest.meta[key] for key in ("user_states", "copies") if key in manifest.meta}
-    before = None
-    if parent is not None:
-        meta[ANCESTORS] = descent(read_manifest(parent, "features"))
-        before = Fitted.load(parent, to_grow=True)
+    meta = _first_facts(manifest, config)
+    before = None if parent is None else _read_parent(parent, meta)
     with write_artifact(out, "features", meta, overwrite=overwrite) as draft:
         notify("fitting features")
-        if before is None:
-            fitted = fit(samples, schema)
-        else:
-            fitted = grow(samples, schema, before, config.grow)
-            meta["growth"] = _growth_facts(fitted)
+        options = config.grow
+        fitted = fit(samples, schema) if before is None else grow(samples, schema, before, options)
         fitted.save(draft)
         graph = build(fitted, [feature.name for feature in schema.features])
         onnx.save(graph, str(draft / "preprocess.onnx"))
-        meta["sizes"] = fitted.sizes
+        meta |= {"sizes": fitted.sizes, "growth": _growth_facts(fitted)}
         job = _Job(samples.absolute(), draft.absolute(), config.task_columns)
         try:
             counts = _write_splits(job, config.encode, meta, notify, progress, workers)
@@ -162,10 +159,25 @@ def encode(
     return meta
 
 
+def _first_facts(samples: Manifest, config: Config) -> dict[str, Any]:
+    """Return the ``meta`` of features that are made from samples, as far as it is known."""
+    meta: dict[str, Any] = {"config": to_dict(config), "rows": {}, "sizes": {}, "shards": {}}
+    meta[MADE_FROM] = {"samples": samples.identity}
+    # Evaluation reads these: as of which split users are evaluated, and the number of copied rows.
+    kept = ("user_states", "copies")
+    return meta | {key: samples.meta[key] for key in kept if key in samples.meta}
+
+
+def _read_parent(parent: Location, meta: dict[str, Any]) -> Fitted:
+    """Load the features to go on from, and record them in the ``meta`` of the new ones."""
+    meta[ANCESTORS] = descent(read_manifest(parent, "features"))
+    return Fitted.load(parent, to_grow=True)
+
+
 def _growth_facts(fitted: Fitted) -> dict[str, dict[str, int]]:
     """Return table -> numbers of admitted and evicted values and of free codes."""
-    facts = {}
-    for name in fitted.sizes:
+    facts: dict[str, dict[str, int]] = {}
+    for name in fitted.sizes if fitted.generation else ():
         vocabulary = fitted.features[name].vocabulary
         if vocabulary is not None:
             admitted = vocabulary.admitted(fitted.generation)

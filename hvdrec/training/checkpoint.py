@@ -153,11 +153,11 @@ def restore(run: Path, state: TrainState) -> Position:
     """Load the latest checkpoint into `state`; return how far training had come."""
     checkpoint = find_checkpoint(run, "latest")
     files, meta = checkpoint.files, checkpoint.manifest.meta
-    state.model.load_state_dict(_load(files.verified(MODEL_FILE)))
-    restore_optimizer(state.model, state.optimizer, _load(files.verified(OPTIMIZER_FILE)))
+    state.model.load_state_dict(load_tensors(files.verified(MODEL_FILE)))
+    restore_optimizer(state.model, state.optimizer, load_tensors(files.verified(OPTIMIZER_FILE)))
     read_tables(files, meta["tables"], state.tables)
     if state.averages is not None:
-        for name, value in _load(files.verified(AVERAGES_FILE)).items():
+        for name, value in load_tensors(files.verified(AVERAGES_FILE)).items():
             state.averages.dense[name].copy_(value)
     raw = dict(meta["position"])
     raw["past"] = tuple(Progress(**past) for past in raw["past"])
@@ -187,7 +187,10 @@ def require_features(checkpoint: Checkpoint, features: Location) -> None:
     Raises:
         UserError: The features there are others.
     """
-    remedy = "train again with --overwrite, or restore the features it was trained on"
+    remedy = (
+        "train again with --overwrite, or restore the features it was trained on; features that "
+        "went on from those need a new run, by hvdrec train with --from"
+    )
     directory, manifest = checkpoint.directory, checkpoint.manifest
     if not require_source(directory, manifest, features, "features", remedy):
         print_line(f"{directory}: does not record its features, so they are not compared")
@@ -243,7 +246,7 @@ def _load_dense(model: Recommender, files: StoredFiles, config: Config) -> None:
     file = files.verified(AVERAGES_FILE if AVERAGES_FILE in files else MODEL_FILE)
     tables = {n: v for n, v in model.state_dict().items() if n.startswith("tables.")}
     try:
-        model.load_state_dict({**_load(file), **tables})
+        model.load_state_dict({**load_tensors(file), **tables})
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise invalid_file(
@@ -253,7 +256,8 @@ def _load_dense(model: Recommender, files: StoredFiles, config: Config) -> None:
         ) from None
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file; raise UserError if it is damaged."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

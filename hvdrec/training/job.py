@@ -21,7 +21,7 @@ from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import checks, ranks
 from hvdrec.parallel.gradients import broadcast_state, check_synchronization
 from hvdrec.parallel.ranks import World
-from hvdrec.storage.artifacts import read_manifest
+from hvdrec.storage.artifacts import Manifest, read_manifest
 from hvdrec.training import checkpoint
 from hvdrec.training.average import Averages
 from hvdrec.training.build import build_model
@@ -39,6 +39,7 @@ from hvdrec.training.pipeline import NegativeSampler
 from hvdrec.training.pointers import latest_meta
 from hvdrec.training.resume import continued
 from hvdrec.training.run_directory import check_features, check_run, create_run_directory
+from hvdrec.training.start_from import Origin, find_origin, start_from
 from hvdrec.training.state import TrainState
 from hvdrec.training.warm_start import check_size, warm_start
 
@@ -58,6 +59,8 @@ class TrainJob:
         start: Position at which training starts or resumes.
         references: Metrics of the baselines on the validation split.
         notes: Lines to show to the user.
+        is_trained: True if the weights at the start are already trained, so that they are validated
+            before the first epoch.
     """
 
     config: Config
@@ -70,56 +73,79 @@ class TrainJob:
     start: checkpoint.Position
     references: tuple[Reference, ...]
     notes: tuple[str, ...]
+    is_trained: bool
 
 
-def set_up(config: Config, world: World, *, resume: bool, overwrite: bool) -> TrainJob:
+def set_up(
+    config: Config, world: World, *, resume: bool, overwrite: bool, earlier: Path | None = None
+) -> TrainJob:
     """Check a job and build what it needs; all ranks must call this at the same time.
+
+    `earlier` is the run from which a new run starts; None to start from initial values.
 
     Raises:
         UserError: See `training.trainer.train`. Then nothing has been written.
     """
     run = config.paths.of("run")
     features, is_resumed = _check(config, world, resume=resume, overwrite=overwrite)
+    origin = _find_origin(earlier, config, features) if not is_resumed else None
     set_threads(config.train.threads, world)
     device = ranks.run_on_all(lambda: pick_device(config.train.device, world))
     ranks.run_on_all(lambda: check_synchronization(config.parallel.synchronization, world, device))
     stored = ranks.run_on_all(lambda: latest_meta(run)) if is_resumed else None
-    config, facts, notes = _fill_in(config, device, stored)
-    loader, sizes = _open_shards(config, world)
-    tables = _place_tables(config, sizes, world, device, stored)
+    recorded = stored if origin is None else dict(origin.checkpoint.manifest.meta)
+    config, facts, notes = _fill_in(config, device, recorded)
+    loader, fitted = _open_shards(config, world)
+    sizes = fitted.sizes
+    tables = _place_tables(config, sizes, world, device, recorded, is_new=not is_resumed)
     teacher = ranks.run_on_all(lambda: load_teacher(config, device))
-    if config.train.warm_start.history:
+    is_warm = bool(config.train.warm_start.history) and not is_resumed and origin is None
+    if is_warm:
         ranks.run_on_all(lambda: check_size(config, sizes[config.schema.item_key]))
     torch.manual_seed(config.seed)
     model = build_model(config, sizes, with_tables=False)
     start_at_base_rate(model, facts.rates)
     replaces = overwrite and not is_resumed
     ranks.run_on_all(lambda: create_run_directory(run, config, world, overwrite=replaces))
-    if config.train.warm_start.history and not is_resumed:
+    if is_warm:
         warm_start(config, sizes[config.schema.item_key], model, tables)
     broadcast_state(dict(model.state_dict()))
-    state = _make_state(config, model.to(device), tables, teacher, features)
+    state = _make_state(config, model.to(device), tables, teacher, features.identity)
     start = checkpoint.Position()
+    if origin is not None:
+        start = ranks.run_on_all(lambda: start_from(origin, state, fitted))
+        notes.append(f"starting from {origin.checkpoint.directory}, step {start.step}")
     if stored is not None:
         start = ranks.run_on_all(lambda: checkpoint.restore(run, state))
         start, note = continued(start, stored["config"]["train"], config.train)
         notes += [note] if note else []
     negatives = load_negatives(config)
     references = tuple(facts.references)
+    is_trained = origin is not None or bool(config.train.warm_start.history)
     return TrainJob(
-        config, world, device, run, loader, negatives, state, start, references, tuple(notes)
+        config,
+        world,
+        device,
+        run,
+        loader,
+        negatives,
+        state,
+        start,
+        references,
+        tuple(notes),
+        is_trained,
     )
 
 
-def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tuple[str, bool]:
+def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tuple[Manifest, bool]:
     """Check the configuration, the features and the run directory.
 
     Returns:
-        The identity of the features; and True if training resumes an earlier run.
+        The manifest of the features; and True if training resumes an earlier run.
     """
     run, features = config.paths.of("run"), config.paths.of("features")
     checks.require_same_config(to_dict(config))
-    identity = ranks.run_on_all(lambda: check_features(config)).identity
+    manifest = ranks.run_on_all(lambda: check_features(config))
     checks.require_same_files(
         features, "copy the same features to all of them, or share the directory"
     )
@@ -130,11 +156,17 @@ def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tu
     if is_resumed:
         reason = "a run is resumed where every rank sees its checkpoints"
         checks.require_shared_directory(run, reason)
-    return identity, is_resumed
+    return manifest, is_resumed
+
+
+def _find_origin(earlier: Path | None, config: Config, features: Manifest) -> Origin | None:
+    if earlier is None:
+        return None
+    return ranks.run_on_all(lambda: find_origin(earlier, config, features))
 
 
 def _fill_in(
-    config: Config, device: torch.device, stored: dict[str, Any] | None
+    config: Config, device: torch.device, before: dict[str, Any] | None
 ) -> tuple[Config, LabelFacts, list[str]]:
     """Choose the settings that the configuration leaves open.
 
@@ -144,7 +176,7 @@ def _fill_in(
         The complete configuration, facts about the labels, and lines to show to the user.
     """
     features = config.paths.of("features")
-    recorded = None if stored is None else stored["config"]["train"]
+    recorded = None if before is None else before["config"]["train"]
     rows = ranks.run_on_all(lambda: read_manifest(features, "features").meta["rows"]["train"])
     # On different CPUs, ranks would choose different values, so all use those of the first rank.
     chosen = ranks.broadcast_object(to_dict(with_defaults(config.train, rows, device, recorded)))
@@ -158,15 +190,15 @@ def _fill_in(
     return config, facts, notes
 
 
-def _open_shards(config: Config, world: World) -> tuple[ShardLoader, dict[str, int]]:
-    """Open the training split; also return table name -> number of rows."""
+def _open_shards(config: Config, world: World) -> tuple[ShardLoader, Fitted]:
+    """Open the training split and the fitted features."""
     rows = math.ceil(config.train.batch_size / world.size)
     loader = ranks.run_on_all(
         lambda: ShardLoader.from_config(config, "train", rows, world.rank, world.size, shuffle=True)
     )
-    sizes = ranks.run_on_all(lambda: Fitted.load(config.paths.of("features")).sizes)
-    ranks.run_on_all(lambda: check_codes(loader, config.schema, sizes))
-    return loader, sizes
+    fitted = ranks.run_on_all(lambda: Fitted.load(config.paths.of("features")))
+    ranks.run_on_all(lambda: check_codes(loader, config.schema, fitted.sizes))
+    return loader, fitted
 
 
 def _place_tables(
@@ -174,13 +206,15 @@ def _place_tables(
     sizes: dict[str, int],
     world: World,
     device: torch.device,
-    stored: dict[str, Any] | None,
+    recorded: dict[str, Any] | None,
+    *,
+    is_new: bool,
 ) -> DistributedTables:
-    """Create the embedding tables; a resumed run keeps its kernels (plain PyTorch or FBGEMM)."""
-    kernels = {} if stored is None else stored["tables"]["kernels"]
+    """Create the embedding tables; a run that goes on keeps its kernels (PyTorch or FBGEMM)."""
+    kernels = {} if recorded is None else recorded["tables"]["kernels"]
     kernels = {int(width): name for width, name in kernels.items()}
     tables = ranks.run_on_all(
-        lambda: make_tables(config, sizes, world, device, kernels=kernels, is_new=stored is None)
+        lambda: make_tables(config, sizes, world, device, kernels=kernels, is_new=is_new)
     )
     if any(group.is_sharded for group in tables.groups):
         reason = "every rank writes its part of sharded tables there"

@@ -77,6 +77,7 @@ class TrainResult:
 def train(
     config: Config,
     *,
+    start_from: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -92,6 +93,9 @@ def train(
 
     Args:
         config: Configuration of the run.
+        start_from: Directory of an earlier run whose best checkpoint this run starts from. Its
+            features must be those of this run or an ancestor of them (`prepare` with
+            ``start_from``). If this run is resumed, it goes on from its own checkpoint.
         resume: Continue from the latest checkpoint, if there is one.
         overwrite: Remove an earlier run first.
         progress: Show progress on standard error of the first rank: a bar on a terminal, else lines
@@ -110,7 +114,8 @@ def train(
     """
     world = ranks.init()
     with watched():
-        job = set_up(config, world, resume=resume, overwrite=overwrite)
+        earlier = None if start_from is None else Path(start_from)
+        job = set_up(config, world, resume=resume, overwrite=overwrite, earlier=earlier)
         display = make_display(log_format) if progress else Silent()
         with TrainingLog(job.run, is_first=world.is_first, display=display) as log:
             log_start(job, log)
@@ -133,7 +138,7 @@ def _fit(
 ) -> Position:
     """Train all remaining epochs, with a validation and a checkpoint after each."""
     train, position = job.config.train, job.start
-    if train.warm_start.history and position.best is None:
+    if job.is_trained and position.best is None:
         metrics, position = _validate(job, log, position, 0)
         position = replace(position, finished=train.epochs == 0)
         _save(job, position, metrics)
