@@ -10,6 +10,7 @@ from hvdrec.config.data_sections import (
     Paths,
     Samples,
     Split,
+    TableFormat,
     Task,
 )
 from hvdrec.config.loading import load_config, with_fields
@@ -45,6 +46,7 @@ __all__ = [
     "Samples",
     "Schema",
     "Split",
+    "TableFormat",
     "Task",
     "Tower",
     "Train",

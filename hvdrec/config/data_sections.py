@@ -23,12 +23,12 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 class Paths:
     """Directories of a run, relative to the current directory.
 
-    features and bundle may be URLs of a store that the library fsspec supports:
+    raw, features and bundle may be URLs of a store that the library fsspec supports:
     s3://bucket/features.
     """
 
     raw: str = "data"
-    """Directory with the raw tables."""
+    """Directory or URL with the raw tables."""
     work: str = "runs/default"
     """WORK, the directory in which the stages write samples/, features/, run/ and bundle/."""
     samples: str = ""
@@ -111,9 +111,39 @@ class Join:
     """A further table whose columns are added to the samples and to the sampled negatives."""
 
     table: str
-    """CSV or Parquet file, relative to paths.raw."""
+    """A file, a directory or a glob, relative to paths.raw."""
     on: tuple[str, ...]
     """Columns that must be equal in both tables. A sample without a matching row gets nulls."""
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How to read a raw table whose format its name does not tell, such as a file without header.
+
+    A table without such a section is read by its suffix: .parquet, .csv, .tsv, .jsonl, .ndjson
+    (text also as .gz), or a directory of such files or of a Delta or Iceberg table.
+    """
+
+    path: str
+    """The table, written as in samples.interactions, users, items or joins."""
+    format: Literal["", "csv", "json", "parquet", "delta", "iceberg"] = ""
+    """json: one JSON object per line. Empty: by the suffix, and csv if the suffix is unknown."""
+    delimiter: str = ""
+    """csv: the text between two fields, such as "\\t" or "::". Empty: the most frequent one of
+    comma, tab, semicolon and vertical bar in the first line."""
+    encoding: str = "utf-8"
+    """csv and json: the encoding of the text, such as "latin-1", "cp1252" or "utf-16"."""
+    header: bool = True
+    """csv: whether the first line holds the names of the columns."""
+    columns: tuple[str, ...] = ()
+    """csv: names of all columns, in order; they replace those of the header. Empty: those of the
+    header, or column0, column1, ... without a header."""
+    quote: Literal['"', "'", ""] = '"'
+    """csv: the character around fields that contain delimiters. Empty: there is none."""
+    nulls: tuple[str, ...] = ("",)
+    """csv: texts that mean NULL, such as "NA" or "\\\\N"."""
+    rename: dict[str, str] = field(default_factory=dict)
+    """New names of columns: old = new. Gives the keys of several tables one name."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +151,14 @@ class Samples:
     """How raw tables become labelled samples. Fields that hold SQL use DuckDB's dialect."""
 
     interactions: str = ""
-    """Table with a row for each item shown or action: path of a CSV or Parquet file, a directory or
-    a glob, relative to paths.raw."""
+    """Table with a row for each item shown or action: path or URL of a file (Parquet, CSV, JSON
+    lines), a directory or a glob, relative to paths.raw."""
     users: str = ""
     """Table with one row per user, joined by the user key. Optional."""
     items: str = ""
     """Table with one row per item: the catalogue, joined by the item key. Optional."""
+    tables: tuple[TableFormat, ...] = ()
+    """Formats of raw tables: delimiter, encoding, header, names of columns."""
     user: str = "user_id"
     """Column of the user key."""
     item: str = "item_id"

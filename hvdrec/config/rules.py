@@ -5,6 +5,7 @@ Each rule is a generator that yields the mistakes of one topic.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -30,10 +31,10 @@ def check_rules(config: Config) -> None:
 
 
 def _paths(config: Config) -> Mistakes:
-    for key in ("raw", "work", "samples", "run"):
+    for key in ("work", "samples", "run"):
         path = getattr(config.paths, key)
         if is_url(path):
-            problem = "must be a directory; only paths.features and paths.bundle may be URLs"
+            problem = "must be a directory; only paths.raw, features and bundle may be URLs"
             yield invalid_value(f"paths.{key}", path, problem)
 
 
@@ -44,6 +45,24 @@ def _samples(config: Config) -> Mistakes:
         yield invalid_value("samples.split.fractions", fractions, "must be positive and sum to 1")
     if len(boundaries) not in (0, 2):
         yield invalid_value("samples.split.boundaries", boundaries, "must hold two values or none")
+
+
+def _tables(config: Config) -> Mistakes:
+    paths = [table.path for table in config.samples.tables]
+    for i, table in enumerate(config.samples.tables):
+        key = f"samples.tables[{i}]"
+        if paths.count(table.path) > 1:
+            yield invalid_value(f"{key}.path", table.path, "has several formats", "keep one")
+        try:
+            codecs.lookup(table.encoding)
+            "".encode(table.encoding)
+        except LookupError:
+            problem = "is not the name of a text encoding"
+            remedy = "use 'utf-8', 'latin-1', 'cp1252', 'utf-16' or another one that Python knows"
+            yield invalid_value(f"{key}.encoding", table.encoding, problem, remedy)
+        if len(table.delimiter.encode()) > 4 or set(table.delimiter) & {"\n", "\r", '"'}:
+            problem = "must be one to four bytes long, without quotes and line breaks"
+            yield invalid_value(f"{key}.delimiter", table.delimiter, problem)
 
 
 def _seen(config: Config) -> Mistakes:
@@ -241,6 +260,7 @@ def _tasks(config: Config) -> Mistakes:
 RULES = (
     _paths,
     _samples,
+    _tables,
     _seen,
     _histories,
     _model,

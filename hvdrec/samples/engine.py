@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 
 import duckdb
@@ -15,13 +14,16 @@ import ibis
 import pyarrow as pa
 from ibis.expr.types import Table
 
+from hvdrec.config.data_sections import TableFormat
 from hvdrec.config.names import PREFIX
 from hvdrec.config.schema import RawType
 from hvdrec.errors import UserError, choices, invalid_value
 from hvdrec.samples.columns import compact, concatenate, reason
-from hvdrec.samples.raw_files import find_files, names_differ_in_case
+from hvdrec.samples.raw_columns import names_differ_in_case
+from hvdrec.samples.raw_files import RawFiles, find_files
 from hvdrec.samples.raw_tables import Reader, unreadable
 from hvdrec.samples.sql import literal, quoted, without_nan
+from hvdrec.storage.urls import Location
 
 BATCH_ROWS = 262_144
 INTERNAL = f"{PREFIX}join_"
@@ -30,8 +32,11 @@ NOTHING: Mapping[str, RawType] = MappingProxyType({})
 
 
 @contextmanager
-def connect() -> Iterator[Engine]:
-    """Open an engine in memory. It moves large data to a temporary directory; times are in UTC."""
+def connect(formats: Sequence[TableFormat] = ()) -> Iterator[Engine]:
+    """Open an engine in memory. It moves large data to a temporary directory; times are in UTC.
+
+    `formats` tells how to read raw tables that are not described by their suffix.
+    """
     with tempfile.TemporaryDirectory(prefix="hvdrec-") as spill, duckdb.connect() as connection:
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
@@ -44,7 +49,7 @@ def connect() -> Iterator[Engine]:
         with suppress(duckdb.Error):  # older versions have no such setting
             connection.execute("SET error_on_division_by_zero = false")
         connection.execute(f"SET temp_directory = {literal(spill)}")
-        yield Engine(connection)
+        yield Engine(connection, formats)
 
 
 @dataclass
@@ -56,27 +61,29 @@ class Engine:
     """
 
     connection: duckdb.DuckDBPyConnection
+    formats: Sequence[TableFormat] = ()
     warnings: list[str] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-    _files: list[tuple[Path, str]] = field(default_factory=list)
+    _files: list[tuple[RawFiles, str]] = field(default_factory=list)
     _expressions: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def read(self, raw: Path, name: str, declared: Mapping[str, RawType] = NOTHING) -> Table:
+    def read(self, raw: Location, name: str, declared: Mapping[str, RawType] = NOTHING) -> Table:
         """Open a raw table. NaN becomes NULL; the types of CSV columns follow from all values.
 
         Args:
-            raw: Directory of the raw tables.
-            name: Path of a Parquet or CSV file in it, a directory, or a glob for many files.
+            raw: Directory or URL of the raw tables.
+            name: Path of a file in it, a directory, or a glob for many files; or a URL.
             declared: Column -> its type, for the columns of features and keys.
 
         Raises:
             UserError: There is no such file, it does not have the format of its suffix, or its
                 columns are ambiguous.
         """
-        files = find_files(raw, name)
+        options = next((each for each in self.formats if each.path == name), None)
+        files = find_files(raw, name, options)
         reader = Reader(self.connection, self._name, self.warnings.append)
         view = reader.open(files, declared)
-        self._files.append((files.file, view))
+        self._files.append((files, view))
         return self._table(view)
 
     def derive(self, table: Table, column: str, expression: str, key: str) -> Table:
@@ -177,9 +184,9 @@ class Engine:
 
     def _explain(self, error: Exception) -> UserError:
         """Find the file or expression that made a query fail; build an error that names it."""
-        for file, view in self._files:
+        for files, view in self._files:
             if failure := self._failure(f"SELECT hash(v) AS h FROM {view} AS v"):
-                return unreadable(file, failure)
+                return unreadable(files, failure)
         for key, expression, view in self._expressions:
             if failure := self._failure(f"SELECT hash({expression}\n) AS h FROM {view}"):
                 remedy = "correct the expression or the data (TRY_CAST gives null where CAST fails)"

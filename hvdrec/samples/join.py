@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import ibis
 from ibis.expr.types import Table
 
 from hvdrec.errors import choices, invalid_file, invalid_value
 from hvdrec.samples.engine import INTERNAL, Engine, visible
-from hvdrec.samples.raw_files import names_differ_in_case
+from hvdrec.samples.raw_columns import names_differ_in_case
+from hvdrec.samples.raw_files import table_location
 from hvdrec.samples.spec import SampleSpec
+from hvdrec.storage.urls import Location
 
 ROW = f"{INTERNAL}row"
 LABEL = f"{INTERNAL}label"
@@ -33,7 +34,7 @@ class SideTable:
     """
 
     name: str
-    file: Path
+    file: Location
     table: Table
     on: tuple[str, ...]
 
@@ -66,12 +67,12 @@ class LabelJoin:
 
     engine: Engine
     spec: SampleSpec
-    file: Path
+    file: Location
     interactions: Table
     sides: tuple[SideTable, ...]
 
     @staticmethod
-    def open(engine: Engine, spec: SampleSpec, raw: Path) -> LabelJoin:
+    def open(engine: Engine, spec: SampleSpec, raw: Location) -> LabelJoin:
         """Open all tables in the directory `raw`, and check the columns by which they are joined.
 
         Raises:
@@ -81,7 +82,7 @@ class LabelJoin:
         if not samples.interactions:
             remedy = "name the table of impressions or actions"
             raise invalid_value("samples.interactions", "", "is empty", remedy)
-        file, declared = raw / samples.interactions, spec.declared
+        file, declared = table_location(raw, samples.interactions), spec.declared
         interactions = engine.read(raw, samples.interactions, declared)
         for key, column in (("samples.user", samples.user), ("samples.item", samples.item)):
             if column not in interactions.columns and (sql := samples.derive.get(column)):
@@ -99,7 +100,12 @@ class LabelJoin:
         ):
             if is_unique and not table:
                 continue
-            side = SideTable(name, raw / table, engine.read(raw, table, declared), on)
+            rows = engine.read(raw, table, declared)
+            for column in on:
+                sql = samples.derive.get(column, "")
+                if sql and column not in rows.columns and engine.binds(rows, sql):
+                    rows = engine.derive(rows, column, sql, f"samples.derive.{column}")
+            side = SideTable(name, table_location(raw, table), rows, on)
             for column in on:
                 _require(side.file, side.table, column, f"key of {name}")
             if is_unique:
@@ -228,7 +234,7 @@ def task_label(number: int) -> str:
     return f"{INTERNAL}task{number}"
 
 
-def _left_join(table: Table, side: SideTable, file: Path, marker: str) -> Table:
+def _left_join(table: Table, side: SideTable, file: Location, marker: str) -> Table:
     """Join a table: add those of its columns that are not there yet, and the column `marker`.
 
     `marker` is true for each row that has a match.
@@ -269,7 +275,7 @@ def _key_family(dtype: ibis.DataType) -> str:
     return "integer" if dtype.is_integer() else str(dtype.copy(nullable=True))
 
 
-def _require(file: Path, table: Table, column: str, key: str) -> None:
+def _require(file: Location, table: Table, column: str, key: str) -> None:
     if column not in table.columns:
         problem = f"column '{column}' ({key}) is missing; the table has {choices(visible(table))}"
         raise invalid_file(file, problem, "correct the name")

@@ -48,6 +48,7 @@ from hvdrec.samples.write import (
     write_users,
 )
 from hvdrec.storage.artifacts import write_artifact
+from hvdrec.storage.urls import as_location
 
 DRAWN_ROWS = 2_097_152
 """Number of sampled negatives that are joined at a time, to bound memory."""
@@ -121,9 +122,12 @@ def make_samples(
     path = config.paths.of("samples")
     notify = print_line if progress else lambda line: None
     meta: dict[str, Any] = {"config": to_dict(config)}
-    with write_artifact(path, "samples", meta, overwrite=overwrite) as draft, connect() as engine:
+    with (
+        write_artifact(path, "samples", meta, overwrite=overwrite) as draft,
+        connect(spec.samples.tables) as engine,
+    ):
         notify("reading and joining tables")
-        join = LabelJoin.open(engine, spec, Path(config.paths.raw))
+        join = LabelJoin.open(engine, spec, as_location(config.paths.raw))
         joined = join.join(join.interactions)
         logged = _label_and_split(join, joined, notify)
         meta["matches"] = report_matches(join, joined, logged.rows, notify)

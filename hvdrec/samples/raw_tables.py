@@ -1,31 +1,36 @@
-"""Open raw tables in DuckDB. Parquet files become views; CSV files are read as text, then typed."""
+"""Open raw tables in DuckDB. Parquet files become views; text is read as text, then typed."""
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from hvdrec.config.names import PREFIX
 from hvdrec.config.schema import RawType
 from hvdrec.errors import UserError, invalid_file, shown
 from hvdrec.samples.columns import reason
 from hvdrec.samples.petastorm_values import decode_arrays, is_petastorm
-from hvdrec.samples.raw_files import RawFiles, check_parquet, read_headers
-from hvdrec.samples.sql import literal, quoted, without_nan
+from hvdrec.samples.raw_columns import ENCODING_REMEDY, check_parquet
+from hvdrec.samples.raw_files import RawFiles
+from hvdrec.samples.raw_sources import (
+    FILE,
+    OPTIONS,
+    open_delta,
+    open_iceberg,
+    read_csv,
+    read_json,
+    renamed,
+    sql_paths,
+)
+from hvdrec.samples.sql import quoted, without_nan
 from hvdrec.samples.text_types import EXACT, converted, find_types
 
-FILE = f"{PREFIX}file"
-"""Name of the internal column with the path of the file that a row comes from."""
-CSV = (
-    "auto_detect = false, header = true, strict_mode = true, "
-    """quote = '"', escape = '"', nullstr = ''"""
-)
 REWRITE = "write the table again"
 
 
@@ -50,30 +55,63 @@ class Reader:
 
         Args:
             files: The files.
-            declared: Column -> type, for the columns of features and keys in CSV files.
+            declared: Column -> type, for the columns of features and keys in text files.
 
         Raises:
             UserError: A file cannot be read, or columns are ambiguous.
         """
+        readers: Mapping[str, Callable[[], str]] = {
+            "parquet": lambda: self._parquet(files),
+            "csv": lambda: self._text(files, read_csv(files, self._scratch()), declared),
+            "json": lambda: self._text(
+                files, read_json(files, self._scratch(), self.connection), declared
+            ),
+            "delta": lambda: self._arrow(files, open_delta(files)),
+            "iceberg": lambda: self._arrow(files, open_iceberg(files)),
+        }
+        self._register(files)
         try:
-            rows = self._parquet(files) if files.is_parquet else self._csv(files, declared)
+            rows = readers[files.format]()
             if files.partitions:
                 rows = self._partitioned(rows, files, declared)
             return self._view(f"SELECT {self._values(rows)} FROM {rows}")
         except UserError:
             raise
         except (duckdb.Error, pa.ArrowException, OSError, ValueError) as error:
-            raise unreadable(files.file, error) from None
+            raise unreadable(files, error) from None
+
+    def _register(self, files: RawFiles) -> None:
+        """Let DuckDB read the store of a remote table through fsspec."""
+        if files.filesystem:
+            protocol = files.filesystem.protocol
+            name = protocol if isinstance(protocol, str) else protocol[0]
+            if not self.connection.filesystem_is_registered(name):
+                self.connection.register_filesystem(files.filesystem)
 
     def _parquet(self, files: RawFiles) -> str:
         for column, paths in check_parquet(files).items():
             self._require_exact(files.file, column, paths)
-        view = self._view(f"SELECT * FROM {_parquet(files.paths)}")
-        if any(is_petastorm(folder) for folder in (files.file, files.file.parent)):
+        query = f"SELECT * FROM {_parquet(files.paths)}"
+        view = self._view(renamed(query, files, self.connection.sql(query).columns))
+        if isinstance(files.file, Path) and any(map(is_petastorm, (files.file, files.file.parent))):
             return decode_arrays(self.connection, view, self.new_name)
         return view
 
-    def _require_exact(self, file: Path, column: str, paths: Sequence[str]) -> None:
+    def _arrow(self, files: RawFiles, source: Any) -> str:
+        """Store the rows of an Arrow data set or stream, a batch at a time."""
+        name, stored = self.new_name(), self.new_name()
+        self.connection.register(name, source)
+        query = renamed(f"SELECT * FROM {name}", files, source.schema.names)
+        self.connection.execute(f"CREATE TEMP TABLE {stored} AS {query}")
+        self.connection.unregister(name)
+        return stored
+
+    def _scratch(self) -> str:
+        """Return the directory in which DuckDB stores temporary data."""
+        [(directory,)] = self.connection.sql("SELECT current_setting('temp_directory')").fetchall()
+        return str(directory) if directory and Path(directory).is_dir() else ""
+
+    def _require_exact(self, file: object, column: str, paths: Sequence[str]) -> None:
         """Raise UserError if a file has integers that a float cannot hold exactly.
 
         The column becomes one of floats, because other files have floats in it.
@@ -84,29 +122,39 @@ class Reader:
         if rows := self.connection.sql(query).fetchall():
             raise _inexact(file, column, rows[0][0], "floats in other files")
 
-    def _csv(self, files: RawFiles, declared: Mapping[str, RawType]) -> str:
-        """Read CSV files as text, find the types of the columns, and store the converted rows."""
-        parts = []
-        for header, paths in read_headers(files).items():
-            columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in header.names)
-            options = f"delim = {literal(header.delimiter)}, columns = {{{columns}}}, {CSV}"
-            parts.append(f"SELECT * FROM read_csv({_paths(paths)}, {options}, {OPTIONS})")
+    def _text(
+        self, files: RawFiles, source: AbstractContextManager[str], declared: Mapping[str, RawType]
+    ) -> str:
+        """Store the rows of text files, find the types of the columns, and convert the rows.
+
+        `source` is the SQL that reads the files; leaving it removes temporary copies.
+        """
         text, typed = self.new_name(), self.new_name()
-        self.connection.execute(f"CREATE TEMP TABLE {text} AS {' UNION ALL BY NAME '.join(parts)}")
+        with source as query:
+            rows = renamed(query, files, self.connection.sql(query).columns)
+            self.connection.execute(f"CREATE TEMP TABLE {text} AS {rows}")
         selected = self._typed(text, files.file, declared)
         self.connection.execute(f"CREATE TEMP TABLE {typed} AS SELECT {selected} FROM {text}")
         self.connection.execute(f"DROP TABLE {text}")
         return typed
 
-    def _typed(self, text: str, file: Path, declared: Mapping[str, RawType]) -> str:
+    def _typed(self, text: str, file: object, declared: Mapping[str, RawType]) -> str:
         """Return the SQL that converts columns of text to the types that all their values have."""
-        names = [name for name in self.connection.table(text).columns if name != FILE]
+        table = self.connection.table(text)
+        names = [
+            name
+            for name, dtype in zip(table.columns, table.types, strict=True)
+            if dtype == "VARCHAR" and name != FILE
+        ]
         found = find_types(self.connection, text, names, declared)
         for name, (integer, decimal) in found.mixed.items():
             raise _inexact(file, name, integer, f"decimals such as {decimal}")
         for name, value in found.odd.items():
             self.warn(f"{file}: column '{name}' is read as text: {shown(value)} is not a number")
-        return ", ".join([*(converted(name, found.types[name]) for name in names), FILE])
+        return ", ".join(
+            converted(name, found.types[name]) if name in found.types else quoted(name)
+            for name in table.columns
+        )
 
     def _partitioned(self, rows: str, files: RawFiles, declared: Mapping[str, RawType]) -> str:
         """Add the columns from names of directories, except those that are in the files."""
@@ -136,30 +184,25 @@ class Reader:
         return name
 
 
-def unreadable(file: Path, error: Exception) -> UserError:
-    """Build the error for a file that DuckDB cannot read, with DuckDB's reason."""
+def unreadable(files: RawFiles, error: Exception) -> UserError:
+    """Build the error for files that DuckDB cannot read, with DuckDB's reason."""
     named = re.search(r"^\s*file = (.+)$", str(error), re.MULTILINE)
-    path = named[1].strip() if named else file
-    if str(path).endswith(".parquet") or not file.name.endswith((".csv", ".csv.gz")):
+    path = named[1].strip() if named and "hvdrec-text-" not in named[1] else files.file
+    if files.format == "parquet":
         return invalid_file(path, f"not a readable Parquet file ({reason(error)})", REWRITE)
+    kind = {"csv": "CSV file", "json": "JSON lines file"}.get(files.format, "table")
     is_encoding = re.search("unicode|utf-8", str(error).split("Possible")[0], re.IGNORECASE)
-    remedy = "save the file as UTF-8" if is_encoding else "correct the file"
-    return invalid_file(path, f"not a readable CSV file ({reason(error)})", remedy)
-
-
-OPTIONS = f"filename = {literal(FILE)}, hive_partitioning = false"
+    remedy = ENCODING_REMEDY if is_encoding else "correct the file"
+    if files.format == "json":
+        remedy += ": each line must be one JSON object"
+    return invalid_file(path, f"not a readable {kind} ({reason(error)})", remedy)
 
 
 def _parquet(paths: Sequence[str]) -> str:
-    return f"read_parquet({_paths(paths)}, union_by_name = true, {OPTIONS})"
+    return f"read_parquet({sql_paths(paths)}, union_by_name = true, {OPTIONS})"
 
 
-def _paths(paths: Sequence[str]) -> str:
-    # DuckDB treats each path as a glob, so escape wildcards.
-    return "[" + ", ".join(literal(glob.escape(path)) for path in paths) + "]"
-
-
-def _inexact(file: Path, column: str, integer: object, others: str) -> UserError:
+def _inexact(file: object, column: str, integer: object, others: str) -> UserError:
     problem = f"column '{column}' mixes integers such as {integer} with {others}"
     problem += "; floats do not hold all integers above 2**53"
     remedy = f"write '{column}' as integers or as text in all files"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,7 +227,7 @@ def _check_key(where: str, name: str, array: pa.Array) -> None:
         raise invalid_file(where, problem, remedy)
 
 
-def _check_label(key: str, expression: str, file: Path, label: Array) -> None:
+def _check_label(key: str, expression: str, file: object, label: Array) -> None:
     bad = label[~np.isin(label, (0.0, 1.0))]
     if len(bad):
         problem = f"is neither 0 nor 1 in {_example(bad, label, file)}"
@@ -239,13 +238,13 @@ def _check_label(key: str, expression: str, file: Path, label: Array) -> None:
         raise invalid_value(key, expression, problem, remedy)
 
 
-def _check_weight(expression: str, file: Path, weight: Array) -> None:
+def _check_weight(expression: str, file: object, weight: Array) -> None:
     bad = weight[~(np.isfinite(weight) & (weight >= 0))]
     if len(bad):
         problem = f"is negative or not finite in {_example(bad, weight, file)}"
         raise invalid_value("samples.weight", expression, problem, "a weight is 0 or greater")
 
 
-def _example(bad: Array, values: Array, file: Path) -> str:
+def _example(bad: Array, values: Array, file: object) -> str:
     value = "null" if np.isnan(bad[0]) else f"{bad[0]:g}"
     return f"{len(bad)} of {len(values)} rows of {file}, for example {value}"

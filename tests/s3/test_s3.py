@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from diskcache import FanoutCache
 from moto.server import ThreadedMotoServer
@@ -16,6 +18,8 @@ from moto.server import ThreadedMotoServer
 from hvdrec.config import load_config
 from hvdrec.config.data_sections import Loader
 from hvdrec.data.loader import ShardLoader
+from hvdrec.errors import UserError
+from hvdrec.samples.engine import connect
 from hvdrec.storage.artifacts import MANIFEST, read_manifest, verify_artifact
 from hvdrec.storage.urls import Url
 from tests.integration.conftest import SmallRun, hvdrec, succeed
@@ -171,3 +175,25 @@ def test_a_missing_remote_artifact_is_refused_in_one_line(
         hvdrec("samples", small_run.config, "--paths.samples", url),
         f"paths.samples = '{url}': must be a directory; only paths.features and paths.bundle may",
     )
+
+
+def test_raw_tables_in_the_store(server: Server) -> None:
+    store = Url("s3://hvdrec/raw").filesystem
+    store.pipe("hvdrec/raw/log/day=1/a.csv", b"x,y\n1,2\n")
+    store.pipe("hvdrec/raw/log/day=2/b.csv", b"x,y\n3,4\n")
+    store.pipe("hvdrec/raw/t.jsonl", b'{"x": 1}\n')
+    with store.open("hvdrec/raw/t.parquet", "wb") as file:
+        pq.write_table(pa.table({"x": [5]}), file)
+    with connect() as engine:
+        for raw, name, rows in (
+            (Url("s3://hvdrec/raw"), "log", 2),
+            (Path("data"), "s3://hvdrec/raw/log/*/*.csv", 2),
+            (Url("s3://hvdrec/raw"), "t.jsonl", 1),
+            (Url("s3://hvdrec/raw"), "t.parquet", 1),
+        ):
+            columns = engine.collect(engine.read(raw, name))
+            assert len(columns["x"]) == rows, name
+            assert ("day" in columns) == (rows == 2)
+        with pytest.raises(UserError) as raised:
+            engine.read(Url("s3://hvdrec/raw"), "none.csv")
+    assert raised.value.field == "s3://hvdrec/raw/none.csv"

@@ -183,7 +183,7 @@ def test_errors_of_csv_files_keep_their_reason(
 ) -> None:
     (tmp_path / "p1.csv").write_bytes(content)
     text = refusal(engine, tmp_path, "p*.csv")
-    assert text.startswith(f"{tmp_path}/p1.csv: ") and text.endswith(f"; {remedy}")
+    assert text.startswith(f"{tmp_path}/p1.csv: ") and f"; {remedy}" in text
     for word in words:
         assert word in text
 
