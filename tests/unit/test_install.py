@@ -124,7 +124,7 @@ def test_help_of_install_names_every_option(tmp_path: Path) -> None:
         ),
         (
             ["--extras=train,gpu"],
-            "unknown extra 'gpu'; known: [dev, docs, fbgemm, index, redis, s3, "
+            "unknown extra 'gpu'; known: [delta, dev, docs, fbgemm, iceberg, index, redis, s3, "
             "serve, spark, train]",
         ),
     ],
