@@ -777,12 +777,13 @@ def test_missing_tables_are_named(raw: Path) -> None:
     hint = "no such file; check paths.raw and the table's name"
     assert error_of(configured(raw, interactions="logs.parquet")) == f"{raw}/logs.parquet: {hint}"
     assert error_of(configured(raw, items="part-*.csv")) == f"{raw}/part-*.csv: {hint}"
+    suffixes = ".parquet, .csv, .csv.gz, .tsv, .tsv.gz, .jsonl, .jsonl.gz, .ndjson, .ndjson.gz"
+    known = f"must be a directory or end in one of [{suffixes}]"
     assert error_of(configured(raw, users="users.xlsx")) == (
-        f"{raw}/users.xlsx: must be a directory or end in one of [.parquet, .csv, .csv.gz]; "
-        "convert the table"
+        f"{raw}/users.xlsx: {known}; convert the table, or declare its format in [[samples.tables]]"
     )
-    hint = "must be a directory or end in one of [.parquet, .csv, .csv.gz]; check paths.raw and"
-    assert error_of(configured(raw, users="users")) == f"{raw}/users: {hint} the table's name"
+    hint = "check paths.raw and the table's name"
+    assert error_of(configured(raw, users="users")) == f"{raw}/users: {known}; {hint}"
     assert error_of(configured(raw, interactions="")) == (
         "samples.interactions = '': is empty; name the table of impressions or actions"
     )
