@@ -55,6 +55,7 @@ def test_ranks_train_like_one_rank(train: Train, ranks: int, launcher: str) -> N
     assert abs(together["log_loss"] - alone["log_loss"]) < 0.03
 
 
+@pytest.mark.slow
 def test_a_users_script_trains_like_the_command_line(
     train: Train, small: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_failing_rank_of_a_users_script_ends_the_job(small: Path, tmp_path: Pa
     assert "a shard is damaged" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_placement_does_not_change_results(train: Train) -> None:
     """Sharded and replicated tables hold the same rows: only the last digits differ."""
     seen = [
@@ -233,6 +235,7 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(train: Train, small: 
     assert len(reports[0]) > 80
 
 
+@pytest.mark.slow
 def test_tasks_on_several_ranks(small: Path, tmp_path: Path) -> None:
     validations = []
     for ranks, launcher in ((1, ""), (2, "horovodrun")):

@@ -83,6 +83,7 @@ def growth(scorer: Scorer, warm_up: Iterator[int], measured: Iterator[int]) -> i
     return resident_bytes() - before
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_requests(scorer: Scorer) -> None:
     """A leak of 100 bytes per request would be 10 MB; every key and scene is new."""
     bytes_more = growth(scorer, iter(range(10_000)), iter(range(10_000, 110_000)))
