@@ -146,7 +146,11 @@ def small_model(config: Config, seed: int = 0, *, with_tables: bool = True) -> R
 
 
 def small_tables(
-    config: Config, model: Recommender, world: World, setting: Setting
+    config: Config,
+    model: Recommender,
+    world: World,
+    setting: Setting,
+    device: torch.device | str = "cpu",
 ) -> DistributedTables:
     """Return the tables of a model, placed on the ranks."""
     groups = table_groups(config.schema, config.model.dimension, SIZES, world.size, config.parallel)
@@ -158,6 +162,7 @@ def small_tables(
         kernels={group.width: setting.kernel for group in groups},  # type: ignore[misc]
         seed=None,
         dtype=torch.float32 if setting.kernel == "fbgemm" else torch.float64,
+        device=device,
         pooling=config.model.pooling,
     )
     for group in groups:

@@ -41,6 +41,7 @@ from hvdrec.models.cpu_layers import use_cpu_layers, vendor_cpu_layers
 from hvdrec.models.layers import Mlp
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
+from hvdrec.parallel.ranks import World
 from hvdrec.training.build import build_model
 from hvdrec.training.machine import no_gc_pauses, set_up_process
 from hvdrec.training.optimizer import make_optimizer
@@ -48,14 +49,21 @@ from hvdrec.training.pipeline import Step, make_preparer, steps
 from hvdrec.training.state import TrainState
 from hvdrec.training.step import take_step
 
+CPU = torch.device("cpu")
 
-def trained(config: Config, sizes: dict[str, int], threads: int) -> tuple[TrainState, ShardLoader]:
-    """Set up training as hvdrec.training.job does."""
-    world = ranks.init()
+
+def trained(
+    config: Config,
+    sizes: dict[str, int],
+    threads: int,
+    world: World | None = None,
+    device: torch.device = CPU,
+) -> tuple[TrainState, ShardLoader]:
+    """Set up training as hvdrec.training.job does; on all ranks if `world` is None."""
+    world = world or ranks.init()
     set_up_process(threads)
     torch.manual_seed(0)
-    device = torch.device("cpu")
-    model = build_model(config, sizes, with_tables=False)
+    model = build_model(config, sizes, with_tables=False).to(device)
     tables = make_tables(config, sizes, world, device)
     broadcast_state(dict(model.state_dict()))
     rows = math.ceil(config.train.batch_size / world.size)
@@ -67,7 +75,7 @@ def endless(state: TrainState, loader: ShardLoader) -> Iterator[Step]:
     """Yield the steps of one epoch after another."""
     prepare = make_preparer(state.tables, state.config, 0)
     for prepared in loader.epochs(0, None, prepare):
-        yield from steps(prepared, state.tables, torch.device("cpu"))
+        yield from steps(prepared, state.tables, state.tables.device)
 
 
 def run(state: TrainState, loader: ShardLoader, options: argparse.Namespace) -> dict[str, Any]:

@@ -82,10 +82,11 @@ def write_work_a(folder: Path, rows: int = 1_000_000, distinct_of: int = 0) -> N
             "weight": np.ones(len(flat_ids), np.float32),
         }
     )
-    features = config_a(folder).features
     half = len(flat_ids) // 2
     for number in range(2):
-        with parquet_writer(shards / f"part-{number}.parquet", shard_types(features)) as write:
+        with parquet_writer(
+            shards / f"part-{number}.parquet", shard_types(config_a(folder).schema)
+        ) as write:
             for start in range(number * half, (number + 1) * half, GROUP_ROWS):
                 write(table.slice(start, GROUP_ROWS))
     (folder / "features" / "sizes.json").write_text(

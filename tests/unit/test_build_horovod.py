@@ -186,12 +186,12 @@ def test_damaged_and_missing_wheels_are_refused(tmp_path: Path) -> None:
 def test_the_cache_keeps_one_wheel_per_torch_platform_and_patches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = {horovod.wheel_directory(tmp_path, cuda=cuda) for cuda in (True, False)}
+    places = {horovod.wheel_directory(tmp_path, gpu=gpu) for gpu in ("", "nccl", "host")}
     monkeypatch.setattr(horovod, "version_of", lambda name: "1.0")
-    places.add(horovod.wheel_directory(tmp_path, cuda=False))
+    places.add(horovod.wheel_directory(tmp_path, gpu=""))
     monkeypatch.setattr(horovod, "patch_text", lambda name: "another patch")
-    places.add(horovod.wheel_directory(tmp_path, cuda=False))
-    assert len(places) == 4
+    places.add(horovod.wheel_directory(tmp_path, gpu=""))
+    assert len(places) == 5
     assert {place.parent for place in places} == {tmp_path / "wheels"}
 
 
@@ -220,12 +220,39 @@ def test_a_build_shows_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_build_for_cpus_ignores_a_cuda_toolkit_and_uses_all_jobs() -> None:
     environment = {"PATH": "/bin", "PYTHONPATH": "/elsewhere", "CXX": "clang++"}
-    cpu = horovod.build_environment(environment, 16, cuda=False)
+    cpu = horovod.build_environment(environment, 16, gpu="")
     assert (cpu["HOROVOD_WITHOUT_CUDA"], cpu["MAKEFLAGS"], cpu["CXX"]) == ("1", "-j16", "clang++")
     assert "PYTHONPATH" not in cpu
-    gpu = horovod.build_environment(environment, 16, cuda=True)
+    gpu = horovod.build_environment(environment, 16, gpu="nccl")
     assert gpu["HOROVOD_GPU_OPERATIONS"] == "NCCL"
     assert "HOROVOD_WITHOUT_CUDA" not in gpu
+    host = horovod.build_environment(environment, 16, gpu="host")
+    assert not host.keys() & {"HOROVOD_WITHOUT_CUDA", "HOROVOD_GPU_OPERATIONS"}
+
+
+def test_a_build_with_nccl_links_the_library_of_pytorchs_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert horovod.link_nccl(tmp_path / "none") is None
+    package = tmp_path / "site" / "nvidia" / "nccl"
+    (package / "include").mkdir(parents=True)
+    (package / "lib").mkdir()
+    (package / "include" / "nccl.h").write_text("header")
+    (package / "lib" / "libnccl.so.2").write_text("library")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    nccl = horovod.link_nccl(tmp_path / "nccl")
+    assert (nccl / "include" / "nccl.h").read_text() == "header"
+    assert (nccl / "lib" / "libnccl.so").read_text() == "library"
+    toolkit = tmp_path / "cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "bin" / "nvcc").touch()
+    environment = {"PATH": "/bin", "CUDA_HOME": str(toolkit)}
+    found = horovod.build_environment(environment, 1, gpu="nccl", nccl=nccl)
+    assert found["HOROVOD_NCCL_HOME"] == str(nccl)
+    assert found["HOROVOD_CUDA_HOME"] == str(toolkit)
+    own = {**environment, "HOROVOD_NCCL_HOME": "/opt/nccl"}
+    kept = horovod.build_environment(own, 1, gpu="nccl", nccl=nccl)
+    assert kept["HOROVOD_NCCL_HOME"] == "/opt/nccl"
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(

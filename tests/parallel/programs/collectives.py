@@ -1,6 +1,11 @@
-"""Check the collectives: each rank computes the data of the other ranks itself."""
+"""Check the collectives: each rank computes the data of the other ranks itself.
+
+Argument: the device of the tensors (default: cpu).
+"""
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import torch
@@ -9,7 +14,7 @@ from hvdrec.embeddings.alltoall import start_alltoall
 from hvdrec.parallel import gradients, ranks
 
 
-def main() -> None:
+def main(device: str = "cpu") -> None:
     world = ranks.init()
     size, rank = world.size, world.rank
     everyone = range(size)
@@ -21,25 +26,30 @@ def main() -> None:
     mine = np.full((rank, 2), rank)
     expected = np.concatenate([np.full((r, 2), r) for r in everyone])
     assert np.array_equal(ranks.gather_arrays(mine), expected)
-    rows = torch.full((rank, 2), float(rank), requires_grad=True)
+    rows = torch.full((rank, 2), float(rank), requires_grad=True, device=device)
     joined, start = gradients.gather_rows(rows)
     assert start == sum(range(rank))
-    assert np.array_equal(joined.detach().numpy(), expected)
+    assert np.array_equal(joined.detach().cpu().numpy(), expected)
     # Rank r weights every row by r + 1: each row's gradient is the sum over all ranks.
     (joined.sum() * (rank + 1)).backward()
     assert rows.grad is not None
-    assert torch.equal(rows.grad, torch.full((rank, 2), float(sum(r + 1 for r in everyone))))
+    assert (rows.grad == float(sum(r + 1 for r in everyone))).all()
+    assert rows.grad.shape == (rank, 2)
     # The number of rows varies between batches; some ranks receive nothing.
     for step in (1, 2, 40, 3, 0):
         counts = [step * (r % 2) + rank for r in everyone]
-        rows = torch.cat([torch.full((n, 3), 10.0 * rank + r) for r, n in enumerate(counts)])
+        rows = torch.cat([torch.full((n, 3), 10.0 * rank + r) for r, n in enumerate(counts)]).to(
+            device
+        )
         handle = start_alltoall(rows, torch.tensor(counts, dtype=torch.int32), "rows_of_step")
         received, received_counts = ranks.wait(handle)
         assert received_counts.tolist() == [step * (rank % 2) + r for r in everyone]
         expected = np.repeat([10.0 * r + rank for r in everyone], received_counts.numpy())
-        assert np.array_equal(received.numpy(), np.tile(expected[:, None], 3))
+        assert np.array_equal(received.cpu().numpy(), np.tile(expected[:, None], 3))
     # The second fills a bucket of its own; only rank 0 uses the last.
-    used, large, unused = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 1 << 17, 2))
+    used, large, unused = (
+        torch.nn.Parameter(torch.zeros(n, device=device)) for n in (2, 1 << 17, 2)
+    )
     dense = gradients.DenseGradients([used, large, unused])
     for last in (False, True):
         if last:
@@ -54,7 +64,7 @@ def main() -> None:
         assert (parameter.grad == 2.0 * value * sum(r + 1 for r in everyone)).all()
     assert unused.grad is not None
     assert unused.grad.tolist() == [2.0, 2.0]
-    state = {"w": torch.full((3,), float(rank))}
+    state = {"w": torch.full((3,), float(rank), device=device)}
     gradients.broadcast_state(state)
     assert state["w"].tolist() == [0.0] * 3
     ranks.barrier()
@@ -62,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,8 +1,9 @@
 """Take optimizer steps on all ranks in many settings; rank 0 writes the results.
 
-Argument: the file to write. The 12 rows of each global batch are split unevenly: the last rank gets
-the rest, possibly only padding. Tensors are named SETTING/NAME, where NAME is a
-parameter's gradient in the first step (``gradient/…``), a whole table (``table/…``) or ``loss``.
+Arguments: the file to write, and the device (default: cpu). The 12 rows of each global batch are
+split unevenly: the last rank gets the rest, possibly only padding. Tensors are named SETTING/NAME,
+where NAME is a parameter's gradient in the first step (``gradient/…``), a whole table
+(``table/…``) or ``loss``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import broadcast_state
+from hvdrec.parallel.ranks import World
 from hvdrec.training.objective import clip, compute_gradients
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import make_preparer, steps
@@ -37,14 +39,13 @@ from tests.small_model import (
 ROWS = 12
 
 
-def take_steps(setting: Setting) -> dict[str, Tensor]:
-    world = ranks.init()
+def take_steps(setting: Setting, world: World, device: torch.device) -> dict[str, Tensor]:
     config = setting.config()
     full = small_model(config)
     model = small_model(config, with_tables=False)
     dtype = torch.float32 if setting.kernel == "fbgemm" else torch.float64
-    tables = small_tables(config, full, world, setting)
-    model.to(dtype)
+    tables = small_tables(config, full, world, setting, device)
+    model.to(device, dtype)
     broadcast_state(dict(model.state_dict()))
     share = {1: 12, 2: 8, 3: 6, 4: 5}[world.size]
     batches = []
@@ -53,12 +54,12 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
         mine = batch.part(world.rank * share, (world.rank + 1) * share)
         mine = mine if setting.sharing else replace(mine, tasks=None)
         batches.append(of_type(mine, dtype))
-    log_probability = torch.log(torch.arange(1, 10) / 45).to(dtype)
+    log_probability = torch.log(torch.arange(1, 10) / 45).to(device, dtype)
     prepare = make_preparer(tables, config, 0)
     prepared = (prepare(number, batch) for number, batch in enumerate(batches))
     state = TrainState(config, model, tables, make_optimizer(model, config.train), log_probability)
     out: dict[str, Tensor] = {}
-    for number, step in enumerate(steps(prepared, tables, torch.device("cpu"))):
+    for number, step in enumerate(steps(prepared, tables, device)):
         tables.set_learning_rate(TABLE_RATE)
         model.zero_grad()
         loss, pending = compute_gradients(state, step)
@@ -67,11 +68,11 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
         if config.train.clip_norm:
             gradients = clip(state, step, gradients, config.train.clip_norm)
         if number == 0:
-            total = ranks.sum_arrays(loss.total.double().numpy())
+            total = ranks.sum_arrays(loss.total.double().cpu().numpy())
             out["loss"] = torch.tensor(float(total), dtype=torch.float64)
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
-                out[f"gradient/{name}"] = parameter.grad.clone()
+                out[f"gradient/{name}"] = parameter.grad.cpu().clone()
         tables.update(step.request, gradients)
         if step.next_request is not None:
             tables.start_fetch(step.next_request)
@@ -80,7 +81,7 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
                 parameter.sub_(parameter.grad, alpha=DENSE_RATE)
     for group in tables.groups:
         for table, size in group.sizes.items():
-            local = tables.table(table)[0].numpy()
+            local = tables.table(table)[0].cpu().numpy()
             if group.is_sharded:
                 ids = ranks.gather_arrays(group.local_ids(table, world.rank))
                 joined = np.empty((size, group.width), local.dtype)
@@ -91,12 +92,18 @@ def take_steps(setting: Setting) -> dict[str, Tensor]:
     return out
 
 
-def main(file: str) -> None:
-    tensors = {
+def take_all(world: World, device: torch.device) -> dict[str, Tensor]:
+    """Take the steps of all settings that the device supports."""
+    return {
         f"{name}/{key}": value
         for name, setting in SETTINGS.items()
-        for key, value in take_steps(setting).items()
+        if device.type == "cpu" or setting.kernel == "torch"
+        for key, value in take_steps(setting, world, device).items()
     }
+
+
+def main(file: str, device: str = "cpu") -> None:
+    tensors = take_all(ranks.init(), torch.device(device))
     if ranks.current().is_first:
         save_file(tensors, Path(file))
 
