@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, overload
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from hvdrec.config.label_join import Exposures, Feedback, TimeUnit
 from hvdrec.storage.urls import Location, as_location
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class History:
 
 @dataclass(frozen=True)
 class Negatives:
-    """Sampled negatives, for logs that record only positive actions."""
+    """Negatives: drawn for logs that record only positive actions, or reduced if there are many."""
 
     per_positive: NonNegativeInt = 0
     """Number of negatives per positive row."""
@@ -104,6 +105,9 @@ class Negatives:
     user chose with these values."""
     seed: int = 0
     """Seed of the random draws."""
+    rate: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Share of the rows with label 0 (in all tasks) that are kept. Their weight is divided by it.
+    User, item, time and seed decide whether a row is kept."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,10 @@ class Samples:
     item: str = "item_id"
     """Column of the item key."""
     time: str = ""
-    """Column of the time (number, date or timestamp). Temporal splits and histories need it."""
+    """Column of the time (number, date or timestamp). Temporal splits, histories and the label join
+    need it."""
+    time_unit: TimeUnit = "s"
+    """Unit of a numeric time."""
     title: str = ""
     """Column of the item table with a name for display. Optional."""
     label: str = "label"
@@ -176,6 +183,10 @@ class Samples:
     """SQL predicate that selects the rows to drop."""
     derive: dict[str, str] = field(default_factory=dict)
     """New columns: name = SQL expression over the interactions and the joined tables."""
+    exposures: Exposures = Exposures()
+    """How the interactions are joined with feedback."""
+    feedback: tuple[Feedback, ...] = ()
+    """Tables of what users did after an exposure, for labels: [[samples.feedback]] tables."""
     joins: tuple[Join, ...] = ()
     """Further tables, joined in this order."""
     negatives: Negatives = Negatives()

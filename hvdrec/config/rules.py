@@ -65,6 +65,26 @@ def _tables(config: Config) -> Mistakes:
             yield invalid_value(f"{key}.delimiter", table.delimiter, problem)
 
 
+def _feedback(config: Config) -> Mistakes:
+    samples = config.samples
+    names = [feedback.name for feedback in samples.feedback]
+    for i, feedback in enumerate(samples.feedback):
+        key = f"samples.feedback[{i}]"
+        if not feedback.name.isidentifier() or names.count(feedback.name) > 1:
+            problem = "must be unique letters, digits and underscores"
+            yield invalid_value(f"{key}.name", feedback.name, problem)
+        if not samples.time:
+            problem = "needs samples.time, which is empty"
+            yield invalid_value(f"{key}.name", feedback.name, problem, "set samples.time")
+        if not all(left and right for left, right in feedback.pairs):
+            problem = "must name columns, such as 'item_id' or 'item_id = asset'"
+            yield invalid_value(f"{key}.on", list(feedback.on), problem)
+    if samples.exposures.unsettled and not names:
+        problem = "needs [[samples.feedback]]"
+        unsettled = samples.exposures.unsettled
+        yield invalid_value("samples.exposures.unsettled", unsettled, problem, "remove it")
+
+
 def _seen(config: Config) -> Mistakes:
     if config.evaluate.seen == "shown" and config.samples.negatives.per_positive:
         problem = "samples.negatives adds rows that no user was shown"
@@ -261,6 +281,7 @@ RULES = (
     _paths,
     _samples,
     _tables,
+    _feedback,
     _seen,
     _histories,
     _model,

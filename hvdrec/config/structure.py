@@ -146,7 +146,7 @@ def _path(kind: Any, location: Sequence[str | int]) -> tuple[str | int, ...]:
 
 def _problem(message: str) -> str:
     """Rephrase the library's message: ``Input should be ...`` becomes ``must be ...``."""
-    text = re.sub(r"^(Input|\w+) should ", "must ", message)
+    text = re.sub(r"^(Input|\w+) should ", "must ", message.removeprefix("Value error, "))
     text = re.sub(r" after validation, not \d+$", "", text)
     return text.replace("an object", "a table").replace("array", "list")
 
