@@ -18,14 +18,15 @@ TimeUnit = Literal["s", "ms", "us"]
 
 @dataclass(frozen=True)
 class Exposures:
-    """How the label join treats the rows of samples.interactions. Used with [[samples.feedback]]."""
+    """How the label join treats the interactions. Used with [[samples.feedback]]."""
 
     key: tuple[str, ...] = ()
     """Columns that identify an exposure. Of several rows with the same values, the earliest counts.
     Empty: the user, the item, the time and the columns `on` of all [[samples.feedback]]."""
     end: str = ""
     """End of the log: every event before it is in the tables. A number in samples.time_unit, or a
-    date and time such as '2024-05-01 00:00' (UTC). Empty: the latest time in any of the tables."""
+    date and time such as '2024-05-01 00:00' (UTC). Empty: the latest time in any of the tables, or
+    the end of the previous run if that is later."""
     lateness: Duration = "0s"
     """How long after its time an event may still be missing from the log. An exposure is settled
     once its longest window and this have passed."""
@@ -36,7 +37,7 @@ class Exposures:
 
 @dataclass(frozen=True)
 class Feedback:
-    """A table of what users did after an exposure. It adds NAME_count, NAME_delay and NAME_value."""
+    """What users did after an exposure. It adds NAME_count, NAME_delay and NAME_value."""
 
     name: str
     """Name of the action, such as 'click': letters, digits and underscores."""

@@ -162,6 +162,18 @@ class Engine:
             for column, arrays in parts.items()
         }
 
+    def save(self, table: Table, file: Path) -> None:
+        """Compute a table and write it to a Parquet file, without holding all rows in memory.
+
+        Raises:
+            UserError: A file cannot be read, or an expression of the configuration fails on a row.
+        """
+        options = "FORMAT parquet, COMPRESSION zstd"
+        try:
+            self.connection.execute(f"COPY ({_sql(table)}) TO {literal(str(file))} ({options})")
+        except duckdb.Error as error:
+            raise self._explain(error) from None
+
     def first(self, table: Table) -> dict[str, object] | None:
         """Return the first row of a table, or None if it is empty."""
         columns = self.collect(table.limit(1))

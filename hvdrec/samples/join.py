@@ -5,17 +5,21 @@ Names that begin with `INTERNAL` are those of internal columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import ibis
 from ibis.expr.types import Table
 
 from hvdrec.errors import choices, invalid_file, invalid_value
+from hvdrec.samples.clock import comparable
 from hvdrec.samples.engine import INTERNAL, Engine, visible
+from hvdrec.samples.exposures import LabelledExposures, join_feedback
+from hvdrec.samples.label_tables import open_tables
 from hvdrec.samples.raw_columns import names_differ_in_case
 from hvdrec.samples.raw_files import table_location
 from hvdrec.samples.spec import SampleSpec
+from hvdrec.samples.thinning import keep_share
 from hvdrec.storage.urls import Location
 
 ROW = f"{INTERNAL}row"
@@ -63,6 +67,7 @@ class LabelJoin:
         interactions: The interactions with a column of row numbers. The numbers depend only on the
             contents of the table, not on the order of its rows.
         sides: The tables to join, in order.
+        labelled: The interactions with their feedback; None without [[samples.feedback]].
     """
 
     engine: Engine
@@ -70,10 +75,18 @@ class LabelJoin:
     file: Location
     interactions: Table
     sides: tuple[SideTable, ...]
+    labelled: LabelledExposures | None = None
 
     @staticmethod
-    def open(engine: Engine, spec: SampleSpec, raw: Location) -> LabelJoin:
+    def open(
+        engine: Engine,
+        spec: SampleSpec,
+        raw: Location,
+        notify: Callable[[str], None] = lambda line: None,
+    ) -> LabelJoin:
         """Open all tables in the directory `raw`, and check the columns by which they are joined.
+
+        If there is feedback, join it with the interactions; `notify` is called with lines about it.
 
         Raises:
             UserError: A file or a key column is missing, or keys are null or not unique.
@@ -88,6 +101,11 @@ class LabelJoin:
             if column not in interactions.columns and (sql := samples.derive.get(column)):
                 interactions = engine.derive(interactions, column, sql, f"samples.derive.{column}")
             _require(file, interactions, column, key)
+        labelled = None
+        if samples.feedback:
+            tables = open_tables(engine, spec, raw, interactions, file)
+            labelled = join_feedback(engine, spec, tables, notify)
+            interactions = labelled.table
         # Sort by all columns: only rows that are completely equal can then change places.
         first = [samples.user, samples.item]
         order = [*first, *(column for column in interactions.columns if column not in first)]
@@ -111,7 +129,7 @@ class LabelJoin:
             if is_unique:
                 _require_unique(engine, side)
             sides.append(side)
-        return LabelJoin(engine, spec, file, engine.materialize(numbered), tuple(sides))
+        return LabelJoin(engine, spec, file, engine.materialize(numbered), tuple(sides), labelled)
 
     def side(self, name: str) -> SideTable | None:
         """Return the table with configuration key `name`; None if the run has none."""
@@ -154,6 +172,8 @@ class LabelJoin:
     def label(self, joined: JoinedTable, *, negatives: bool = False) -> Table:
         """Drop rows by ``samples.drop``; add the labels, the weight and a flag for each history.
 
+        Of the negatives, the share ``samples.negatives.rate`` is kept.
+
         The flag tells whether the row is an event of the history. With ``negatives``, all rows are
         sampled negatives: they have label 0 and weight 1 and are not events.
         """
@@ -175,6 +195,7 @@ class LabelJoin:
             table = self._number(table, WEIGHT, samples.weight, "samples.weight", "a number")
         else:
             table = table.mutate(**{WEIGHT: ibis.literal(1.0)})
+        table = keep_share(table, samples, [column for column, _, _ in labels], WEIGHT)
         for i, (column, history) in enumerate(zip(events, samples.history, strict=True)):
             if history.where:
                 key = f"samples.history[{i}].where"
@@ -253,26 +274,18 @@ def _left_join(table: Table, side: SideTable, file: Location, marker: str) -> Ta
             )
             raise invalid_value(f"{side.name}.on", column, problem, "add it to samples.derive")
         left, right = table[column], side.table[column]
-        families = {_key_family(left.type()), _key_family(right.type())}
-        if families == {"string", "integer"}:
-            left, right = left.cast("string"), right.cast("string")
-        elif len(families) > 1:
+        pair = comparable(left, right)
+        if pair is None:
             problem = (
                 f"key column '{column}' is {right.type()}, but {left.type()} in the interactions"
             )
             raise invalid_file(side.file, problem, "use the same type in both tables")
-        keys[f"{INTERNAL}key{i}"] = right
-        conditions.append((left, f"{INTERNAL}key{i}"))
+        keys[f"{INTERNAL}key{i}"] = pair[1]
+        conditions.append((pair[0], f"{INTERNAL}key{i}"))
     other = side.table.select(**keys, **columns, **{marker: ibis.literal(True)})
     on = [left == other[key] for left, key in conditions]
     joined = table.left_join(other, on).drop(*keys)
     return joined.mutate(**{marker: joined[marker].fill_null(False)})
-
-
-def _key_family(dtype: ibis.DataType) -> str:
-    if dtype.is_string():
-        return "string"
-    return "integer" if dtype.is_integer() else str(dtype.copy(nullable=True))
 
 
 def _require(file: Location, table: Table, column: str, key: str) -> None:

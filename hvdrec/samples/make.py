@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hvdrec.samples.columns import group_ids, is_list
 from hvdrec.samples.engine import INTERNAL, connect, visible
 from hvdrec.samples.history import EventLog, UserTimes
 from hvdrec.samples.join import ROW, JoinedTable, LabelJoin
+from hvdrec.samples.label_tables import META, UNSETTLED
 from hvdrec.samples.matches import report_matches
 from hvdrec.samples.negatives import draw_negatives
 from hvdrec.samples.rows import (
@@ -70,6 +71,9 @@ class SamplesResult:
         matches: Configuration key of a joined table -> its "file", the number of "rows" of the log,
             and how many of them have a "matched" row in the table.
         warnings: A line for each thing that looks wrong in the raw tables.
+        label_join: Counts of the label join: "exposures", "feedback" (name -> what became of its
+            rows), and "end", the end of the log in microseconds. Empty without
+            [[samples.feedback]].
     """
 
     path: str
@@ -79,6 +83,7 @@ class SamplesResult:
     items: int
     matches: Mapping[str, Mapping[str, Any]]
     warnings: tuple[str, ...] = ()
+    label_join: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
@@ -127,7 +132,12 @@ def make_samples(
         connect(spec.samples.tables) as engine,
     ):
         notify("reading and joining tables")
-        join = LabelJoin.open(engine, spec, as_location(config.paths.raw))
+        join = LabelJoin.open(engine, spec, as_location(config.paths.raw), notify)
+        if labelled := join.labelled:
+            meta[META] = labelled.facts
+            labelled.save(engine, draft / UNSETTLED)
+            for line in labelled.lines():
+                notify(line)
         joined = join.join(join.interactions)
         logged = _label_and_split(join, joined, notify)
         meta["matches"] = report_matches(join, joined, logged.rows, notify)
@@ -156,9 +166,11 @@ def make_samples(
                 write_table(draft / "items.parquet", tables[0])
             else:
                 write_users(draft, spec, tables, histories)
-    fields = ("rows", "positives", "users", "items", "matches")
-    facts = {field: meta[field] for field in fields}
-    return SamplesResult(path=str(path), warnings=tuple(engine.warnings), **facts)
+    names = ("rows", "positives", "users", "items", "matches")
+    facts = {name: meta[name] for name in names}
+    return SamplesResult(
+        path=str(path), warnings=tuple(engine.warnings), label_join=meta.get(META, {}), **facts
+    )
 
 
 def _label_and_split(
