@@ -168,8 +168,10 @@ def _count(
     row: Mapping[str, Any] = engine.first(raw.rows.aggregate(incomplete=incomplete)) or {}
     without = int(row["incomplete"] or 0)
     rest = engine.materialize(unmatched(unique, matched))
-    row = engine.first(unmatched_reasons(exposures, rest, options, complete)) or {}
-    reasons = {name: int(number) for name, number in row.items()}
+    why: Mapping[str, Any] = (
+        engine.first(unmatched_reasons(exposures, rest, options, complete)) or {}
+    )
+    reasons = {name: int(number) for name, number in why.items()}
     return FeedbackCounts(
         rows=raw.total,
         incomplete=without,

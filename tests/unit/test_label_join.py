@@ -112,15 +112,27 @@ def require_equal(result: tuple[list[Row], list[Row], LabelledExposures], expect
         assert counts["rows"] == sum(n for name, n in counts.items() if name != "rows")
 
 
-@settings(max_examples=10, deadline=None)
-@given(log=small_logs(), options=small_options(), cut=st.integers(5, 25))
+@pytest.mark.parametrize("examples", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_duckdb_gives_the_rows_of_the_reference_also_in_a_second_run(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, examples: int
+) -> None:
+    @settings(max_examples=examples, deadline=None)
+    @given(log=small_logs(), options=small_options(), cut=st.integers(5, 25))
+    def check(
+        log: tuple[list[Row], dict[str, list[Row]]], options: tuple[Feedback, Feedback], cut: int
+    ) -> None:
+        require_reference(tmp_path_factory.mktemp("join"), log, options, cut)
+
+    check()
+
+
+def require_reference(
+    folder: Path,
     log: tuple[list[Row], dict[str, list[Row]]],
     options: tuple[Feedback, Feedback],
     cut: int,
 ) -> None:
-    folder = tmp_path_factory.mktemp("join")
+    """Run the join on the log before `cut`, then on the rest; compare with the reference."""
     exposures, feedback = log
 
     def part(rows: Sequence[Row], first: bool) -> list[Row]:
@@ -144,7 +156,7 @@ def test_duckdb_gives_the_rows_of_the_reference_also_in_a_second_run(
         require_equal(run(folder / "new", config), after)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(log=small_logs(), options=small_options(), cut=st.integers(5, 25))
 def test_two_runs_give_the_labels_of_one(
     log: tuple[list[Row], dict[str, list[Row]]], options: tuple[Feedback, Feedback], cut: int

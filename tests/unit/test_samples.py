@@ -148,7 +148,7 @@ def test_a_small_log_equals_a_worked_example(raw: Path, capsys: pytest.CaptureFi
             "samples.items": {"file": "items.parquet", "rows": 9, "matched": 6},
         },
     }
-    assert result.to_dict() == {"path": str(out), **facts, "warnings": ()}
+    assert result.to_dict() == {"path": str(out), **facts, "warnings": (), "label_join": {}}
     states = {"validation": "train", "test": "validation"}
     assert read_manifest(out, "samples").meta == {
         "config": to_dict(config),
