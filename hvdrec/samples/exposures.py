@@ -51,14 +51,18 @@ class LabelledExposures:
     carried: Mapping[str, Table]
     facts: Mapping[str, Any]
 
-    def save(self, engine: Engine, folder: Path) -> None:
-        """Write what is not settled to a new folder."""
+    def save(
+        self, engine: Engine, folder: Path, notify: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Write what is not settled to a new folder; call `notify` with a line for each table."""
+        for line in self._lines():
+            notify(line)
         folder.mkdir()
         engine.save(self.unsettled, folder / "exposures.parquet")
         for name, table in self.carried.items():
             engine.save(_stored(table), folder / f"{feedback_file(name)}.parquet")
 
-    def lines(self) -> list[str]:
+    def _lines(self) -> list[str]:
         """Describe what became of exposures and feedback, a line for each table."""
         counts = self.facts["exposures"]
         lines = [
@@ -119,17 +123,16 @@ def join_feedback(
     kept = int(row["rows"]) - done
     if not done:
         raise _nothing_settled(spec, kept)
-    of_exposures = {
-        "rows": tables.rows,
-        "skipped": tables.rows - remaining,
-        "duplicates": remaining - kept - done,
-        "settled": done,
-        "unsettled": kept,
-    }
     facts = {
         "end": tables.end,
         "settled_before": settled_from if before is None else max(settled_from, before),
-        "exposures": of_exposures,
+        "exposures": {
+            "rows": tables.rows,
+            "skipped": tables.rows - remaining,
+            "duplicates": remaining - kept - done,
+            "settled": done,
+            "unsettled": kept,
+        },
         "feedback": counts,
     }
     labelled = add_labels(exposures.filter(is_settled), key, matches).drop(CLOCK)

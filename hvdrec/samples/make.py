@@ -133,11 +133,9 @@ def make_samples(
     ):
         notify("reading and joining tables")
         join = LabelJoin.open(engine, spec, as_location(config.paths.raw), notify)
-        if labelled := join.labelled:
-            meta[META] = labelled.facts
-            labelled.save(engine, draft / UNSETTLED)
-            for line in labelled.lines():
-                notify(line)
+        if join.labelled:
+            meta[META] = join.labelled.facts
+            join.labelled.save(engine, draft / UNSETTLED, notify)
         joined = join.join(join.interactions)
         logged = _label_and_split(join, joined, notify)
         meta["matches"] = report_matches(join, joined, logged.rows, notify)
