@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from contextlib import suppress
 from decimal import ROUND_HALF_UP, Decimal
-from pathlib import Path
 
 import ibis
 from ibis.expr.types import Column, IntegerColumn, Table
@@ -13,6 +12,7 @@ from ibis.expr.types import Column, IntegerColumn, Table
 from hvdrec.config.label_join import TimeUnit
 from hvdrec.errors import choices, invalid_file, invalid_value
 from hvdrec.samples.sql import derivation, written
+from hvdrec.storage.urls import Location
 
 TIMES = ("integer", "float", "date", "timestamp")
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ibis.expr.types import Table
+from ibis.expr.types import BooleanValue, Table
 
 from hvdrec.config.durations import microseconds
 from hvdrec.config.label_join import Feedback
@@ -117,10 +117,7 @@ def join_feedback(
         carried[options.name] = carried_feedback(unique, matched, options, complete)
     # A null time counts as settled: it is an error of the samples, which name the remedy.
     is_settled = (exposures[CLOCK] < settled_from).fill_null(True)
-    totals = exposures.aggregate(rows=exposures.count(), settled=is_settled.sum())
-    row: Mapping[str, Any] = engine.first(totals) or {}
-    done = int(row["settled"] or 0)
-    kept = int(row["rows"]) - done
+    done, kept = _count_both(engine, exposures, is_settled)
     if not done:
         raise _nothing_settled(spec, kept)
     facts = {
@@ -146,6 +143,14 @@ def exposure_key(spec: SampleSpec) -> list[str]:
     on = [column for options in samples.feedback for column, _ in options.pairs]
     names = samples.exposures.key or (samples.user, samples.item, samples.time, *on)
     return list(dict.fromkeys(CLOCK if name == samples.time else name for name in names))
+
+
+def _count_both(engine: Engine, table: Table, condition: BooleanValue) -> tuple[int, int]:
+    """Return the numbers of rows for which a condition is true and false."""
+    counts = table.aggregate(rows=table.count(), true=condition.sum())
+    row: Mapping[str, Any] = engine.first(counts) or {}
+    true = int(row["true"] or 0)
+    return true, int(row["rows"]) - true
 
 
 def _count(

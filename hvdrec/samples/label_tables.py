@@ -16,8 +16,10 @@ from hvdrec.errors import choices, invalid_file, invalid_value
 from hvdrec.samples.clock import clock, comparable, instant, microseconds_of, require_time
 from hvdrec.samples.engine import INTERNAL, Engine, visible
 from hvdrec.samples.feedback import CLOCK, KEY, ON, TIME, VALUE
+from hvdrec.samples.raw_files import table_location
 from hvdrec.samples.spec import SampleSpec
 from hvdrec.storage.artifacts import StoredFiles, read_manifest
+from hvdrec.storage.urls import Location
 
 UNSETTLED = "unsettled"
 """Directory of the samples with the exposures and the feedback that the next run needs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file, invalid_value
 from hvdrec.parallel.progress import print_line
 from hvdrec.samples.columns import group_ids, is_list
-from hvdrec.samples.engine import INTERNAL, connect, visible
+from hvdrec.samples.engine import INTERNAL, Engine, connect, visible
 from hvdrec.samples.history import EventLog, UserTimes
 from hvdrec.samples.join import ROW, JoinedTable, LabelJoin
 from hvdrec.samples.label_tables import META, UNSETTLED
@@ -124,18 +124,14 @@ def make_samples(
     """
     spec = SampleSpec.of(config)
     spec.require_time()
-    path = config.paths.of("samples")
-    notify = print_line if progress else lambda line: None
+    path, notify = config.paths.of("samples"), print_line if progress else lambda line: None
     meta: dict[str, Any] = {"config": to_dict(config)}
     with (
         write_artifact(path, "samples", meta, overwrite=overwrite) as draft,
         connect(spec.samples.tables) as engine,
     ):
         notify("reading and joining tables")
-        join = LabelJoin.open(engine, spec, as_location(config.paths.raw), notify)
-        if join.labelled:
-            meta[META] = join.labelled.facts
-            join.labelled.save(engine, draft / UNSETTLED, notify)
+        join = _open_join(config, engine, draft, meta, notify)
         joined = join.join(join.interactions)
         logged = _label_and_split(join, joined, notify)
         meta["matches"] = report_matches(join, joined, logged.rows, notify)
@@ -164,11 +160,27 @@ def make_samples(
                 write_table(draft / "items.parquet", tables[0])
             else:
                 write_users(draft, spec, tables, histories)
+    return _result(path, meta, engine.warnings)
+
+
+def _result(path: Path, meta: Mapping[str, Any], warnings: Sequence[str]) -> SamplesResult:
     names = ("rows", "positives", "users", "items", "matches")
     facts = {name: meta[name] for name in names}
     return SamplesResult(
-        path=str(path), warnings=tuple(engine.warnings), label_join=meta.get(META, {}), **facts
+        path=str(path), warnings=tuple(warnings), label_join=meta.get(META, {}), **facts
     )
+
+
+def _open_join(
+    config: Config, engine: Engine, draft: Path, meta: dict[str, Any], notify: Callable[[str], None]
+) -> LabelJoin:
+    """Open all tables; join and count the feedback, and save what is not settled."""
+    spec, raw = SampleSpec.of(config), as_location(config.paths.raw)
+    join = LabelJoin.open(engine, spec, raw, notify)
+    if join.labelled:
+        meta[META] = join.labelled.facts
+        join.labelled.save(engine, draft / UNSETTLED, notify)
+    return join
 
 
 def _label_and_split(
