@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 TRIALS_SHOWN = 10
 TASK_METRICS = ("auc", "gauc", "log_loss", "calibration", "base_rate", "rows")
-TITLES = {"ranking": "Ranking", "retrieval": "Retrieval over the whole catalogue"}
+TITLES = {
+    "ranking": "Ranking",
+    "retrieval": "Retrieval over the whole catalogue",
+    "events": "Retrieval event by event, as it is served",
+}
+NESTED = ("by_history", "sampled")
+"""Parts of the metrics by event that have tables of their own."""
 
 
 def render_evaluation(report: Mapping[str, Any]) -> str:
@@ -36,13 +42,48 @@ def render_evaluation(report: Mapping[str, Any]) -> str:
         rows = [
             [metric, *(_format_metric(metrics.get(metric)) for metrics in columns.values())]
             for metric in report[stage]
+            if metric not in NESTED
         ]
         parts.append(f"{title}{suffix}\n{table([stage, *columns], rows)}")
+        if stage == "events":
+            parts += _render_event_groups(columns)
         if stage == "ranking" and report.get("tasks"):
             parts.append(f"Tasks{suffix}\n{_render_tasks(report['tasks'], baselines)}")
     if report.get("notes"):
         parts.append("\n".join(report["notes"]))
     return "\n\n".join(parts)
+
+
+def _render_event_groups(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Format the metrics by length of the history, and those with sampled negatives."""
+    model = columns["model"]
+    first = next(iter(model))
+    others = (first, first.replace("hit_rate", "ndcg"))
+    rows = [
+        [
+            name,
+            bucket["events"],
+            metric,
+            *(_format_metric(each["by_history"][name][metric]) for each in columns.values()),
+        ]
+        for name, bucket in model["by_history"].items()
+        for metric in others
+        if bucket["events"]
+    ]
+    parts = [
+        "Events by the number of items that the user took before\n"
+        + table(["items before", "events", "metric", *columns], rows)
+    ]
+    if "sampled" in model:
+        negatives = model["sampled"]["negatives"]
+        rows = [
+            [metric, *(_format_metric(each["sampled"][metric]) for each in columns.values())]
+            for metric in model["sampled"]
+            if metric != "negatives"
+        ]
+        heading = f"Events with {negatives} sampled items instead of the catalogue (biased)"
+        parts.append(f"{heading}\n{table(['sampled', *columns], rows)}")
+    return parts
 
 
 def _render_tasks(tasks: Mapping[str, Any], baselines: Mapping[str, Any]) -> str:

@@ -252,6 +252,13 @@ class Evaluate:
     """Weight of recall in F-beta."""
     batch_size: PositiveInt = 32_768
     """Rows of a batch on each rank."""
+    events: NonNegativeInt = 20_000
+    """Number of positive rows on which retrieval is also measured event by event, with the user's
+    history before each; of more rows, about every n-th is taken. Needs a split that follows time.
+    0: not measured."""
+    sampled_negatives: NonNegativeInt = 0
+    """Also measure events with so many sampled items instead of the whole catalogue, such as 99.
+    Only to compare with papers that do so: the metrics are biased. 0: not measured."""
     seen: SeenItems = "taken"
     """Which items count as seen by a user. Retrieval and its baselines leave these items out, and
     so does recommend(..., skip_seen=True). taken: items of rows with label 1. shown: items of all

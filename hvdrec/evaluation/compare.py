@@ -12,6 +12,7 @@ import psutil
 
 from hvdrec.config import Config
 from hvdrec.evaluation.baselines import Baselines, fit_baselines
+from hvdrec.evaluation.events import Events, read_events
 from hvdrec.evaluation.held_out import (
     Interactions,
     RetrievalQueries,
@@ -34,8 +35,12 @@ from hvdrec.samples.split import SPLITS, STATES
 from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.parquet import read_metadata, read_tables
 
-CHOICE_USERS, CHOICE_ROWS = 10_000, 500_000
-"""Largest numbers of validation users and rows that are used to choose a baseline's setting."""
+CHOICE_USERS, CHOICE_ROWS, CHOICE_EVENTS = 10_000, 500_000, 2_000
+"""Largest numbers of validation users, rows and events that are used to choose a baseline's
+setting."""
+RECENT_DAYS = (1, 3, 7, 30, 90)
+"""Numbers of days that are tried for recent popularity."""
+_EventPair = tuple[Events, Events]
 
 
 def compare(
@@ -44,6 +49,8 @@ def compare(
     rows: ScoredRows | None,
     queries: RetrievalQueries | None,
     ease_items: int,
+    *,
+    with_events: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Fit the baselines on the training rows and measure them; all ranks return the same report.
 
@@ -57,22 +64,26 @@ def compare(
         rows: Rows of the split, for ranking metrics; None to leave these metrics out.
         queries: Queries of the split, for retrieval metrics; None to leave these metrics out.
         ease_items: Largest number of items for which EASE is fitted.
+        with_events: True to measure retrieval event by event, too.
 
     Returns:
         Name of each baseline -> its metrics; and lines of text about the baselines.
     """
     train = read_interactions(config.paths.of("features"), ["train"])
     # Only one rank fits the item-item models, since each needs a matrix [items, items].
-    item_item, notes = ranks.broadcast_object(
+    others, notes = ranks.broadcast_object(
         ranks.run_on_all(
             lambda: (
-                _item_item_baselines(config, split, train, rows, ease_items)
+                _first_rank_baselines(config, split, train, rows, ease_items, with_events)
                 if ranks.current().is_first
                 else None
             )
         )
     )
-    return {**_mean_baselines(config, train, rows, queries), **item_item}, notes
+    reports = _mean_baselines(config, train, rows, queries)
+    for name, report in others.items():
+        reports[name] = reports.get(name, {}) | report
+    return reports, notes
 
 
 def _mean_baselines(
@@ -115,12 +126,17 @@ def _task_baselines(config: Config, train: Interactions, rows: ScoredRows) -> di
     }
 
 
-def _item_item_baselines(
-    config: Config, split: str, train: Interactions, rows: ScoredRows | None, ease_items: int
+def _first_rank_baselines(
+    config: Config,
+    split: str,
+    train: Interactions,
+    rows: ScoredRows | None,
+    ease_items: int,
+    with_events: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the metrics of co-occurrence and EASE, and lines of text about them.
+    """Return the metrics of popularity by event, co-occurrence and EASE, and lines about them.
 
-    The setting of each is chosen on the validation split, separately for ranking and retrieval.
+    Settings are chosen on the validation split, separately for ranking, retrieval and events.
     """
     items = _counts(config)[1]
     taken = _taken(config, train)
@@ -133,13 +149,24 @@ def _item_item_baselines(
     notes = [obstacle] if obstacle else []
     reports: dict[str, Any] = {}
     with ranks.single_rank():
-        to_choose = _measures(config, "validation", validation, most_users=CHOICE_USERS)
-        to_report = _measures(config, split, rows)
+        events: _EventPair | None = None
+        if with_events:
+            most = config.evaluate.events
+            events = (
+                read_events(config, "validation", min(CHOICE_EVENTS, most)),
+                read_events(config, split, most),
+            )
+            reports, note = _popularity_by_event(config, train, *events)
+            notes += note
+        to_choose = _measures(
+            config, "validation", validation, events and events[0], most_users=CHOICE_USERS
+        )
+        to_report = _measures(config, split, rows, events and events[1])
         for make in (cooccurrence,) if obstacle else (cooccurrence, ease):
             family = make(taken)
-            reports[family.name], note = _chosen_report(config, family, to_choose, to_report)
-            notes.append(note)
-    names = " and ".join(reports)
+            reports[family.name], line = _chosen_report(config, family, to_choose, to_report)
+            notes.append(line)
+    names = " and ".join(name for name in ("cooccurrence", "ease") if name in reports)
     if split == "validation":
         notes.append(f"{names}: settings were chosen on the rows that are measured here")
     if rows is not None:
@@ -154,7 +181,7 @@ def _chosen_report(
     to_report: Mapping[str, Measure],
 ) -> tuple[dict[str, Any], str]:
     """Choose the setting of a family of models; return the chosen models' metrics and a line."""
-    by = _choice_metrics(config)
+    by = {group: name for group, name in _choice_metrics(config).items() if group in to_choose}
     chosen = choose(family, by, to_choose)
     report: dict[str, Any] = {"chosen": chosen}
     for value in sorted({choice[family.setting] for choice in chosen.values()}):
@@ -172,7 +199,7 @@ def _chosen_report(
 def _choice_metrics(config: Config) -> dict[str, str]:
     """Return the metrics by which settings are chosen: that of early stopping if it applies.
 
-    The result has one metric for ``ranking`` and one for ``retrieval``.
+    The result has one metric each for ``ranking``, ``retrieval`` and ``events``.
     """
     name, objective = config.train.metric, config.train.objective
     by: dict[str, str] = {}
@@ -180,13 +207,18 @@ def _choice_metrics(config: Config) -> dict[str, str]:
         by["ranking"] = "gauc" if name == "gauc" else "auc"
     if objective != "ranking":
         by["retrieval"] = f"{'ndcg' if name == 'ndcg' else 'recall'}@{config.evaluate.k[0]}"
+        by["events"] = f"ndcg@{config.evaluate.k[0]}"
     return by
 
 
 def _measures(
-    config: Config, split: str, rows: Interactions | None, most_users: int | None = None
+    config: Config,
+    split: str,
+    rows: Interactions | None,
+    events: Events | None,
+    most_users: int | None = None,
 ) -> dict[str, Measure]:
-    """Return ``ranking`` and ``retrieval`` -> a function that measures a model on a split."""
+    """Return ``ranking``, ``retrieval`` and ``events`` -> a function that measures a model."""
     measures: dict[str, Measure] = {}
     features = config.paths.of("features")
     state = user_state(read_manifest(features, "features"), split)
@@ -204,7 +236,35 @@ def _measures(
         measures["retrieval"] = lambda model: queries.item_item_metrics(
             replace(model, taken=taken), config.evaluate.k
         )
+    if events is not None:
+        measures["events"] = lambda model: events.report(events.item_item_ranks(model), config)
     return measures
+
+
+def _popularity_by_event(
+    config: Config, train: Interactions, to_choose: Events, to_report: Events
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the metrics by event of popularity and of recent popularity, and lines about them.
+
+    The number of days of recent popularity is chosen on validation events.
+    """
+    popularity = _fit(config, train).popularity
+    report = to_report.report(to_report.popularity_ranks(popularity), config)
+    reports: dict[str, Any] = {"popularity": {"events": report}}
+    if to_report.day is None:
+        return reports, ["recent_popularity: left out, the samples have no times in days"]
+    name = _choice_metrics(config)["events"]
+    measured = {
+        days: to_choose.report(to_choose.recent_ranks(days), config)[name] for days in RECENT_DAYS
+    }
+    days = max(measured, key=lambda each: measured[each])
+    chosen = {"events": {"days": days, name: measured[days]}}
+    reports["recent_popularity"] = {
+        "chosen": chosen,
+        "events": to_report.report(to_report.recent_ranks(days), config),
+    }
+    note = f"recent_popularity: days = {days} for events (validation {name} {measured[days]:.4f})"
+    return reports, [note]
 
 
 def _taken(config: Config, rows: Interactions) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -15,6 +16,8 @@ from hvdrec.config import Config
 from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import CHOICE_USERS, compare
+from hvdrec.evaluation.event_metrics import describe_events
+from hvdrec.evaluation.events import obstacle, read_events, user_rows
 from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of, user_state
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.references import (
@@ -41,6 +44,10 @@ BLOCK = 8192
 OLD_FEATURES = (
     "retrieval: users are as of the end of training, without their validation rows, because an "
     "earlier version wrote the features; run hvdrec samples and hvdrec prepare with --overwrite"
+)
+SAMPLED_IS_BIASED = (
+    "events, sampled: metrics over a few sampled items are biased and may order models wrongly; "
+    "use them only to compare with papers that report them"
 )
 
 
@@ -86,9 +93,16 @@ def evaluate_model(
         notes += queries.notes(split, config.evaluate.seen)
         if state != user_states(config.samples.split.method)[split]:
             notes.append(OLD_FEATURES)
-    if with_baselines:
-        report["baselines"], remarks = compare(config, split, rows, queries, ease_items)
+        events, remarks = _events(model, config, split, fetch_rows)
+        report |= {"events": events} if events else {}
         notes += remarks
+    if with_baselines:
+        report["baselines"], remarks = compare(
+            config, split, rows, queries, ease_items, with_events="events" in report
+        )
+        notes += remarks
+    if "events" in report:
+        notes += _events_notes(report, config)
     report["worse_than"] = _worse_than(config, split, report)
     if report["worse_than"]:
         notes.append(f"the model is worse than {describe_worse(report['worse_than'])}")
@@ -204,25 +218,37 @@ def embed_side(
     The ranks share the work. `state`, one of `samples.split.STATES`, says as of the end of which
     split the users are embedded.
     """
-    world, device = ranks.current(), next(model.parameters()).device
+    world = ranks.current()
     name = f"{side}s.parquet" if state == "train" else f"{side}s_{state}.parquet"
     table = read_table(config.paths.of("features") / name)
     start, stop = part_of(table.num_rows, world.rank, world.size)
-    features = config.schema.side(side)
+    largest = math.ceil(table.num_rows / world.size)
+    mine = _embed(model, config, side, table.slice(start, stop - start), largest, fetch_rows)
+    return ranks.gather_arrays(mine)
+
+
+def _embed(
+    model: Recommender,
+    config: Config,
+    side: Literal["user", "item"],
+    table: pa.Table,
+    largest: int,
+    fetch_rows: FetchRows | None,
+) -> Array:
+    """Return the tower's embeddings of this rank's rows; no rank has more than `largest` rows."""
+    device, features = next(model.parameters()).device, config.schema.side(side)
     represent = model.represent_users if side == "user" else model.represent_items
     blocks: list[Array] = [np.empty((0, model.output_width), np.float32)]
     # All ranks run the same number of steps, because a lookup may need all ranks.
-    steps = math.ceil(math.ceil(table.num_rows / world.size) / BLOCK)
     with torch.inference_mode():
-        for step in range(steps):
-            first = min(start + step * BLOCK, stop)
-            arrays = table_arrays(table.slice(first, min(BLOCK, stop - first)), features)
+        for step in range(math.ceil(largest / BLOCK)):
+            arrays = table_arrays(table.slice(step * BLOCK, BLOCK), features)
             codes = {name: torch.from_numpy(array) for name, array in arrays.items()}
             rows = fetch_rows(codes) if fetch_rows is not None else None
             codes = {name: code.to(device) for name, code in codes.items()}
             vectors = represent(codes, rows)[:, : model.output_width]
             blocks.append(vectors.float().cpu().numpy())
-    return ranks.gather_arrays(np.concatenate(blocks))
+    return np.concatenate(blocks)
 
 
 def _ranking(
@@ -248,3 +274,33 @@ def _retrieval(
     users = embed_side(model, config, "user", fetch_rows, state)
     items = embed_side(model, config, "item", fetch_rows)
     return queries, queries.metrics(users, items, config.evaluate.k)
+
+
+def _events(
+    model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the metrics of retrieval event by event; without them, a line with the reason."""
+    if not config.evaluate.events:
+        return {}, []
+    reason = ranks.broadcast_object(obstacle(config))
+    if reason:
+        return {}, [reason]
+    events = ranks.run_on_all(lambda: read_events(config, split, config.evaluate.events))
+    if not len(events):
+        return {}, ["events: n/a, no positive row has an item that is new to its user"]
+    world = ranks.current()
+    mine = events.take(slice(*part_of(len(events), world.rank, world.size)))
+    rows = ranks.run_on_all(lambda: user_rows(config, split, mine.row))
+    largest = math.ceil(len(events) / world.size)
+    users = _embed(model, config, "user", rows, largest, fetch_rows)
+    items = embed_side(model, config, "item", fetch_rows)
+    rank = ranks.gather_arrays(mine.vector_ranks(users, items))
+    return events.report(rank, config), []
+
+
+def _events_notes(report: Mapping[str, Any], config: Config) -> list[str]:
+    """Return a sentence about the events, and a warning about sampled metrics."""
+    baselines = report.get("baselines", {})
+    by_event = {name: each["events"] for name, each in baselines.items() if "events" in each}
+    notes = [describe_events(report["events"], by_event, config.evaluate.k[0])]
+    return notes + ([SAMPLED_IS_BIASED] if config.evaluate.sampled_negatives else [])

@@ -27,8 +27,10 @@ class EvaluationResult:
         tasks: Ranking metrics of each task; None without tasks.
         retrieval: Metrics over the whole catalogue; None if the towers were not trained to
             retrieve.
-        baselines: ``ranking``, ``tasks`` and ``retrieval`` of each baseline; None if the baselines
-            were left out.
+        events: Metrics of retrieval event by event, as it is served; see
+            `evaluation.event_metrics.event_report`. None if they were left out.
+        baselines: ``ranking``, ``tasks``, ``retrieval`` and ``events`` of each baseline; None if
+            the baselines were left out.
         notes: Lines of text: what is left out, why a metric is not defined, and which settings of
             the baselines were chosen.
         worse_than: An entry for each simple baseline that is better than the model, with
@@ -42,6 +44,7 @@ class EvaluationResult:
     ranking: Metrics | None = None
     tasks: Mapping[str, Metrics] | None = None
     retrieval: Metrics | None = None
+    events: Metrics | None = None
     baselines: Mapping[str, Mapping[str, Any]] | None = None
     notes: Sequence[str] | None = None
     worse_than: Sequence[Mapping[str, Any]] | None = None

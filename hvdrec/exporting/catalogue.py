@@ -16,16 +16,13 @@ from numpy.typing import NDArray
 from hvdrec.config import Config
 from hvdrec.config.names import file_name
 from hvdrec.exporting.embed import key_array
-from hvdrec.exporting.known_rows import DAY, KNOWN_UNTIL, comparable_times, latest_of_each
+from hvdrec.exporting.known_rows import KNOWN_UNTIL, latest_of_each
 from hvdrec.features.raw import one_chunk
 from hvdrec.samples.split import SPLITS, STATES
+from hvdrec.samples.times import DAY, comparable_times, epoch_seconds
 from hvdrec.storage.parquet import read_table
 
 Array = NDArray[Any]
-EPOCH_SECONDS = (1e8, 1e11)
-"""Smallest and largest number taken for a time in seconds since 1970 (years 1973 to 5138). Numbers
-that are 1e3, 1e6 or 1e9 times as large are milli-, micro- or nanoseconds. Smaller numbers are not
-times."""
 
 
 def write_catalogue(
@@ -175,21 +172,10 @@ def _rows(keys: pa.ChunkedArray, stored: pa.ChunkedArray) -> Array:
     return rows.astype(np.int64)
 
 
-def _seconds(time: Array, time_type: str) -> Array | None:
-    """Convert times to seconds, float64 [n]; return None if the numbers cannot be times."""
-    if time_type == "timestamp":
-        return time
-    latest = time.max(initial=0.0)
-    for divisor in (1.0, 1e3, 1e6, 1e9):
-        if EPOCH_SECONDS[0] <= latest / divisor < EPOCH_SECONDS[1]:
-            return np.asarray(time / divisor)
-    return None
-
-
 def _trending(log: _Log, days: float, items: int) -> Array | None:
     if log.time is None or not len(log.time):
         return None
-    seconds = _seconds(log.time, log.time_type)
+    seconds = epoch_seconds(log.time, log.time_type)
     if seconds is None:
         return None
     recent = seconds > seconds.max() - days * DAY

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hvdrec.samples.times import comparable_times
 from hvdrec.scoring.array_files import read_array, read_vector
 from hvdrec.scoring.bundle import BundleInfo
 
 Array = NDArray[Any]
-DAY = 86_400
 KNOWN_UNTIL = "users/known_until.npy"
 REMEDY = (
     "to score held-out rows, give raw user features, or export with --export.users-as-of train "
@@ -27,24 +27,6 @@ REMEDY = (
 )
 TRAINED = "scores of training rows are too good, those of held-out rows are not"
 """Text of a warning if the stored users depend only on the training split."""
-
-
-def comparable_times(column: pa.ChunkedArray | pa.Array) -> tuple[str, Array] | None:
-    """Convert a column of times to numbers that can be compared.
-
-    Returns:
-        For dates and timestamps, "timestamp" and seconds since 1970; for numbers, "number" and the
-        values themselves. The numbers are float64 [n], NaN for null. None for other columns.
-    """
-    dtype = column.type
-    if pa.types.is_timestamp(dtype):
-        units = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}
-        return "timestamp", _floats(column.cast(pa.int64())) / units[dtype.unit]
-    if pa.types.is_date(dtype):
-        return "timestamp", _floats(column.cast(pa.date32()).cast(pa.int32())) * DAY
-    if pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_decimal(dtype):
-        return "number", _floats(column)
-    return None
 
 
 def latest_of_each(user: Array, time: Array, users: int) -> Array:
@@ -131,9 +113,3 @@ class KnownRows:
         if not len(self._keys):
             return np.full(len(wanted), -1)
         return np.where(self._keys[row] == wanted, row, -1)
-
-
-def _floats(column: pa.ChunkedArray | pa.Array) -> Array:
-    values = column.cast(pa.float64(), safe=False).fill_null(np.nan)
-    is_chunked = isinstance(values, pa.ChunkedArray)
-    return np.asarray(values.to_numpy() if is_chunked else values.to_numpy(zero_copy_only=False))

@@ -45,6 +45,45 @@ def test_the_model_beats_the_mean_baselines(small_run: SmallRun) -> None:
     }
 
 
+def test_events_are_measured_as_the_scorer_answers_them(small_run: SmallRun) -> None:
+    scorer = Scorer.load(small_run.work / "bundle")
+    splits = ("train", "validation", "test")
+    rows = [
+        {**row, "split": number}
+        for number, split in enumerate(splits)
+        for row in pq.read_table(small_run.work / "samples" / split).to_pylist()
+    ]
+    catalogue = pq.read_table(small_run.work / "samples/items.parquet")["item_id"].to_pylist()
+    width = 8  # of the towers' outputs; the inputs that only the ranker reads follow
+    items = scorer.embed_items(catalogue)[:, :width]
+    ranks = []
+    for row in rows:
+        if row["split"] < 2 or not row["label"]:
+            continue
+        seen = {
+            other["item_id"]
+            for other in rows
+            if other["user_id"] == row["user_id"] and other["label"] and other["time"] < row["time"]
+        }
+        if row["item_id"] not in seen:
+            user = scorer.embed_user({name: row[name] for name in ("user_id", "clicks", "age")})
+            order = [catalogue[i] for i in np.argsort(-(items @ user[:width]))]
+            ranks.append([item for item in order if item not in seen].index(row["item_id"]) + 1)
+    rank = np.array(ranks)
+    report = small_run.report["events"]
+    assert report["events"] == len(rank)
+    for k in (5, 10):
+        assert report[f"hit_rate@{k}"] == pytest.approx((rank <= k).mean())
+        gains = np.where(rank <= k, 1 / np.log2(rank + 1), 0)
+        assert report[f"ndcg@{k}"] == pytest.approx(gains.mean())
+    baselines = small_run.report["baselines"]
+    assert {name for name, each in baselines.items() if "events" in each} == {
+        "popularity",
+        "cooccurrence",
+        "ease",
+    }
+
+
 def test_baseline_settings_are_chosen_on_validation(small_run: SmallRun) -> None:
     notes = small_run.report["notes"]
     for name, setting in (("cooccurrence", "neighbours"), ("ease", "l2")):
@@ -55,6 +94,7 @@ def test_baseline_settings_are_chosen_on_validation(small_run: SmallRun) -> None
         chosen = found["chosen"]
         assert chosen["ranking"].keys() == {setting, "auc"}
         assert chosen["retrieval"].keys() == {setting, "recall@5"}
+        assert chosen["events"].keys() == {setting, "ndcg@5"}
         value = chosen["retrieval"][setting]
         assert any(n.startswith(f"{name}: {setting} = ") and f"{value:g} for" in n for n in notes)
     # A report on validation shows the very metrics by which the choice was made.
