@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hvdrec.features.prepare import PrepareResult, prepare
     from hvdrec.planner.plan import PlanResult, plan
     from hvdrec.samples import SamplesResult, make_samples
+    from hvdrec.samples.delay import DelayResult, measure_delays
     from hvdrec.scoring import Scorer
     from hvdrec.training.evaluate_run import EvaluationResult, evaluate
     from hvdrec.training.trainer import TrainResult, train
@@ -41,6 +42,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "Config",
+    "DelayResult",
     "EvaluationResult",
     "ExportResult",
     "PlanResult",
@@ -55,6 +57,7 @@ __all__ = [
     "export",
     "load_config",
     "make_samples",
+    "measure_delays",
     "plan",
     "prepare",
     "train",
@@ -65,6 +68,7 @@ _EXPORTS = {
     "hvdrec.config": ("Config", "load_config"),
     "hvdrec.errors": ("UserError",),
     "hvdrec.samples": ("SamplesResult", "make_samples"),
+    "hvdrec.samples.delay": ("DelayResult", "measure_delays"),
     "hvdrec.features.prepare": ("PrepareResult", "prepare"),
     "hvdrec.training.trainer": ("TrainResult", "train"),
     "hvdrec.training.evaluate_run": ("EvaluationResult", "evaluate"),

@@ -1,4 +1,4 @@
-"""The commands that prepare data: data, samples, prepare."""
+"""The commands that prepare data: data, samples, delay, prepare."""
 
 from __future__ import annotations
 
@@ -46,6 +46,42 @@ def samples(options: argparse.Namespace) -> Answer:
     rows = [[split, count, result.positives[split]] for split, count in result.rows.items()]
     text = table(["split", "rows", "positives"], rows) + f"\nwrote {result.path}"
     return Answer(result.to_dict(), "\n".join([text, *(f"warning: {w}" for w in result.warnings)]))
+
+
+@command(
+    CONFIG,
+    argument(
+        "--share",
+        type=float,
+        default=0.95,
+        help="share of the positives that the window must catch (default: 0.95)",
+    ),
+    argument(
+        "--within",
+        default="",
+        metavar="DURATION",
+        help="longest window to examine, such as 7d (default: ten times the configured one, as far "
+        "as the log reaches)",
+    ),
+    argument("--html", type=Path, metavar="FILE", help="also write a page with the curves"),
+    example="hvdrec delay shop.toml --share 0.95 --within 7d --html delays.html",
+    notes="The configuration needs [[samples.feedback]]; see docs/label-join.md.\n\n",
+    fields=("paths", "samples"),
+)
+def delay(options: argparse.Namespace) -> Answer:
+    """Measure how late feedback comes, and recommend a label window for each action."""
+    from hvdrec.cli.delay_text import render_delays
+    from hvdrec.errors import write_errors_named
+    from hvdrec.samples.delay import measure_delays
+    from hvdrec.samples.delay_html import render_html
+
+    result = measure_delays(load_config(options), share=options.share, within=options.within)
+    text = render_delays(result)
+    if options.html:
+        with write_errors_named(options.html):
+            options.html.write_text(render_html(result), encoding="utf-8")
+        text += f"\nwrote {options.html}"
+    return Answer(result.to_dict(), text)
 
 
 @command(

@@ -8,8 +8,8 @@ The relations have these internal columns:
 
 - exposures: the columns of the table, and CLOCK, the time of the exposure;
 - feedback: ON + "0", "1", ... (the keys), KEY + "0", ... (the identity), TIME and VALUE (float64);
-- matches: the columns of the feedback, SHOWN + "0", ... (the identity of the exposure), DELAY
-  (not negative) and SETTLED.
+- matches: the columns of the feedback, SHOWN + "0", ... (the identity of the exposure), SHOWN_AT
+  (its time), DELAY (not negative) and SETTLED.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def match(
         pairs = _touched(pairs, feedback.columns, numbered(SHOWN, len(key)), options.touch)
     delay = ibis.greatest(pairs[DELAY], 0)
     pairs = pairs.mutate(**{DELAY: delay, SETTLED: pairs[SHOWN_AT] < settled_from})
-    return pairs.select(*feedback.columns, *numbered(SHOWN, len(key)), DELAY, SETTLED)
+    columns = [*feedback.columns, *numbered(SHOWN, len(key)), SHOWN_AT, DELAY, SETTLED]
+    return pairs.select(*columns)
 
 
 def add_labels(
