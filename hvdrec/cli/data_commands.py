@@ -95,15 +95,21 @@ def delay(options: argparse.Namespace) -> Answer:
     ),
     OVERWRITE,
     WORKERS,
+    argument(
+        "--engine",
+        choices=("duckdb", "spark"),
+        default="duckdb",
+        help="duckdb (default) works in this process and its workers, spark in the executors that "
+        "Spark's own settings name; both write the same shards",
+    ),
     example="hvdrec prepare configs/movielens-1m.toml --workers 2",
     fields=ALL_FIELDS,
 )
 def prepare(options: argparse.Namespace) -> Answer:
     """Fit the features on the training split and encode all shards."""
-    from hvdrec.features.prepare import prepare_with
-    from hvdrec.parallel.pool import open_pool
+    from hvdrec.features.prepare import open_workers, prepare_with
 
-    with open_pool(options.workers) as pool:
+    with open_workers(options.engine, options.workers) as pool:
         if pool is None:  # the first rank of the MPI job answers
             return Answer({}, "")
         result = prepare_with(

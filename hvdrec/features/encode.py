@@ -9,10 +9,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import onnx
@@ -26,8 +27,9 @@ from hvdrec.config.data_sections import Encode
 from hvdrec.config.schema import Schema, Side
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_file
+from hvdrec.features.duckdb_split import open_duckdb_split
 from hvdrec.features.encoder import Encoder, KeyRows
-from hvdrec.features.fit import Fitted, fit
+from hvdrec.features.fit import Fitted, OpenSplit, fit
 from hvdrec.features.graph import build
 from hvdrec.features.grow import grow
 from hvdrec.features.raw import one_chunk
@@ -35,6 +37,7 @@ from hvdrec.features.reading import count_rows, read_tables
 from hvdrec.features.sample_checks import check_columns, check_file, check_task_labels
 from hvdrec.features.shards import encoded_types, parquet_writer, shard_types
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
+from hvdrec.parallel.spark import SparkPool
 from hvdrec.storage.artifacts import (
     MADE_FROM,
     Manifest,
@@ -52,11 +55,19 @@ SIDE_FILES: dict[Side, str] = {"user": "users_train.parquet", "item": "items.par
 
 @dataclass(frozen=True)
 class _Job:
-    """What all tasks share: directory of the samples, draft of the features, label columns."""
+    """What all tasks share.
+
+    Attributes:
+        samples: Directory of the samples.
+        draft: Directory in which the features are written.
+        labels: Columns of the labels of tasks.
+        number: Differs between runs: a process of a cluster may work for several.
+    """
 
     samples: Path
     draft: Path
     labels: tuple[str, ...] = ()
+    number: str = field(default_factory=lambda: uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,11 @@ def encode(
     before = None if parent is None else _read_parent(parent, meta)
     with write_artifact(out, "features", meta, overwrite=overwrite) as draft:
         notify("fitting features")
-        options = config.grow
-        fitted = fit(samples, schema) if before is None else grow(samples, schema, before, options)
+        split = _split_opener(workers, draft)
+        if before is None:
+            fitted = fit(samples, schema, split)
+        else:
+            fitted = grow(samples, schema, before, config.grow, split)
         fitted.save(draft)
         graph = build(fitted, [feature.name for feature in schema.features])
         onnx.save(graph, str(draft / "preprocess.onnx"))
@@ -157,6 +171,15 @@ def encode(
         finally:
             _state.cache_clear()
     return meta
+
+
+def _split_opener(workers: WorkerPool, scratch: Path) -> OpenSplit:
+    """Return how to open the training split where the workers are: here or on a cluster."""
+    if not isinstance(workers, SparkPool):
+        return partial(open_duckdb_split, scratch=scratch)
+    from hvdrec.features.spark_split import open_spark_split
+
+    return partial(open_spark_split, workers.session)
 
 
 def _first_facts(samples: Manifest, config: Config) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from hvdrec.config.names import file_name
 from hvdrec.config.schema import FIRST_CODE, Schema
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError, invalid_file, invalid_value
-from hvdrec.features.kinds.kind import FittedFeature, TrainingSplit, kind_of
+from hvdrec.features.duckdb_split import open_duckdb_split
+from hvdrec.features.kinds.kind import FittedFeature, kind_of
+from hvdrec.features.kinds.split import TrainingSplit
 from hvdrec.features.raw import ARROW_TYPES
 from hvdrec.features.sample_checks import check_columns, damaged
 from hvdrec.features.vocabulary import COUNT, DAY, VALUE, Vocabulary
@@ -126,7 +127,11 @@ class Fitted:
         return Fitted(schema, features, raw.get("generation", 0), raw.get("newest_day"))
 
 
-def fit(samples: Path, schema: Schema) -> Fitted:
+OpenSplit = Callable[[Path, Schema], AbstractContextManager[TrainingSplit]]
+"""Opens the training split of the samples in a directory with an engine."""
+
+
+def fit(samples: Path, schema: Schema, open_split: OpenSplit = open_duckdb_split) -> Fitted:
     """Learn vocabularies and statistics from the training split.
 
     If the rows are the same, the result is the same, bit for bit.
@@ -134,6 +139,7 @@ def fit(samples: Path, schema: Schema) -> Fitted:
     Args:
         samples: Directory that `hvdrec samples` wrote.
         schema: The features.
+        open_split: Opens the training split.
 
     Raises:
         UserError: There are no files, a column is missing or has a wrong type, or its values
@@ -141,24 +147,12 @@ def fit(samples: Path, schema: Schema) -> Fitted:
     """
     check_columns(samples / "train", schema)
     learned: dict[str, FittedFeature] = {}
-    with training_split(samples, schema) as split:
+    with open_split(samples, schema) as split:
         for feature in schema.features:
             if schema.vocabulary_of(feature) == feature.name:
                 learned[feature.name] = kind_of(feature).fit(feature, split)
         newest_day = split.newest_day
     return checked(Fitted(schema, shared(schema, learned), newest_day=newest_day))
-
-
-@contextmanager
-def training_split(samples: Path, schema: Schema) -> Iterator[TrainingSplit]:
-    """Open the rows of the training split for queries."""
-    import duckdb  # slow to import, so not at the top, where every rank would import it
-
-    # Escape the path, since it may contain wildcards.
-    pattern = glob.escape(str(samples / "train")) + "/*.parquet"
-    with duckdb.connect() as connection:
-        connection.execute("SET enable_progress_bar = false")
-        yield TrainingSplit(connection, pattern, schema.own_name("time"))
 
 
 def shared(schema: Schema, learned: Mapping[str, FittedFeature]) -> dict[str, FittedFeature]:

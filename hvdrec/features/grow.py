@@ -8,8 +8,10 @@ from pathlib import Path
 from hvdrec.config.data_sections import Grow
 from hvdrec.config.schema import Feature, Schema
 from hvdrec.errors import invalid_value
-from hvdrec.features.fit import Fitted, checked, shared, training_split
-from hvdrec.features.kinds.kind import FittedFeature, TrainingSplit, kind_of
+from hvdrec.features.duckdb_split import open_duckdb_split
+from hvdrec.features.fit import Fitted, OpenSplit, checked, shared
+from hvdrec.features.kinds.kind import FittedFeature, kind_of
+from hvdrec.features.kinds.split import TrainingSplit
 from hvdrec.features.sample_checks import check_columns
 from hvdrec.features.vocabulary import Growth
 
@@ -17,7 +19,13 @@ FIXED_FIELDS = ("side", "kind", "dtype", "dimension", "transform", "buckets", "s
 """Fields of a feature that decide what its codes mean or how wide its vectors are."""
 
 
-def grow(samples: Path, schema: Schema, before: Fitted, options: Grow) -> Fitted:
+def grow(
+    samples: Path,
+    schema: Schema,
+    before: Fitted,
+    options: Grow,
+    open_split: OpenSplit = open_duckdb_split,
+) -> Fitted:
     """Go on from fitted features with the training split of new samples.
 
     Args:
@@ -25,6 +33,7 @@ def grow(samples: Path, schema: Schema, before: Fitted, options: Grow) -> Fitted
         schema: The features now. Those that `before` lacks are fitted from the beginning.
         before: The earlier features, loaded with ``to_grow``.
         options: The ``[grow]`` section.
+        open_split: Opens the training split.
 
     Raises:
         UserError: The samples cannot be used; a feature has changed so that its codes would mean
@@ -35,7 +44,7 @@ def grow(samples: Path, schema: Schema, before: Fitted, options: Grow) -> Fitted
         if feature.name in before.features:
             _check_same(before.features[feature.name].feature, feature)
     learned: dict[str, FittedFeature] = {}
-    with training_split(samples, schema) as split:
+    with open_split(samples, schema) as split:
         growth = _growth(split, before, options)
         for feature in schema.features:
             if schema.vocabulary_of(feature) != feature.name:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hvdrec.config import Config
+from hvdrec.errors import invalid_value, unknown_name
 from hvdrec.features.encode import encode
 from hvdrec.parallel.pool import WorkerPool, open_pool
 from hvdrec.parallel.progress import show_progress
 from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.urls import as_location
+
+ENGINES = ("duckdb", "spark")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def prepare(
     overwrite: bool = False,
     workers: int = 0,
     progress: bool = True,
+    engine: str = "duckdb",
 ) -> PrepareResult:
     """Fit the features on the training split and encode all splits into shards.
 
@@ -61,18 +66,46 @@ def prepare(
         workers: Number of processes that share the work, except under mpirun; 0 for one per core,
             at most 8. The shards do not depend on it.
         progress: Show a progress bar on the first rank, or lines if there is no terminal.
+        engine: One of `ENGINES`: "duckdb" works in this process and its workers, "spark" in the
+            executors of the active session of Spark, or of a new one. Both write the same shards.
 
     Raises:
         UserError: The samples are missing or do not match the configuration or the earlier
             features, or there are features already. Then nothing is written.
     """
-    with open_pool(workers) as pool:
+    with open_workers(engine, workers) as pool:
         if pool is not None:
             return prepare_with(
                 pool, config, start_from=start_from, overwrite=overwrite, progress=progress
             )
     # The first rank of the MPI job has finished the artifact, and all ranks can read it.
     return _result(config, read_manifest(config.paths.of("features"), "features").meta)
+
+
+@contextmanager
+def open_workers(engine: str, workers: int) -> Iterator[WorkerPool | None]:
+    """Yield the workers of an engine, or None on all ranks of an MPI job but rank 0.
+
+    Args:
+        engine: One of `ENGINES`.
+        workers: Number of processes for "duckdb"; 0 for one per core, at most 8.
+
+    Raises:
+        UserError: The engine is unknown or cannot start, or does not take a number of workers.
+    """
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    if engine == "duckdb":
+        with open_pool(workers) as pool:
+            yield pool
+        return
+    from hvdrec.parallel.spark import SparkPool, spark_session
+
+    if workers:
+        problem = "has no effect with engine 'spark', which uses the executors of the cluster"
+        raise invalid_value("workers", workers, problem, "leave it out")
+    with spark_session("hvdrec prepare") as session:
+        yield SparkPool(session)
 
 
 def prepare_with(
@@ -83,7 +116,7 @@ def prepare_with(
     overwrite: bool = False,
     progress: bool = True,
 ) -> PrepareResult:
-    """Do what `prepare` does, with a pool of workers that is already open."""
+    """Do what `prepare` does, with workers that `open_workers` has opened."""
     with show_progress(progress) as display:
         meta = encode(
             config.paths.of("samples"),

@@ -5,8 +5,9 @@ A kind of your own subclasses `Kind` and is registered with `register_kind`.
 
 from hvdrec.config.kinds import register_kind
 from hvdrec.config.schema import Column, Feature
-from hvdrec.features.kinds.kind import FittedFeature, Kind, TrainingSplit
+from hvdrec.features.kinds.kind import FittedFeature, Kind
 from hvdrec.features.kinds.nodes import Nodes
+from hvdrec.features.kinds.split import TrainingSplit
 
 __all__ = [
     "Column",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hvdrec.config.schema import FIRST_CODE, MISSING, Column, Feature
-from hvdrec.features.kinds.kind import FittedFeature, Kind, TrainingSplit
+from hvdrec.features.kinds.kind import FittedFeature, Kind
 from hvdrec.features.kinds.nodes import Nodes, hash_coefficients
+from hvdrec.features.kinds.split import TrainingSplit
 
 
 class Crossed(Kind):

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pyarrow as pa
-
-from hvdrec.config.schema import FIRST_CODE, MISSING_INT, Column, Feature, FeatureKind
+from hvdrec.config.schema import FIRST_CODE, Feature, FeatureKind
 from hvdrec.features.kinds.nodes import Nodes
+from hvdrec.features.kinds.split import TrainingSplit
 from hvdrec.features.vocabulary import Growth, Vocabulary, first_vocabulary, grown_vocabulary
-
-if TYPE_CHECKING:
-    import duckdb
-
-_MISSING_SQL = {"string": "''", "int": f"CAST('{MISSING_INT}' AS BIGINT)", "float": "NULL"}
 
 
 @dataclass(frozen=True)
@@ -42,80 +34,6 @@ class FittedFeature:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
     since: int = 0
-
-
-class TrainingSplit:
-    """Queries over the rows of the training split, for fitting.
-
-    DuckDB streams the files. So memory depends on the number of distinct values of a feature, not
-    on the number of rows.
-    """
-
-    def __init__(self, connection: duckdb.DuckDBPyConnection, pattern: str, time: str = "") -> None:
-        """Open the Parquet files that match a pattern; `time` names the column of times, if any."""
-        self._connection = connection
-        self._rows = connection.read_parquet(pattern)
-        self._time = time
-
-    def values(self, column: Column) -> duckdb.DuckDBPyRelation:
-        """Return the values of a raw column, without missing ones, as column ``v`` of a relation.
-
-        For a column of lists, these are the entries of the lists. Column ``day`` is the day of the
-        row; null if the samples have no times.
-        """
-        name = _quoted(column.name)
-        value = f"unnest({name})" if column.is_list else name
-        values = self._rows.project(f"{value} AS v, {self._day} AS day")
-        return values.filter(f"v IS NOT NULL AND v IS DISTINCT FROM {_MISSING_SQL[column.dtype]}")
-
-    def occurrences(self, column: Column, after: float | None = None) -> pa.Table:
-        """Count the values of a raw column.
-
-        Args:
-            column: The column.
-            after: Count only rows later than this day, in days since 1970; None for all rows.
-
-        Returns:
-            Columns ``value``, ``count`` and ``day``: the newest day of a row with this value, null
-            if the samples have no times. Rows are sorted by decreasing count, then by value
-            (strings by their bytes). So the same data always gives the same codes.
-        """
-        counted = "count(*)" if after is None else f"count(*) FILTER (day > {after!r})"
-        values = self.values(column).aggregate(f"v, {counted} AS n, max(day) AS day", "v")
-        ordered = values.order("n DESC, v").project("v AS value, n AS count, day")
-        return ordered.to_arrow_table()
-
-    @cached_property
-    def newest_day(self) -> float | None:
-        """Day of the newest row, in days since 1970; None if the samples have no times."""
-        [(newest,)] = self._rows.aggregate(f"max({self._day})").fetchall()
-        return None if newest is None else float(newest)
-
-    @cached_property
-    def _day(self) -> str:
-        """SQL expression of a row's day; numbers are seconds, or ms, us or ns if they are large."""
-        types = dict(zip(self._rows.columns, map(str, self._rows.types), strict=True))
-        if self._time not in types:
-            return "CAST(NULL AS DOUBLE)"
-        name = _quoted(self._time)
-        if types[self._time].startswith(("TIMESTAMP", "DATE")):
-            return f"epoch({name}) / 86400"
-        [(largest,)] = self._rows.aggregate(f"max(abs(CAST({name} AS DOUBLE)))").fetchall()
-        divisor = next((d for d in (1e9, 1e6, 1e3) if (largest or 0) >= 1e8 * d), 1.0)
-        return f"CAST({name} AS DOUBLE) / {divisor * 86400!r}"
-
-    @contextmanager
-    def in_row_order(self) -> Iterator[None]:
-        """Run queries in the ``with`` body on one thread, so that sums of floats are repeatable."""
-        self._connection.execute("SET threads = 1")
-        try:
-            yield
-        finally:
-            self._connection.execute("RESET threads")
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 class Kind(FeatureKind):

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.config.schema import FIRST_CODE, MISSING, Feature
 from hvdrec.errors import invalid_value
-from hvdrec.features.kinds.kind import FittedFeature, Kind, TrainingSplit
+from hvdrec.features.kinds.kind import FittedFeature, Kind
 from hvdrec.features.kinds.nodes import Nodes
-
-if TYPE_CHECKING:
-    import duckdb
+from hvdrec.features.kinds.split import SortedNumbers, TrainingSplit, in_precision
 
 TYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "double": np.float64}
 LARGEST = 1e6
@@ -43,21 +41,19 @@ class Numeric(Kind):
         return feature.transform == "quantile"
 
     def fit(self, feature: Feature, split: TrainingSplit) -> FittedFeature:
-        """Learn mean and deviation, or the quantiles, which take 8 bytes of memory per row.
+        """Learn mean and deviation, or the quantiles.
 
         Raises:
             UserError: The values have no finite mean or deviation.
         """
         [column] = self.columns(feature)
-        numbers = split.values(column).project("CAST(v AS DOUBLE) AS v").filter("isfinite(v)")
         if feature.transform == "quantile":
-            values = numbers.to_arrow_table()["v"].to_numpy()
-            boundaries, precision = _quantiles(values, feature)
+            with split.sorted_numbers(column) as numbers:
+                boundaries, precision = _quantiles(numbers, feature)
             size = FIRST_CODE + len(boundaries) + 1
             statistics = {"boundaries": boundaries.tolist(), "precision": precision}
             return FittedFeature(feature, size, statistics=statistics)
-        with split.in_row_order():
-            mean, deviation = _moments(numbers, feature)
+        mean, deviation = _moments(split.moments(column, feature.transform), feature)
         return FittedFeature(feature, statistics={"mean": mean, "deviation": deviation})
 
     def compile(self, nodes: Nodes, fitted: FittedFeature, inputs: Sequence[str]) -> str:
@@ -90,7 +86,7 @@ def _bucket(nodes: Nodes, number: str, missing: str, boundaries: NDArray[Any]) -
     return nodes.add("Where", missing, nodes.integer(MISSING), code)
 
 
-def _quantiles(values: NDArray[np.float64], feature: Feature) -> tuple[NDArray[Any], str]:
+def _quantiles(numbers: SortedNumbers, feature: Feature) -> tuple[NDArray[Any], str]:
     """Return the boundaries between quantile buckets, ascending and distinct, and their precision.
 
     For each q = 1/buckets, 2/buckets, ..., a boundary lies between the q-quantile and the next
@@ -98,20 +94,16 @@ def _quantiles(values: NDArray[np.float64], feature: Feature) -> tuple[NDArray[A
     """
     buckets = feature.buckets
     # Use integers: with floats, rounding could give the next position.
-    positions = [-(-share * len(values) // buckets) - 1 for share in range(1, buckets)]
+    positions = [-(-share * numbers.count // buckets) - 1 for share in range(1, buckets)]
     positions = sorted({max(0, position) for position in positions})
-    if not positions or not len(values):
+    if not positions or not numbers.count:
         return np.empty(0), "double"
-    values = np.sort(values)
-    precision = "double"
-    if feature.dtype == "float" and _fit_float32(np.unique(values[positions])):
+    uppers, precision = np.unique(numbers.at(positions)), "double"
+    if feature.dtype == "float" and _fit_float32(uppers):
         precision = "float32"
-        largest = np.finfo(np.float32).max
-        values = np.clip(values, -largest, largest).astype(np.float32)
-    uppers = np.unique(values[positions])
-    first = np.searchsorted(values, uppers)
-    lowers = values[np.maximum(first - 1, 0)]
-    middles = (lowers / 2 + uppers / 2).astype(values.dtype)
+        uppers = np.unique(in_precision(uppers, np.float32))
+    lowers = numbers.largest_below(uppers)
+    middles = (lowers / 2 + uppers / 2).astype(uppers.dtype)
     # Use the upper value itself if there is no number between the two, or no lower value.
     return np.where((middles > lowers) & (middles < uppers), middles, uppers), precision
 
@@ -128,13 +120,9 @@ def _fit_float32(values: NDArray[np.float64]) -> bool:
     return len(np.unique(inexact)) == len(inexact)
 
 
-def _moments(numbers: duckdb.DuckDBPyRelation, feature: Feature) -> tuple[float, float]:
-    """Return mean and population standard deviation; (0, 1) without numbers, and 1 instead of 0."""
-    value = "sign(v) * ln(1 + abs(v))" if feature.transform == "log" else "v"
-    [(mean, deviation)] = numbers.aggregate(
-        f"avg({value}) AS m, stddev_pop({value}) AS d"
-    ).fetchall()
-    mean, deviation = mean or 0.0, deviation or 1.0
+def _moments(moments: tuple[float | None, float | None], feature: Feature) -> tuple[float, float]:
+    """Check mean and deviation; return (0, 1) without numbers, and deviation 1 instead of 0."""
+    mean, deviation = moments[0] or 0.0, moments[1] or 1.0
     if not (math.isfinite(mean) and math.isfinite(deviation)):
         problem = f"the training values have mean {mean} and deviation {deviation}"
         remedy = "both must be finite: use 'log' or 'quantile'"
