@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hvdrec.config.schema import Column, Schema
-from hvdrec.features.kinds.split import (
+from hvdrec.features.kinds.training_split import (
     MAGNITUDE_SQL,
     MISSING_SQL,
     SortedNumbers,

@@ -31,7 +31,7 @@ from hvdrec.features.duckdb_split import open_duckdb_split
 from hvdrec.features.encoder import Encoder, KeyRows
 from hvdrec.features.fit import Fitted, OpenSplit, fit
 from hvdrec.features.graph import build
-from hvdrec.features.grow import grow
+from hvdrec.features.grow import grow, growth_facts
 from hvdrec.features.raw import one_chunk
 from hvdrec.features.reading import count_rows, read_tables
 from hvdrec.features.sample_checks import check_columns, check_file, check_task_labels
@@ -149,15 +149,8 @@ def encode(
     before = None if parent is None else _read_parent(parent, meta)
     with write_artifact(out, "features", meta, overwrite=overwrite) as draft:
         notify("fitting features")
-        split = _split_opener(workers, draft)
-        if before is None:
-            fitted = fit(samples, schema, split)
-        else:
-            fitted = grow(samples, schema, before, config.grow, split)
-        fitted.save(draft)
-        graph = build(fitted, [feature.name for feature in schema.features])
-        onnx.save(graph, str(draft / "preprocess.onnx"))
-        meta |= {"sizes": fitted.sizes, "growth": _growth_facts(fitted)}
+        fitted = _write_fitted(draft, samples, config, before, workers)
+        meta |= {"sizes": fitted.sizes, "growth": growth_facts(fitted)}
         job = _Job(samples.absolute(), draft.absolute(), config.task_columns)
         try:
             counts = _write_splits(job, config.encode, meta, notify, progress, workers)
@@ -171,6 +164,21 @@ def encode(
         finally:
             _state.cache_clear()
     return meta
+
+
+def _write_fitted(
+    draft: Path, samples: Path, config: Config, before: Fitted | None, workers: WorkerPool
+) -> Fitted:
+    """Fit the features; write what was learned and the graph."""
+    split, schema = _split_opener(workers, draft), config.schema
+    if before is None:
+        fitted = fit(samples, schema, split)
+    else:
+        fitted = grow(samples, schema, before, config.grow, split)
+    fitted.save(draft)
+    graph = build(fitted, [feature.name for feature in schema.features])
+    onnx.save(graph, str(draft / "preprocess.onnx"))
+    return fitted
 
 
 def _split_opener(workers: WorkerPool, scratch: Path) -> OpenSplit:
@@ -195,20 +203,6 @@ def _read_parent(parent: Location, meta: dict[str, Any]) -> Fitted:
     """Load the features to go on from, and record them in the ``meta`` of the new ones."""
     meta[ANCESTORS] = descent(read_manifest(parent, "features"))
     return Fitted.load(parent, to_grow=True)
-
-
-def _growth_facts(fitted: Fitted) -> dict[str, dict[str, int]]:
-    """Return table -> numbers of admitted and evicted values and of free codes."""
-    facts: dict[str, dict[str, int]] = {}
-    for name in fitted.sizes if fitted.generation else ():
-        vocabulary = fitted.features[name].vocabulary
-        if vocabulary is not None:
-            admitted = vocabulary.admitted(fitted.generation)
-            if fitted.features[name].since == fitted.generation:
-                admitted = len(vocabulary.values)
-            numbers = (admitted, vocabulary.evicted, vocabulary.free)
-            facts[name] = dict(zip(("admitted", "evicted", "free"), numbers, strict=True))
-    return facts
 
 
 def _write_splits(

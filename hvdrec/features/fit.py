@@ -18,7 +18,7 @@ from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError, invalid_file, invalid_value
 from hvdrec.features.duckdb_split import open_duckdb_split
 from hvdrec.features.kinds.kind import FittedFeature, kind_of
-from hvdrec.features.kinds.split import TrainingSplit
+from hvdrec.features.kinds.training_split import TrainingSplit
 from hvdrec.features.raw import ARROW_TYPES
 from hvdrec.features.sample_checks import check_columns, damaged
 from hvdrec.features.vocabulary import COUNT, DAY, VALUE, Vocabulary

@@ -11,7 +11,7 @@ from hvdrec.errors import invalid_value
 from hvdrec.features.duckdb_split import open_duckdb_split
 from hvdrec.features.fit import Fitted, OpenSplit, checked, shared
 from hvdrec.features.kinds.kind import FittedFeature, kind_of
-from hvdrec.features.kinds.split import TrainingSplit
+from hvdrec.features.kinds.training_split import TrainingSplit
 from hvdrec.features.sample_checks import check_columns
 from hvdrec.features.vocabulary import Growth
 
@@ -57,6 +57,20 @@ def grow(
                 learned[feature.name] = replace(fitted, since=growth.generation)
     features = shared(schema, learned)
     return checked(Fitted(schema, features, growth.generation, growth.now))
+
+
+def growth_facts(fitted: Fitted) -> dict[str, dict[str, int]]:
+    """Return table -> numbers of admitted and evicted values and of free codes."""
+    facts: dict[str, dict[str, int]] = {}
+    for name in fitted.sizes if fitted.generation else ():
+        vocabulary = fitted.features[name].vocabulary
+        if vocabulary is not None:
+            admitted = vocabulary.admitted(fitted.generation)
+            if fitted.features[name].since == fitted.generation:
+                admitted = len(vocabulary.values)
+            numbers = (admitted, vocabulary.evicted, vocabulary.free)
+            facts[name] = dict(zip(("admitted", "evicted", "free"), numbers, strict=True))
+    return facts
 
 
 def _growth(split: TrainingSplit, before: Fitted, options: Grow) -> Growth:

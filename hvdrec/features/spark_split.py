@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hvdrec.config.schema import Column, Schema
 from hvdrec.errors import invalid_value
-from hvdrec.features.kinds.split import (
+from hvdrec.features.kinds.training_split import (
     MAGNITUDE_SQL,
     MISSING_SQL,
     SortedNumbers,

@@ -12,7 +12,7 @@ import pytest
 
 import hvdrec
 from hvdrec.config import Config, Encode, Feature, Paths, Samples
-from hvdrec.config.schema import MISSING_INT, Schema
+from hvdrec.config.schema import MISSING_INT
 from hvdrec.errors import UserError, invalid_value
 from hvdrec.features.duckdb_split import open_duckdb_split
 from hvdrec.features.spark_split import SparkSplit
@@ -144,12 +144,11 @@ def test_both_engines_fit_the_same(config: Config, spark: SparkSession) -> None:
     ids=lambda times: str(times.type),
 )
 def test_both_engines_see_the_same_days(
-    tmp_path: Path, times: pa.Array, spark: SparkSession
+    tmp_path: Path, times: pa.Array, config: Config, spark: SparkSession
 ) -> None:
     (tmp_path / "train").mkdir()
     pq.write_table(pa.table({"time": times}), tmp_path / "train" / "part-00000.parquet")
-    schema = Schema((Feature("user"), Feature("item", side="item")))
-    with open_duckdb_split(tmp_path, schema) as here:
+    with open_duckdb_split(tmp_path, config.schema) as here:
         assert here.newest_day is not None
         assert SparkSplit(spark, tmp_path / "train", "time").newest_day == here.newest_day
 

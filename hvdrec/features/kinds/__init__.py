@@ -7,7 +7,7 @@ from hvdrec.config.kinds import register_kind
 from hvdrec.config.schema import Column, Feature
 from hvdrec.features.kinds.kind import FittedFeature, Kind
 from hvdrec.features.kinds.nodes import Nodes
-from hvdrec.features.kinds.split import TrainingSplit
+from hvdrec.features.kinds.training_split import TrainingSplit
 
 __all__ = [
     "Column",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hvdrec.config.schema import FIRST_CODE, MISSING, Column, Feature
 from hvdrec.features.kinds.kind import FittedFeature, Kind
 from hvdrec.features.kinds.nodes import Nodes, hash_coefficients
-from hvdrec.features.kinds.split import TrainingSplit
+from hvdrec.features.kinds.training_split import TrainingSplit
 
 
 class Crossed(Kind):

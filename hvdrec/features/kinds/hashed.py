@@ -9,7 +9,7 @@ import numpy as np
 from hvdrec.config.schema import FIRST_CODE, MISSING, MISSING_INT, Feature
 from hvdrec.features.kinds.kind import FittedFeature, Kind
 from hvdrec.features.kinds.nodes import HASH_PRIME, Nodes, hash_coefficients
-from hvdrec.features.kinds.split import TrainingSplit
+from hvdrec.features.kinds.training_split import TrainingSplit
 
 
 class Hashed(Kind):

@@ -9,7 +9,7 @@ from typing import Any
 
 from hvdrec.config.schema import FIRST_CODE, Feature, FeatureKind
 from hvdrec.features.kinds.nodes import Nodes
-from hvdrec.features.kinds.split import TrainingSplit
+from hvdrec.features.kinds.training_split import TrainingSplit
 from hvdrec.features.vocabulary import Growth, Vocabulary, first_vocabulary, grown_vocabulary
 
 

@@ -13,7 +13,7 @@ from hvdrec.config.schema import FIRST_CODE, MISSING, Feature
 from hvdrec.errors import invalid_value
 from hvdrec.features.kinds.kind import FittedFeature, Kind
 from hvdrec.features.kinds.nodes import Nodes
-from hvdrec.features.kinds.split import SortedNumbers, TrainingSplit, in_precision
+from hvdrec.features.kinds.training_split import SortedNumbers, TrainingSplit, in_precision
 
 TYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "double": np.float64}
 LARGEST = 1e6
