@@ -13,6 +13,7 @@ from hvdrec import __version__
 from hvdrec.cli import (
     data_commands,
     host_commands,
+    init_command,
     model_commands,
     run_commands,
     serve_commands,
@@ -22,6 +23,7 @@ from hvdrec.cli.command import ALL_FIELDS, Command
 from hvdrec.errors import UserError
 
 MODULES = (
+    init_command,
     data_commands,
     model_commands,
     run_commands,
@@ -38,6 +40,7 @@ Any field of a configuration is an option: hvdrec train CONFIG --train.batch-siz
 (hvdrec train CONFIG --help lists all of them).
 
 examples, from a log to ranked items:
+  hvdrec init data/log.csv data/items.csv                     # a configuration for your own tables
   hvdrec data movielens-1m                                    # raw tables
   hvdrec samples configs/movielens-1m.toml                    # labelled, split samples
   hvdrec prepare configs/movielens-1m.toml                    # fitted features, encoded shards

@@ -1,0 +1,1 @@
+"""Write a first configuration for tables that were never seen before: ``hvdrec init``."""
