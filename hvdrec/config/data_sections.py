@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, overload
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from hvdrec.config.durations import OptionalDuration
 from hvdrec.config.label_join import Exposures, Feedback, TimeUnit
 from hvdrec.storage.urls import Location, as_location
 
@@ -91,6 +92,10 @@ class History:
     repeats: bool = True
     """Whether an item (or value of `column`) may occur several times in the list. false: only its
     latest occurrence is kept, which leaves room for other items."""
+    within: OptionalDuration = ""
+    """Largest age of a listed interaction at the time of the sample, such as "90d"; only with scope
+    "before". Numeric times have the unit samples.time_unit. In the table of users of a split, the
+    age counts back from the latest time in the splits that it covers. Empty: no limit."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,12 @@ class Samples:
     """Lists of the items that a user acted on."""
     split: Split = Split()
     """Division into train, validation and test."""
+    memory_gb: Annotated[float, Interval(ge=0.5)] = 2.0
+    """Memory for making samples (10^9 bytes), whatever the number of rows. More data moves to
+    temporary files. Tables of users and items, and lists of their keys, come on top."""
+    temp_dir: str = ""
+    """Directory for temporary files, which may take several times the size of the log. Empty:
+    beside paths.samples."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import duckdb
 import ibis
@@ -29,16 +31,32 @@ from hvdrec.storage.urls import Location
 BATCH_ROWS = 262_144
 INTERNAL = f"{PREFIX}join_"
 """Prefix of the names of internal columns."""
+DUCKDB_SHARE = 0.6
+"""Share of the memory that DuckDB may use. Batches of rows in Python need the rest."""
+GB_PER_THREAD = 0.3
 NOTHING: Mapping[str, RawType] = MappingProxyType({})
 
 
 @contextmanager
-def connect(formats: Sequence[TableFormat] = ()) -> Iterator[Engine]:
-    """Open an engine in memory. It moves large data to a temporary directory; times are in UTC.
+def connect(
+    formats: Sequence[TableFormat] = (), memory_gb: float = 2.0, folder: Path | None = None
+) -> Iterator[Engine]:
+    """Open an engine. Data that exceeds the memory moves to files; times are in UTC.
 
-    `formats` tells how to read raw tables that are not described by their suffix.
+    Args:
+        formats: How to read raw tables that are not described by their suffix.
+        memory_gb: Memory of the whole process (10^9 bytes). DuckDB gets `DUCKDB_SHARE` of it.
+        folder: Existing directory for temporary files; None for one in the system's directory.
     """
-    with tempfile.TemporaryDirectory(prefix="hvdrec-") as spill, duckdb.connect() as connection:
+    with (
+        tempfile.TemporaryDirectory(prefix="hvdrec-", dir=folder) as spill,
+        duckdb.connect() as connection,
+    ):
+        # Each thread of a sort needs memory of its own.
+        limit = DUCKDB_SHARE * memory_gb
+        threads = max(1, min(len(os.sched_getaffinity(0)), int(limit / GB_PER_THREAD)))
+        connection.execute(f"SET memory_limit = '{limit * 1000:.0f}MB'")
+        connection.execute(f"SET threads = {threads}")
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET TimeZone = 'UTC'")
@@ -50,7 +68,7 @@ def connect(formats: Sequence[TableFormat] = ()) -> Iterator[Engine]:
         with suppress(duckdb.Error):  # older versions have no such setting
             connection.execute("SET error_on_division_by_zero = false")
         connection.execute(f"SET temp_directory = {literal(spill)}")
-        yield Engine(connection, formats)
+        yield Engine(connection, Path(spill), formats)
 
 
 @dataclass
@@ -62,6 +80,7 @@ class Engine:
     """
 
     connection: duckdb.DuckDBPyConnection
+    folder: Path
     formats: Sequence[TableFormat] = ()
     warnings: list[str] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -102,7 +121,7 @@ class Engine:
         for present in table.columns:
             if present.lower() == column.lower() and present != column:
                 raise names_differ_in_case(key, present, column)
-        view = self._view(_sql(table))
+        view = self._view(sql(table))
         others = f"* EXCLUDE ({quoted(column)})" if column in table.columns else "*"
         try:
             # The line break ends an SQL comment in which the expression may end.
@@ -123,17 +142,28 @@ class Engine:
     def binds(self, table: Table, expression: str) -> bool:
         """Return True if the table has all columns that an SQL expression uses."""
         try:
-            view = self._view(_sql(table))
+            view = self._view(sql(table))
             _ = self.connection.sql(f"SELECT ({expression}\n) FROM {view} LIMIT 0").columns
         except duckdb.Error:
             return False
         return True
 
+    def sort(self, table: Table, by: Sequence[str]) -> Table:
+        """Compute a table, store its rows sorted by some columns, and return it as a table.
+
+        DuckDB numbers the rows of the stored table from 0, in this order, as ``rowid``.
+        """
+        return self.store(sql(table) + " ORDER BY " + ", ".join(f"{quoted(c)}" for c in by))
+
     def materialize(self, table: Table) -> Table:
         """Compute a table, store the result and return it as a table."""
+        return self.store(sql(table))
+
+    def store(self, query: str) -> Table:
+        """Run an SQL query, store the result and return it as a table."""
         name = self._name()
         try:
-            self.connection.execute(f"CREATE TEMP TABLE {name} AS {_sql(table)}")
+            self.connection.execute(f"CREATE TEMP TABLE {name} AS {query}")
         except duckdb.Error as error:
             raise self._explain(error) from None
         return self._table(name)
@@ -152,7 +182,7 @@ class Engine:
         """
         parts: dict[str, list[pa.Array]] = {column: [] for column in table.columns}
         try:
-            reader = self.connection.sql(_sql(table)).to_arrow_reader(BATCH_ROWS)
+            reader = self.connection.sql(sql(table)).to_arrow_reader(BATCH_ROWS)
             for batch in reader:
                 for column, array in zip(batch.schema.names, batch.columns, strict=True):
                     parts[column].append(compact(array))
@@ -163,6 +193,29 @@ class Engine:
             for column, arrays in parts.items()
         }
 
+    def view(self, query: str) -> Table:
+        """Return the result of an SQL query as a table, without computing it."""
+        return self._table(self._view(query))
+
+    def stream(self, query: str, rows: int = BATCH_ROWS) -> Generator[pa.RecordBatch, None, None]:
+        """Run an SQL query; yield its rows in order, in batches of at most `rows` rows.
+
+        Run no other query on this connection until all batches are read.
+
+        Raises:
+            UserError: A file cannot be read, or an expression of the configuration fails on a row.
+        """
+        # Without this, threads return rows of a stored table in any order.
+        self.connection.execute("SET preserve_insertion_order = true")
+        try:
+            for batch in self.connection.sql(query).to_arrow_reader(rows):
+                if len(batch):
+                    yield batch
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            raise self._explain(error) from None
+        finally:
+            self.connection.execute("SET preserve_insertion_order = false")
+
     def save(self, table: Table, file: Path) -> None:
         """Compute a table and write it to a Parquet file, without holding all rows in memory.
 
@@ -171,9 +224,25 @@ class Engine:
         """
         options = "FORMAT parquet, COMPRESSION zstd"
         try:
-            self.connection.execute(f"COPY ({_sql(table)}) TO {literal(str(file))} ({options})")
+            self.connection.execute(f"COPY ({sql(table)}) TO {literal(str(file))} ({options})")
         except duckdb.Error as error:
             raise self._explain(error) from None
+
+    def fetch(self, query: str) -> pa.Table:
+        """Run an SQL query with a small result and return its rows.
+
+        Raises:
+            UserError: A file cannot be read, or an expression of the configuration fails on a row.
+        """
+        try:
+            return self.connection.sql(query).to_arrow_table()
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            raise self._explain(error) from None
+
+    def one(self, query: str) -> dict[str, Any]:
+        """Run an SQL query that returns one row, and return this row."""
+        [row] = self.fetch(query).to_pylist()
+        return dict(row)
 
     def first(self, table: Table) -> dict[str, object] | None:
         """Return the first row of a table, or None if it is empty."""
@@ -227,5 +296,6 @@ def _ibis_type(dtype: pa.DataType) -> ibis.DataType:
     return ibis.schema(pa.schema([("column", dtype)]))["column"]
 
 
-def _sql(table: Table) -> str:
+def sql(table: Table) -> str:
+    """Return the query of a table in DuckDB's SQL."""
     return str(ibis.to_sql(table, dialect="duckdb", pretty=False))

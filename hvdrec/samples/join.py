@@ -5,13 +5,13 @@ Names that begin with `INTERNAL` are those of internal columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import ibis
-from ibis.expr.types import Table
+from ibis.expr.types import Table, Value
 
-from hvdrec.errors import choices, invalid_file, invalid_value
+from hvdrec.errors import UserError, choices, invalid_file, invalid_value
 from hvdrec.samples.clock import comparable
 from hvdrec.samples.engine import INTERNAL, Engine, visible
 from hvdrec.samples.exposures import LabelledExposures, join_feedback
@@ -22,7 +22,6 @@ from hvdrec.samples.spec import SampleSpec
 from hvdrec.samples.thinning import keep_share
 from hvdrec.storage.urls import Location
 
-ROW = f"{INTERNAL}row"
 LABEL = f"{INTERNAL}label"
 WEIGHT = f"{INTERNAL}weight"
 DROP = f"{INTERNAL}drop"
@@ -64,8 +63,7 @@ class LabelJoin:
         engine: Runs the queries.
         spec: Definition of the samples.
         file: Path or glob of the interactions.
-        interactions: The interactions with a column of row numbers. The numbers depend only on the
-            contents of the table, not on the order of its rows.
+        interactions: The interactions.
         sides: The tables to join, in order.
         labelled: The interactions with their feedback; None without [[samples.feedback]].
     """
@@ -106,10 +104,6 @@ class LabelJoin:
             tables = open_tables(engine, spec, raw, interactions, file)
             labelled = join_feedback(engine, spec, tables, notify)
             interactions = labelled.table
-        # Sort by all columns: only rows that are completely equal can then change places.
-        first = [samples.user, samples.item]
-        order = [*first, *(column for column in interactions.columns if column not in first)]
-        numbered = interactions.mutate(**{ROW: ibis.row_number().over(order_by=order)})
         sides = []
         for name, table, on, is_unique in (
             ("samples.users", samples.users, (samples.user,), True),
@@ -129,7 +123,7 @@ class LabelJoin:
             if is_unique:
                 _require_unique(engine, side)
             sides.append(side)
-        return LabelJoin(engine, spec, file, engine.materialize(numbered), tuple(sides), labelled)
+        return LabelJoin(engine, spec, file, interactions, tuple(sides), labelled)
 
     def side(self, name: str) -> SideTable | None:
         """Return the table with configuration key `name`; None if the run has none."""
@@ -147,7 +141,7 @@ class LabelJoin:
         pending = {c: sql for c, sql in self.spec.samples.derive.items() if c not in known}
         table, pending = self.derive_ready(interactions, pending, origin)
         for number, side in enumerate(self.sides):
-            table = _left_join(table, side, self.file, matched(number))
+            table = _left_join(self.engine, table, side, self.file, matched(number))
             origin |= {c: str(side.file) for c in side.table.columns if c not in origin}
             table, pending = self.derive_ready(table, pending, origin)
         for column, expression in pending.items():
@@ -214,14 +208,6 @@ class LabelJoin:
                 remedy = "correct the name or add it to samples.derive"
                 raise invalid_file(self.file, problem, remedy)
 
-    def require_one_match(self) -> None:
-        """Raise UserError for a joined table that has several rows with one key.
-
-        The join would repeat a sample for each of them.
-        """
-        for side in self.sides:
-            _require_unique(self.engine, side, nulls=True)
-
     def _condition(self, table: Table, column: str, expression: str, key: str) -> Table:
         table = self.engine.derive(table, column, expression, key)
         dtype = table[column].type()
@@ -255,10 +241,13 @@ def task_label(number: int) -> str:
     return f"{INTERNAL}task{number}"
 
 
-def _left_join(table: Table, side: SideTable, file: Location, marker: str) -> Table:
+def _left_join(engine: Engine, table: Table, side: SideTable, file: Location, marker: str) -> Table:
     """Join a table: add those of its columns that are not there yet, and the column `marker`.
 
     `marker` is true for each row that has a match.
+
+    Raises:
+        UserError: A row has several matches: the join would repeat it for each of them.
     """
     present = {column.lower(): column for column in table.columns}
     for column in side.table.columns:
@@ -284,6 +273,7 @@ def _left_join(table: Table, side: SideTable, file: Location, marker: str) -> Ta
         conditions.append((pair[0], f"{INTERNAL}key{i}"))
     other = side.table.select(**keys, **columns, **{marker: ibis.literal(True)})
     on = [left == other[key] for left, key in conditions]
+    _require_one_match(engine, table, side, conditions)
     joined = table.left_join(other, on).drop(*keys)
     return joined.mutate(**{marker: joined[marker].fill_null(False)})
 
@@ -294,18 +284,42 @@ def _require(file: Location, table: Table, column: str, key: str) -> None:
         raise invalid_file(file, problem, "correct the name")
 
 
-def _require_unique(engine: Engine, side: SideTable, *, nulls: bool = False) -> None:
-    """Raise UserError if a key is null, unless `nulls` allows it, or if several rows have it."""
+def _require_unique(engine: Engine, side: SideTable) -> None:
+    """Raise UserError if a key is null, or if several rows have it."""
     table = side.table
-    if not nulls:
-        empty = engine.first(table.filter(table[side.on[0]].isnull()).count().as_table())
-        if empty and (count := next(iter(empty.values()))):
-            problem = f"key column '{side.on[0]}' is null in {count} rows"
-            raise invalid_file(side.file, problem, "every row needs a key: remove these rows")
-    counted = table.group_by(*side.on).aggregate(**{COUNT: table.count()})
+    empty = engine.first(table.filter(table[side.on[0]].isnull()).count().as_table())
+    if empty and (count := next(iter(empty.values()))):
+        problem = f"key column '{side.on[0]}' is null in {count} rows"
+        raise invalid_file(side.file, problem, "every row needs a key: remove these rows")
+    if twin := engine.first(_repeated(side).order_by(*side.on)):
+        raise _several(side, twin)
+
+
+def _require_one_match(
+    engine: Engine, table: Table, side: SideTable, conditions: Sequence[tuple[Value, str]]
+) -> None:
+    """Raise UserError if a row of the table matches several rows of the joined table."""
+    if engine.first(_repeated(side)) is None:
+        return
+    repeated = engine.materialize(_repeated(side).order_by(*side.on))
+    keys = {
+        key: repeated[column].cast(left.type())
+        for column, (left, key) in zip(side.on, conditions, strict=True)
+    }
+    renamed = repeated.mutate(**keys)
+    matching = renamed.semi_join(table, [left == renamed[key] for left, key in conditions])
+    if twin := engine.first(matching.order_by(*side.on)):
+        raise _several(side, twin)
+
+
+def _repeated(side: SideTable) -> Table:
+    """Return the keys, without nulls, that several rows of a table have, and their counts."""
+    counted = side.table.group_by(*side.on).aggregate(**{COUNT: side.table.count()})
     present = [counted[COUNT] > 1, *(counted[column].notnull() for column in side.on)]
-    twin = engine.first(counted.filter(*present).order_by(*side.on))
-    if twin:
-        key = ", ".join(f"{column} = {twin[column]}" for column in side.on)
-        problem = f"{twin[COUNT]} rows have {key} ({side.name})"
-        raise invalid_file(side.file, problem, "keep one row per key")
+    return counted.filter(*present)
+
+
+def _several(side: SideTable, twin: Mapping[str, object]) -> UserError:
+    key = ", ".join(f"{column} = {twin[column]}" for column in side.on)
+    problem = f"{twin[COUNT]} rows have {key} ({side.name})"
+    return invalid_file(side.file, problem, "keep one row per key")

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hvdrec.errors import UserError, invalid_file, shown
-from hvdrec.samples.columns import plain
-from hvdrec.samples.join import JoinedTable, LabelJoin, SideTable
-from hvdrec.samples.rows import LabelledRows
-from hvdrec.samples.sql import derivation, written
+from hvdrec.samples.columns import compact, plain
+from hvdrec.samples.join import JoinedTable, LabelJoin, SideTable, matched
+from hvdrec.samples.rows import SortedRows
+from hvdrec.samples.sql import derivation, quoted, written
 
 LOW_ENTITIES = 0.5
 """If a smaller share of rows matches samples.users or samples.items, a warning is given: usually
@@ -24,7 +24,7 @@ promotions."""
 
 
 def report_matches(
-    join: LabelJoin, joined: JoinedTable, rows: LabelledRows, notify: Callable[[str], None]
+    join: LabelJoin, joined: JoinedTable, rows: SortedRows, notify: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Report the share of rows that have a match in each joined table; warn if it is low.
 
@@ -42,8 +42,10 @@ def report_matches(
         UserError: No row has a match in a table.
     """
     facts: dict[str, dict[str, Any]] = {}
-    for side, matched in zip(join.sides, rows.matched, strict=True):
-        count, total = int(matched.sum()), len(matched)
+    for number, side in enumerate(join.sides):
+        marker, total = quoted(matched(number)), rows.count
+        query = f"SELECT count(*) FILTER ({marker}) AS n FROM {rows.name}"
+        count = int(rows.engine.one(query)["n"])
         facts[side.name] = {"file": side.file.name, "rows": total, "matched": count}
         notify(f"{side.name}: {count} of {total} rows matched ({count / total:.1%})")
         if not count:
@@ -55,11 +57,7 @@ def report_matches(
             join.engine.warnings.append(
                 f"{side.file}: only {count / total:.1%} of rows match a row of {side.name}"
             )
-        if (
-            is_entity
-            and count < total
-            and (twins := _twins(join, side, rows.columns[key], matched))
-        ):
+        if is_entity and count < total and (twins := _twins(join, side, rows, marker)):
             join.engine.warnings.append(
                 f"{side.file}: {key} {shown(twins[1])} does not match {shown(twins[0])} of "
                 f"{join.file}, which differs only in zeros in front, spaces, case or '.0'"
@@ -100,11 +98,12 @@ def _remedy(on: tuple[str, ...], ours: dict[str, Any], theirs: dict[str, Any]) -
 
 
 def _twins(
-    join: LabelJoin, side: SideTable, keys: pa.Array, matched: np.ndarray[Any, Any]
+    join: LabelJoin, side: SideTable, rows: SortedRows, marker: str
 ) -> tuple[str, str] | None:
     """Return a key without a match, and a key of the table that differs from it only in form."""
     key = side.on[0]
-    missed = _texts(keys.filter(pa.array(~matched)))
+    query = f"SELECT DISTINCT {quoted(key)} AS k FROM {rows.name} WHERE NOT {marker} ORDER BY 1"
+    missed = _texts(compact(rows.engine.fetch(query).column("k").combine_chunks()))
     known = _texts(join.engine.collect(side.table.select(key))[key])
     position = pc.index_in(_normal(missed), value_set=_normal(known))
     found = np.flatnonzero(position.is_valid())

@@ -1,21 +1,21 @@
-"""Collect labelled rows in memory, check them, and cast them to the declared types."""
+"""Sort the labelled rows, store them in the engine, and check them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from ibis.expr.types import Table
 from numpy.typing import NDArray
 
-from hvdrec.errors import choices, invalid_file, invalid_value
-from hvdrec.samples.columns import canonical, concatenate, encode_keys, family, type_name
+from hvdrec.errors import UserError, choices, invalid_file, invalid_value
+from hvdrec.samples.columns import compact, family, type_name
+from hvdrec.samples.engine import INTERNAL, Engine, sql
 from hvdrec.samples.join import (
     LABEL,
-    ROW,
     WEIGHT,
     JoinedTable,
     LabelJoin,
@@ -25,66 +25,70 @@ from hvdrec.samples.join import (
 )
 from hvdrec.samples.remedies import time_remedy, type_remedy
 from hvdrec.samples.spec import SampleSpec
-from hvdrec.samples.sql import basic_string, written
+from hvdrec.samples.sql import basic_string, quoted, written
 
+CHECKED_ROWS = 65_536
+"""Number of rows whose types are checked before others are read."""
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class LabelledRows:
-    """n labelled rows, sorted by `number`.
+class SortedRows:
+    """The labelled rows, stored in the engine and sorted by user, time, item and all other columns.
+
+    The position of a row in this order is its number. So the numbers depend only on the contents of
+    the rows, not on the order of rows in the files.
 
     Attributes:
-        number: Number of each row among the interactions, int64 [n]; it depends only on the data.
-        columns: Name -> column, for keys and features; cast to their declared types and compact
-            (see `columns`).
-        raw: Name -> column, for other columns that the samples need, such as the time; not cast.
-        label: Label of each row, 0 or 1, float64 [n].
-        weight: Weight of each row, float64 [n].
-        events: For each history, True for the rows that are events of it, bool [n].
-        tasks: For each task, the labels of the rows, float64 [n]; NaN if unknown.
-        matched: For each joined table, True for the rows that have a match in it, bool [n].
+        engine: The engine that holds the rows.
+        spec: Definition of the samples.
+        table: Table of the engine with the keys and features, as in the raw tables, the other
+            columns that samples need, and the internal columns of the labels.
+        origin: Column -> the file or configuration key that it comes from.
+        count: Number of rows.
+        users: The distinct users in the order of the rows, cast to their declared type [k].
+        user_rows: Number of rows of each user, int64 [k].
+        items: The distinct items, sorted as in the raw table, cast to their declared type.
     """
 
-    number: Array
-    columns: Mapping[str, pa.Array]
-    raw: Mapping[str, pa.Array]
-    label: Array
-    weight: Array
-    events: tuple[Array, ...]
-    tasks: tuple[Array, ...]
-    matched: tuple[Array, ...]
+    engine: Engine
+    spec: SampleSpec
+    table: Table
+    origin: Mapping[str, str]
+    count: int
+    users: pa.Array
+    user_rows: Array
+    items: pa.Array
+
+    @property
+    def name(self) -> str:
+        """SQL name of the table."""
+        return str(self.table.get_name())
+
+    def distinct(self, column: str) -> pa.Array:
+        """Return the distinct values of a key or feature, cast to its declared type."""
+        name = quoted(column)
+        query = f"SELECT DISTINCT {name} FROM {self.name} WHERE {name} IS NOT NULL ORDER BY 1"
+        return self.typed(column, self.engine.fetch(query).column(0))
+
+    def typed(self, column: str, values: pa.ChunkedArray) -> pa.Array:
+        """Cast values of a key or feature to its declared type; strings become dictionaries."""
+        return self.spec.cast(column, compact(values.combine_chunks()), self.origin[column])
 
 
-@dataclass(frozen=True)
-class KeyCodes:
-    """The users or items of n rows as numbers.
-
-    Attributes:
-        code: Index of each row's key in `values`, int64 [n].
-        values: The distinct keys, in ascending order.
-    """
-
-    code: Array
-    values: pa.Array
-
-    @staticmethod
-    def of(array: pa.Array) -> KeyCodes:
-        """Number the keys of a compact column."""
-        return KeyCodes(*encode_keys(array))
-
-
-def collect_rows(join: LabelJoin, joined: JoinedTable, *, negatives: bool = False) -> LabelledRows:
-    """Compute the labelled rows, check them, and cast features to their declared types.
+def select_labelled(
+    join: LabelJoin, joined: JoinedTable, *, negatives: bool = False, extra: Sequence[str] = ()
+) -> Table:
+    """Label the joined rows and select the columns that samples need.
 
     Args:
         join: The raw tables.
         joined: The joined interactions.
         negatives: True if the rows are sampled negatives, which have label 0.
+        extra: Further columns to select.
 
     Raises:
-        UserError: A column is missing, a key is null, a type is wrong, a label is not 0 or 1, or a
-            weight is negative.
+        UserError: A column is missing, or an expression of the configuration is invalid.
     """
     spec, samples = join.spec, join.spec.samples
     labelled = join.label(joined, negatives=negatives)
@@ -95,60 +99,66 @@ def collect_rows(join: LabelJoin, joined: JoinedTable, *, negatives: bool = Fals
     title = {samples.title: "samples.title"} if samples.title and not samples.items else {}
     join.require_columns(joined, others | title)
     raw = [*others, *([samples.title] if has_title else [])]
-    events = [event(i) for i in range(len(samples.history))]
     tasks = [task_label(i) for i in range(len(spec.tasks))]
+    events = [event(i) for i in range(len(samples.history))]
     matches = [matched(i) for i in range(len(join.sides))]
-    flags = [*events, *matches]
-    names = dict.fromkeys([ROW, LABEL, WEIGHT, *tasks, *flags, *spec.columns, *raw])
-    columns = join.engine.collect(labelled.select(*names))
-    number = columns[ROW].to_numpy()
-    order = np.argsort(number)
-    number = number[order]
-    if len(number) > 1 and (np.diff(number) == 0).any():
-        join.require_one_match()
-    columns = {name: canonical(array.take(pa.array(order))) for name, array in columns.items()}
-    label, weight, *task_labels = _numbers(columns, [LABEL, WEIGHT, *tasks])
-    _check_label("samples.label", samples.label, join.file, label)
-    _check_weight(samples.weight, join.file, weight)
-    for i, (task, values) in enumerate(zip(spec.tasks, task_labels, strict=True)):
-        _check_label(f"tasks[{i}].label", task.label, join.file, values[~np.isnan(values)])
-    for name in (samples.user, samples.item):
-        _check_key(joined.origin[name], name, columns[name])
-    return LabelledRows(
-        number,
-        {name: spec.cast(name, columns[name], joined.origin[name]) for name in spec.columns},
-        {name: columns[name] for name in raw},
-        label,
-        weight,
-        _booleans(columns, events),
-        tuple(task_labels),
-        _booleans(columns, matches),
+    internal = [LABEL, WEIGHT, *tasks, *events, *matches]
+    return labelled.select(*dict.fromkeys([*spec.columns, *raw, *internal, *extra]))
+
+
+def original(spec: SampleSpec, column: str) -> str:
+    """Return the column of the sorted rows that holds a column of the interactions.
+
+    If a derived column has the same name, the original column has another name.
+    """
+    return f"{INTERNAL}raw_{column}" if column in spec.samples.derive else column
+
+
+def with_originals(spec: SampleSpec, interactions: Table) -> Table:
+    """Copy the columns of the interactions that derived columns will replace."""
+    names = {original(spec, column): column for column in interactions.columns}
+    copies = {name: interactions[c] for name, c in names.items() if name != c}
+    return interactions.mutate(**copies) if copies else interactions
+
+
+def sort_rows(join: LabelJoin, joined: JoinedTable) -> SortedRows:
+    """Compute the labelled rows, store them sorted, and check them.
+
+    Raises:
+        UserError: A column is missing, a key is null, a type is wrong, a label is not 0 or 1, or a
+            weight is negative.
+    """
+    spec, samples, engine = join.spec, join.spec.samples, join.engine
+    # Sampled negatives copy all columns of the interactions.
+    extra = []
+    if samples.negatives.per_positive:
+        extra = [original(spec, column) for column in join.interactions.columns]
+    labelled = select_labelled(join, joined, extra=extra)
+    first = [samples.user, *([samples.time] if samples.time else []), samples.item]
+    table = engine.sort(labelled, list(dict.fromkeys([*first, *labelled.columns])))
+    name = str(table.get_name())
+    _check_numbers(join, joined, name)
+    start = {c: compact(a.combine_chunks()) for c, a in _first_rows(engine, name).items()}
+    for key in (samples.user, samples.item):
+        _check_key(engine, name, joined.origin[key], key, start[key])
+    for column in spec.columns:
+        spec.cast(column, start[column], joined.origin[column])
+    count = int(engine.one(f"SELECT count(*) AS n FROM {name}")["n"])
+    if not count:
+        if samples.drop:
+            problem = f"removes every row of {join.file}"
+            raise invalid_value("samples.drop", samples.drop, problem, "keep some rows")
+        raise invalid_file(join.file, "the table is empty", "provide rows")
+    _check_times(engine, name, spec, joined, start)
+    user = quoted(samples.user)
+    grouped = engine.fetch(
+        f"SELECT {user} AS u, count(*) AS n FROM {name} GROUP BY {user} ORDER BY {user}"
     )
-
-
-def concatenate_rows(parts: Sequence[LabelledRows]) -> LabelledRows:
-    """Concatenate several sets of rows."""
-
-    def columns(of_parts: Iterable[Mapping[str, pa.Array]]) -> dict[str, pa.Array]:
-        first, *rest = of_parts
-        return {
-            name: concatenate([array, *(part[name] for part in rest)], array.type)
-            for name, array in first.items()
-        }
-
-    def arrays(of_parts: Iterable[tuple[Array, ...]]) -> tuple[Array, ...]:
-        return tuple(np.concatenate(each) for each in zip(*of_parts, strict=True))
-
-    return LabelledRows(
-        np.concatenate([part.number for part in parts]),
-        columns(part.columns for part in parts),
-        columns(part.raw for part in parts),
-        np.concatenate([part.label for part in parts]),
-        np.concatenate([part.weight for part in parts]),
-        arrays(part.events for part in parts),
-        arrays(part.tasks for part in parts),
-        arrays(part.matched for part in parts),
-    )
+    keys = compact(grouped.column("u").combine_chunks())
+    users = spec.cast(samples.user, keys, joined.origin[samples.user])
+    user_rows = grouped.column("n").to_numpy().astype(np.int64)
+    rows = SortedRows(engine, spec, table, joined.origin, count, users, user_rows, pa.nulls(0))
+    return replace(rows, items=rows.distinct(samples.item))
 
 
 def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
@@ -172,19 +182,61 @@ def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
         array = array.cast(pa.date32()).cast(pa.int32())
     elif dtype != "float":
         array = array.cast(pa.float64() if dtype == "decimal" else pa.int64())
-    bad = array.null_count
+    nulls, bad = array.null_count, array.null_count
     if dtype == "float" and not bad:
         bad = int((~np.isfinite(array.to_numpy())).sum())
     if bad:
-        problem = f"column '{name}' ({key}) is null or not finite in {bad} rows"
-        rule = f"{written(name)} IS NULL"
-        if dtype == "float" and not array.null_count:
-            rule = f"NOT isfinite({written(name)})"
-        elif dtype == "float":
-            rule += f" OR NOT isfinite({written(name)})"
-        remedy = f"every row needs a time: drop them with samples.drop = {basic_string(rule)}"
-        raise invalid_file(where, problem, remedy)
+        raise _invalid_times(where, name, key, dtype, nulls, bad)
     return np.asarray(array.to_numpy())
+
+
+def _invalid_times(where: str, name: str, key: str, dtype: str, nulls: int, bad: int) -> UserError:
+    problem = f"column '{name}' ({key}) is null or not finite in {bad} rows"
+    rule = f"{written(name)} IS NULL"
+    if dtype == "float" and not nulls:
+        rule = f"NOT isfinite({written(name)})"
+    elif dtype == "float":
+        rule += f" OR NOT isfinite({written(name)})"
+    remedy = f"every row needs a time: drop them with samples.drop = {basic_string(rule)}"
+    return invalid_file(where, problem, remedy)
+
+
+def _check_times(
+    engine: Engine, name: str, spec: SampleSpec, joined: JoinedTable, start: Mapping[str, pa.Array]
+) -> None:
+    """Raise UserError if a time is null or not finite, or if a column of times has another type."""
+    samples = spec.samples
+    columns = {samples.time: "samples.time"}
+    if samples.split.method == "temporal" and samples.split.column:
+        columns.setdefault(samples.split.column, "samples.split.column")
+    columns.pop("", None)
+    for column, key in columns.items():
+        dtype, where = family(start[column].type), joined.origin[column]
+        value = quoted(column)
+        bad = f"NOT isfinite({value})" if dtype == "float" else "false"
+        counts = engine.one(
+            f"SELECT count(*) FILTER ({value} IS NULL) AS nulls, "
+            f"count(*) FILTER ({bad}) AS infinite FROM {name}"
+        )
+        if dtype in ("integer", "float", "decimal", "date", "timestamp") and any(counts.values()):
+            nulls = counts["nulls"]
+            raise _invalid_times(where, column, key, dtype, nulls, nulls or counts["infinite"])
+        if samples.split.boundaries and column == (samples.split.column or samples.time):
+            _require_number(samples.split.boundaries, column, start[column].type)
+        time_values(where, column, key, start[column].drop_null())
+
+
+def _require_number(boundaries: Sequence[float], name: str, dtype: pa.DataType) -> None:
+    if pa.types.is_temporal(dtype):
+        problem = f"column '{name}' is {dtype}, boundaries are numbers"
+        example = f'samples.derive.day = "epoch({name}) / 86400"'
+        remedy = f"derive a number, for example {example}, and name it in samples.split.column"
+        raise invalid_value("samples.split.boundaries", list(boundaries), problem, remedy)
+
+
+def _first_rows(engine: Engine, name: str) -> dict[str, pa.ChunkedArray]:
+    table = engine.fetch(f"SELECT * FROM {name} LIMIT {CHECKED_ROWS}")
+    return dict(zip(table.column_names, table.columns, strict=True))
 
 
 def _other_columns(spec: SampleSpec) -> dict[str, str]:
@@ -199,52 +251,69 @@ def _other_columns(spec: SampleSpec) -> dict[str, str]:
     return columns
 
 
-def _numbers(columns: Mapping[str, pa.Array], names: Sequence[str]) -> list[Array]:
-    # Cast to float, because DuckDB makes a literal such as 1.0 a decimal.
-    return [columns[n].cast(pa.float64()).to_numpy(zero_copy_only=False) for n in names]
+def _check_numbers(join: LabelJoin, joined: JoinedTable, name: str) -> None:
+    """Raise UserError for a label that is not 0 or 1, or an invalid weight."""
+    samples, tasks = join.spec.samples, join.spec.tasks
+    _check_label(join, joined, name, LABEL, ("samples.label", samples.label))
+    if samples.weight:
+        weight = quoted(WEIGHT)
+        bad = f"{weight} IS NULL OR NOT isfinite({weight}) OR {weight} < 0"
+        if problem := _invalid(join, joined, name, WEIGHT, bad):
+            problem = f"is negative or not finite in {problem}"
+            raise invalid_value(
+                "samples.weight", samples.weight, problem, "a weight is 0 or greater"
+            )
+    for i, task in enumerate(tasks):
+        _check_label(join, joined, name, task_label(i), (f"tasks[{i}].label", task.label))
 
 
-def _booleans(columns: Mapping[str, pa.Array], names: Sequence[str]) -> tuple[Array, ...]:
-    return tuple(columns[n].to_numpy(zero_copy_only=False).astype(bool) for n in names)
+def _check_label(
+    join: LabelJoin, joined: JoinedTable, name: str, column: str, setting: tuple[str, str]
+) -> None:
+    """Check a label; `setting` is its configuration key and expression. Tasks may have nulls."""
+    value = quoted(column)
+    bad = f"{value} NOT IN (0, 1)" + (f" OR {value} IS NULL" if column == LABEL else "")
+    if not (problem := _invalid(join, joined, name, column, bad)):
+        return
+    key, expression = setting
+    remedy = "write a condition such as 'rating > 3'"
+    known = join.engine.one(f"SELECT count({value}) AS n FROM {name} WHERE {bad}")["n"]
+    if not known:
+        drop = basic_string(f"({expression}) IS NULL")
+        remedy = f"write coalesce({expression}, false), or samples.drop = {drop}"
+    raise invalid_value(key, expression, f"is neither 0 nor 1 in {problem}", remedy)
 
 
-def _check_key(where: str, name: str, array: pa.Array) -> None:
+def _invalid(join: LabelJoin, joined: JoinedTable, name: str, column: str, bad: str) -> str:
+    """Describe the rows that meet the SQL condition `bad`; return "" if there are none."""
+    engine, value = join.engine, quoted(column)
+    total = "count(*)" if column in (LABEL, WEIGHT) else f"count({value})"
+    counts = engine.one(f"SELECT count(*) FILTER ({bad}) AS bad, {total} AS n FROM {name}")
+    if not counts["bad"]:
+        return ""
+    # This is rare, so evaluate the expressions again, sorted by the columns of the log.
+    keys = [join.spec.samples.user, join.spec.samples.item]
+    by = ", ".join(quoted(c) for c in dict.fromkeys([*keys, *joined.table.columns]))
+    rows = sql(join.label(joined))
+    query = f"SELECT {value} AS v FROM ({rows}) WHERE {bad} ORDER BY {by} LIMIT 1"
+    example = engine.one(query)["v"]
+    shown = "null" if example is None else f"{example:g}"
+    return f"{counts['bad']} of {counts['n']} rows of {join.file}, for example {shown}"
+
+
+def _check_key(engine: Engine, table: str, where: str, name: str, array: pa.Array) -> None:
     if family(array.type) not in ("string", "integer"):
         allowed = choices(["string", "integer"])
         problem = f"key column '{name}' is {type_name(array.type)}, a key is {allowed}"
-        raise invalid_file(
-            where, problem, type_remedy(name, array, type_name(array.type), "string")
-        )
+        remedy = type_remedy(name, array, type_name(array.type), "string")
+        raise invalid_file(where, problem, remedy)
     is_text = pa.types.is_dictionary(array.type)
-    empty = array.null_count
-    if is_text:
-        empty += int(pc.sum(pc.equal(array.cast(pa.string()), "")).as_py() or 0)
+    column = quoted(name)
+    rule = f"{column} IS NULL OR {column} = ''" if is_text else f"{column} IS NULL"
+    empty = engine.one(f"SELECT count(*) AS n FROM {table} WHERE {rule}")["n"]
     if empty:
         column = written(name)
         rule = f"{column} IS NULL OR {column} = ''" if is_text else f"{column} IS NULL"
         problem = f"key column '{name}' is null{' or empty' if is_text else ''} in {empty} rows"
         remedy = f"every row needs a key: drop them with samples.drop = {basic_string(rule)}"
         raise invalid_file(where, problem, remedy)
-
-
-def _check_label(key: str, expression: str, file: object, label: Array) -> None:
-    bad = label[~np.isin(label, (0.0, 1.0))]
-    if len(bad):
-        problem = f"is neither 0 nor 1 in {_example(bad, label, file)}"
-        remedy = "write a condition such as 'rating > 3'"
-        if np.isnan(bad).all():
-            drop = basic_string(f"({expression}) IS NULL")
-            remedy = f"write coalesce({expression}, false), or samples.drop = {drop}"
-        raise invalid_value(key, expression, problem, remedy)
-
-
-def _check_weight(expression: str, file: object, weight: Array) -> None:
-    bad = weight[~(np.isfinite(weight) & (weight >= 0))]
-    if len(bad):
-        problem = f"is negative or not finite in {_example(bad, weight, file)}"
-        raise invalid_value("samples.weight", expression, problem, "a weight is 0 or greater")
-
-
-def _example(bad: Array, values: Array, file: object) -> str:
-    value = "null" if np.isnan(bad[0]) else f"{bad[0]:g}"
-    return f"{len(bad)} of {len(values)} rows of {file}, for example {value}"

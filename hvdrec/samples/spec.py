@@ -82,7 +82,7 @@ class SampleSpec:
             raise invalid_value("samples.split.method", split.method, problem, remedy)
         for i, history in enumerate(samples.history):
             field = f"samples.history[{i}]"
-            if not samples.time:
+            if not samples.time and (history.scope == "before" or history.within):
                 problem = "needs samples.time, which is empty"
                 raise invalid_value(f"{field}.name", history.name, problem, remedy)
             if history.scope == "others" and split.method not in RANDOM:
@@ -90,6 +90,10 @@ class SampleSpec:
                     f"contains later rows, which samples.split.method = '{split.method}' forbids"
                 )
                 raise invalid_value(f"{field}.scope", "others", problem, "use scope = 'before'")
-            if history.scope == "others" and not history.repeats:
-                problem = "works only with scope = 'before'"
-                raise invalid_value(f"{field}.repeats", False, problem, "leave it out")
+            for option, value, default in (
+                ("repeats", history.repeats, True),
+                ("within", history.within, ""),
+            ):
+                if history.scope == "others" and value != default:
+                    problem = "works only with scope = 'before'"
+                    raise invalid_value(f"{field}.{option}", value, problem, "leave it out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,10 @@ from hvdrec.config.data_sections import Split
 from hvdrec.errors import UserError, invalid_value
 
 Array = NDArray[Any]
+SPLIT_ROWS = 3
+"""Number of rows from which a user has rows in all splits."""
+UPPER_BITS = 16
+HASHED_ROWS = 1_048_576
 SPLITS = ("train", "validation", "test")
 RANDOM = ("random", "random-per-user")
 """Split methods that ignore time."""
@@ -28,62 +34,111 @@ def user_states(method: str) -> dict[str, str]:
     return {"validation": "train", "test": "train" if method in RANDOM else "validation"}
 
 
-def count_copies(group: Array, split: Array) -> dict[str, int]:
-    """Return, for validation and test, the number of rows that have a copy in an earlier split.
+@dataclass(frozen=True)
+class Splitter:
+    """Assigns rows to splits, a batch at a time.
 
-    Args:
-        group: A number for each row, from 0; copies have the same number, int64 [n].
-        split: Split of each row, as an index into `SPLITS`, int8 [n].
-    """
-    first = np.full(int(group.max(initial=-1)) + 1, len(SPLITS), dtype=split.dtype)
-    np.minimum.at(first, group, split)
-    is_copy = split > first[group]
-    return {SPLITS[i]: int((is_copy & (split == i)).sum()) for i in (1, 2)}
+    The rows are sorted by user, and by time within each user; a row's number is its position.
 
-
-def split_rows(split: Split, user: Array, time: Array | None, column: str) -> Array:
-    """Assign each of n rows to a split; the result depends only on the arguments.
-
-    Args:
+    Attributes:
         split: Method and fractions.
-        user: User code of each row, int64 [n].
-        time: Numbers by which the rows are ordered [n]; None for methods that ignore time.
-        column: Name of the time column, for error messages.
-
-    Returns:
-        Split of each row, as an index into `SPLITS`, int8 [n].
-
-    Raises:
-        UserError: A split is empty.
+        starts: Number of the first row of each user, and the number of rows, int64 [users + 1].
+        cuts: temporal: the last time of train, and that of validation.
+        limits: random: the smallest hash of a validation row, and that of a test row.
     """
-    match split.method:
-        case "temporal":
-            assert time is not None
-            if split.boundaries:
-                number = _cut(time > split.boundaries[0], time > split.boundaries[1])
-            else:
-                number = _by_time(split.fractions, time, column)
-        case "random":
-            number = _random(split, len(user))
-        case "random-per-user":
-            number = _random_per_user(split, user)
-        case "leave-last-out":
-            assert time is not None
-            rank, count = _rank_in_user(user, time)
-            # All rows of a user with fewer than three rows are training rows.
-            number = np.where(count < 3, 0, _cut(rank >= count - 2, rank == count - 1))
-    for i, name in enumerate(SPLITS):
-        if not (number == i).any():
-            raise _empty(split, name, user, time, column)
-    return number.astype(np.int8)
+
+    split: Split
+    starts: Array
+    cuts: tuple[float, float] = (0, 0)
+    limits: tuple[int, int] = (0, 0)
+
+    @staticmethod
+    def of(split: Split, user_rows: Array, cuts: tuple[float, float] | None = None) -> Splitter:
+        """Prepare to split rows.
+
+        Args:
+            split: Method and fractions.
+            user_rows: Number of rows of each user, int64 [users].
+            cuts: For a temporal split: the last time of train, and that of validation.
+        """
+        starts = np.concatenate([[0], np.cumsum(user_rows)])
+        rows = int(starts[-1])
+        if split.method == "temporal":
+            assert cuts is not None
+            return Splitter(split, starts, cuts)
+        if split.method == "random":
+            train, validation, _ = split.fractions
+            sizes = (round(train * rows), round((train + validation) * rows))
+            limits = [_nth_hash(rows, size, split.seed) for size in sizes]
+            return Splitter(split, starts, limits=(limits[0], limits[1]))
+        return Splitter(split, starts)
+
+    def users(self, first: int, rows: int) -> Array:
+        """Return the user codes of the rows from number `first`, int64 [rows]."""
+        low = int(np.searchsorted(self.starts, first, side="right")) - 1
+        high = int(np.searchsorted(self.starts, first + rows, side="left"))
+        code = np.repeat(np.arange(low, high), np.diff(self.starts[low : high + 1]))
+        return np.asarray(code[first - self.starts[low] :][:rows])
+
+    def assign(self, first: int, position: Array, time: Array | None) -> Array:
+        """Return the splits of all rows of some users, as indices into `SPLITS`.
+
+        Args:
+            first: Number of the first row.
+            position: Number that each row would have if the rows of each user were sorted by item,
+                int64 [rows]. The random methods use it, because it does not depend on times.
+            time: Numbers by which a temporal split orders the rows [rows].
+
+        Returns:
+            int8 [rows].
+        """
+        rows = len(position)
+        match self.split.method:
+            case "temporal":
+                assert time is not None
+                cut = _cut(time > self.cuts[0], time > self.cuts[1])
+            case "random":
+                hashed = hash64(position, self.split.seed)
+                cut = _cut(hashed >= self.limits[0], hashed >= self.limits[1])
+            case "random-per-user":
+                cut = self._random_per_user(first, position)
+            case "leave-last-out":
+                user = self.users(first, rows)
+                left = self.starts[user + 1] - np.arange(first, first + rows)
+                count = np.diff(self.starts)[user]
+                # All rows of a user with fewer than three rows are training rows.
+                cut = np.where(count < SPLIT_ROWS, 0, _cut(left <= 2, left <= 1))
+        return np.asarray(cut.astype(np.int8))
+
+    def _random_per_user(self, first: int, position: Array) -> Array:
+        """Split the rows of each user at random.
+
+        Counts are rounded down, but a user with three or more rows has a row in every split.
+        """
+        user, number = self.users(first, len(position)), np.arange(len(position))
+        order = np.lexsort((hash64(position, self.split.seed), user))
+        rank = np.empty(len(position), dtype=np.int64)
+        rank[order] = first + number - self.starts[user]
+        count = np.diff(self.starts)[user]
+        validation, test = (
+            np.maximum(np.floor(fraction * count + 1e-9), 1).astype(np.int64)
+            for fraction in self.split.fractions[1:]
+        )
+        return np.where(count < SPLIT_ROWS, 0, _cut(rank < validation + test, rank < test))
 
 
-def shuffled(rows: int, seed: int) -> Array:
-    """Return a permutation of 0 to rows - 1, int64 [rows], the same on all machines."""
-    return np.argsort(_hash(np.arange(rows), seed), kind="stable")
+def shuffle_keys(index: Array, seed: int) -> Array:
+    """Return the numbers by which rows are sorted to shuffle them, int64 [n].
+
+    Args:
+        index: A different number for each row, int64 [n].
+        seed: Seed of the order.
+    """
+    # Flip the highest bit, so that signed integers have the order of the unsigned hashes.
+    return (hash64(index, seed) ^ np.uint64(2**63)).view(np.int64)
 
 
-def _hash(values: Array, seed: int) -> Array:
+def hash64(values: Array, seed: int) -> Array:
     """Hash integers to uint64 with a seeded SplitMix64 (Steele, Lea and Flood, 2014)."""
     x = values.astype(np.uint64)
     for salt in (np.uint64(seed % 2**64), np.uint64(0)):
@@ -94,72 +149,92 @@ def _hash(values: Array, seed: int) -> Array:
     return x
 
 
+def _nth_hash(rows: int, index: int, seed: int) -> int:
+    """Return the hash with `index` smaller ones among those of 0 to rows - 1.
+
+    Hashes are counted by their upper bits first, so that only few are held in memory.
+    """
+    if index >= rows:
+        return 2**64 - 1
+    shift = np.uint64(64 - UPPER_BITS)
+
+    def blocks() -> Iterator[Array]:
+        for start in range(0, rows, HASHED_ROWS):
+            yield hash64(np.arange(start, min(start + HASHED_ROWS, rows)), seed)
+
+    counts = np.zeros(2**UPPER_BITS, dtype=np.int64)
+    for hashed in blocks():
+        counts += np.bincount((hashed >> shift).astype(np.int64), minlength=len(counts))
+    ends = np.cumsum(counts)
+    upper = int(np.searchsorted(ends, index, side="right"))
+    inside = np.concatenate([h[(h >> shift) == np.uint64(upper)] for h in blocks()])
+    return int(np.sort(inside)[index - int(ends[upper] - counts[upper])])
+
+
 def _cut(after_train: Array, after_validation: Array) -> Array:
     """Return 0, 1 or 2 for each row: the number of its split, given which splits it is after."""
     return after_train.astype(np.int8) + after_validation
 
 
-def _by_time(fractions: tuple[float, float, float], time: Array, column: str) -> Array:
-    """Split between distinct times, close to the fractions; each split gets at least one time."""
-    distinct, rank, counts = np.unique(time, return_inverse=True, return_counts=True)
-    if len(distinct) < len(SPLITS):
-        problem = (
-            f"has {len(distinct)} distinct values, a temporal split needs 3 or more "
-            "(rows of one time stay together)"
-        )
-        raise invalid_value(
-            "samples.split.column", column, problem, "choose another column or method = 'random'"
-        )
-    train, validation, _ = fractions
-    ends = np.cumsum(counts)
-    first = int(np.argmin(np.abs(ends[:-2] - train * len(time)))) + 1
-    second = first + 1 + int(np.argmin(np.abs(ends[first:-1] - (train + validation) * len(time))))
-    return _cut(rank >= first, rank >= second)
+def time_cuts(split: Split, histogram: str, rows: int) -> str:
+    """Return the SQL query of the last time of train and that of validation, `first` and `second`.
 
+    The cuts are between distinct times, close to the fractions; each split has at least one time.
 
-def _random(split: Split, rows: int) -> Array:
-    train, validation, _ = split.fractions
-    number, rank = np.empty(rows, dtype=np.int8), np.arange(rows)
-    number[shuffled(rows, split.seed)] = _cut(
-        rank >= round(train * rows), rank >= round((train + validation) * rows)
-    )
-    return number
-
-
-def _random_per_user(split: Split, user: Array) -> Array:
-    """Split the rows of each user at random.
-
-    Counts are rounded down, but a user with three or more rows has a row in every split.
+    Args:
+        split: The fractions.
+        histogram: SQL query of the distinct times `t` and their numbers of rows `c`.
+        rows: Number of all rows.
     """
-    rank, count = _rank_in_user(user, _hash(np.arange(len(user)), split.seed))
-    validation, test = (
-        np.maximum(np.floor(fraction * count + 1e-9), 1).astype(np.int64)
-        for fraction in split.fractions[1:]
+    train, validation, _ = split.fractions
+    return f"""
+        WITH ends AS (
+            SELECT t, CAST(sum(c) OVER (ORDER BY t) AS DOUBLE) AS e,
+                row_number() OVER (ORDER BY t) AS i, count(*) OVER () AS n
+            FROM ({histogram})
+        ), one AS (
+            SELECT t, i FROM ends WHERE i <= n - 2
+            ORDER BY abs(e - {train * rows!r}), t LIMIT 1
+        ), two AS (
+            SELECT ends.t FROM ends, one WHERE ends.i > one.i AND ends.i <= n - 1
+            ORDER BY abs(e - {(train + validation) * rows!r}), ends.t LIMIT 1
+        )
+        SELECT (SELECT t FROM one) AS first, (SELECT t FROM two) AS second,
+            (SELECT count(*) FROM ends) AS distinct_times
+    """
+
+
+def few_times(column: str, times: int) -> UserError:
+    """Build the error for a column with fewer than three distinct times."""
+    problem = (
+        f"has {times} distinct values, a temporal split needs 3 or more "
+        "(rows of one time stay together)"
     )
-    return np.where(count < 3, 0, _cut(rank < validation + test, rank < test))
+    remedy = "choose another column or method = 'random'"
+    return invalid_value("samples.split.column", column, problem, remedy)
 
 
-def _rank_in_user(user: Array, value: Array) -> tuple[Array, Array]:
-    """Return each row's rank among its user's rows, by value then row, and the user's row count."""
-    order = np.lexsort((value, user))
-    ordered = user[order]
-    start = np.searchsorted(ordered, ordered)
-    rank = np.empty(len(user), dtype=np.int64)
-    rank[order] = np.arange(len(user)) - start
-    return rank, np.bincount(user)[user]
+def empty_split(
+    split: Split, name: str, user_rows: Array, span: tuple[float, float], column: str
+) -> UserError:
+    """Build the error for an empty split.
 
-
-def _empty(split: Split, name: str, user: Array, time: Array | None, column: str) -> UserError:
-    """Build the error for an empty split."""
+    Args:
+        split: Method and fractions.
+        name: Name of the split.
+        user_rows: Number of rows of each user, int64 [users].
+        span: Smallest and largest time, for temporal splits.
+        column: Name of the time column.
+    """
     empty = f"the {name} split is empty"
     if split.method in ("random-per-user", "leave-last-out"):
-        most = int(np.bincount(user).max())
+        most = int(user_rows.max())
         problem = f"{empty}: no user has 3 or more rows (the maximum is {most})"
         return invalid_value("samples.split.method", split.method, problem, "choose another method")
-    if split.method == "temporal" and time is not None:
-        problem = f"{empty}: '{column}' ranges from {time.min():g} to {time.max():g}"
+    if split.method == "temporal":
+        problem = f"{empty}: '{column}' ranges from {span[0]:g} to {span[1]:g}"
         remedy = "choose boundaries that leave rows on each side"
         return invalid_value("samples.split.boundaries", list(split.boundaries), problem, remedy)
-    problem = f"{empty} with {len(user)} rows"
+    problem = f"{empty} with {int(user_rows.sum())} rows"
     remedy = "provide more rows or other fractions"
     return invalid_value("samples.split.fractions", list(split.fractions), problem, remedy)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from hvdrec.config.data_sections import Split, Task
 from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.errors import UserError
 from hvdrec.samples import make_samples
-from hvdrec.samples.history import EventLog, UserTimes
-from hvdrec.samples.negatives import draw_negatives
-from hvdrec.samples.split import shuffled, split_rows
+from hvdrec.samples.engine import connect
+from hvdrec.samples.history import EventFile, Events, Positions
+from hvdrec.samples.negatives import Block, Candidates, draw_negatives
+from hvdrec.samples.split import Splitter, hash64, time_cuts
 from hvdrec.storage.artifacts import read_manifest, verify_artifact
 
 Row = dict[str, Any]
@@ -436,48 +436,136 @@ def naive_history(
     return [rows[i][2] for t, i in sorted(mine) if time is None or t < time]
 
 
-@settings(deadline=None)
-@given(events, st.integers(1, 5))
-def test_histories_equal_a_plain_loop(rows: list[tuple[int, int, int, bool]], length: int) -> None:
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    moments = UserTimes.of(columns[:, 0], columns[:, 1])
-    found = EventLog.of(pa.array(columns[:, 2]), moments, columns[:, 3].astype(bool))
-    before = found.before(moments, np.arange(len(rows)), length).to_pylist()
-    assert before == [naive_history(rows, u, t)[-length:] for u, t, _, _ in rows]
-    latest = found.latest(4, moments.times, length).to_pylist()
-    assert latest == [naive_history(rows, user, None)[-length:] for user in range(4)]
+@dataclass(frozen=True)
+class History:
+    """The events among some rows, which are sorted by user and time, and the range of each row."""
+
+    events: Events
+    first: np.ndarray[Any, Any]
+    stop: np.ndarray[Any, Any]
+    own: np.ndarray[Any, Any]
+
+    @staticmethod
+    def of(
+        folder: Path, rows: Sequence[tuple[int, int, int, bool]], batch: int, *, distinct: bool
+    ) -> History:
+        """Read the rows in batches of a size; the third value of a row is its entry."""
+        columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        user, time, entry, chosen = *columns[:, :3].T, columns[:, 3].astype(bool)
+        path = folder / f"events-{len(list(folder.iterdir()))}"
+        file, positions = EventFile(path, np.zeros(4, dtype=np.int64), np.int64), Positions()
+        found = []
+        for start in range(0, len(rows), batch):
+            part = slice(start, start + batch)
+            found.append(positions.advance(user[part], time[part], chosen[part]))
+            events = np.flatnonzero(chosen[part]) + start
+            file.append(user[events], entry[events], time[events])
+        first, stop, own = (
+            np.concatenate([np.zeros(0, int), *c]) for c in zip(*found, strict=True)
+        )
+        return History(file.read(distinct=distinct), first, stop, own)
+
+    def before(self, length: int) -> list[list[int]]:
+        return as_lists(*self.events.last(self.first, self.stop, length))
+
+    def latest(self, length: int) -> list[list[int]]:
+        return as_lists(*self.events.last(self.events.starts[:-1], self.events.starts[1:], length))
+
+
+def as_lists(lengths: Any, codes: Any) -> list[list[int]]:
+    ends = np.cumsum(lengths)
+    return [codes[a:b].tolist() for a, b in zip(ends - lengths, ends, strict=True)]
 
 
 @settings(deadline=None)
-@given(events, st.integers(1, 5))
-def test_histories_without_repeats_keep_each_item_at_its_latest_time(
-    rows: list[tuple[int, int, int, bool]], length: int
+@given(events, st.integers(1, 5), st.integers(1, 12))
+def test_histories_equal_a_plain_loop(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[int, int, int, bool]],
+    length: int,
+    batch: int,
 ) -> None:
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    moments = UserTimes.of(columns[:, 0], columns[:, 1])
-    found = EventLog.of(pa.array(columns[:, 2]), moments, columns[:, 3].astype(bool), columns[:, 2])
+    if not rows:
+        return
+    rows = sorted(rows, key=lambda row: row[:2])
+    found = History.of(tmp_path_factory.mktemp("events"), rows, batch, distinct=False)
+    assert found.before(length) == [naive_history(rows, u, t)[-length:] for u, t, _, _ in rows]
+    expected = [naive_history(rows, user, None)[-length:] for user in range(4)]
+    assert found.latest(length) == expected
+
+
+@settings(deadline=None)
+@given(events, st.integers(1, 5), st.integers(1, 12))
+def test_histories_without_repeats_keep_each_item_at_its_latest_time(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[int, int, int, bool]],
+    length: int,
+    batch: int,
+) -> None:
+    if not rows:
+        return
+    rows = sorted(rows, key=lambda row: row[:2])
+    found = History.of(tmp_path_factory.mktemp("events"), rows, batch, distinct=True)
 
     def distinct(history: list[int]) -> list[int]:
         latest_first = list(dict.fromkeys(reversed(history)))
         return list(reversed(latest_first))[-length:]
 
-    before = found.before(moments, np.arange(len(rows)), length).to_pylist()
-    assert before == [distinct(naive_history(rows, u, t)) for u, t, _, _ in rows]
-    latest = found.latest(4, moments.times, length).to_pylist()
-    assert latest == [distinct(naive_history(rows, user, None)) for user in range(4)]
+    assert found.before(length) == [distinct(naive_history(rows, u, t)) for u, t, _, _ in rows]
+    assert found.latest(length) == [distinct(naive_history(rows, u, None)) for u in range(4)]
+
+
+def test_lists_without_repeats_reach_far_back_in_bounded_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One item fills the last 200 events, so the other items of the list are far back.
+    monkeypatch.setattr("hvdrec.samples.history.GATHERED", 16)
+    rows = [(0, t, t if t < 100 else 7, True) for t in range(300)]
+    found = History.of(tmp_path, rows, 64, distinct=True)
+    assert found.before(5)[-1] == [96, 97, 98, 99, 7]
+    assert found.before(5)[:4] == [[], [0], [0, 1], [0, 1, 2]]
+    assert found.latest(3)[0] == [98, 99, 7]
 
 
 @settings(deadline=None)
-@given(events, st.integers(1, 5))
-def test_other_events_are_the_nearest_ones_without_the_row_itself(
-    rows: list[tuple[int, int, int, bool]], length: int
+@given(events, st.integers(1, 5), st.integers(0, 7))
+def test_histories_end_at_an_age(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[int, int, int, bool]],
+    length: int,
+    age: int,
 ) -> None:
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    moments = UserTimes.of(columns[:, 0], columns[:, 1])
-    found = EventLog.of(pa.array(np.arange(len(rows))), moments, columns[:, 3].astype(bool))
-    others = found.others(moments, np.arange(len(rows)), length).to_pylist()
-    for number, (user, time, _, chosen) in enumerate(rows):
-        mine = sorted((t, i) for i, (u, t, _, c) in enumerate(rows) if u == user and c)
+    if not rows:
+        return
+    rows = sorted(rows, key=lambda row: row[:2])
+    found = History.of(tmp_path_factory.mktemp("events"), rows, 7, distinct=False)
+    oldest = np.array([t - age for _, t, _, _ in rows])
+    first = found.events.since(found.first, found.stop, oldest)
+    expected = [
+        [i for v, s, i, chosen in rows if v == u and chosen and t - age <= s < t][-length:]
+        for u, t, _, _ in rows
+    ]
+    assert as_lists(*found.events.last(first, found.stop, length)) == expected
+
+
+@settings(deadline=None)
+@given(events, st.integers(1, 5), st.integers(1, 12))
+def test_other_events_are_the_nearest_ones_without_the_row_itself(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[int, int, int, bool]],
+    length: int,
+    batch: int,
+) -> None:
+    if not rows:
+        return
+    ordered = sorted(rows, key=lambda row: row[:2])
+    rows = [(u, t, i, chosen) for i, (u, t, _, chosen) in enumerate(ordered)]
+    found = History.of(tmp_path_factory.mktemp("events"), rows, batch, distinct=False)
+    user, chosen_rows = np.array([r[0] for r in rows]), np.array([r[3] for r in rows])
+    position = np.where(chosen_rows, found.own, found.stop)
+    others = as_lists(*found.events.others(user, position, chosen_rows, length))
+    for number, (user_, time, _, chosen) in enumerate(rows):
+        mine = sorted((t, i) for i, (u, t, _, c) in enumerate(rows) if u == user_ and c)
         left = [i for _, i in mine if i != number]
         assert number not in others[number]
         assert len(others[number]) == min(length, len(left))
@@ -551,13 +639,34 @@ def test_no_history_contains_later_or_held_out_events(
 
 
 def divided(
-    method: str, user: Sequence[int], time: Sequence[float] | None, **more: Any
+    method: str,
+    user: Sequence[int],
+    time: Sequence[float] | None,
+    **more: Any,
 ) -> list[int]:
+    """Return the split of each row; users are read one by one, sorted by time."""
     split = Split(method=method, **more)  # type: ignore[arg-type]
-    times = None if time is None else np.array(time)
-    return [int(s) for s in split_rows(split, np.array(user), times, "t")]
+    users, times = np.array(user), np.zeros(len(user)) if time is None else np.array(time)
+    order = np.lexsort((np.arange(len(user)), times, users))
+    cuts = split.boundaries[:2] or None
+    if method == "temporal" and not cuts:
+        with connect() as engine:
+            log = str(engine.register(pa.table({"t": times})).get_name())
+            histogram = f"SELECT t, count(*) AS c FROM {log} GROUP BY t"
+            found = engine.one(time_cuts(split, histogram, len(times)))
+        cuts = (found["first"], found["second"])
+    splitter = Splitter.of(split, np.unique(users, return_counts=True)[1], cuts)
+    starts, ends = splitter.starts[:-1].tolist(), splitter.starts[1:].tolist()
+    parts = [
+        splitter.assign(start, np.arange(start, end), times[order][start:end])
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    result = np.empty(len(order), dtype=np.int64)
+    result[order] = np.concatenate(parts)
+    return [int(part) for part in result]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 12), min_size=3, max_size=60))
 def test_temporal_split_is_strict_and_closest_to_its_fractions(time: list[int]) -> None:
     if len(set(time)) < 3:
@@ -601,7 +710,10 @@ def test_random_split_is_the_same_on_every_machine() -> None:
             x ^= x >> 31
         return x
 
-    assert shuffled(50, 7).tolist() == sorted(range(50), key=lambda row: mixed(row, 7))
+    assert hash64(np.arange(50), 7).tolist() == [mixed(row, 7) for row in range(50)]
+    train = sorted(range(50), key=lambda row: mixed(row, 7))[:40]
+    found = divided("random", [0] * 50, None, seed=7)
+    assert [row for row in range(50) if found[row] == 0] == sorted(train)
 
 
 def test_random_per_user_holds_out_of_every_user_with_three_rows() -> None:
@@ -624,20 +736,37 @@ taken = st.lists(
 )
 
 
+def candidates(group: Any, item: Any) -> Candidates:
+    pairs = np.unique(np.stack([group, item], 1), axis=0)
+    return Candidates(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(group.max() + 2)))
+
+
+def drawn_items(group: Any, user: Any, item: Any, positive: Any, count: int, seed: int) -> Any:
+    rows = np.arange(len(group))
+    block = Block(rows, group, user, item, np.isin(rows, positive))
+    return draw_negatives(candidates(group, item), block, count, seed)
+
+
+@settings(deadline=None)
 @given(taken, st.integers(1, 6), st.integers(0, 3))
 def test_negatives_are_items_of_the_group_that_the_user_has_not_taken(
     rows: list[tuple[int, int, int]], per_positive: int, seed: int
 ) -> None:
     group, user, item = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
     positive = np.arange(0, len(rows), 2)
-    place, drawn = draw_negatives(group, user, item, positive, per_positive, seed)
-    again = draw_negatives(group, user, item, positive, per_positive, seed)
-    assert np.array_equal(place, again[0]) and np.array_equal(drawn, again[1])
+    place, drawn = drawn_items(group, user, item, positive, per_positive, seed)
+    # The draws of a row do not depend on the rows of other pairs that are in its block.
+    for g, u in set(zip(group.tolist(), user.tolist(), strict=True)):
+        own = np.flatnonzero((group == g) & (user == u))
+        alone = Block(own, group[own], user[own], item[own], np.isin(own, positive))
+        part, again = draw_negatives(candidates(group, item), alone, per_positive, seed)
+        mine = np.isin(place, own)
+        assert place[mine].tolist() == own[part].tolist() and drawn[mine].tolist() == again.tolist()
     assert (np.diff(place) >= 0).all()
-    for p, row in enumerate(positive):
+    for row in positive:
         g, u, _ = rows[row]
         free = {i for h, _, i in rows if h == g} - {i for h, v, i in rows if h == g and v == u}
-        mine = drawn[place == p].tolist()
+        mine = drawn[place == row].tolist()
         assert len(mine) == len(set(mine)) == min(per_positive, len(free))
         assert set(mine) <= free
 
@@ -649,7 +778,7 @@ def test_negatives_are_drawn_uniformly(items: int) -> None:
     count = 3000
     user = np.concatenate([np.zeros(count), np.ones(items)]).astype(np.int64)
     item = np.concatenate([np.zeros(count), np.arange(items)]).astype(np.int64)
-    place, drawn = draw_negatives(np.zeros_like(user), user, item, np.arange(count), 4, 0)
+    place, drawn = drawn_items(np.zeros_like(user), user, item, np.arange(count), 4, 0)
     assert np.array_equal(np.bincount(place), np.full(count, 4))
     seen = np.bincount(drawn, minlength=items)
     expected = 4 * count / (items - 1)
@@ -744,12 +873,12 @@ def test_negatives_have_label_zero_in_every_task(shop: tuple[Path, dict[str, Any
             assert (row["label_bought"], row["label_even"]) == (1.0, even)
 
 
-def test_negatives_do_not_depend_on_the_size_of_join_batches(
+def test_negatives_do_not_depend_on_the_size_of_blocks(
     shop: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, changes = shop
     whole = make(configured(raw, SHOP_FEATURES, **changes))
-    monkeypatch.setattr(importlib.import_module("hvdrec.samples.make"), "DRAWN_ROWS", 50)
+    monkeypatch.setattr("hvdrec.samples.sampled.BLOCK_ROWS", 7)
     assert make(configured(raw, SHOP_FEATURES, **changes)) == whole
 
 
