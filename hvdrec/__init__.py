@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hvdrec.exporting.export_run import ExportResult, export
     from hvdrec.features.prepare import PrepareResult, prepare
     from hvdrec.planner.plan import PlanResult, plan
+    from hvdrec.reporting.report import ReportResult, report
     from hvdrec.samples import SamplesResult, make_samples
     from hvdrec.samples.delay import DelayResult, measure_delays
     from hvdrec.scoring import Scorer
@@ -47,6 +48,7 @@ __all__ = [
     "ExportResult",
     "PlanResult",
     "PrepareResult",
+    "ReportResult",
     "SamplesResult",
     "Scorer",
     "TrainResult",
@@ -60,6 +62,7 @@ __all__ = [
     "measure_delays",
     "plan",
     "prepare",
+    "report",
     "train",
     "tune",
 ]
@@ -75,6 +78,7 @@ _EXPORTS = {
     "hvdrec.exporting.export_run": ("ExportResult", "export"),
     "hvdrec.tuning.tune": ("TuneResult", "tune"),
     "hvdrec.planner.plan": ("PlanResult", "plan"),
+    "hvdrec.reporting.report": ("ReportResult", "report"),
     "hvdrec.scoring": ("Scorer",),
 }
 """Module -> the public names that it provides."""

@@ -1,4 +1,4 @@
-"""The commands that show a run: top."""
+"""The commands that show a run: top, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from hvdrec.cli.command import RUN, Answer, argument, command
+from hvdrec.cli.command import CHECKPOINT, RUN, Answer, argument, command
 
 REFRESH_SECONDS = 2.0
 CLEAR_SCREEN = "\033[H\033[2J"
@@ -38,3 +38,41 @@ def top(options: argparse.Namespace) -> Answer:
         print(f"{CLEAR_SCREEN}{render_run(history, age)}\n\n{run}  (Ctrl-C ends this view)")
         time.sleep(REFRESH_SECONDS)
     return Answer(run_facts(history, age), render_run(history, age))
+
+
+@command(
+    RUN,
+    argument("--to", type=Path, metavar="FILE", help="HTML file (default WORK/report.html)"),
+    argument(
+        "--against", type=Path, metavar="RUN", help="another run on the same samples to compare"
+    ),
+    argument("--split", choices=["validation", "test"], default="test", help="default: test"),
+    CHECKPOINT,
+    argument(
+        "--ease-items",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="largest catalogue for which EASE is fitted (default 10000; 0: never)",
+    ),
+    example="hvdrec report runs/movielens-1m/run",
+)
+def report(options: argparse.Namespace) -> Answer:
+    """Write a report of a run as one HTML file, and a model card in Markdown.
+
+    It holds what hvdrec evaluate prints, curves, slices, confidence intervals, the effect of the
+    scene and of each feature, and lists of users. The file needs no network and can be printed.
+    """
+    from hvdrec.reporting.report import report
+
+    result = report(
+        options.run,
+        to=options.to,
+        against=options.against,
+        split=options.split,
+        checkpoint=options.checkpoint,
+        ease_items=options.ease_items,
+    )
+    return Answer(
+        result.to_dict(), f"wrote {result.path} ({result.bytes / 1e3:.0f} kB) and {result.card}"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.evaluation.baselines import Baselines, fit_baselines
@@ -35,6 +36,7 @@ from hvdrec.samples.split import SPLITS, STATES
 from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.parquet import read_metadata, read_tables
 
+Array = NDArray[Any]
 CHOICE_USERS, CHOICE_ROWS, CHOICE_EVENTS = 10_000, 500_000, 2_000
 """Largest numbers of validation users, rows and events that are used to choose a baseline's
 setting."""
@@ -265,6 +267,37 @@ def _popularity_by_event(
     }
     note = f"recent_popularity: days = {days} for events (validation {name} {measured[days]:.4f})"
     return reports, [note]
+
+
+def baseline_event_ranks(
+    config: Config, events: Events, reports: Mapping[str, Any]
+) -> dict[str, Array]:
+    """Return the ranks of the events' items by each baseline, with its chosen setting.
+
+    Args:
+        config: Configuration of the run.
+        events: The events, e of them.
+        reports: Name of a baseline -> its report, as `compare` returns it; baselines without
+            metrics by event are left out.
+
+    Returns:
+        Name of a baseline -> ranks, int64 [e].
+    """
+    measured = {name: each for name, each in reports.items() if "events" in each}
+    train = read_interactions(config.paths.of("features"), ["train"])
+    found: dict[str, Array] = {}
+    if "popularity" in measured:
+        found["popularity"] = events.popularity_ranks(_fit(config, train).popularity)
+    if "recent_popularity" in measured:
+        days = measured["recent_popularity"]["chosen"]["events"]["days"]
+        found["recent_popularity"] = events.recent_ranks(days)
+    taken = _taken(config, train)
+    for name, make in (("cooccurrence", cooccurrence), ("ease", ease)):
+        if name in measured:
+            family = make(taken)
+            value = measured[name]["chosen"]["events"][family.setting]
+            found[name] = events.item_item_ranks(family.fit(value))
+    return found
 
 
 def _taken(config: Config, rows: Interactions) -> Any:

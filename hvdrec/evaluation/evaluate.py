@@ -17,7 +17,7 @@ from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import CHOICE_USERS, compare
 from hvdrec.evaluation.event_metrics import describe_events
-from hvdrec.evaluation.events import obstacle, read_events, user_rows
+from hvdrec.evaluation.events import Events, obstacle, read_events, user_rows
 from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of, user_state
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.references import (
@@ -288,14 +288,39 @@ def _events(
     events = ranks.run_on_all(lambda: read_events(config, split, config.evaluate.events))
     if not len(events):
         return {}, ["events: n/a, no positive row has an item that is new to its user"]
+    return events.report(event_ranks(model, config, split, events, fetch_rows), config), []
+
+
+def event_ranks(
+    model: Recommender,
+    config: Config,
+    split: str,
+    events: Events,
+    fetch_rows: FetchRows | None = None,
+) -> Array:
+    """Return the rank of each event's item by the model, int64 [e]; the ranks share the work."""
     world = ranks.current()
     mine = events.take(slice(*part_of(len(events), world.rank, world.size)))
-    rows = ranks.run_on_all(lambda: user_rows(config, split, mine.row))
     largest = math.ceil(len(events) / world.size)
-    users = _embed(model, config, "user", rows, largest, fetch_rows)
+    users = event_vectors(model, config, split, mine, fetch_rows, largest)
     items = embed_side(model, config, "item", fetch_rows)
-    rank = ranks.gather_arrays(mine.vector_ranks(users, items))
-    return events.report(rank, config), []
+    return ranks.gather_arrays(mine.vector_ranks(users, items))
+
+
+def event_vectors(
+    model: Recommender,
+    config: Config,
+    split: str,
+    events: Events,
+    fetch_rows: FetchRows | None = None,
+    largest: int = 0,
+) -> Array:
+    """Return the user tower's embeddings with the features and histories of this rank's events.
+
+    No rank has more than `largest` events; 0 means that this is the only rank.
+    """
+    rows = ranks.run_on_all(lambda: user_rows(config, split, events.row))
+    return _embed(model, config, "user", rows, largest or len(events), fetch_rows)
 
 
 def _events_notes(report: Mapping[str, Any], config: Config) -> list[str]:

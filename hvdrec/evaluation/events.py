@@ -259,6 +259,11 @@ def user_rows(config: Config, split: str, row: Array) -> pa.Table:
     return pa.concat_tables(parts).take(pa.array(back))
 
 
+def read_seconds(config: Config, splits: tuple[str, ...]) -> Array | None:
+    """Read the times of all rows of some splits, seconds since 1970, float64 [n]; None without."""
+    return _read_times(config, splits)[1]
+
+
 def find_events(
     rows: Interactions, split: Array, time: Array, items: int, seen_items: SeenItems, first: int
 ) -> Events:

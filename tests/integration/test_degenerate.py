@@ -15,6 +15,7 @@ import pytest
 import hvdrec
 from hvdrec.config import Config, with_fields
 from hvdrec.errors import UserError
+from hvdrec.reporting.report import report
 from hvdrec.storage.artifacts import read_manifest, write_manifest
 from hvdrec.training.checkpoint import read_config
 from tests.integration.conftest import SmallRun
@@ -56,6 +57,9 @@ def test_a_validation_split_of_one_class_is_measured_by_the_log_loss(
     assert result.metric == "log_loss" and result.best is not None
     notes = [line["text"] for line in lines(tmp_path / "run") if line["event"] == "note"]
     assert any("auc is not defined" in note and "all labels are 1" in note for note in notes)
+    written = report(tmp_path / "run", split="validation", progress=False)
+    page = Path(written.path).read_text()
+    assert "not defined for these rows" in page and "<h2>Slices</h2>" in page
     with pytest.raises(UserError, match="auto") as error:
         hvdrec.train(with_fields(config, {"train.metric": "auc"}), overwrite=True, progress=False)
     assert error.value.field == "train.metric"

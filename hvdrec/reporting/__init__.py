@@ -1,0 +1,1 @@
+"""The report of a run: one HTML file with tables and pictures, and a model card in Markdown."""
