@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from hvdrec.config.durations import microseconds
 from hvdrec.config.label_join import Feedback
 
 Row = dict[str, Any]
+Touch = Literal["last", "first", "every"]
 SECOND = 1_000_000
 
 
@@ -329,3 +330,26 @@ def small_options(draw: st.DrawFn) -> tuple[Feedback, Feedback]:
         skew=draw(st.sampled_from(["0s", "1s"])), touch=draw(_TOUCH),
     )  # fmt: skip
     return click, buy
+
+
+def colliding_log(seed: int, rows: int = 60) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Draw a log as `small_logs` does, with many rows, so that one log reaches most rules."""
+    draw = random.Random(seed)
+
+    def ids() -> str | None:
+        return draw.choice(["a", "b", "c", "d", None])
+
+    def done() -> Row:
+        t = draw.choice([*range(60), None])
+        return {"t": t, "value": draw.choice([None, 0, 1, 2, 3])}
+
+    exposures = [
+        {"request_id": ids(), "user_id": draw.choice("uv"), "item_id": draw.choice("xy"),
+         "t": draw.randrange(60), "position": draw.randrange(2)}
+        for _ in range(rows)
+    ]  # fmt: skip
+    clicks = [{"request_id": ids(), "item_id": draw.choice("xyz"), **done()} for _ in range(rows)]
+    buys = [
+        {"user_id": draw.choice("uvw"), "asset": draw.choice("xy"), **done()} for _ in range(rows)
+    ]
+    return exposures, {"click": clicks, "buy": buys}

@@ -147,7 +147,7 @@ def add_labels(
     shown = numbered(SHOWN, len(key))
     for options, matched in matches:
         sums: dict[str, Any] = {options.columns[0]: matched.count()}
-        sums[options.columns[1]] = matched[DELAY].min() / SECOND
+        sums[options.columns[1]] = matched[DELAY].min().cast("float64") / SECOND
         if options.value:
             # A sum of decimals does not depend on the order of rows; a sum of floats does.
             sums[options.columns[2]] = matched[VALUE].cast("decimal(38, 6)").sum().cast("float64")
