@@ -67,6 +67,5 @@ def restore_optimizer(
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        # Move moments to the device of their parameter; step counters stay on the CPU.
-        target = value if value.ndim == 0 else value.to(parameter.device)
-        optimizer.state[parameter][key] = target.clone()
+        # A fused optimizer reads the step counter on the device of the parameter, too.
+        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

@@ -63,3 +63,19 @@ def test_optimizer_state_survives_a_round_trip() -> None:
     assert saved.keys() == again.keys()
     assert len(saved) == 3 * len(list(model.parameters()))
     assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+
+def test_restored_state_is_on_the_device_of_its_parameter() -> None:
+    model = torch.nn.Linear(2, 3)
+    optimizer = make_optimizer(model, Train())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    saved = optimizer_tensors(model, optimizer)
+    # The fused optimizer refuses this device.
+    meta = torch.nn.Linear(2, 3, device="meta")
+    restored = torch.optim.AdamW(meta.parameters())
+    restore_optimizer(meta, restored, saved)
+    state = optimizer_tensors(meta, restored)
+    assert state.keys() == saved.keys()
+    assert any(name.endswith("/step") for name in state)
+    assert {value.device.type for value in state.values()} == {"meta"}
