@@ -110,7 +110,8 @@ def _start_horovod(host: str) -> None:
         import horovod.torch as hvd
     except ImportError as error:
         raise UserError(
-            f"horovod: cannot be imported ({error}); install it with scripts/install",
+            f"horovod: cannot be imported ({error}); install it with scripts/install, or build a "
+            "wheel for pip: scripts/build_horovod wheel --to wheels/",
             field="horovod",
         ) from None
     timeout = max(MIN_GLOO_TIMEOUT, silence_seconds() + 5)

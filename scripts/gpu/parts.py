@@ -117,10 +117,14 @@ def environment_of(
 ) -> dict[str, str]:
     """Return the environment of a part; `horovod` is a directory to import Horovod from."""
     paths = [*([str(horovod)] if horovod.is_dir() else []), str(ROOT), str(HERE)]
-    threads = {"OMP_NUM_THREADS": "1"} if is_launched else {}
+    more = {"OMP_NUM_THREADS": "1"} if is_launched else {}
+    if horovod.is_dir():
+        # A Horovod beside the environment does not find the environment's MPI by itself.
+        libraries = [str(BIN.parent / "lib"), environment.get("LD_LIBRARY_PATH", "")]
+        more["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     return {
         **environment,
-        **threads,
+        **more,
         "PATH": f"{BIN}{os.pathsep}{environment.get('PATH', '')}",
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",

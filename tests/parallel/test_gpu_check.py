@@ -20,6 +20,7 @@ def check(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_all_parts_pass_on_the_cpu(tmp_path: Path) -> None:
     done = check("--device", "cpu", "--out", str(tmp_path), "--seconds", "1", "--patience", "5")
     assert done.returncode == 0, done.stdout + done.stderr

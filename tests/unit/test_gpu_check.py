@@ -84,6 +84,17 @@ def test_what_needs_no_horovod_runs_before_it_is_built() -> None:
     )
 
 
+def test_a_horovod_beside_the_environment_comes_first(tmp_path: Path) -> None:
+    environment = {"PATH": "/bin", "LD_LIBRARY_PATH": "/opt/lib"}
+    own = parts.environment_of(environment, tmp_path / "none", is_launched=False)
+    assert own["LD_LIBRARY_PATH"] == "/opt/lib"
+    assert "OMP_NUM_THREADS" not in own
+    built = parts.environment_of(environment, tmp_path, is_launched=True)
+    assert built["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+    assert built["LD_LIBRARY_PATH"].split(os.pathsep) == [str(parts.BIN.parent / "lib"), "/opt/lib"]
+    assert built["OMP_NUM_THREADS"] == "1"
+
+
 @pytest.mark.parametrize(
     ("built", "device", "several", "expected"),
     [
