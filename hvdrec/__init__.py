@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hvdrec.exporting.export_run import ExportResult, export
     from hvdrec.features.prepare import PrepareResult, prepare
     from hvdrec.planner.plan import PlanResult, plan
+    from hvdrec.promotion.promote import PromoteResult, promote
     from hvdrec.reporting.report import ReportResult, report
     from hvdrec.samples import SamplesResult, make_samples
     from hvdrec.samples.delay import DelayResult, measure_delays
@@ -48,6 +49,7 @@ __all__ = [
     "ExportResult",
     "PlanResult",
     "PrepareResult",
+    "PromoteResult",
     "ReportResult",
     "SamplesResult",
     "Scorer",
@@ -62,6 +64,7 @@ __all__ = [
     "measure_delays",
     "plan",
     "prepare",
+    "promote",
     "report",
     "train",
     "tune",
@@ -76,6 +79,7 @@ _EXPORTS = {
     "hvdrec.training.trainer": ("TrainResult", "train"),
     "hvdrec.training.evaluate_run": ("EvaluationResult", "evaluate"),
     "hvdrec.exporting.export_run": ("ExportResult", "export"),
+    "hvdrec.promotion.promote": ("PromoteResult", "promote"),
     "hvdrec.tuning.tune": ("TuneResult", "tune"),
     "hvdrec.planner.plan": ("PlanResult", "plan"),
     "hvdrec.reporting.report": ("ReportResult", "report"),

@@ -9,7 +9,7 @@ from annotated_types import MinLen
 from hvdrec.config.data_sections import Encode, Grow, Loader, Paths, Samples, Task
 from hvdrec.config.rules import check_rules
 from hvdrec.config.schema import Feature, Schema
-from hvdrec.config.sections import Evaluate, Export, Model, Parallel, Train
+from hvdrec.config.sections import Evaluate, Export, Model, Parallel, Promote, Train
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -53,6 +53,8 @@ class Config:
     """What evaluation reports."""
     export: Export = Export()
     """How the bundle is made."""
+    promote: Promote = Promote()
+    """When a new model may serve."""
 
     def __post_init__(self) -> None:
         """Check the rules between fields."""

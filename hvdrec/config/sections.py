@@ -292,3 +292,47 @@ class Export:
     trending_days: PositiveFloat = 30.0
     """A request without any user data is answered with the items that have the most positive rows
     in so many last days of the log."""
+
+
+@dataclass(frozen=True)
+class Promote:
+    """When a new model may serve (hvdrec promote).
+
+    It is compared with the model that serves, on the freshest labelled rows.
+    """
+
+    to: str = ""
+    """Directory of the published versions (default WORK/published). A service watches
+    DIRECTORY/current."""
+    rows: PositiveInt = 20_000
+    """Largest number of rows to compare on, the newest."""
+    days: NonNegativeFloat = 0.0
+    """Last days of the validation and test rows to compare on. 0: the test split."""
+    min_rows: PositiveInt = 200
+    """With fewer rows, nothing is published."""
+    min_auc: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    """Smallest AUC of a model that may serve."""
+    auc: NonNegativeFloat = 0.002
+    """Largest loss of AUC. A loss counts if it exceeds this by two standard errors of the
+    difference."""
+    log_loss: NonNegativeFloat = 0.005
+    """Largest increase of the log loss. It counts as a loss of AUC does."""
+    calibration: NonNegativeFloat = 0.1
+    """Largest increase of |ln(predicted positives / real positives)|."""
+    coverage: NonNegativeFloat = 0.05
+    """Largest loss of the share of rows whose item is in the catalogue, and of the share of rows
+    with a known value of a feature."""
+    drift: NonNegativeFloat = 0.5
+    """Largest distance of the new scores from the old ones as distributions: their Wasserstein-1
+    distance, in standard deviations of the old scores."""
+    slices: tuple[str, ...] = ()
+    """Columns of the samples. The AUC is also compared over the rows with each of their values."""
+    slice_rows: PositiveInt = 500
+    """Rows from which a value of these columns is compared."""
+    slice_auc: NonNegativeFloat = 0.02
+    """Largest loss of AUC over the rows with one value."""
+    max_age_hours: NonNegativeFloat = 0.0
+    """Largest age of the newest row. 0: any age, but not older than that of the model that
+    serves."""
+    keep: PositiveInt = 10
+    """Number of versions to keep, in addition to the current one and the one before it."""
