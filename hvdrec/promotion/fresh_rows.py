@@ -18,18 +18,15 @@ from hvdrec.config.schema import FIRST_CODE
 from hvdrec.config.sections import Evaluate, Promote
 from hvdrec.errors import invalid_file, unknown_name
 from hvdrec.evaluation.ranking_metrics import auc, ranking_metrics
-from hvdrec.exporting.known_rows import comparable_times
 from hvdrec.exporting.score_file import score_table
 from hvdrec.features.encoder import Encoder
 from hvdrec.features.fit import Fitted
-from hvdrec.promotion.checks import Measured
+from hvdrec.promotion.gate import Measured
+from hvdrec.samples.times import DAY, comparable_times, epoch_seconds
 from hvdrec.scoring.array_files import read_array
 from hvdrec.storage.urls import Location
 
 Array = NDArray[Any]
-DAY = 86_400
-DIVISORS = (1e9, 1e6, 1e3)
-"""Numbers from 1e8 times these on are ns, us and ms; smaller ones are seconds."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +176,6 @@ def _seconds(table: pa.Table, name: str) -> Array | None:
     if times is None:
         return None
     kind, values = times
-    if kind == "timestamp" or not len(values):
-        return values
-    largest = float(np.nanmax(np.abs(values)))
-    divisor = next((each for each in DIVISORS if largest >= 1e8 * each), 1.0)
-    return np.asarray(values / divisor)
+    seconds = epoch_seconds(values, kind)
+    # Numbers too small for times since 1970 still order the rows.
+    return values if seconds is None else seconds

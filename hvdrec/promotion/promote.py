@@ -14,7 +14,8 @@ from hvdrec.evaluation.result import as_json
 from hvdrec.exporting.export_run import export_with
 from hvdrec.parallel.pool import THIS_PROCESS, WorkerPool
 from hvdrec.parallel.progress import print_line
-from hvdrec.promotion.checks import (
+from hvdrec.promotion.fresh_rows import FreshRows, coverage, measure, read_fresh_rows
+from hvdrec.promotion.gate import (
     Check,
     Difference,
     compare,
@@ -24,7 +25,6 @@ from hvdrec.promotion.checks import (
     rows_check,
     score_drift,
 )
-from hvdrec.promotion.fresh_rows import FreshRows, coverage, measure, read_fresh_rows
 from hvdrec.promotion.versions import PROMOTED, REFUSED, ROLLED_BACK, Published
 from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.drafts import scratch_directory

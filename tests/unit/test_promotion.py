@@ -12,7 +12,7 @@ import pytest
 from hvdrec.config import Promote
 from hvdrec.errors import UserError
 from hvdrec.evaluation.ranking_metrics import auc
-from hvdrec.promotion.checks import (
+from hvdrec.promotion.gate import (
     Difference,
     Measured,
     compare,
