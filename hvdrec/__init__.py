@@ -22,6 +22,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hvdrec.checks.check_run import check
+    from hvdrec.checks.result import CheckResult
     from hvdrec.config import Config, load_config
     from hvdrec.errors import UserError
     from hvdrec.exporting.export_run import ExportResult, export
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
+    "CheckResult",
     "Config",
     "DelayResult",
     "EvaluationResult",
@@ -57,6 +60,7 @@ __all__ = [
     "TuneResult",
     "UserError",
     "__version__",
+    "check",
     "evaluate",
     "export",
     "load_config",
@@ -73,6 +77,8 @@ __all__ = [
 _EXPORTS = {
     "hvdrec.config": ("Config", "load_config"),
     "hvdrec.errors": ("UserError",),
+    "hvdrec.checks.check_run": ("check",),
+    "hvdrec.checks.result": ("CheckResult",),
     "hvdrec.samples": ("SamplesResult", "make_samples"),
     "hvdrec.samples.delay": ("DelayResult", "measure_delays"),
     "hvdrec.features.prepare": ("PrepareResult", "prepare"),

@@ -61,7 +61,7 @@ def init(options: argparse.Namespace) -> Answer:
 
 def _next(path: str) -> Sequence[str]:
     work = f"runs/{Path(path).stem}/run"
-    verbs = (f"samples {path}", f"prepare {path}", f"train {path}")
+    verbs = (f"samples {path}", f"check {path}", f"prepare {path}", f"train {path}")
     return [f"  hvdrec {verb}" for verb in (*verbs, f"evaluate {work}")]
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from hvdrec import __version__
 from hvdrec.cli import (
+    check_command,
     data_commands,
     host_commands,
     init_command,
@@ -26,6 +27,7 @@ from hvdrec.errors import UserError
 MODULES = (
     init_command,
     data_commands,
+    check_command,
     model_commands,
     promote_command,
     run_commands,
@@ -45,6 +47,7 @@ examples, from a log to ranked items:
   hvdrec init data/log.csv data/items.csv                     # a configuration for your own tables
   hvdrec data movielens-1m                                    # raw tables
   hvdrec samples configs/movielens-1m.toml                    # labelled, split samples
+  hvdrec check configs/movielens-1m.toml                      # label rates, leaks, unseen ids
   hvdrec prepare configs/movielens-1m.toml                    # fitted features, encoded shards
   horovodrun -np 2 hvdrec train configs/movielens-1m.toml
   hvdrec evaluate runs/movielens-1m/run                       # metrics beside the baselines

@@ -1,5 +1,6 @@
 """The configuration of a run: its sections and features, how it is loaded, and overrides."""
 
+from hvdrec.config.checks_section import Checks
 from hvdrec.config.data_sections import (
     Encode,
     Grow,
@@ -30,6 +31,7 @@ from hvdrec.config.sections import (
 from hvdrec.config.stored import from_stored
 
 __all__ = [
+    "Checks",
     "Config",
     "Encode",
     "Evaluate",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import MinLen
 
+from hvdrec.config.checks_section import Checks
 from hvdrec.config.data_sections import Encode, Grow, Loader, Paths, Samples, Task
 from hvdrec.config.rules import check_rules
 from hvdrec.config.schema import Feature, Schema
@@ -39,6 +40,8 @@ class Config:
     """The labels that the ranker predicts. Empty: only samples.label."""
     grow: Grow = Grow()
     """How features go on from earlier ones."""
+    checks: Checks = Checks()
+    """Limits of the checks before training."""
     encode: Encode = Encode()
     """How samples become shards."""
     loader: Loader = Loader()

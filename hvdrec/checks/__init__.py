@@ -1,0 +1,1 @@
+"""Checks of samples before training: ``hvdrec check``."""
