@@ -49,7 +49,7 @@ def test_the_main_help_ends_in_examples_that_parse(capsys: pytest.CaptureFixture
     assert text.rstrip().endswith(EPILOG.splitlines()[-1])
     assert {command.name for command in COMMANDS} <= set(text.split())
     examples = example_lines(EPILOG.partition("ranked items:\n")[2])
-    assert len(examples) == 8
+    assert len(examples) == 9
     for line in examples:
         parse(shlex.split(line)[1:])
 
