@@ -72,8 +72,10 @@ class SparkSplit(TrainingSplit):
     @contextmanager
     def sorted_numbers(self, column: Column) -> Iterator[SortedNumbers]:
         """Sort the distinct numbers; executors keep them, on disk if they are many."""
-        counted = self._numbers(column).groupBy("v").count().orderBy("v")
-        table = counted.selectExpr("v", "count AS n").persist()
+        counted = self._numbers(column).groupBy("v").count().selectExpr("v", "count AS n")
+        # orderBy would make 200 parts by default, and starting a Python task for each takes time.
+        parts = self._rows.sparkSession.sparkContext.defaultParallelism
+        table = counted.repartitionByRange(parts, "v").sortWithinPartitions("v").persist()
         try:
             yield _SortedFrame(table)
         finally:
