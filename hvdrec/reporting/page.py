@@ -18,6 +18,7 @@ h1{font-size:1.7em;margin:0 0 4px}h2{margin:44px 0 8px;border-bottom:1px solid v
 h3{margin:18px 0 6px;font-size:1em}p{margin:6px 0 10px;max-width:75ch}
 .soft,.none{color:var(--soft)}.warn{border-left:4px solid var(--c1);padding-left:10px}
 .grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:20px}
+.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr))}
 .grid2>div{min-width:0}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92em}
 th,td{padding:3px 10px;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
@@ -83,10 +84,13 @@ def text(content: str, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(content)}</p>'
 
 
-def columns(*parts: tuple[str, str]) -> str:
-    """Put parts, each a heading and its HTML, side by side where there is room."""
+def columns(*parts: tuple[str, str], wide: bool = False) -> str:
+    """Put parts, each a heading and its HTML, side by side where there is room.
+
+    Parts that are `wide` need more room.
+    """
     cells = "".join(f"<div><h3>{escape(title)}</h3>{body}</div>" for title, body in parts)
-    return f'<div class="grid2">{cells}</div>'
+    return f'<div class="grid2{" wide" if wide else ""}">{cells}</div>'
 
 
 def details(summary: str, content: str) -> str:
@@ -97,7 +101,7 @@ def details(summary: str, content: str) -> str:
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
     """Return the whole page; a section is a heading and its HTML, and is left out if that is ""."""
     shown = [(heading, body) for heading, body in sections if body]
-    links = "".join(
+    links = " ".join(
         f'<a href="#s{index}">{escape(heading)}</a>' for index, (heading, _) in enumerate(shown)
     )
     parts = "".join(

@@ -98,7 +98,7 @@ def slices(data: RunData) -> str:
         "In a slice that is calibrated, the mean score equals the share of positives. The AUC is "
         "n/a if all labels of a slice are equal.",
         "soft",
-    ) + columns(*parts)
+    ) + columns(*parts, wide=True)
 
 
 def scene(data: RunData) -> str:
@@ -117,7 +117,8 @@ def scene(data: RunData) -> str:
         effect = scene_effect(data.predict, arrays, name)
         if len(effect) < 2:
             continue
-        shown = dict(list(effect.items())[:VALUES_SHOWN])
+        frequent = list(effect)[:VALUES_SHOWN]  # codes are numbered by frequency
+        shown = {code: effect[code] for code in sorted(frequent, key=lambda c: _order(names[c]))}
         mean = np.mean([scores.mean() for scores in shown.values()])
         bars = {names[code]: float(scores.mean() - mean) for code, scores in shown.items()}
         rows = [
@@ -169,6 +170,14 @@ def _slices(data: RunData, rows: ScoredRows) -> Iterator[tuple[str, list[Slice]]
     if age is not None:
         first = {0.0: "first day in the log"}
         yield "item age: days since its first row", slices_of_ranges(age, *scored, apart=first)
+
+
+def _order(name: str) -> tuple[float, str]:
+    """Return a key that sorts numbers by value and other names after them."""
+    try:
+        return float(name), name
+    except ValueError:
+        return np.inf, name
 
 
 def _slice_table(found: list[Slice]) -> str:

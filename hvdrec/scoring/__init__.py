@@ -8,10 +8,13 @@
 
 from hvdrec.scoring.candidates import Recommendation
 from hvdrec.scoring.errors import BundleError, RequestError, ScoringError, StoreError
+from hvdrec.scoring.explanation import Explanation, HistoryEffect
 from hvdrec.scoring.scorer import Scorer, WatchedScorer
 
 __all__ = [
     "BundleError",
+    "Explanation",
+    "HistoryEffect",
     "Recommendation",
     "RequestError",
     "Scorer",

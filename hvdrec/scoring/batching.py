@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hvdrec.scoring.array_files import Array
+from hvdrec.scoring.bundle import BundleInfo
 from hvdrec.scoring.candidates import Key
 from hvdrec.scoring.embedder import BLOCK_ROWS
-from hvdrec.scoring.errors import invalid_request
+from hvdrec.scoring.errors import RequestError, invalid_request
 from hvdrec.scoring.graph_inputs import as_list
 
 Raw = Mapping[str, Any]
@@ -54,3 +55,23 @@ def checked_request(index: int, request: Any) -> Request:
         raise invalid_request(name, request, "must be three values, user, items and scene")
     user, items, scene = request
     return user, as_list(items, f"{name}.items"), scene
+
+
+def name_invalid(
+    score: Callable[[Key | Raw | None, Entries, Raw | None], Array], index: int, request: Request
+) -> None:
+    """Score one request of many; if it is invalid, raise an error that names its index."""
+    try:
+        score(*request)
+    except RequestError as error:
+        name = f"requests[{index}]."
+        field = name + error.field
+        raise RequestError(f"{name}{error}", field=field, value=error.value) from None
+
+
+def require_tasks(info: BundleInfo) -> None:
+    """Raise RequestError if a bundle's ranker has no tasks."""
+    if not info.tasks:
+        problem = "tasks: this bundle's ranker has a single label"
+        remedy = "score without tasks, or export a model with [[tasks]]"
+        raise RequestError(f"{problem}; {remedy}", field="tasks")

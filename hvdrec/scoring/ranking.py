@@ -85,6 +85,33 @@ class PairRanker:
         inputs[self._request] = self._one_request[: len(items)]
         return self._graph.run(inputs)
 
+    def score_grid(self, users: Array, scenes: Sequence[Raw], items: Array) -> Array:
+        """Score every item for every request.
+
+        Args:
+            users: Embedding of each request's user, float32 [r, user_width].
+            scenes: Scene of each request, r mappings of fields.
+            items: Embeddings of the items, float32 [n, item_width].
+
+        Returns:
+            Scores, float32 [r, n].
+        """
+        fields = {
+            name: column(field, [scene.get(name, field.default) for scene in scenes])
+            for name, field in self._fields.items()
+        }
+        parts = []
+        step = max(1, BLOCK_ROWS // max(1, len(items)))
+        for start in range(0, len(users), step):
+            part = slice(start, start + step)
+            requests = len(users[part])
+            inputs = {name: values[part] for name, values in fields.items()}
+            inputs[self._user] = users[part]
+            inputs[self._item] = np.tile(items, (requests, 1))
+            inputs[self._request] = np.arange(requests).repeat(len(items))
+            parts.append(self._graph.run(inputs).reshape(requests, len(items)))
+        return np.concatenate(parts)
+
     def run(self, blocks: Iterable[RankerInputs]) -> Array:
         """Run the ranker on blocks of inputs; return the scores of all their items, float32 [n]."""
         return np.concatenate([np.empty(0, dtype=np.float32), *map(self._graph.run, blocks)])

@@ -16,6 +16,8 @@ from hvdrec.scoring.batching import (
     Request,
     Scenes,
     checked_request,
+    name_invalid,
+    require_tasks,
     shared_runs,
 )
 from hvdrec.scoring.bundle import BundleInfo, Field, check_unchanged, read_bundle
@@ -25,12 +27,12 @@ from hvdrec.scoring.errors import (
     BundleError,
     RequestError,
     ScoringError,
-    invalid_bundle,
-    shown,
 )
+from hvdrec.scoring.explanation import Explainer, Explanation
 from hvdrec.scoring.graph_inputs import as_list, check_count, check_share
 from hvdrec.scoring.ranking import PairRanker
 from hvdrec.scoring.stores import Store
+from hvdrec.scoring.trial import try_scorer
 from hvdrec.scoring.verify import verify_arrays
 from hvdrec.scoring.watch import BundleWatcher, load_unreplaced
 
@@ -148,7 +150,7 @@ class Scorer:
             if verify:
                 verify_arrays(info)
             if tries:
-                scorer._try()
+                try_scorer(scorer)
         except BundleError:
             check_unchanged(info)  # the error may come from a mix of the files of two bundles
             raise
@@ -221,7 +223,7 @@ class Scorer:
         Raises:
             RequestError: The bundle has no tasks, or an argument is not valid.
         """
-        self._require_tasks()
+        require_tasks(self.info)
         return self._ranker.run_tasks(self._ranker.request_blocks(user, items, scene))
 
     def score_many(self, requests: Sequence[Request]) -> list[Array]:
@@ -242,7 +244,7 @@ class Scorer:
                 parts = self._ranker.run_together(together)
             except RequestError:
                 for index in run:
-                    self._name_invalid(index, checked[index])
+                    name_invalid(self.score, index, checked[index])
                 raise
             scores.update(zip(run, parts, strict=True))
         return [scores[index] for index in range(len(checked))]
@@ -270,7 +272,7 @@ class Scorer:
 
         The result is that of `score_tasks`.
         """
-        self._require_tasks()
+        require_tasks(self.info)
         return self._ranker.run_tasks(self._ranker.row_blocks(users, items, scenes))
 
     def recommend(
@@ -323,6 +325,31 @@ class Scorer:
         order = retrieved.ordered(scores, vectors, int(k), float(diversity))
         return self._retriever.recommendations(retrieved, scores, order)
 
+    def explain(
+        self,
+        user: Key | Raw | None,
+        items: Entries,
+        scene: Raw | None = None,
+        *,
+        history: int = 5,
+    ) -> list[Explanation]:
+        """Explain the scores of items: what the user, the item and the scene contribute.
+
+        Give the user and the items as mappings of raw features to see the parts of each; of a key,
+        only the whole is known. This runs the ranker about a hundred times per item.
+
+        Args:
+            user: As in `score`.
+            items: As in `score`.
+            scene: As in `score`.
+            history: Largest number of history entries in each explanation; 0 for none.
+
+        Returns:
+            An explanation for each item. Its contributions add up to its score minus its reference.
+        """
+        explainer = Explainer(self.info, self._users, self._items, self._ranker)
+        return explainer.explain(user, items, scene, history)
+
     def embed_user(self, user: Key | Raw | None) -> Array:
         """Return a user's embedding, float32 [user_width]; ``user`` is as in `score`."""
         embedding: Array = self._users.embed([user])[0]
@@ -341,39 +368,9 @@ class Scorer:
         """Return the type of keys, "string" or "int"; ``side`` is "user" or "item"."""
         return (self._users if side == "user" else self._items).store.dtype
 
-    def _require_tasks(self) -> None:
-        if not self.info.tasks:
-            problem = "tasks: this bundle's ranker has a single label"
-            remedy = "score without tasks, or export a model with [[tasks]]"
-            raise RequestError(f"{problem}; {remedy}", field="tasks")
-
-    def _name_invalid(self, index: int, request: Request) -> None:
-        """Score one request of many; if it is invalid, raise an error that names its index."""
-        try:
-            self.score(*request)
-        except RequestError as error:
-            name = f"requests[{index}]."
-            field = name + error.field
-            raise RequestError(f"{name}{error}", field=field, value=error.value) from None
-
-    def _try(self) -> None:
-        """Run every graph and retrieval once; raise BundleError if an output is not usable."""
-        self.warm()
-        info = self.info
-        keys: list[Key | None] = [None]
-        for user in (None, *self._users.store.keys_of(np.arange(min(1, self.users)))):
-            keys += [each.item for each in self.recommend(user, k=1)]
-        task_scores = self.score_tasks(None, keys) if info.tasks else {}
-        outputs = (
-            ("user_tower.onnx", self.embed_user(None), (info.user_width,)),
-            ("item_tower.onnx", self.embed_items(keys), (len(keys), info.item_width)),
-            ("ranker.onnx", self.score(None, keys), (len(keys),)),
-            *(("ranker.onnx", scores, (len(keys),)) for scores in task_scores.values()),
-        )
-        for name, output, shape in outputs:
-            if output.shape != shape or not np.isfinite(output).all():
-                problem = f"returns {shown(output.tolist())} for missing values, expected finite "
-                raise invalid_bundle(info.path / name, f"{problem}numbers of shape {shape}")
+    def some_users(self, count: int) -> list[Key]:
+        """Return the keys of the first `count` stored users, for trials and displays."""
+        return list(self._users.store.keys_of(np.arange(min(count, self.users))))
 
 
 def _delegated(
@@ -399,3 +396,4 @@ class WatchedScorer(BundleWatcher[Scorer]):
     score_tasks = _delegated(Scorer.score_tasks)
     score_many = _delegated(Scorer.score_many)
     recommend = _delegated(Scorer.recommend)
+    explain = _delegated(Scorer.explain)
