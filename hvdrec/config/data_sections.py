@@ -69,6 +69,9 @@ class Split:
     boundaries: tuple[float, ...] = ()
     """temporal: the largest value of that column in train and in validation. Empty: use
     fractions."""
+    after: float | None = None
+    """temporal: rows up to this value of that column belong to no split; they only fill histories.
+    Continued training reads only newer rows."""
     seed: int = 0
     """Seed of the two random methods."""
 

@@ -45,6 +45,9 @@ def _samples(config: Config) -> Mistakes:
         yield invalid_value("samples.split.fractions", fractions, "must be positive and sum to 1")
     if len(boundaries) not in (0, 2):
         yield invalid_value("samples.split.boundaries", boundaries, "must hold two values or none")
+    if split.after is not None and split.method != "temporal":
+        problem = f"needs samples.split.method = 'temporal', which is '{split.method}'"
+        yield invalid_value("samples.split.after", split.after, problem, "remove it")
 
 
 def _tables(config: Config) -> Mistakes:

@@ -26,11 +26,13 @@ from hvdrec.samples.history import EventFile, Events, Positions, first_since
 from hvdrec.samples.join import event
 from hvdrec.samples.rows import SortedRows, time_values
 from hvdrec.samples.split import (
+    PAST,
     RANDOM,
     SPLITS,
     STATES,
     Splitter,
     empty_split,
+    few_new_times,
     few_times,
     shuffle_keys,
     time_cuts,
@@ -38,7 +40,7 @@ from hvdrec.samples.split import (
 from hvdrec.samples.sql import quoted
 
 NUMBER, SPLIT = f"{INTERNAL}number", f"{INTERNAL}split"
-"""Columns of the plan: number of a row, and its split as an index into `SPLITS`."""
+"""Columns of the plan: number of a row, and its split as an index into `SPLITS`, or `PAST`."""
 ORDER, USER = f"{INTERNAL}order", f"{INTERNAL}user"
 """Columns of the plan: number by which a split is sorted, and code of the user."""
 REPORT_SECONDS = 10.0
@@ -116,7 +118,7 @@ def make_plan(rows: SortedRows, folder: Path, notify: Notify) -> Plan:
             train = by_item[split[by_item] == 0]
             index = np.arange(counts[0], counts[0] + len(train))
             order[train] = shuffle_keys(index, samples.split.seed + 1)
-            counts += np.bincount(split, minlength=len(SPLITS))
+            counts += np.bincount(split[split != PAST], minlength=len(SPLITS))
             for i in range(len(STATES)):
                 inside = time[split <= i]
                 if len(inside):
@@ -269,11 +271,13 @@ def _cuts(rows: SortedRows) -> tuple[Any, Any] | None:
         return split.boundaries[0], split.boundaries[1]
     name = split.column or rows.spec.samples.time
     column = quoted(name)
-    histogram = f"SELECT {column} AS t, count(*) AS c FROM {rows.name} GROUP BY {column}"
-    found = engine.fetch(time_cuts(split, histogram, rows.count))
+    new = "true" if split.after is None else f"{column} > {split.after!r}"
+    count = engine.one(f"SELECT count(*) FILTER ({new}) AS n FROM {rows.name}")["n"]
+    histogram = f"SELECT {column} AS t, count(*) AS c FROM {rows.name} WHERE {new} GROUP BY t"
+    found = engine.fetch(time_cuts(split, histogram, count))
     times = int(found.column("distinct_times")[0].as_py())
     if times < len(SPLITS):
-        raise few_times(name, times)
+        raise few_times(name, times) if split.after is None else few_new_times(split, times)
     first, second = (
         time_values(rows.origin[name], name, "samples.time", found.column(c).combine_chunks())[0]
         for c in ("first", "second")

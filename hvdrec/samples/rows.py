@@ -11,6 +11,7 @@ import pyarrow as pa
 from ibis.expr.types import Table
 from numpy.typing import NDArray
 
+from hvdrec.config.data_sections import Split
 from hvdrec.errors import UserError, choices, invalid_file, invalid_value
 from hvdrec.samples.columns import compact, family, type_name
 from hvdrec.samples.engine import INTERNAL, Engine, sql
@@ -221,17 +222,21 @@ def _check_times(
         if dtype in ("integer", "float", "decimal", "date", "timestamp") and any(counts.values()):
             nulls = counts["nulls"]
             raise _invalid_times(where, column, key, dtype, nulls, nulls or counts["infinite"])
-        if samples.split.boundaries and column == (samples.split.column or samples.time):
-            _require_number(samples.split.boundaries, column, start[column].type)
+        if column == (samples.split.column or samples.time):
+            _require_number(samples.split, column, start[column].type)
         time_values(where, column, key, start[column].drop_null())
 
 
-def _require_number(boundaries: Sequence[float], name: str, dtype: pa.DataType) -> None:
-    if pa.types.is_temporal(dtype):
-        problem = f"column '{name}' is {dtype}, boundaries are numbers"
+def _require_number(split: Split, name: str, dtype: pa.DataType) -> None:
+    """Raise UserError if times are compared with numbers of the configuration."""
+    numbers = {"boundaries": list(split.boundaries) or None, "after": split.after}
+    given = next((field for field, value in numbers.items() if value is not None), None)
+    if given and pa.types.is_temporal(dtype):
+        are = "are numbers" if given == "boundaries" else "is a number"
+        problem = f"column '{name}' is {dtype}, {given} {are}"
         example = f'samples.derive.day = "epoch({name}) / 86400"'
         remedy = f"derive a number, for example {example}, and name it in samples.split.column"
-        raise invalid_value("samples.split.boundaries", list(boundaries), problem, remedy)
+        raise invalid_value(f"samples.split.{given}", numbers[given], problem, remedy)
 
 
 def _first_rows(engine: Engine, name: str) -> dict[str, pa.ChunkedArray]:

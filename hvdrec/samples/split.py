@@ -18,6 +18,8 @@ SPLIT_ROWS = 3
 UPPER_BITS = 16
 HASHED_ROWS = 1_048_576
 SPLITS = ("train", "validation", "test")
+PAST = -1
+"""Number of a row that is not newer than ``samples.split.after`` and belongs to no split."""
 RANDOM = ("random", "random-per-user")
 """Split methods that ignore time."""
 STATES = ("train", "validation", "all")
@@ -81,7 +83,7 @@ class Splitter:
         return np.asarray(code[first - self.starts[low] :][:rows])
 
     def assign(self, first: int, position: Array, time: Array | None) -> Array:
-        """Return the splits of all rows of some users, as indices into `SPLITS`.
+        """Return the splits of all rows of some users, as indices into `SPLITS`, or `PAST`.
 
         Args:
             first: Number of the first row.
@@ -97,6 +99,8 @@ class Splitter:
             case "temporal":
                 assert time is not None
                 cut = _cut(time > self.cuts[0], time > self.cuts[1])
+                if self.split.after is not None:
+                    cut = np.where(time > self.split.after, cut, PAST)
             case "random":
                 hashed = hash64(position, self.split.seed)
                 cut = _cut(hashed >= self.limits[0], hashed >= self.limits[1])
@@ -212,6 +216,12 @@ def few_times(column: str, times: int) -> UserError:
     )
     remedy = "choose another column or method = 'random'"
     return invalid_value("samples.split.column", column, problem, remedy)
+
+
+def few_new_times(split: Split, times: int) -> UserError:
+    """Build the error if fewer than three distinct times are newer than ``samples.split.after``."""
+    problem = f"leaves rows of {times} distinct times, a temporal split needs 3 or more"
+    return invalid_value("samples.split.after", split.after, problem, "choose a smaller value")
 
 
 def empty_split(

@@ -21,7 +21,7 @@ from hvdrec.samples.join import LABEL, WEIGHT, task_label
 from hvdrec.samples.row_plan import NUMBER, ORDER, SPLIT, USER, Plan, bounds, row_state
 from hvdrec.samples.rows import SortedRows
 from hvdrec.samples.spec import SampleSpec
-from hvdrec.samples.split import SPLITS
+from hvdrec.samples.split import PAST, SPLITS
 from hvdrec.samples.sql import literal, quoted
 
 PART_ROWS = 524_288
@@ -74,6 +74,7 @@ def write_splits(
     if negatives:
         selected = ", ".join(quoted(c) for c in columns)
         query = f"{query} UNION ALL SELECT {selected} FROM {negatives}"
+    query = f"SELECT * FROM ({query}) WHERE {quoted(SPLIT)} <> {PAST}"
     by = ", ".join(quoted(c) for c in (SPLIT, ORDER, NUMBER))
     counts: dict[str, Any] = {"rows": dict.fromkeys(SPLITS, 0), "positives": {}}
     counts["positives"] = dict.fromkeys(SPLITS, 0)

@@ -652,8 +652,10 @@ def divided(
     if method == "temporal" and not cuts:
         with connect() as engine:
             log = str(engine.register(pa.table({"t": times})).get_name())
-            histogram = f"SELECT t, count(*) AS c FROM {log} GROUP BY t"
-            found = engine.one(time_cuts(split, histogram, len(times)))
+            after = -np.inf if split.after is None else split.after
+            new = f"t > CAST('{after}' AS DOUBLE)"
+            histogram = f"SELECT t, count(*) AS c FROM {log} WHERE {new} GROUP BY t"
+            found = engine.one(time_cuts(split, histogram, int((times > after).sum())))
         cuts = (found["first"], found["second"])
     splitter = Splitter.of(split, np.unique(users, return_counts=True)[1], cuts)
     starts, ends = splitter.starts[:-1].tolist(), splitter.starts[1:].tolist()
@@ -689,6 +691,53 @@ def test_temporal_split_equals_a_worked_example() -> None:
 def test_boundaries_are_the_last_values_of_train_and_validation() -> None:
     found = divided("temporal", [0] * 6, [44, 45, 48, 49, 1, 60], boundaries=(44.0, 48.0))
     assert found == [0, 1, 1, 2, 0, 2]
+
+
+def test_rows_up_to_after_are_in_no_split() -> None:
+    time = [1, 9, 2, 5, 5, 5, 2, 6, 6, 8, 7]
+    assert divided("temporal", [0] * 11, time, after=2.0, fractions=(0.7, 0.2, 0.1)) == [
+        -1, 2, -1, 0, 0, 0, -1, 0, 0, 1, 0,
+    ]  # fmt: skip
+    assert divided("temporal", [0] * 4, [1, 2, 3, 4], after=1.0, boundaries=(2.0, 3.0)) == [
+        -1, 0, 1, 2,
+    ]  # fmt: skip
+
+
+def later(folder: Path, after: float) -> Config:
+    """Return the configuration of a log with a row at each time from 0 to 9, in two users."""
+    log = [{"user_id": f"u{t % 2}", "item_id": f"i{t}", "t": t, "label": 1} for t in range(10)]
+    write(folder / "raw/log.parquet", log)
+    return configured(
+        folder / "raw",
+        [f for f in FEATURES if f["name"] not in ("age", "genres", "late")],
+        users=None,
+        items=None,
+        title=None,
+        derive=None,
+        label="label",
+        split={"after": after, "fractions": [0.5, 0.25, 0.25]},
+        history=[{"name": "liked", "length": 100}],
+    )
+
+
+def test_rows_in_no_split_fill_histories(tmp_path: Path) -> None:
+    found = make(later(tmp_path, 5.0))
+    rows = sorted((row for name in SPLITS for row in found[name]), key=lambda row: row["time"])
+    assert [row["time"] for row in rows] == [6, 7, 8, 9]
+    assert [row["liked"] for row in rows] == [
+        [f"i{t}" for t in range(time % 2, time, 2)] for time in (6, 7, 8, 9)
+    ]
+    assert {user["user_id"]: len(user["liked"]) for user in found["users_all"]} == {
+        "u0": 5,
+        "u1": 5,
+    }
+
+
+def test_too_few_rows_after_a_time_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        make(later(tmp_path, 7.5))
+    assert (caught.value.field, caught.value.value) == ("samples.split.after", 7.5)
+    assert "2 distinct times" in str(caught.value)
 
 
 @given(st.integers(20, 300), st.integers(0, 5))
