@@ -33,7 +33,7 @@ class Discount(Kind):
 
     def columns(self, feature: Feature) -> tuple[Column, ...]:
         """Return the two raw columns."""
-        return tuple(feature.column(name, "numeric") for name in feature.columns)
+        return tuple(feature.raw_column(name, "numeric") for name in feature.columns)
 
     def is_embedded(self, feature: Feature) -> bool:
         """Return False: the result is a number, not a code (a row of an embedding table)."""

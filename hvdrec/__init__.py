@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hvdrec.checks.check_run import check
-    from hvdrec.checks.result import CheckResult
+    from hvdrec.checks.findings import CheckResult
     from hvdrec.config import Config, load_config
     from hvdrec.errors import UserError
     from hvdrec.exporting.export_run import ExportResult, export
@@ -78,7 +78,7 @@ _EXPORTS = {
     "hvdrec.config": ("Config", "load_config"),
     "hvdrec.errors": ("UserError",),
     "hvdrec.checks.check_run": ("check",),
-    "hvdrec.checks.result": ("CheckResult",),
+    "hvdrec.checks.findings": ("CheckResult",),
     "hvdrec.samples": ("SamplesResult", "make_samples"),
     "hvdrec.samples.delay": ("DelayResult", "measure_delays"),
     "hvdrec.features.prepare": ("PrepareResult", "prepare"),

@@ -10,7 +10,7 @@ import duckdb
 
 from hvdrec.checks.column_checks import column_findings, measure_columns
 from hvdrec.checks.drift import measure_drift
-from hvdrec.checks.result import CheckResult, Finding
+from hvdrec.checks.findings import CheckResult, Finding
 from hvdrec.checks.row_checks import (
     duplicate_findings,
     label_findings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hvdrec.checks.result import ColumnFacts, Finding
+from hvdrec.checks.findings import ColumnFacts, Finding
 from hvdrec.checks.source import HELD_OUT, SPLIT, SampleSource, is_missing
 from hvdrec.config.checks_section import CheckName, Checks
 from hvdrec.config.schema import Column

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hvdrec.checks.result import Finding, PeriodFacts
+from hvdrec.checks.findings import Finding, PeriodFacts
 from hvdrec.checks.source import SPLIT, SampleSource
 from hvdrec.config.checks_section import Checks
 from hvdrec.config.data_sections import History

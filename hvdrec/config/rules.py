@@ -95,11 +95,11 @@ def _seen(config: Config) -> Mistakes:
 
 
 def _histories(config: Config) -> Mistakes:
-    sequences = [feature.name for feature in config.features if feature.is_sequence]
+    sequences = [f.column or f.name for f in config.features if f.is_sequence]
     singles = [
         feature.name
         for feature in config.features
-        if feature.has_vocabulary and not feature.is_list
+        if feature.has_vocabulary and not feature.is_list and feature.column in ("", feature.name)
     ]
     for i, history in enumerate(config.samples.history):
         key = f"samples.history[{i}]"

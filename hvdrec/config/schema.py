@@ -101,7 +101,7 @@ class FeatureKind(ABC):  # noqa: B024 (the abstract methods are in hvdrec.featur
 
     def columns(self, feature: Feature) -> tuple[Column, ...]:
         """Return the raw columns that the feature reads."""
-        return (feature.column(feature.name, self.column_kind),)
+        return (feature.raw_column(feature.column or feature.name, self.column_kind),)
 
     def sources(self, feature: Feature) -> tuple[str, ...]:
         """Return the names of the features whose codes this feature combines."""
@@ -150,6 +150,9 @@ class Feature:
     shares: str = ""
     """Name of the feature whose vocabulary and embedding table to use. Empty: its own; a sequence
     uses those of the item key."""
+    column: str = ""
+    """Raw column to read, which is also the field of a scoring request. Several features may read
+    one column. Empty: the column with the name of the feature."""
     columns: tuple[str, ...] = ()
     """crossed: the features to combine. Kinds of your own: the raw columns to read."""
     default: str | int | float | None = None
@@ -163,6 +166,10 @@ class Feature:
         if self.kind not in kind_names():
             raise unknown_name(self._field("kind"), self.kind, kind_names())
         self.definition.check(self)
+        if self.column and self.columns:
+            raise self.invalid("column", "a feature has either column or columns", "remove one")
+        if self.column and (problem := name_problem(self.column)):
+            raise self.invalid("column", problem, "rename the column")
         if self.default is not None and self.side != "scene":
             raise self.invalid("default", "only scene features have a default")
 
@@ -179,7 +186,7 @@ class Feature:
         kind: FeatureKind = find_kind(self.kind)
         return kind
 
-    def column(self, name: str, kind: ColumnKind = "categorical") -> Column:
+    def raw_column(self, name: str, kind: ColumnKind = "categorical") -> Column:
         """Return a raw column with this feature's side, dtype, length and default."""
         return Column(name, self.side, self.dtype, kind, self.max_length, self.default)
 
@@ -287,6 +294,12 @@ class Schema:
                         f"{other.dtype} of side '{other.side}' in another feature"
                     )
                     raise invalid_value(f"features.{feature.name}", feature.kind, problem)
+                lists = (other.is_list, other.is_sequence, other.is_list and other.max_length)
+                mine = (column.is_list, column.is_sequence, column.is_list and column.max_length)
+                if lists != mine or other.default != column.default:
+                    problem = f"another feature reads '{column.name}' with another form, "
+                    problem += "max_length or default"
+                    raise feature.invalid("column", problem, "use the same in both features")
 
     def __getitem__(self, name: str) -> Feature:
         """Return the feature of this name; raise KeyError if there is none."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import hvdrec
 from hvdrec.checks.drift import FLOOR, psi
-from hvdrec.checks.result import CheckResult, Finding
+from hvdrec.checks.findings import CheckResult, Finding
 from hvdrec.cli.check_command import check as check_command
 from hvdrec.cli.parser import parse
 from hvdrec.config import Checks, Config, Feature, History, Paths, Samples, Split, with_fields

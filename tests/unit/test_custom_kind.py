@@ -40,7 +40,7 @@ class Ratio(Kind):
             raise feature.invalid("columns", "ratio needs two columns")
 
     def columns(self, feature: Feature) -> tuple[Column, ...]:
-        return tuple(feature.column(name, "numeric") for name in feature.columns)
+        return tuple(feature.raw_column(name, "numeric") for name in feature.columns)
 
     def is_embedded(self, feature: Feature) -> bool:
         return False
