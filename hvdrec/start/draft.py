@@ -15,7 +15,9 @@ from hvdrec.samples.columns import reason
 from hvdrec.samples.engine import Engine
 from hvdrec.samples.sql import quoted, written
 from hvdrec.start.features import FeatureGuess, Skipped, guess_feature, is_outcome
+from hvdrec.start.feedback_guess import FeedbackGuess, feedback_label, guess_feedback
 from hvdrec.start.look import Look
+from hvdrec.start.naming import declared_format, new_names
 from hvdrec.start.profile import ColumnProfile, TableProfile
 from hvdrec.start.relations import find_links, find_sides
 from hvdrec.start.roles import (
@@ -27,7 +29,7 @@ from hvdrec.start.roles import (
     guess_log,
     guess_time,
 )
-from hvdrec.start.words import TITLE, says, words
+from hvdrec.start.words import TITLE, says
 
 Answer = Callable[[str, Choice, Sequence[str]], Choice]
 """Function of a field, the guess for it and the allowed values that returns the final choice."""
@@ -49,6 +51,7 @@ class Draft:
     Attributes:
         log: The table of interactions.
         sides: The tables of users and items.
+        feedback: The tables of feedback.
         formats: Formats of tables to declare.
         unused: Path of a table -> the reason why it is not used.
         user, item, time, label: The choices; `time` may be empty.
@@ -62,6 +65,7 @@ class Draft:
 
     log: TableProfile
     sides: tuple[SideTable, ...]
+    feedback: tuple[FeedbackGuess, ...]
     formats: tuple[TableFormat, ...]
     unused: Mapping[str, str]
     user: Choice
@@ -101,7 +105,7 @@ def make_draft(look: Look, answer: Answer) -> Draft:
     keys = {user.value, item.value}
     time = answer("time", guess_time(log, keys), ["", *(n for n in log.names if n not in keys)])
     taken = {*keys, time.value}
-    names = _new_names(log, others, links, user.value, item.value, time.value)
+    names = new_names(log, others, links, user.value, item.value, time.value)
     left = [name for name in log.names if name not in taken]
     found = find_sides(look.engine, log, user.value, item.value, left)
     sides = {names[log.path].get(name, name): side for name, side in found.items()}
@@ -112,87 +116,43 @@ def make_draft(look: Look, answer: Answer) -> Draft:
         for choice in (user, item, time)
     )
     log = renamed[log.path]
-    label = answer("label", guess_label(log, {user.value, item.value, time.value}), ())
-    _check_label(look.engine, log, to_new, label.value)
     pairs = [(table, renamed[table.path]) for table in others]
     tables, unused = _side_tables(links, pairs, user.value, item.value, to_new)
+    left_over = [renamed[path] for path in unused]
+    feedback = guess_feedback(log, left_over, user.value, item.value, time.value)
+    unused = {p: why for p, why in unused.items() if p not in {f.table for f in feedback}}
+    guess = guess_label(log, {user.value, item.value, time.value})
+    label = answer("label", feedback_label(feedback) if feedback else guess, ())
+    _check_label(look.engine, log, to_new, label.value, feedback)
     formats = tuple(
-        each for t in look.tables if (each := _format(t, renamed[t.path], names[t.path]))
+        each for t in look.tables if (each := declared_format(t, renamed[t.path], names[t.path]))
     )
     negatives = 4 if label.value == "1" else 0
     found_features = _features(log, tables, (user, item, time, label), sides, negatives)
     history = f"{item.value}_history" if time.value else ""
     roles = (user, item, time, label)
-    return Draft(log, tables, formats, unused, *roles, *found_features, history, negatives)
+    rest = (*roles, *found_features, history, negatives)
+    return Draft(log, tables, tuple(feedback), formats, unused, *rest)
 
 
 def _check_label(
-    engine: Engine, log: TableProfile, names: Mapping[str, str], expression: str
+    engine: Engine,
+    log: TableProfile,
+    names: Mapping[str, str],
+    expression: str,
+    feedback: Sequence[FeedbackGuess],
 ) -> None:
     """Raise UserError if the label is not an expression over the columns of the log."""
     pairs = ", ".join(f"{quoted(old)} AS {quoted(new)}" for old, new in names.items() if old != new)
     rename = f" RENAME ({pairs})" if pairs else ""
+    joined = "".join(f", 0 AS {f.name}_count, 0.0 AS {f.name}_delay" for f in feedback)
     try:
         _ = engine.connection.sql(
-            f"SELECT ({expression}\n) FROM (SELECT *{rename} FROM {log.view}) LIMIT 0"
+            f"SELECT ({expression}\n) FROM (SELECT *{rename}{joined} FROM {log.view}) LIMIT 0"
         ).columns
     except duckdb.Error as error:
         remedy = f"write SQL over the columns {choices(log.names)}"
         raise invalid_value("samples.label", expression, reason(error), remedy) from None
-
-
-def _new_names(
-    log: TableProfile,
-    others: Sequence[TableProfile],
-    links: Sequence[Link],
-    user: str,
-    item: str,
-    time: str,
-) -> dict[str, dict[str, str]]:
-    """Return path of a table -> old name of a column -> its new name.
-
-    Columns of files without a header get names, and a key has one name in all tables.
-    """
-    roles = {user: "user_id", item: "item_id", time: "time"} if log.is_headerless else {}
-    names: dict[str, dict[str, str]] = {log.path: dict(roles)}
-    if log.is_headerless:
-        left = [c for c in log.columns if c.name not in roles]
-        ratings = [c.name for c in left if c.values and c.is_number and 3 <= c.distinct <= 11]
-        names[log.path] |= {name: "rating" for name in ratings[:1]}
-    for number, table in enumerate(others):
-        new: dict[str, str] = {}
-        if table.is_headerless:
-            stem = _identifier(table.path)
-            new = {c.name: f"{stem}_{i}" for i, c in enumerate(table.columns)}
-        link = next((link for link in links if link.table == number), None)
-        if link and link.column in (user, item):
-            key = names[log.path].get(link.column, link.column)
-            if key != link.key:
-                new[link.key] = key
-        names[table.path] = new
-    return names
-
-
-def _identifier(path: str) -> str:
-    """Return the most telling word of a file name: ``u.user`` gives user."""
-    found = [w for w in words(path.rsplit("/", 1)[-1]) if w.isalpha() and w not in _SUFFIXES]
-    return max(found, key=len, default="column")
-
-
-_SUFFIXES = ("csv", "tsv", "txt", "data", "dat", "gz", "jsonl", "ndjson", "log", "parquet")
-
-
-def _format(
-    table: TableProfile, renamed: TableProfile, names: Mapping[str, str]
-) -> TableFormat | None:
-    """Return the format to declare for a table; None if its suffix and header say enough."""
-    declared = table.format
-    changed = {old: new for old, new in names.items() if old != new}
-    if table.is_headerless and declared:
-        return replace(declared, columns=tuple(renamed.names))
-    if not changed:
-        return declared
-    return replace(declared or TableFormat(path=table.path), rename=changed)
 
 
 def _side_tables(

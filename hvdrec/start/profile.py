@@ -10,6 +10,8 @@ from hvdrec.config.data_sections import TableFormat
 from hvdrec.samples.engine import Engine
 from hvdrec.samples.sql import literal, quoted
 
+SEPARATOR_ROWS = 20_000
+"""Number of rows in which separators are looked for."""
 ROWS = 1_000_000
 """Number of rows that are looked at."""
 FEW = 24
@@ -119,23 +121,24 @@ def profile(
             f"approx_count_distinct({column})",
             f"min({number})",
             f"max({number})",
-            f"median({number})" if number != "NULL" else "NULL",
+            f"approx_quantile({number}, 0.5)" if number != "NULL" else "NULL",
             length,
         ]
-        facts += [_separated(column, kind, mark) for mark in SEPARATORS]
     [row] = connection.sql(f"SELECT {', '.join(facts)} FROM {some}").fetchall()
-    rows, width = int(row[0]), 6 + len(SEPARATORS)
+    rows, width = int(row[0]), 6
+    separators = _separators(engine, some, kinds)
     columns = []
     for i, (name, kind) in enumerate(kinds.items()):
         part = row[1 + i * width : 1 + (i + 1) * width]
-        columns.append(_column(engine, some, name, kind, rows, part))
+        found = _column(engine, some, name, kind, rows, part)
+        columns.append(replace(found, separator=separators.get(name, "")))
     return TableProfile(path, some, rows, tuple(columns), declared)
 
 
 def _column(
     engine: Engine, view: str, name: str, kind: str, rows: int, facts: Sequence[Any]
 ) -> ColumnProfile:
-    present, distinct, low, high, median, length, *separated = facts
+    present, distinct, low, high, median, length = facts
     column = quoted(name)
     if kind != "list" and distinct < 10_000:
         query = f"SELECT count(DISTINCT {column}) FROM {view}"
@@ -144,7 +147,6 @@ def _column(
     if kind != "list" and distinct <= FEW:
         query = f"SELECT {column}, count(*) FROM {view} WHERE {column} IS NOT NULL GROUP BY 1"
         values = dict(engine.connection.sql(f"{query} ORDER BY 2 DESC").fetchall())
-    marks = [mark for mark, share in zip(SEPARATORS, separated, strict=True) if share]
     return ColumnProfile(
         name,
         kind,
@@ -155,18 +157,32 @@ def _column(
         median=median,
         length=float(length or 0),
         values=values,
-        separator=next(iter(marks), ""),
     )
 
 
-def _separated(column: str, kind: str, mark: str) -> str:
+def _separators(engine: Engine, view: str, kinds: Mapping[str, str]) -> dict[str, str]:
+    """Return text column -> the character that separates several values in one text."""
+    pairs = [
+        (name, mark) for name, kind in kinds.items() if kind == "string" for mark in SEPARATORS
+    ]
+    if not pairs:
+        return {}
+    tests = ", ".join(_separated(quoted(name), mark) for name, mark in pairs)
+    query = f"SELECT {tests} FROM (SELECT * FROM {view} LIMIT {SEPARATOR_ROWS})"
+    [row] = engine.connection.sql(query).fetchall()
+    found: dict[str, str] = {}
+    for (name, mark), is_list in zip(pairs, row, strict=True):
+        if is_list:
+            found.setdefault(name, mark)
+    return found
+
+
+def _separated(column: str, mark: str) -> str:
     """Return SQL that is true if a text column holds lists with this separator.
 
     Then at least a fifth of the texts contain it, and there are at most half as many different
     entries as different texts.
     """
-    if kind != "string":
-        return "false"
     entries = f"flatten(list(DISTINCT string_split({column}, {literal(mark)})))"
     some = f"avg(CAST(contains({column}, {literal(mark)}) AS INT)) >= 0.2"
     fewer = f"len(list_distinct({entries})) * 2 <= approx_count_distinct({column})"

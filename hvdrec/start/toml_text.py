@@ -9,7 +9,8 @@ from hvdrec.config.data_sections import TableFormat
 from hvdrec.samples.sql import basic_string
 from hvdrec.start.draft import Draft
 from hvdrec.start.features import FeatureGuess
-from hvdrec.start.roles import Choice
+from hvdrec.start.feedback_guess import UNITS, WINDOW
+from hvdrec.start.roles import Choice, epoch_unit
 
 COMMENT = 38
 """Column at which comments begin."""
@@ -35,6 +36,7 @@ def toml_text(draft: Draft, name: str, raw: str, work: str) -> str:
         f"work = {basic_string(work)}",
         "",
         *_samples(draft),
+        *_feedback(draft),
         *_formats(draft),
         *_derived(draft),
         *_history(draft),
@@ -55,6 +57,8 @@ def _samples(draft: Draft) -> Iterator[str]:
     yield _choice("item", draft.item)
     if draft.time.value:
         yield _choice("time", draft.time)
+        if unit := UNITS.get(epoch_unit(draft.log[draft.time.value])):
+            yield f"time_unit = {basic_string(unit)}"
     if draft.title:
         yield _line("title", draft.title, "names of items for display")
     yield _choice("label", draft.label)
@@ -63,6 +67,18 @@ def _samples(draft: Draft) -> Iterator[str]:
         yield "[samples.negatives]"
         line = f"per_positive = {draft.negatives}"
         yield f"{line:<{COMMENT}}# items that the user did not take, drawn at random"
+
+
+def _feedback(draft: Draft) -> Iterator[str]:
+    for each in draft.feedback:
+        yield from ("", "[[samples.feedback]]")
+        yield _line("name", each.name, f"adds {each.name}_count and {each.name}_delay to the log")
+        yield f"table = {basic_string(each.table)}"
+        yield f"on = [{', '.join(map(basic_string, each.on))}]"
+        yield f"time = {basic_string(each.time)}"
+        if each.unit:
+            yield f"time_unit = {basic_string(each.unit)}"
+        yield _line("window", WINDOW, "(?) hvdrec delay recommends a window")
 
 
 def _formats(draft: Draft) -> Iterator[str]:

@@ -31,13 +31,15 @@ SECONDS = [600 * row for row in range(ROWS)]
 STARS = random.integers(1, 6, ROWS)
 
 
-def write_config(folder: Path, *names: str, **options: Any) -> tuple[InitResult, Config]:
+def write_config(
+    folder: Path, *names: str, at_least: int = ROWS, **options: Any
+) -> tuple[InitResult, Config]:
     """Write a configuration, and make samples with it."""
     to = folder / "run.toml"
     result = init([folder / name for name in names], to=to, **options)
     config = load_config(to, {"paths.work": str(folder / "work")})
     samples = make_samples(config, progress=False)
-    assert sum(samples.rows.values()) >= ROWS
+    assert sum(samples.rows.values()) >= at_least
     assert sum(samples.positives.values()) > 0
     return result, config
 
@@ -162,6 +164,24 @@ def test_parquet_with_a_side_table_and_positive_rows_only(shop: Path) -> None:
     assert result.skipped["constant"] == "all rows have one value"
     row = pq.read_table(shop / "work/samples/items.parquet").to_pylist()[0]
     assert row["genres"] == ["Action", "Drama"]
+
+
+def test_exposures_with_a_table_of_clicks(tmp_path: Path) -> None:
+    shown = ["user_id,item_id,shown_at"]
+    clicks = ["user_id,item_id,clicked_at"]
+    for row, (u, i, t) in enumerate(zip(USER, ITEM, SECONDS, strict=True)):
+        shown.append(f"u{u},i{i},{1_700_000_000_000 + 1000 * t}")
+        if row % 3 == 0:
+            clicks.append(f"u{u},i{i},{1_700_000_000_000 + 1000 * t + 5000}")
+    (tmp_path / "shown.csv").write_text("\n".join(shown) + "\n")
+    (tmp_path / "clicks.csv").write_text("\n".join(clicks) + "\n")
+    result, config = write_config(tmp_path, "clicks.csv", "shown.csv", at_least=ROWS // 2)
+    assert result.interactions == "shown.csv"
+    assert values(result)["label"] == "click_count > 0"
+    assert config.samples.time_unit == "ms"
+    [feedback] = config.samples.feedback
+    assert (feedback.name, feedback.table, feedback.time) == ("click", "clicks.csv", "clicked_at")
+    assert (feedback.on, feedback.time_unit) == (("user_id", "item_id"), "ms")
 
 
 # --------------------------------------------------------------------- answers and refusals
