@@ -195,6 +195,9 @@ class Train:
     warm-up do not count. 0: a fifth of the epochs, at least 2."""
     log_every: PositiveInt = 50
     """Steps between two lines of the training log."""
+    trackers: tuple[str, ...] = ()
+    """Programs that record the run: tensorboard, mlflow, or one that your program registered
+    (hvdrec.training.trackers.register_tracker)."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints. 0: only at the end of each epoch."""
     keep: PositiveInt = 2

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hvdrec.evaluation.events import Events
 from hvdrec.evaluation.held_out import read_interactions
 from hvdrec.evaluation.retrieval import rank_catalogue, user_item_matrix
+from hvdrec.evaluation.titles import item_titles
 from hvdrec.reporting.bootstrap import Interval, difference, intervals, user_weights
 from hvdrec.reporting.lists import list_facts
 from hvdrec.reporting.page import columns, table, text
@@ -158,7 +159,7 @@ def users(data: RunData) -> str:
 
 
 def _user_lists(data: RunData, found: Events, event: int, items: Sequence[int]) -> str:
-    titles = data.titles()
+    titles = item_titles(data.config)
     assert data.events is not None
     took = set(data.events.item[data.events.user == found.user[event]].tolist())
     history = found.taken.items[found.taken.start[event] : found.taken.stop[event]]

@@ -88,21 +88,6 @@ class RunData:
         values = column.to_numpy()
         return values if len(values) == self._split_rows() else None
 
-    def titles(self) -> list[str]:
-        """Return a title, or else the key, of each item of the catalogue."""
-        schema = self.config.schema
-        keys = [str(key) for key in self.items()[schema.own_name("key")].to_pylist()]
-        file = self.config.paths.of("samples") / "items.parquet"
-        name = schema.own_name("title")
-        if not file.is_file():
-            return keys
-        table = read_table(file)
-        if name not in table.column_names:
-            return keys
-        stored = zip(table[schema.item_key].to_pylist(), table[name].to_pylist(), strict=True)
-        by_key = {str(key): title for key, title in stored}
-        return [by_key.get(key) or key for key in keys]
-
     def user_key(self, user: int) -> str:
         """Return the key of a user, given by its index."""
         name = self.config.schema.own_name("key")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from hvdrec.errors import write_errors_named
 from hvdrec.storage.json_text import json_text
 from hvdrec.training.display import Display, Silent
 from hvdrec.training.run_history import LOG_FILE, RunHistory, read_history
+from hvdrec.training.trackers import Tracker, Trained
 
 
 class TrainingLog:
@@ -21,10 +23,14 @@ class TrainingLog:
         run: Directory of the run.
         is_first: True on the first rank.
         display: Shows the events of the first rank.
+        trackers: Record the events of the first rank.
     """
 
-    def __init__(self, run: Path, *, is_first: bool, display: Display) -> None:
+    def __init__(
+        self, run: Path, *, is_first: bool, display: Display, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self._display = display if is_first else Silent()
+        self._trackers = tuple(trackers) if is_first else ()
         has_log = is_first and (run / LOG_FILE).is_file()
         self._history = read_history(run) if has_log else RunHistory()
         self._file = (run / LOG_FILE).open("a") if is_first else None
@@ -40,6 +46,8 @@ class TrainingLog:
         trace: TracebackType | None,
     ) -> None:
         self._display.close()
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)
         if self._file is not None:
             self._file.close()
 
@@ -55,6 +63,11 @@ class TrainingLog:
         """Write one JSON line and show it; numbers that are NaN or infinite become null."""
         self._write({"event": event, "seconds": round(time.time() - self._started, 3), **facts})
 
+    def finish(self, trained: Trained) -> None:
+        """Let the trackers record the model at the end of training."""
+        for tracker in self._trackers:
+            tracker.finish(trained)
+
     def note(self, text: str) -> None:
         """Show a line of text to the user, and write it to the file as an event ``note``."""
         self._write({"event": "note", "text": text})
@@ -69,3 +82,5 @@ class TrainingLog:
         event = json.loads(line)  # so that NaN is None, as for those who read the file
         self._history.add(event)
         self._display.show(event, self._history)
+        for tracker in self._trackers:
+            tracker.log(event)

@@ -13,8 +13,9 @@ import torch
 
 from hvdrec.config import Config
 from hvdrec.data.sampler import Progress
-from hvdrec.evaluation.evaluate import validation_metric
+from hvdrec.evaluation.evaluate import embed_side, validation_metric
 from hvdrec.evaluation.references import describe_worse, worse_than
+from hvdrec.evaluation.titles import item_titles
 from hvdrec.parallel import ranks
 from hvdrec.parallel.gradients import global_sum
 from hvdrec.parallel.watchdog import watched
@@ -31,10 +32,15 @@ from hvdrec.training.pointers import find_checkpoint
 from hvdrec.training.profiler import record_steps
 from hvdrec.training.step import take_step
 from hvdrec.training.step_log import StepSums, log_start, log_step, rows_done
+from hvdrec.training.trackers import Trained, open_trackers
 
 Stop = Callable[[int, float], bool]
 """Function of the epoch, from 0, and the validation metric that returns True to stop training. It
 must return the same on every rank."""
+
+
+PROJECTED_ITEMS = 20_000
+"""Largest number of items whose vectors trackers record."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,17 @@ def train(
         earlier = None if start_from is None else Path(start_from)
         job = set_up(config, world, resume=resume, overwrite=overwrite, earlier=earlier)
         display = make_display(log_format) if progress else Silent()
-        with TrainingLog(job.run, is_first=world.is_first, display=display) as log:
+        trackers = ranks.run_on_all(
+            lambda: open_trackers(job.config, job.run) if world.is_first else []
+        )
+        with TrainingLog(
+            job.run, is_first=world.is_first, display=display, trackers=trackers
+        ) as log:
             log_start(job, log)
             with no_gc_pauses(), record_steps(profile, world, job.device) as after_step:
                 end = _fit(job, log, stop, after_step)
+            if job.config.train.trackers:
+                log.finish(_trained(job, end.step))
             worse = _worse_than(job)
             if worse:
                 log.note(f"the best checkpoint is worse on validation than {describe_worse(worse)}")
@@ -242,6 +255,20 @@ def judged(position: Position, value: float, *, is_loss: bool, counts: bool = Tr
     if math.isfinite(value) and (best is None or (value < best if is_loss else value > best)):
         return replace(position, best=value, best_step=position.step, stale=0)
     return replace(position, stale=position.stale + counts)
+
+
+def _trained(job: TrainJob, step: int) -> Trained:
+    """Collect what trackers record at the end; all ranks must call this at the same time."""
+    state, config = job.state, job.config
+    state.model.eval()
+    titles: list[str] = []
+    vectors = None
+    if state.model.output_width:
+        titles = ranks.run_on_all(lambda: item_titles(config))
+        if len(titles) <= PROJECTED_ITEMS:
+            vectors = embed_side(state.model, config, "item", state.tables.fetch_rows)
+    weights = {name: each.detach().cpu().numpy() for name, each in state.model.named_parameters()}
+    return Trained(step, weights, vectors, titles)
 
 
 def _worse_than(job: TrainJob) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ FIXED = {
     "train.objective": "decides which metric compares trials",
     "train.metric": "decides which metric compares trials",
     "train.log_every": "does not change the result",
+    "train.trackers": "does not change the result",
     "train.checkpoint_every": "does not change the result",
     "train.keep": "does not change the result",
     "train.device": "belongs to the machine",
