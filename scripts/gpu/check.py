@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from build_part import provide_horovod
+from build_part import Source, provide_horovod
 from parts import (
     HOROVOD,
     PARTS,
@@ -108,7 +108,8 @@ def run_part(
     """Run one part."""
     if part.name == HOROVOD:
         several = len(facts["gpus"]) > 1
-        return provide_horovod(options.out, options.device, limit, options.sdist, several, say)
+        source = Source(options.wheel, options.sdist)
+        return provide_horovod(options.out, options.device, limit, source, several, say)
     command = command_of(part, options.device, options.out, options.seconds)
     environment = environment_of(
         os.environ, options.out / "horovod", is_launched=bool(part.launcher)
@@ -143,6 +144,7 @@ def arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=10, help="time limit of all parts together (default: 10)")
     add("--seconds", type=float, default=10, help="length of a soak or measurement (default: 10)")
     add("--patience", type=float, default=1, help="multiply the time limits of the parts by this")
+    add("--wheel", type=Path, metavar="FILE", help="wheel of Horovod to use, instead of a build")
     add("--sdist", type=Path, metavar="FILE", help="source distribution of Horovod, to build it")
     add("--json", action="store_true", help="print report.json on stdout instead of tables")
     add("--pack", type=Path, metavar="DIR", help="make a directory that runs without network")
@@ -151,6 +153,10 @@ def arguments() -> argparse.Namespace:
     for name in ("minutes", "seconds", "patience"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name} must be greater than 0")
+    for name in ("wheel", "sdist"):
+        file = getattr(options, name)
+        if file is not None and not file.is_file():
+            parser.error(f"--{name} {file}: no such file")
     return options
 
 

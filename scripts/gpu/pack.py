@@ -43,8 +43,22 @@ UNUSED = {
     "pandas": ("pandas/tests/*",),
     "pyarrow": (
         *("pyarrow/include/*", "pyarrow/tests/*", "pyarrow/src/*", "*.pyx", "*.pxi", "*.pxd"),
-        *("*_flight*", "*flight.py", "*substrait*", "*_s3fs*", "*libarrow_s3*", "*gandiva*"),
-        *("*libarrow_python.so", "*libarrow_python.so.*.*", "*_orc*", "*_cpp_tests*"),
+        *(
+            "*_flight*",
+            "*flight.py",
+            "*/_substrait*",
+            "*substrait.py",
+            "*_s3fs*",
+            "*libarrow_s3*",
+            "*gandiva*",
+        ),
+        *(
+            "*libarrow_python.so",
+            "*libarrow_python.so.*.*",
+            "*_encryption.so",
+            "*_orc*",
+            "*_cpp_tests*",
+        ),
     ),
 }
 """Patterns of files that the check does not use, by package."""
