@@ -32,7 +32,7 @@ NEEDS = (
     *("PyYAML", "setuptools", "wheel"),  # the build of Horovod
     *("annotated-types", "diskcache", "dill", "fsspec", "future", "numpy", "pandas", "petastorm"),
     *("pyarrow", "pydantic", "pydantic-core", "python-dateutil", "pyzmq", "safetensors"),
-    *("six", "tqdm", "typing-extensions", "typing-inspection"),  # training
+    *("six", "tenacity", "tqdm", "typing-extensions", "typing-inspection"),  # training
 )
 """All that the check imports or runs, except torch; pip takes none of their own requirements."""
 
@@ -103,10 +103,12 @@ venv.create(work / "venv", system_site_packages=True, symlinks=True)
 library = next(work.glob("venv/lib/python*/site-packages"))
 with zipfile.ZipFile(next(work.glob("wheels/pip-*.whl"))) as pip:
     pip.extractall(library)
-# If this Python is itself in a virtual environment, that one's packages count, too.
+# If this Python is itself in a virtual environment, that one's packages count, too, and its .pth
+# files: one of setuptools provides distutils.
 places = {{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}}
 places.add(str(pathlib.Path(torch.__file__).parents[1]))
-(library / "parent.pth").write_text("".join(f"{{path}}\\n" for path in sorted(places)))
+lines = (f"import site; site.addsitedir({{path!r}})\\n" for path in sorted(places))
+(library / "parent.pth").write_text("".join(lines))
 PYTHON
     echo "installing packages that are missing" >&2
     "$work/venv/bin/python" -m pip install --quiet --no-index --no-deps \\

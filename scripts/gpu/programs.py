@@ -35,12 +35,12 @@ from hvdrec.training.pipeline import make_preparer, steps
 from hvdrec.training.state import TrainState
 from hvdrec.training.step import take_step
 from tests.parallel.programs import collectives, gradients
-from tests.small_model import SETTINGS, SIZES, of_type, small_batch, small_config
+from tests.small_model import SIZES, of_type, small_batch, small_config
 
 CPU = torch.device("cpu")
 REFERENCE = "reference.safetensors"
-TOLERANCE, FBGEMM_TOLERANCE = 1e-10, 2e-6
-"""Largest allowed difference of float64 results, and of FBGEMM's, which are float32."""
+TOLERANCE = 1e-10
+"""Largest allowed difference of float64 results."""
 FP32_TOLERANCE, BF16_TOLERANCE = 2e-3, 5e-2
 """Largest allowed relative difference of a step's loss from the CPU's in fp32."""
 LOSS_STEPS, RESUME_STEPS, ROWS = 30, 12, 256
@@ -61,7 +61,7 @@ class Task:
 def check_gradients(task: Task) -> dict[str, Any]:
     """Gradients, losses and tables of all settings equal those of the CPU, in float64."""
     expected = reference(task.folder)
-    return compare(expected, gradients.take_all(World(), task.device))
+    return compare(expected, gradients.take_all(World(), task.device, fbgemm=False))
 
 
 def reference(folder: Path) -> dict[str, Tensor]:
@@ -69,23 +69,21 @@ def reference(folder: Path) -> dict[str, Tensor]:
     file = folder / REFERENCE
     if not file.is_file():
         draft = file.with_suffix(f".{os.getpid()}")
-        save_file(gradients.take_all(World(), CPU), draft)
+        save_file(gradients.take_all(World(), CPU, fbgemm=False), draft)
         draft.rename(file)
     return load_file(file)
 
 
 def compare(expected: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, Any]:
     """Return the largest difference; raise AssertionError if one is larger than allowed."""
-    largest = {True: 0.0, False: 0.0}
+    largest = 0.0
     for name, value in got.items():
-        is_fbgemm = SETTINGS[name.split("/")[0]].kernel == "fbgemm"
-        difference = float((value.double() - expected[name].double()).abs().max())
-        allowed = FBGEMM_TOLERANCE if is_fbgemm else TOLERANCE
-        if not difference <= allowed:  # also if it is NaN
-            raise AssertionError(f"{name} differs by {difference:.2g}, allowed {allowed:g}")
-        largest[is_fbgemm] = max(largest[is_fbgemm], difference)
+        difference = float((value - expected[name]).abs().max())
+        if not difference <= TOLERANCE:  # also if it is NaN
+            raise AssertionError(f"{name} differs by {difference:.2g}, allowed {TOLERANCE:g}")
+        largest = max(largest, difference)
     settings = {name.split("/")[0] for name in got}
-    return {"settings": len(settings), "largest_difference": largest[False], "allowed": TOLERANCE}
+    return {"settings": len(settings), "largest_difference": largest, "allowed": TOLERANCE}
 
 
 def check_losses(task: Task) -> dict[str, Any]:
@@ -249,7 +247,7 @@ def check_two_ranks(task: Task) -> dict[str, Any]:
     if world.is_first:
         with ranks.single_rank():
             expected = reference(task.folder)
-    got = gradients.take_all(world, task.device)
+    got = gradients.take_all(world, task.device, fbgemm=False)
     return compare(expected, got) if world.is_first else {}
 
 

@@ -92,18 +92,18 @@ def take_steps(setting: Setting, world: World, device: torch.device) -> dict[str
     return out
 
 
-def take_all(world: World, device: torch.device) -> dict[str, Tensor]:
-    """Take the steps of all settings that the device supports."""
+def take_all(world: World, device: torch.device, *, fbgemm: bool) -> dict[str, Tensor]:
+    """Take the steps of all settings; of those with FBGEMM only if it is asked for."""
     return {
         f"{name}/{key}": value
         for name, setting in SETTINGS.items()
-        if device.type == "cpu" or setting.kernel == "torch"
+        if fbgemm or setting.kernel == "torch"
         for key, value in take_steps(setting, world, device).items()
     }
 
 
 def main(file: str, device: str = "cpu") -> None:
-    tensors = take_all(ranks.init(), torch.device(device))
+    tensors = take_all(ranks.init(), torch.device(device), fbgemm=device == "cpu")
     if ranks.current().is_first:
         save_file(tensors, Path(file))
 
