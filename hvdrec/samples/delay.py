@@ -20,7 +20,7 @@ from hvdrec.errors import invalid_value
 from hvdrec.parallel.progress import print_line
 from hvdrec.samples.delay_curve import RATIO, DelayCurve, delay_bin, estimate
 from hvdrec.samples.engine import INTERNAL, Engine, connect
-from hvdrec.samples.exposures import exposure_key
+from hvdrec.samples.exposures import exposure_key, matchable
 from hvdrec.samples.feedback import (
     CLOCK,
     DELAY,
@@ -167,12 +167,12 @@ def measure_delays(
         exposures = engine.read(raw, samples.interactions, spec.declared)
         tables = open_tables(engine, spec, raw, exposures, file)
         unique = unique_exposures(engine, tables.exposures, exposure_key(spec))
-        observed = _observed(engine, unique, tables.end)
+        observed = _observed(engine, unique.unique, tables.end)
         actions = []
         for number, options in enumerate(samples.feedback):
             notify(f"measuring the delays of {options.name}")
             window = longest or _default_window(options, observed)
-            delays = _first_delays(engine, spec, tables, unique, (number, window))
+            delays = _first_delays(engine, spec, tables, matchable(spec, unique), (number, window))
             actions.append(_describe(spec, options, (share, window), observed, delays))
     return DelayResult(config.name, tables.end, tuple(actions))
 
@@ -231,7 +231,7 @@ def _first_delays(
         engine: Runs the queries.
         spec: Definition of the samples.
         tables: The feedback tables.
-        exposures: Unique exposures.
+        exposures: The exposures to match.
         action: Number of the feedback table, and the longest window in microseconds.
 
     Returns:

@@ -20,6 +20,7 @@ from hvdrec.samples.feedback import (
     ON,
     TIME,
     FeedbackCounts,
+    UniqueExposures,
     add_labels,
     carried_feedback,
     complete_feedback,
@@ -102,22 +103,21 @@ def join_feedback(
     if before is not None:
         exposures = exposures.filter((exposures[CLOCK] >= before).fill_null(True))
         remaining = count_rows(engine, exposures)
-    exposures = unique_exposures(engine, exposures, key)
+    unique = unique_exposures(engine, exposures, key)
+    exposures = matchable(spec, unique)
     matches, counts, carried = [], {}, {}
     for options, table in zip(samples.feedback, tables.feedback, strict=True):
         notify(f"joining {options.name} with the exposures")
         whole = complete_feedback(table.rows, len(options.on))
-        unique = engine.materialize(unique_feedback(whole, len(options.key)))
-        matched = engine.materialize(match(exposures, key, unique, options, settled_from))
-        found = _count(engine, exposures, options, (table, unique, matched), complete)
+        distinct = engine.materialize(unique_feedback(whole, len(options.key)))
+        matched = engine.materialize(match(exposures, key, distinct, options, settled_from))
+        found = _count(engine, exposures, options, (table, distinct, matched), complete)
         if not found.matched:
             engine.warnings.append(f"samples.feedback '{options.name}': no row has an exposure")
         matches.append((options, matched))
         counts[options.name] = asdict(found)
-        carried[options.name] = carried_feedback(unique, matched, options, complete)
-    # A null time counts as settled: it is an error of the samples, which name the remedy.
-    is_settled = (exposures[CLOCK] < settled_from).fill_null(True)
-    done, kept = _count_both(engine, exposures, is_settled)
+        carried[options.name] = carried_feedback(distinct, matched, options, complete)
+    done, kept = _count_settled(engine, unique, settled_from)
     if not done:
         raise _nothing_settled(spec, kept)
     facts = {
@@ -132,8 +132,9 @@ def join_feedback(
         },
         "feedback": counts,
     }
-    labelled = add_labels(exposures.filter(is_settled), key, matches).drop(CLOCK)
-    unsettled = exposures.filter(~is_settled).drop(CLOCK)
+    is_settled = _is_settled(unique.unique, settled_from)
+    labelled = add_labels(unique.unique.filter(is_settled), key, matches).drop(CLOCK)
+    unsettled = unique.unique.filter(~is_settled).drop(CLOCK)
     return LabelledExposures(labelled, unsettled, carried, facts)
 
 
@@ -145,12 +146,37 @@ def exposure_key(spec: SampleSpec) -> list[str]:
     return list(dict.fromkeys(CLOCK if name == samples.time else name for name in names))
 
 
-def _count_both(engine: Engine, table: Table, condition: BooleanValue) -> tuple[int, int]:
-    """Return the numbers of rows for which a condition is true and false."""
-    counts = table.aggregate(rows=table.count(), true=condition.sum())
-    row: Mapping[str, Any] = engine.first(counts) or {}
-    true = int(row["true"] or 0)
-    return true, int(row["rows"]) - true
+def matchable(spec: SampleSpec, exposures: UniqueExposures) -> Table:
+    """Return the exposures to match with feedback; the cheapest table that gives the same matches.
+
+    By default, repeated rows have the time and the keys of the row that counts.
+    """
+    return exposures.unique if spec.samples.exposures.key else exposures.all
+
+
+def _is_settled(exposures: Table, settled_from: int) -> BooleanValue:
+    # A null time counts as settled: it is an error of the samples, which name the remedy.
+    return (exposures[CLOCK] < settled_from).fill_null(True)
+
+
+def _count_settled(
+    engine: Engine, exposures: UniqueExposures, settled_from: int
+) -> tuple[int, int]:
+    """Return the numbers of settled and of unsettled exposures."""
+
+    def counts(table: Table) -> tuple[int, int]:
+        settled = _is_settled(table, settled_from).sum()
+        row: Mapping[str, Any] = (
+            engine.first(table.aggregate(rows=table.count(), settled=settled)) or {}
+        )
+        done = int(row["settled"] or 0)
+        return done, int(row["rows"]) - done
+
+    # Without the repeated rows: this reads only the column of the time.
+    all_, repeated = counts(exposures.all), (0, 0)
+    if exposures.repeated is not None:
+        repeated = counts(exposures.repeated)
+    return all_[0] - repeated[0], all_[1] - repeated[1]
 
 
 def _count(

@@ -73,20 +73,38 @@ class FeedbackCounts:
     waiting: int
 
 
-def unique_exposures(engine: Runs, exposures: Table, key: Sequence[str]) -> Table:
+@dataclass(frozen=True)
+class UniqueExposures:
+    """The exposures of a log, in several views that hold the same identities.
+
+    Attributes:
+        all: All rows.
+        repeated: The rows that repeat others; None if there are none.
+        unique: All rows without the repeated ones.
+    """
+
+    all: Table
+    repeated: Table | None
+    unique: Table
+
+
+def unique_exposures(engine: Runs, exposures: Table, key: Sequence[str]) -> UniqueExposures:
     """Keep one exposure per value of the columns `key`: the earliest.
 
     If several are equally early, their other columns decide, so the result does not depend on the
     order of rows.
     """
     counted = exposures.group_by(*key).aggregate(**{_ROWS: exposures.count()})
-    repeated = engine.materialize(counted.filter(counted[_ROWS] > 1).drop(_ROWS))
-    if engine.first(repeated) is None:
-        return exposures
-    # Only the repeated rows are sorted: usually there are few.
-    suspects = exposures.semi_join(repeated, _same(exposures, repeated, key, key))
-    others = exposures.anti_join(repeated, _same(exposures, repeated, key, key))
-    return ibis.union(others, _earliest(suspects, key, CLOCK))
+    several = engine.materialize(counted.filter(counted[_ROWS] > 1).drop(_ROWS))
+    if engine.first(several) is None:
+        return UniqueExposures(exposures, None, exposures)
+    # Only rows with equal keys are sorted and stored: usually there are few.
+    same = exposures.semi_join(several, _same(exposures, several, key, key))
+    ranked = engine.materialize(_ranked(same, key, CLOCK))
+    earliest = ranked.filter(ranked[_RANK] == 0).drop(_RANK)
+    repeated = ranked.filter(ranked[_RANK] > 0).drop(_RANK)
+    others = exposures.anti_join(several, _same(exposures, several, key, key))
+    return UniqueExposures(exposures, repeated, ibis.union(others, earliest))
 
 
 def complete_feedback(feedback: Table, keys: int) -> Table:
@@ -110,7 +128,8 @@ def match(
     """Find the exposures for which feedback counts.
 
     Args:
-        exposures: Unique exposures.
+        exposures: The exposures. Several rows of one identity count as one if they have the same
+            time and keys.
         key: The columns that identify an exposure.
         feedback: Unique feedback.
         options: Keys, window, skew and touch.
@@ -131,7 +150,9 @@ def match(
     pairs = shown.inner_join(feedback, on)
     gap = pairs[TIME] - pairs[SHOWN_AT]
     pairs = pairs.mutate(**{DELAY: gap}).filter((gap >= -skew) & (gap <= window))
-    if options.touch != "every":
+    if options.touch == "every":
+        pairs = pairs.distinct()
+    else:
         pairs = _touched(pairs, feedback.columns, numbered(SHOWN, len(key)), options.touch)
     delay = ibis.greatest(pairs[DELAY], 0)
     pairs = pairs.mutate(**{DELAY: delay, SETTLED: pairs[SHOWN_AT] < settled_from})
@@ -169,7 +190,7 @@ def unmatched_reasons(exposures: Table, rest: Table, options: Feedback, end: int
     """Count unmatched feedback by reason: one row with waiting, early, late and unknown.
 
     Args:
-        exposures: Unique exposures.
+        exposures: The exposures, also repeated ones.
         rest: The unmatched feedback.
         options: Keys and skew.
         end: End of the log, in microseconds.
@@ -234,10 +255,15 @@ def _touched(
 
 def _earliest(table: Table, key: Sequence[str], time: str) -> Table:
     """Keep one row per key: the one with the smallest time, then with the smallest columns."""
+    ranked = _ranked(table, key, time)
+    return ranked.filter(ranked[_RANK] == 0).drop(_RANK)
+
+
+def _ranked(table: Table, key: Sequence[str], time: str) -> Table:
+    """Number the rows of each key from 0, by time and then by the other columns."""
     columns = [time, *(name for name in table.columns if name != time)]
     order = [ibis.asc(table[name], nulls_first=False) for name in columns]
-    ranked = table.mutate(**{_RANK: ibis.row_number().over(group_by=list(key), order_by=order)})
-    return ranked.filter(ranked[_RANK] == 0).drop(_RANK)
+    return table.mutate(**{_RANK: ibis.row_number().over(group_by=list(key), order_by=order)})
 
 
 def _same(
