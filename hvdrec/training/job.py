@@ -41,6 +41,7 @@ from hvdrec.training.resume import continued
 from hvdrec.training.run_directory import check_features, check_run, create_run_directory
 from hvdrec.training.start_from import Origin, find_origin, start_from
 from hvdrec.training.state import TrainState
+from hvdrec.training.trackers import check_trackers
 from hvdrec.training.warm_start import check_size, warm_start
 
 
@@ -144,6 +145,7 @@ def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tu
         The manifest of the features; and True if training resumes an earlier run.
     """
     run, features = config.paths.of("run"), config.paths.of("features")
+    ranks.run_on_all(lambda: check_trackers(config.train.trackers))
     checks.require_same_config(to_dict(config))
     manifest = ranks.run_on_all(lambda: check_features(config))
     checks.require_same_files(

@@ -21,7 +21,7 @@ from hvdrec.parallel.gradients import global_sum
 from hvdrec.parallel.watchdog import watched
 from hvdrec.training import checkpoint
 from hvdrec.training.checkpoint import Position
-from hvdrec.training.display import LogFormat, Silent, make_display
+from hvdrec.training.display import Display, LogFormat, Silent, make_display
 from hvdrec.training.divergence import check_loss, check_weights
 from hvdrec.training.job import TrainJob, set_up
 from hvdrec.training.labels import metric_name
@@ -122,13 +122,7 @@ def train(
     with watched():
         earlier = None if start_from is None else Path(start_from)
         job = set_up(config, world, resume=resume, overwrite=overwrite, earlier=earlier)
-        display = make_display(log_format) if progress else Silent()
-        trackers = ranks.run_on_all(
-            lambda: open_trackers(job.config, job.run) if world.is_first else []
-        )
-        with TrainingLog(
-            job.run, is_first=world.is_first, display=display, trackers=trackers
-        ) as log:
+        with _open_log(job, make_display(log_format) if progress else Silent()) as log:
             log_start(job, log)
             with no_gc_pauses(), record_steps(profile, world, job.device) as after_step:
                 end = _fit(job, log, stop, after_step)
@@ -144,6 +138,13 @@ def train(
     return TrainResult(
         str(job.run), end.step, end.epoch, world.size, metric, end.best, end.best_step, worse
     )
+
+
+def _open_log(job: TrainJob, display: Display) -> TrainingLog:
+    """Open the log with its trackers; all ranks must call this at the same time."""
+    is_first = job.world.is_first
+    trackers = ranks.run_on_all(lambda: open_trackers(job.config, job.run) if is_first else [])
+    return TrainingLog(job.run, is_first=is_first, display=display, trackers=trackers)
 
 
 def _fit(
