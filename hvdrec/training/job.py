@@ -164,7 +164,9 @@ def _check(config: Config, world: World, *, resume: bool, overwrite: bool) -> tu
 def _find_origin(earlier: Path | None, config: Config, features: Manifest) -> Origin | None:
     if earlier is None:
         return None
-    return ranks.run_on_all(lambda: find_origin(earlier, config, features))
+    origin = ranks.run_on_all(lambda: find_origin(earlier, config, features))
+    checks.require_same_files(origin.checkpoint.directory, "start from the same run everywhere")
+    return origin
 
 
 def _fill_in(
