@@ -144,9 +144,14 @@ def _resident(pid: int) -> int:
 
 
 def shard_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each Parquet file of the features."""
+    """Return the SHA-256 of each shard and of the encoded tables of users and items."""
     files = json.loads((folder / "features" / "manifest.json").read_text())["files"]
-    return {name: facts["sha256"] for name, facts in files.items() if name.endswith(".parquet")}
+    encoded = ("train/", "validation/", "test/", "users", "items")
+    return {
+        name: facts["sha256"]
+        for name, facts in files.items()
+        if name.endswith(".parquet") and name.startswith(encoded)
+    }
 
 
 def main() -> None:
