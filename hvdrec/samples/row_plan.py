@@ -44,6 +44,9 @@ NUMBER, SPLIT = f"{INTERNAL}number", f"{INTERNAL}split"
 ORDER, USER = f"{INTERNAL}order", f"{INTERNAL}user"
 """Columns of the plan: number by which a split is sorted, and code of the user."""
 REPORT_SECONDS = 10.0
+COARSE_ROWS = 1_000_000
+"""Number of rows from which the cuts of a temporal split are first estimated."""
+SAMPLED_ROWS, MARGIN = 100_000, 0.02
 Array = NDArray[Any]
 Notify = Callable[[str], None]
 
@@ -274,7 +277,9 @@ def _cuts(rows: SortedRows) -> tuple[Any, Any] | None:
     new = "true" if split.after is None else f"{column} > {split.after!r}"
     count = engine.one(f"SELECT count(*) FILTER ({new}) AS n FROM {rows.name}")["n"]
     histogram = f"SELECT {column} AS t, count(*) AS c FROM {rows.name} WHERE {new} GROUP BY t"
-    found = engine.fetch(time_cuts(split, histogram, count))
+    found = _coarse_cuts(rows, column) if split.after is None else None
+    if found is None:
+        found = engine.fetch(time_cuts(split, histogram, count))
     times = int(found.column("distinct_times")[0].as_py())
     if times < len(SPLITS):
         raise few_times(name, times) if split.after is None else few_new_times(split, times)
@@ -283,6 +288,48 @@ def _cuts(rows: SortedRows) -> tuple[Any, Any] | None:
         for c in ("first", "second")
     )
     return first, second
+
+
+def _coarse_cuts(rows: SortedRows, column: str) -> pa.Table | None:
+    """Find the cuts of a long log without counting every distinct time.
+
+    A sample tells where the cuts are, up to `MARGIN`. Only the times around them are counted one by
+    one; all times between are counted as one. Return None if the log is short, or if a cut is not
+    surely among the times that were counted one by one.
+    """
+    split, engine = rows.spec.samples.split, rows.engine
+    if rows.count < COARSE_ROWS:
+        return None
+    train, validation, _ = split.fractions
+    ranges = [train - MARGIN, train + MARGIN]
+    ranges += [train + validation - MARGIN, train + validation + MARGIN]
+    if ranges != sorted(ranges) or ranges[0] <= 0 or ranges[-1] >= 1:
+        return None
+    percent = min(100.0, 100 * SAMPLED_ROWS / rows.count)
+    edges = (
+        f"SELECT quantile_disc({column}, {ranges}) AS q FROM {rows.name} "
+        f"USING SAMPLE {percent} PERCENT (bernoulli)"
+    )
+    name = engine.store(edges).get_name()
+    low, high, second_low, second_high = (f"e.q[{i}]" for i in range(1, 5))
+    segment = (
+        f"CASE WHEN {column} <= {low} THEN 0 WHEN {column} <= {high} THEN 1 "
+        f"WHEN {column} <= {second_low} THEN 2 WHEN {column} <= {second_high} THEN 3 ELSE 4 END"
+    )
+    segments = f"SELECT {column} AS t, {segment} AS s FROM {rows.name}, {name} AS e"
+    histogram = (
+        f"SELECT max(t) AS t, s, count(*) AS c FROM ({segments}) "
+        "GROUP BY s, CASE WHEN s IN (1, 3) THEN t END"
+    )
+    counted = engine.store(histogram).get_name()
+    ends = engine.fetch(f"SELECT s, sum(c) AS c FROM {counted} GROUP BY s ORDER BY s")
+    if ends.num_rows != len(ranges) + 1:
+        return None
+    sums = np.cumsum(ends.column("c").to_numpy().astype(np.int64))
+    first, second = train * rows.count, (train + validation) * rows.count
+    if not (sums[0] <= first <= sums[1] and sums[2] <= second <= sums[3]):
+        return None
+    return engine.fetch(time_cuts(split, f"SELECT t, c FROM {counted}", rows.count))
 
 
 def _empty(rows: SortedRows, name: str) -> Exception:
