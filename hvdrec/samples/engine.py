@@ -148,12 +148,26 @@ class Engine:
             return False
         return True
 
-    def sort(self, table: Table, by: Sequence[str]) -> Table:
-        """Compute a table, store its rows sorted by some columns, and return it as a table.
+    def keep(self, table: Table, by: Sequence[str] = ()) -> Table:
+        """Compute a table, store its rows in DuckDB, sorted by some columns, and return it.
 
         DuckDB numbers the rows of the stored table from 0, in this order, as ``rowid``.
         """
-        return self.store(sql(table) + " ORDER BY " + ", ".join(f"{quoted(c)}" for c in by))
+        order = " ORDER BY " + ", ".join(quoted(c) for c in by) if by else ""
+        return self.store(sql(table) + order)
+
+    def example(self, table: Table, column: str, bad: str, by: Sequence[str]) -> Any:
+        """Return the first value of a column among the rows that meet an SQL condition.
+
+        Args:
+            table: The table.
+            column: The column.
+            bad: The condition; one row at least meets it.
+            by: Columns that order the rows.
+        """
+        order = ", ".join(quoted(c) for c in by)
+        query = f"SELECT {quoted(column)} AS v FROM ({sql(table)}) WHERE {bad} "
+        return self.one(f"{query} ORDER BY {order} LIMIT 1")["v"]
 
     def materialize(self, table: Table) -> Table:
         """Compute a table, store the result and return it as a table."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hvdrec.config.data_sections import Split
 from hvdrec.errors import UserError, choices, invalid_file, invalid_value
 from hvdrec.samples.columns import compact, family, type_name
-from hvdrec.samples.engine import INTERNAL, Engine, sql
+from hvdrec.samples.engine import INTERNAL, Engine
 from hvdrec.samples.join import (
     LABEL,
     WEIGHT,
@@ -136,7 +136,7 @@ def sort_rows(join: LabelJoin, joined: JoinedTable) -> SortedRows:
         extra = [original(spec, column) for column in join.interactions.columns]
     labelled = select_labelled(join, joined, extra=extra)
     first = [samples.user, *([samples.time] if samples.time else []), samples.item]
-    table = engine.sort(labelled, list(dict.fromkeys([*first, *labelled.columns])))
+    table = engine.keep(labelled, list(dict.fromkeys([*first, *labelled.columns])))
     name = str(table.get_name())
     _check_numbers(join, joined, name)
     start = {c: compact(a.combine_chunks()) for c, a in _first_rows(engine, name).items()}
@@ -298,10 +298,8 @@ def _invalid(join: LabelJoin, joined: JoinedTable, name: str, column: str, bad: 
         return ""
     # This is rare, so evaluate the expressions again, sorted by the columns of the log.
     keys = [join.spec.samples.user, join.spec.samples.item]
-    by = ", ".join(quoted(c) for c in dict.fromkeys([*keys, *joined.table.columns]))
-    rows = sql(join.label(joined))
-    query = f"SELECT {value} AS v FROM ({rows}) WHERE {bad} ORDER BY {by} LIMIT 1"
-    example = engine.one(query)["v"]
+    by = list(dict.fromkeys([*keys, *joined.table.columns]))
+    example = engine.example(join.label(joined), column, bad, by)
     shown = "null" if example is None else f"{example:g}"
     return f"{counts['bad']} of {counts['n']} rows of {join.file}, for example {shown}"
 

@@ -179,4 +179,4 @@ def _join_drawn(join: LabelJoin, rows: SortedRows, plan: Plan, drawn: Path, item
     interactions = engine.view(query)
     joined = join.join(interactions, known=(item,))
     labelled = select_labelled(join, joined, negatives=True, extra=plan_columns(rows.spec))
-    return str(engine.materialize(labelled).get_name())
+    return str(engine.keep(labelled).get_name())

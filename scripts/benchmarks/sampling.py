@@ -50,7 +50,7 @@ history = [{ name = "clicked_items", length = 50 }]
 READ_AND_WRITE = """
 import duckdb, sys
 connection = duckdb.connect()
-connection.execute("SET threads = 2")
+connection.execute("SET threads = 2; SET enable_progress_bar = false")
 connection.execute("COPY (SELECT * FROM 'log.parquet') TO 'copy.parquet' (COMPRESSION zstd)")
 """
 

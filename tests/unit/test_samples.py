@@ -681,6 +681,19 @@ def test_temporal_split_is_strict_and_closest_to_its_fractions(time: list[int]) 
     assert abs(len(parts[0]) - 0.6 * len(time)) == min(abs(s - 0.6 * len(time)) for s in sizes)
 
 
+@pytest.mark.parametrize("spread", [1, 40, 4000])
+def test_long_logs_are_cut_at_the_same_times_as_short_ones(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, spread: int
+) -> None:
+    dice = random.Random(spread)
+    log = [{**LOG[0], "user_id": f"u{t}", "t": int(dice.gauss(0, spread))} for t in range(3000)]
+    write(raw / "log.parquet", log)
+    config = configured(raw, users=None, items=None, title=None, features=[FEATURES[0]], history=[])
+    short = make(config)
+    monkeypatch.setattr("hvdrec.samples.row_plan.COARSE_ROWS", 0)
+    assert make(config) == short
+
+
 def test_temporal_split_equals_a_worked_example() -> None:
     time = [9, 1, 5, 5, 5, 2, 3, 4, 8, 7]
     assert divided("temporal", [0] * 10, time, fractions=(0.7, 0.2, 0.1)) == [
