@@ -8,7 +8,7 @@ from hvdrec.cli.command import ALL_FIELDS, CONFIG, Answer, argument, command, lo
 from hvdrec.cli.text_table import table
 
 SHOWN_PERIODS = 14
-"""Number of days in the table; --json lists all."""
+"""Number of periods (days) in the table; --json lists all."""
 
 
 @command(
@@ -49,7 +49,7 @@ def check(options: argparse.Namespace) -> Answer:
     ]
     if periods := result.periods[-SHOWN_PERIODS:]:
         rows = [[p.period, p.rows, f"{p.label_rate:.2%}"] for p in periods]
-        lines += ["", table([f"last {len(rows)} days", "rows", "label rate"], rows)]
+        lines += ["", table([f"last {len(rows)} periods", "rows", "label rate"], rows)]
     findings = [[f.status, f.check, f.what, f.split, f.text] for f in result.findings]
     if findings:
         lines += ["", table(["status", "check", "what", "split", "finding"], findings)]
