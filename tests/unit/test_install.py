@@ -124,8 +124,8 @@ def test_help_of_install_names_every_option(tmp_path: Path) -> None:
         ),
         (
             ["--extras=train,gpu"],
-            "unknown extra 'gpu'; known: [delta, dev, docs, fbgemm, iceberg, index, redis, s3, "
-            "serve, spark, train]",
+            "unknown extra 'gpu'; known: [delta, dev, docs, fbgemm, iceberg, index, mlflow, redis, "
+            "s3, serve, spark, tensorboard, train]",
         ),
     ],
 )
