@@ -18,7 +18,7 @@ def read_array(path: Path, name: str) -> Array:
     """Memory-map an array of the bundle at ``path``, read-only.
 
     Raises:
-        BundleError: The file is missing, leaves the bundle or does not hold a plain array.
+        BundleError: The file is missing, is outside the bundle or does not hold a plain array.
     """
     regular_file(path, name)
     try:
@@ -46,7 +46,7 @@ def read_vector(info: BundleInfo, name: str, dtype: str, length: int | None = No
 
 
 def read_offsets(info: BundleInfo, name: str, parts: int, size: int) -> Array:
-    """Memory-map the offsets, int64 [parts + 1], at which the parts of ``size`` values begin.
+    """Memory-map offsets, int64 [parts + 1], that divide ``size`` values into consecutive parts.
 
     Only the first and the last offset are checked; `hvdrec.scoring.verify` checks the others.
     """

@@ -22,7 +22,7 @@ computes the user's part of its first layer once instead of once per item."""
 
 
 def shared_runs(counts: Sequence[int]) -> Iterator[list[int]]:
-    """Group requests that are scored by one run of the ONNX graphs; yield each group's indices.
+    """Group requests so that one run of the ONNX graphs scores a group; yield each group's indices.
 
     A group has at most BLOCK_ROWS items. A request with ALONE_ITEMS or more is a group of its own.
 
@@ -48,7 +48,7 @@ def checked_request(index: int, request: Any) -> Request:
     """Return a request as (user, items, scene), with its items as a list.
 
     Raises:
-        RequestError: It does not have three values, or its items are not a list.
+        RequestError: The request does not have three values, or its items are not a list.
     """
     name = f"requests[{index}]"
     if not isinstance(request, tuple | list) or len(request) != 3:

@@ -99,7 +99,8 @@ class BundleInfo:
     """Usual name of a graph tensor -> its name here, for tensors that were renamed because a raw
     feature has the usual name."""
     filters: Mapping[str, str] = field(default_factory=dict)
-    """Item field with a filter -> folder of the filter, for those whose folder has another name."""
+    """Item field with a filter -> folder of the filter, if the folder does not have the field's
+    name."""
     tasks: tuple[str, ...] = ()
     """Names of the labels that the ranker predicts in addition to the score; empty in most
     bundles."""
@@ -116,7 +117,7 @@ class BundleInfo:
         return tuple(field for field in self.fields if field.side == side)
 
     def tensor(self, name: str) -> str:
-        """Return the name in this bundle's graphs of a tensor that is usually called ``name``."""
+        """Return the name that the tensor usually called ``name`` has in this bundle's graphs."""
         return self.names.get(name, name)
 
     def holds(self, name: str) -> bool:
@@ -172,8 +173,8 @@ def read_bundle(path: Path, *, verify: bool) -> BundleInfo:
 def check_unchanged(info: BundleInfo) -> None:
     """Raise ReplacedError if a file changed since `read_bundle` saw it.
 
-    Called after all files are open, it guarantees that they all belong to the same bundle, even if
-    another bundle has replaced it.
+    If all files are open when this is called and it does not raise, all of them belong to the same
+    bundle, even if another bundle replaces it later.
     """
     for name, stamp in info.stamps.items():
         try:
@@ -192,8 +193,9 @@ def replaced(path: Path, when: str) -> ReplacedError:
 def stamp_of(status: os.stat_result) -> Stamp:
     """Return device, inode, size and modification time of a file.
 
-    Together they change when the file is replaced or overwritten. Of a directory, return the time
-    of its last change, which a rename sets: its copies can have the inodes and times of its files.
+    Together they change when the file is replaced or overwritten. For a directory, the time is that
+    of its last status change (ctime), which a rename sets. The files alone do not always reveal a
+    replacement: in a copy made of hard links, they have the same inodes and times.
     """
     if stat.S_ISDIR(status.st_mode):
         return status.st_dev, status.st_ino, 0, status.st_ctime_ns

@@ -37,15 +37,17 @@ class Recommendation:
     title: str | None = None
     """Title of the item; None if the bundle has none."""
     source: CandidateSource = "stored"
-    """What the items were selected by: "stored" for the user's stored embedding, "features" for an
-    embedding computed from raw features, "trending" if nothing is known about the user."""
+    """How the items were selected: "stored" by the user's stored embedding, "features" by an
+    embedding computed from raw features, "trending" by trending counts, since nothing is known
+    about the user."""
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Items that were retrieved for a user and will be ranked.
 
-    No item occurs twice. Trending items are sorted by trending count, others by key.
+    No item occurs twice. If `source` is "trending", the items are sorted by trending count, the
+    largest first; otherwise they are sorted by key.
     """
 
     user_embedding: Array

@@ -12,9 +12,10 @@ def diversified(relevance: Array, vectors: Array, k: int, diversity: float) -> A
 
     The first step chooses the most relevant candidate. Each later step chooses the one with the
     largest ``(1 - diversity) * relevance - diversity * similarity``, where similarity is the
-    largest cosine between its vector and those already chosen. If two are equal, the one with the
-    smaller index is chosen. See Carbonell and Goldstein: The Use of MMR, Diversity-Based Reranking
-    for Reordering Documents and Producing Summaries, 1998.
+    largest cosine between the candidate's vector and the vector of any candidate chosen before. Of
+    candidates with equal values, the one with the smallest index is chosen. See Carbonell and
+    Goldstein: The Use of MMR, Diversity-Based Reranking for Reordering Documents and Producing
+    Summaries, 1998.
 
     Args:
         relevance: Relevance of the candidates [n].

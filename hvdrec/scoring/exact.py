@@ -11,7 +11,7 @@ BLOCK_ROWS = 4096
 GROUP_ROWS = 64
 """Number of rows in a group; `largest` first compares the maximum score of each group."""
 SPARSE = 2
-"""If at most one row in this many is allowed, only the allowed rows are copied and scored;
+"""If at most one of every `SPARSE` rows is allowed, only the allowed rows are copied and scored;
 otherwise all rows are scored."""
 
 
@@ -22,8 +22,8 @@ class ExactSearch:
         """Hold the vectors to search.
 
         Args:
-            vectors: float32, float16 or int8 [n, at least width], where width is that of a query.
-                Only the first ``width`` entries are used.
+            vectors: float32, float16 or int8 [n, at least width], where width is the width of a
+                query. Only the first ``width`` entries are used.
             scales: Factor of each row of int8 vectors, float32 [n]; None for other dtypes.
         """
         self.vectors, self.scales = vectors, scales
@@ -99,8 +99,8 @@ def inner_products(vectors: Array, query: Array, scales: Array | None = None) ->
     buffer = np.empty((min(BLOCK_ROWS, len(vectors)), len(query)), dtype=np.float32)
     is_half = vectors.dtype == np.float16
     if is_half:
-        # _write_scaled multiplies the vectors by 2**-112; multiply the query by as much of 2**112
-        # as fits float32, and the scores by the rest.
+        # _write_scaled multiplies the vectors by 2**-112; so the query is multiplied by the part of
+        # 2**112 that does not overflow float32, and the scores by the rest.
         exponent = int(np.frexp(np.abs(query).max(initial=0.0))[1])
         query = np.ldexp(query, min(112, 120 - exponent))
     for start in range(0, len(vectors), BLOCK_ROWS):
@@ -136,7 +136,7 @@ _HALF_BITS = np.array(0x8FFFE000, dtype=np.uint32).view(np.int32)[()]
 def largest(scores: Array, count: int, excluded: Array | None = None) -> Array:
     """Return the row numbers of the ``count`` largest scores, int64, sorted by row number.
 
-    If several rows share the smallest score that is taken, the smallest row numbers are taken.
+    If rows with equal scores compete for the last places, the smallest row numbers are taken.
 
     Args:
         scores: float32 [n] without NaN; the scores of excluded rows are overwritten.
@@ -160,13 +160,14 @@ def largest(scores: Array, count: int, excluded: Array | None = None) -> Array:
 
 
 def _contenders(scores: Array, count: int) -> Array:
-    """Return few rows, in ascending order, that contain those of the ``count`` largest scores."""
+    """Return a few ascending rows that include the rows of the ``count`` largest scores."""
     groups = len(scores) // GROUP_ROWS
     if groups <= count:
         return np.arange(len(scores))
     # Each of the ``count`` largest group maxima is a score, so at least ``count`` scores reach the
-    # smallest of these maxima. The rows of a group are ``groups`` apart: then numpy computes the
-    # maxima of whole vectors, and large scores of neighbouring rows are in different groups.
+    # smallest of these maxima. The rows of a group are ``groups`` apart. So numpy computes the
+    # maxima of whole vectors at once, and neighbouring rows, which may all have large scores, are
+    # in different groups.
     maxima = scores[: groups * GROUP_ROWS].reshape(GROUP_ROWS, groups).max(axis=0)
     bound = np.partition(maxima, groups - count)[groups - count]
     return np.flatnonzero(scores >= bound)

@@ -1,10 +1,10 @@
 """Explain a score: what each group of features, each history entry and the scene contribute.
 
 The contributions are Shapley values (Shapley, 1953; Lundberg and Lee, "A unified approach to
-interpreting model predictions", NIPS 2017). The players are groups of features. A group that is
-left out has missing values, and a scene field its default. All subsets of the groups are scored by
-the bundle's own graphs, so the values are exact: they add up to the score minus the score with all
-groups left out.
+interpreting model predictions", NIPS 2017). The players are groups of features. If a group is left
+out, its features are missing and its scene fields have their defaults. The bundle's own graphs
+score every subset of the groups, so the values are exact, not estimates: they add up to the score
+minus the score with all groups left out.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from hvdrec.scoring.graph_inputs import as_list, check_count, check_names
 from hvdrec.scoring.ranking import PairRanker
 
 MOST_SCENE_GROUPS = 2
-"""A scene with more fields is one group, since each group doubles the number of subsets."""
+"""If more scene fields than this are set, they form one group, since each group doubles the number
+of subsets."""
 Groups = dict[str, list[str]]
-"""Name of a group -> its fields. No fields: the group is a whole user or item, given by its key."""
+"""Name of a group -> its fields. The list is empty for a user or item that is given by its key."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Explanation:
             ``item.id`` and ``item.content``; one given by key is a single group.
             Scene fields are ``scene.NAME``, or together ``scene`` if there are more than two.
         scene_change: Score minus the score of the same user and item in the default scene.
-        history: The history entries with the largest effects, largest first.
+        history: The history entries with the largest absolute effects, the largest first.
     """
 
     item: Key | Raw | None
@@ -154,7 +155,7 @@ def shapley_values(values: Array) -> list[float]:
             axis means that the player is in the subset.
 
     Returns:
-        One number for each player. They add up to the value of all minus the value of none.
+        One number for each player. They add up to the value of all players minus the value of none.
     """
     players = values.ndim
     if not players:
@@ -171,7 +172,7 @@ def shapley_values(values: Array) -> list[float]:
 
 
 def _subsets(entry: Any, groups: Groups) -> list[Any]:
-    """Return the entry with each subset of its groups, from none of them to all of them."""
+    """Return the entry with each subset of its groups; the first has no group, the last all."""
     found: list[Any] = []
     for chosen in product((False, True), repeat=len(groups)):
         left_out = [
@@ -188,7 +189,7 @@ def _subsets(entry: Any, groups: Groups) -> list[Any]:
 
 
 def _removals(info: BundleInfo, user: Key | Raw | None) -> list[tuple[str, Any, Raw]]:
-    """Return feature, entry, and the user without this entry, for the used entries of histories."""
+    """Return (feature, entry, user without the entry) for each history entry the model uses."""
     if not isinstance(user, Mapping):
         return []
     found: list[tuple[str, Any, Raw]] = []

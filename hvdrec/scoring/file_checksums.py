@@ -82,7 +82,7 @@ def check_files(folder: Path, files: Mapping[str, FileFacts]) -> None:
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Compare a parsed manifest with the checksum in it; earlier versions wrote none.
+    """Compare a parsed manifest with the checksum in it; one without a checksum is accepted.
 
     Raises:
         ValueError: The checksum differs.

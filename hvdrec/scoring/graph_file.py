@@ -24,8 +24,8 @@ MOST_NODES = 20_000
 MOST_DEPTH = 4
 """Levels of graphs that are nested in other graphs."""
 MOST_VALUES = 64
-"""Largest number of entries of an integer tensor whose values are read: it may hold axes or a
-shape."""
+"""The values of an integer tensor, which may be axes or a shape, are read only if it has at most
+this many entries."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 8: 1, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8}
 """ONNX data type -> bytes of an element. Type 8 is a string, which takes at least one byte."""
@@ -83,14 +83,15 @@ class UnsafeGraphError(GraphError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """Shape of a constant tensor; its contents only if they are few integers."""
+    """Shape of a constant tensor, and its contents if these are a few integers."""
 
     shape: tuple[int, ...]
     """Sizes of the dimensions."""
     values: tuple[int, ...] | None = None
     """Contents of a small tensor of integers; None for other tensors."""
     external: tuple[str, int, int] | None = None
-    """File name, offset and number of bytes of contents in another file; None if there is none."""
+    """File name, offset and number of bytes of the contents, if they are in another file; else
+    None."""
 
 
 @dataclass(frozen=True)
@@ -348,7 +349,7 @@ def _spans(parts: Mapping[str, list[Value]], key: str) -> list[tuple[int, int]]:
 
 
 def _span(parts: Mapping[str, list[Value]], key: str) -> tuple[int, int]:
-    """Return a field that must occur exactly once, since protobuf parsers would merge two."""
+    """Return a field that must occur exactly once: protobuf parsers would merge two occurrences."""
     found = parts.get(key, [])
     if len(found) != 1 or isinstance(found[0], int):
         raise GraphError(f"has {len(found)} fields '{key}', expected one")

@@ -3,8 +3,8 @@
 ONNX Runtime evaluates constant parts of a graph while it opens the file, so a limit at run time
 would come too late. A graph may use only the operators in `RULES`: they contain no loops, and the
 shapes of their outputs follow from those of their inputs. The sizes of all tensors are computed for
-one row, for very many rows and for very long lists. They may grow in proportion to the number of
-rows and of list entries, but not faster.
+one row, for very many rows and for very long lists. The sizes may grow in proportion to the number
+of rows and of list entries, but not faster.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Compute upper bounds for the sizes of a graph's tensors.
 
-The bounds hold for a given number of rows and of list entries. A shape in this module is a bound,
-too: none of its sizes is smaller than at run time. The operators that reshape or expand a tensor
-must take the new shape from constants and from shapes of other tensors.
+The bounds hold for a given number of rows and of list entries. Every shape in this module is such a
+bound: at run time, no dimension is larger. The operators that reshape or expand a tensor must take
+the new shape from constants and from shapes of other tensors.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ Shape = tuple[int, ...]
 MOST_RANK = 8
 
 PER_ROW = 1 << 18
-"""Limit on the elements of one tensor, per row or list entry, whichever there are more of."""
+"""Limit on the elements of one tensor, divided by the number of rows or of list entries, whichever
+is larger."""
 ALL_PER_ROW = 1 << 20
 """Limit on the elements of all tensors of a run together, counted in the same way."""
 PRODUCTS_PER_ROW = 1 << 30
 """Limit on the multiplications in matrix products, counted in the same way."""
 CONSTANT = 1 << 22
-"""Elements that a tensor may have in addition, for any number of rows; a graph with weights may
-have four times their number more."""
+"""Number of elements that a tensor may have in addition, whatever the number of rows. In a graph
+with weights, four times the number of weights is allowed on top."""
 
 _ELEMENTWISE = """
 Abs Acos Acosh Add And Asin Asinh Atan Atanh BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast
@@ -85,7 +86,7 @@ class Sizes:
         ahead, turns = (
             [*graph.nodes],
             8,
-        )  # a quantized ranker has its If before what the branches read
+        )  # a quantized ranker lists its If before operators whose outputs the branches read
         while ahead and (turns := turns - 1):
             nodes, ahead = ahead, []
             for node in nodes:
@@ -285,7 +286,7 @@ def _slice(node: Node, inputs: Inputs) -> Sequence[Sized]:
     sizes, values = list(data.shape), data.values
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         place = _axis(axis, len(sizes))
-        if step < 1:  # the length of the slice is known, but not which values it has
+        if step < 1:  # the old size remains an upper bound; the values are unknown
             values = None
             continue
         cut = slice(start, end, step)

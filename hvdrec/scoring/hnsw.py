@@ -8,9 +8,9 @@ The graph stores int8 vectors. They only select candidates, which are then score
 own embeddings. HNSW finds the nearest vectors. These are also the vectors with the largest inner
 products if all vectors have the same length. So vectors of different lengths get one more entry
 that makes the lengths equal (Bachrach et al.: Speeding Up the Xbox Recommender System Using a
-Euclidean Transformation for Inner-Product Spaces, 2014). The index stores neighbours near each
-other, which halves the time of a search. Its rows are therefore in another order than the items; a
-second file holds the item row of each of its rows.
+Euclidean Transformation for Inner-Product Spaces, 2014). The index stores vectors that are
+neighbours close together, which halves the time of a search. So the vectors are in another order
+than the items; a second file holds the item row of each vector.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from hvdrec.scoring.exact import ExactSearch, largest, remaining
 INDEX = "items/index.faiss"
 INDEX_ROWS = "items/index_rows.npy"
 COST = 100
-"""An index search takes as long for one item as an exact search takes for this many."""
+"""An index search that fetches n items takes as long as an exact search over `COST` * n items."""
 SPARE = 1.5
-"""If only some items are allowed, more items are fetched from the index, so that enough of them are
-allowed. This factor makes up for items that are allowed less often near a query than elsewhere."""
+"""If a filter allows only some items, more items are fetched from the index, so that enough of them
+are allowed. This factor adds a reserve, since allowed items may be rarer near a query than
+elsewhere."""
 
 
 class HnswSearch:
     """Searches a bundle's index, or all vectors where that is faster or finds more items.
 
-    Safe to share between threads. If faiss is not installed, it warns once and searches all
-    vectors.
+    Safe to share between threads. If faiss is not installed, the first search logs a warning and
+    every search reads all vectors.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class HnswSearch:
         return rows[best], scores[best]
 
     def _near(self, query: Array, wanted: int, left: int) -> Array:
-        """Return about ``wanted`` rows from the index, int64; none if exact search is faster.
+        """Return about ``wanted`` rows from the index, int64; no rows if exact search is faster.
 
         Args:
             query: float32 [width].

@@ -192,7 +192,7 @@ class RowLists:
             offsets: File name of the offsets, int64 [lists + 1].
             rows: File name of the concatenated rows, int32.
             lists: Number of lists.
-            items: Number of items; every row must be smaller.
+            items: Number of items; every row must be smaller than this.
         """
         self._offsets_file, self._rows_file, self._items = (
             info.path / offsets,
@@ -260,8 +260,8 @@ class ItemFilter:
         """Return the index of a value by binary search; -1 if no item has it."""
         stored: Any = value
         if isinstance(value, str):
-            # numpy drops trailing NULs and cuts text that is too wide, so such text, which cannot
-            # be stored, would match another value.
+            # numpy drops trailing NULs and cuts text that is too wide. Such text is never stored,
+            # but the text that numpy makes of it could equal a stored value.
             stored = value.encode(errors="surrogatepass")
             if len(stored) > self._values.dtype.itemsize or stored.endswith(b"\0"):
                 return -1

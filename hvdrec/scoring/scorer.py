@@ -45,10 +45,10 @@ class Scorer:
     """Scores and recommends the items of a bundle; safe to share between threads.
 
     Callers pass a user or an item as its key, or as a mapping of its raw features, which may
-    include the key. For a key that is not stored, the tower computes an embedding as for an unknown
-    user or item. The scene is the context of a request: time, place, device, placement. Features
-    that are None, NaN or omitted are missing values; a scene field that is omitted takes its
-    default. Methods raise `RequestError` for an unknown field or a value of the wrong type.
+    include the key. For a key that is not stored, the tower computes an embedding with all other
+    features missing. The scene is the context of a request: time, place, device, placement.
+    Features that are None, NaN or omitted are missing values; a scene field that is omitted takes
+    its default. Methods raise `RequestError` for an unknown field or a value of the wrong type.
 
     >>> scorer = Scorer.load("bundle/")  # doctest: +SKIP
     >>> scorer.score("1", ["1193", "661"], {"hour": 21})  # doctest: +SKIP
@@ -80,7 +80,8 @@ class Scorer:
     ) -> Scorer:
         """Open a bundle.
 
-        The first request that needs a tower with a large vocabulary, or `warm`, opens it.
+        A tower with a large vocabulary is opened later, by `warm` or by the first request that
+        needs it.
 
         Args:
             path: Directory of the bundle.
@@ -112,8 +113,10 @@ class Scorer:
     ) -> WatchedScorer:
         """Open a bundle and watch its path; when a new bundle appears there, switch to it.
 
-        To publish a bundle, replace the directory at the path, or change the link. The new bundle
-        is verified, loaded and tried, then it takes over. If it fails, it is refused and logged.
+        To publish a bundle, replace the directory at the path; if the path is a link, point it at
+        the new bundle. The new bundle is verified, loaded and tried, then it takes over. If one of
+        these steps fails, the new bundle is refused, the error is logged, and the old bundle stays
+        in use.
 
         Args:
             path: Directory of the bundle, or a link to it.
@@ -196,7 +199,7 @@ class Scorer:
 
     @property
     def model(self) -> str:
-        """Version of the graphs, 12 hexadecimal digits. Only embeddings of this model fit them."""
+        """Version of the graphs, 12 hexadecimal digits; embeddings must be of the same version."""
         return self.info.model
 
     def score(self, user: Key | Raw | None, items: Entries, scene: Raw | None = None) -> Array:
@@ -233,8 +236,8 @@ class Scorer:
             requests: Tuples (user, items, scene), each with the arguments of one call of `score`.
 
         Returns:
-            For each request, the probabilities of its items, float32. They may differ from those of
-            `score` in the last bits.
+            For each request, the probabilities of its items, float32. They may differ from the
+            results of `score` in the last bits.
         """
         checked = [checked_request(index, request) for index, request in enumerate(requests)]
         scores: dict[int, Array] = {}
@@ -270,7 +273,7 @@ class Scorer:
     ) -> dict[str, Array]:
         """Score n rows as `score_rows` does and return each task's probabilities as well.
 
-        The result is that of `score_tasks`.
+        The result is a mapping as in `score_tasks`.
         """
         require_tasks(self.info)
         return self._ranker.run_tasks(self._ranker.row_blocks(users, items, scenes))
@@ -290,9 +293,9 @@ class Scorer:
         """Recommend items to a user in a scene: retrieve candidates, then rank them.
 
         The candidates are the items whose embeddings have the largest inner products with the
-        user's, found by exact search or with the bundle's index. If nothing is known about the user
-        (None, a key that is not stored, only missing features), the trending items are returned,
-        sorted by their trending counts.
+        user's embedding. Exact search or the bundle's index finds them. If nothing is known about
+        the user (None, a key that is not stored, only missing features), the items with the largest
+        trending counts are returned, the largest first.
 
         Args:
             user: As in `score`.
@@ -335,8 +338,9 @@ class Scorer:
     ) -> list[Explanation]:
         """Explain the scores of items: what the user, the item and the scene contribute.
 
-        Give the user and the items as mappings of raw features to see the parts of each; of a key,
-        only the whole is known. This runs the ranker about a hundred times per item.
+        Give the user and the items as mappings of raw features to see the contributions of their
+        parts. A user or item that is given by key has a single contribution. This runs the ranker
+        about a hundred times per item.
 
         Args:
             user: As in `score`.

@@ -17,7 +17,7 @@ def try_scorer(scorer: Scorer) -> None:
     """Run every graph and retrieval once.
 
     Raises:
-        BundleError: An output is not usable.
+        BundleError: An output has the wrong shape or is not finite.
     """
     scorer.warm()
     info = scorer.info

@@ -1,4 +1,4 @@
-"""Check the contents of a bundle's arrays; every load of a bundle checks their types and shapes."""
+"""Check the contents of a bundle's arrays; their types and shapes are checked at every load."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _verify_rows(info: BundleInfo, name: str, rows: Array, items: int) -> None:
 
 
 def _blocks(array: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield an array in blocks, each with the same block shifted by one row to compare it with."""
+    """Yield each block of rows with the same block shifted by one row, to compare neighbours."""
     for start in range(0, len(array), BLOCK_ROWS):
         yield array[start : start + BLOCK_ROWS], array[start + 1 : start + BLOCK_ROWS + 1]
 

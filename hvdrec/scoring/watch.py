@@ -49,7 +49,7 @@ T = TypeVar("T", bound=Versioned)
 
 
 class BundleWatcher(Generic[T]):
-    """Holds an object loaded from a bundle; loads it again when another bundle is at the path.
+    """Holds an object loaded from a bundle; loads a new one when another bundle is at the path.
 
     A thread checks the path every ``interval`` seconds, which costs one `stat`. It ends when the
     watcher is closed or garbage-collected. A process that forks must create the watcher after the
@@ -160,7 +160,7 @@ class BundleWatcher(Generic[T]):
             self._refuse(error)
             self._seen, self._retry_time = files, math.inf
             if isinstance(error, StoreError):
-                # When the store answers again, no file changes. So try again, but not every time.
+                # No file changes when the store answers again, so load again after a pause.
                 now = time.monotonic()
                 self._retry_time = now + PAUSES * (now - started)
             return False

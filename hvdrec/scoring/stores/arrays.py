@@ -19,7 +19,7 @@ EMBEDDING_DTYPES = {**FLOAT32, "<f2": "float16", "|i1": "int8"}
 
 
 class ArrayStore:
-    """The `Store` of a bundle's own embeddings. Opening it does not read them.
+    """The `Store` of a bundle's own embeddings. Opening the store does not read the embeddings.
 
     Attributes:
         model: `BundleInfo.model` of the bundle.
@@ -70,7 +70,8 @@ class ArrayStore:
         Most requests need only this fast lookup. ``keys`` may contain mappings of raw features,
         which are never cached.
         """
-        # In Python, True == 1 == 1.0, so check the type of integer keys. A string equals no number.
+        # In Python, True == 1 == 1.0, so check the type of integer keys. A string never equals a
+        # number, so string keys need no check.
         if self._key_type is int and not set(map(type, keys)) <= {int}:
             return None
         try:

@@ -19,7 +19,8 @@ def register_store(scheme: str, factory: StoreFactory) -> None:
     """Make `open_stores` accept URLs of another scheme.
 
     A package can instead declare its factory as an entry point of the group ``hvdrec.stores`` whose
-    name is the scheme. Then `open_stores` and ``hvdrec serve --store`` find it without a call.
+    name is the scheme. Then `open_stores` and ``hvdrec serve --store`` find it without a call of
+    this function.
 
     Args:
         scheme: The part of the URL before ``://``.

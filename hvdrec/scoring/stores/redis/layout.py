@@ -32,8 +32,8 @@ FORMAT = 1
 PREFIX = "hvdrec"
 SIDES = ("user", "item")
 MARK = b"\xff"
-"""A field that every bucket has; it is not valid UTF-8, so it is never a key. If a bucket does not
-have it, Redis has expired or evicted the bucket."""
+"""A field that every bucket has; it is not valid UTF-8, so it is never a key. If a bucket lacks
+this field, Redis has expired or evicted the bucket."""
 BUCKET_ROWS = 16384
 """Number of rows in a bucket. Redis answers nobody while it frees an expired hash; at this size
 that takes milliseconds."""

@@ -2,9 +2,9 @@
 
 A publication writes a new version beside the current one. The new rows have an expiry, which the
 publisher renews while it writes. Then one transaction makes the new version current, removes its
-expiry and lets the previous version expire. If a publication fails before that, readers keep the
-previous version, and the new rows expire. Publications may run concurrently: the version of the one
-that finishes last stays current.
+expiry and lets the previous version expire. If a publication fails before this transaction, readers
+keep the previous version, and the new rows expire. Publications may run concurrently: the version
+of the one that finishes last stays current.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Array = NDArray[Any]
 LEASE_SECONDS = 900.0
 """Rows that are being written expire this long after the last renewal."""
 STAGGER_SECONDS = 0.1
-"""Time between the expiries of two buckets. Redis blocks while it frees a bucket; so it can answer
-in between."""
+"""Time between the expiries of two buckets. Redis blocks while it frees a bucket; in between it can
+answer requests."""
 COMMAND_ROWS = 1024
 BLOCK_COMMANDS = 10_000
 TRIES = 20
@@ -93,9 +93,9 @@ def publish(
 ) -> Publication:
     """Write a bundle's users and items to Redis and make them the current version.
 
-    The embeddings of a new model (a retrained bundle) are stored beside those of the previous
-    model, which other services may still read. Among bundles with the same name, the two newest
-    models stay. An older one expires when nobody has read it for an hour.
+    The embeddings of a new model (a retrained bundle) are stored beside the embeddings of the
+    previous model, which other services may still read. Among bundles with the same name, the two
+    newest models stay. An older one expires when nobody has read it for an hour.
 
     Args:
         bundle: Directory of the bundle; it is verified first.
@@ -168,7 +168,7 @@ class _Draft:
 
     @contextmanager
     def dropped_on_failure(self) -> Iterator[None]:
-        """Delete the written Redis keys if the ``with`` body fails; if that fails, they expire."""
+        """Delete the written Redis keys if the ``with`` body fails; any that remain expire."""
         try:
             yield
         except BaseException as error:

@@ -140,9 +140,10 @@ class RedisServer:
 class CircuitBreaker:
     """Refuses calls to a server that has just failed.
 
-    After a failure, all callers are refused for a pause. After the pause, one caller may try, and
-    the others are refused until it has succeeded. Each further failure doubles the pause, from
-    `FIRST_PAUSE` to `LONGEST_PAUSE` seconds. Calls that fail at the same time count as one failure.
+    After a failure, all callers are refused for a pause. After the pause, one caller may try; all
+    other callers are refused until this call has succeeded. Each further failure doubles the pause,
+    from `FIRST_PAUSE` to `LONGEST_PAUSE` seconds. Calls that fail at the same time count as one
+    failure.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

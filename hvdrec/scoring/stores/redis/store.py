@@ -76,7 +76,7 @@ class VersionReader:
         self._thread = threading.local()
 
     def versions(self, side: str) -> Iterator[VersionInfo]:
-        """Yield the version to read; if it has expired, the next one yielded is its successor."""
+        """Yield the version to read; a caller that finds it expired asks for the next one."""
         expired = ""
         for _ in range(TRIES):
             version = self._version(side)
