@@ -29,11 +29,11 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Checks:
-    """Limits of `hvdrec check`. What is beyond a limit is a warning, or stops the run."""
+    """Limits of `hvdrec check`. A value beyond its limit causes a warning or stops the run."""
 
     stop: tuple[CheckName, ...] = ()
-    """Checks whose findings stop the run: `hvdrec check` then ends with exit status 1. The others
-    only warn."""
+    """Checks whose findings stop the run: `hvdrec check` then ends with exit status 1. Findings of
+    all other checks only warn."""
     nulls: Share = 0.5
     """Largest share of missing values of a feature in a split (NULL, empty text, empty list)."""
     ranges: Share = 0.01
@@ -53,8 +53,9 @@ class Checks:
     """Smallest share of rows that match a row of samples.users or samples.items. A table of
     samples.joins without any match is always a finding."""
     leakage: Share = 0.0
-    """Largest share of rows of validation or test that also are in an earlier split, of training
-    rows later than held-out ones (temporal split), and of histories with later items."""
+    """Largest share of validation or test rows that are also in an earlier split, of training rows
+    that are later than validation or test rows (temporal split), and of histories that contain
+    items later than their row."""
     drift: PositiveFloat = 0.2
     """Largest population stability index (PSI) of a feature or label against another run; 0.1 is
     often called a small shift, 0.25 a large one."""

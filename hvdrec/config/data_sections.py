@@ -58,7 +58,7 @@ class Split:
     """How samples are divided into train, validation and test."""
 
     method: Literal["temporal", "random", "random-per-user", "leave-last-out"] = "temporal"
-    """temporal: all training rows are older than all validation rows, and those older than all test
+    """temporal: all training rows are older than all validation rows, which are older than all test
     rows. random: rows are drawn at random. random-per-user: the rows of each user are drawn at
     random. leave-last-out: the last row of each user is test, the one before it validation."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -67,11 +67,11 @@ class Split:
     column: str = ""
     """temporal: the column that orders the rows. Empty: samples.time."""
     boundaries: tuple[float, ...] = ()
-    """temporal: the largest value of that column in train and in validation. Empty: use
+    """temporal: the largest value of `column` in train, and the largest in validation. Empty: use
     fractions."""
     after: float | None = None
-    """temporal: rows up to this value of that column belong to no split; they only fill histories.
-    Continued training reads only newer rows."""
+    """temporal: rows with at most this value of `column` belong to no split; they only fill
+    histories. Continued training reads only newer rows."""
     seed: int = 0
     """Seed of the two random methods."""
 
@@ -97,8 +97,8 @@ class History:
     latest occurrence is kept, which leaves room for other items."""
     within: OptionalDuration = ""
     """Largest age of a listed interaction at the time of the sample, such as "90d"; only with scope
-    "before". Numeric times have the unit samples.time_unit. In the table of users of a split, the
-    age counts back from the latest time in the splits that it covers. Empty: no limit."""
+    "before". Numeric times have the unit samples.time_unit. In a split's table of users, the age
+    counts back from the latest time in the splits that the table covers. Empty: no limit."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Negatives:
     seed: int = 0
     """Seed of the random draws."""
     rate: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Share of the rows with label 0 (in all tasks) that are kept. Their weight is divided by it.
-    User, item, time and seed decide whether a row is kept."""
+    """Share of the rows with label 0 (in all tasks) that are kept. Their weight is divided by this
+    share. User, item, time and seed decide whether a row is kept."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class Samples:
     """How raw tables become labelled samples. Fields that hold SQL use DuckDB's dialect."""
 
     interactions: str = ""
-    """Table with a row for each item shown or action: path or URL of a file (Parquet, CSV, JSON
-    lines), a directory or a glob, relative to paths.raw."""
+    """Table with one row for each shown item or each action: path or URL of a file (Parquet, CSV,
+    JSON lines), a directory or a glob, relative to paths.raw."""
     users: str = ""
     """Table with one row per user, joined by the user key. Optional."""
     items: str = ""
@@ -181,7 +181,7 @@ class Samples:
     time_unit: TimeUnit = "s"
     """Unit of a numeric time."""
     title: str = ""
-    """Column of the item table with a name for display. Optional."""
+    """Column of the item table that holds the items' names for display. Optional."""
     label: str = "label"
     """SQL expression that gives 0 or 1 (or a boolean). Retrieval, histories, popularity and the
     metrics of the served score use this label even if there are [[tasks]]."""
@@ -204,8 +204,9 @@ class Samples:
     split: Split = Split()
     """Division into train, validation and test."""
     memory_gb: Annotated[float, Interval(ge=0.5)] = 2.0
-    """Memory for making samples (10^9 bytes), whatever the number of rows. More data moves to
-    temporary files. Tables of users and items, and lists of their keys, come on top."""
+    """Memory for making samples (10^9 bytes), whatever the number of rows. Data that does not fit
+    moves to temporary files. Tables of users and items, and lists of their keys, need memory in
+    addition."""
     temp_dir: str = ""
     """Directory for temporary files, which may take several times the size of the log. Empty:
     beside paths.samples."""
@@ -239,19 +240,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Grow:
-    """How features go on from earlier ones (hvdrec prepare --from).
+    """How features continue those of an earlier preparation (hvdrec prepare --from).
 
     Known values keep their codes. A new value gets a code when it has occurred min_count times,
     counted over all preparations.
     """
 
     evict_days: NonNegativeFloat = 0.0
-    """A value that no training row had in so many days before the newest row loses its code, which
-    another value may get then. Needs samples.time; numbers are seconds, or ms, us or ns since 1970
-    if they are that large. 0: no value is evicted."""
+    """Number of days. A value that occurs in no training row of the last evict_days days before the
+    newest row loses its code; another value may then get this code. Needs samples.time; numbers are
+    seconds, or ms, us or ns since 1970 if they are that large. 0: no value is evicted."""
     statistics: Literal["keep", "follow"] = "keep"
-    """Means, deviations and quantiles of numeric features. keep: those that were learned first.
-    follow: learned again from the new training rows; the rows of quantile buckets go on."""
+    """Means, deviations and quantiles of numeric features. keep: the values that were learned first
+    stay. follow: they are learned again from the new training rows; the embedding rows of quantile
+    buckets are kept."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def duration_text(duration: float) -> str:
 
 
 def rounded_up(duration: float) -> str:
-    """Round microseconds up to a whole number of the largest unit that adds at most 2 %.
+    """Round microseconds up to whole units, of the largest unit with which this adds at most 2 %.
 
     >>> rounded_up(1_734_000_000)
     '29m'
@@ -69,4 +69,4 @@ def _checked(text: str) -> str:
 Duration = Annotated[str, AfterValidator(_checked)]
 """The type of a configuration field that holds a duration."""
 OptionalDuration = Annotated[str, AfterValidator(lambda text: _checked(text) if text else text)]
-"""The same; it may be empty."""
+"""The same type, but the text may be empty."""

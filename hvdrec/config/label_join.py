@@ -29,7 +29,7 @@ class Exposures:
     the end of the previous run if that is later."""
     lateness: Duration = "0s"
     """How long after its time an event may still be missing from the log. An exposure is settled
-    once its longest window and this have passed."""
+    once its longest window and then this duration have passed."""
     unsettled: str = ""
     """Samples of the previous run, such as 'runs/monday/samples'. Its unsettled exposures are added
     to this run. Exposures that the previous run settled are skipped. Empty: none."""

@@ -39,7 +39,7 @@ class Config:
     tasks: tuple[Task, ...] = ()
     """The labels that the ranker predicts. Empty: only samples.label."""
     grow: Grow = Grow()
-    """How features go on from earlier ones."""
+    """How features continue those of an earlier preparation."""
     checks: Checks = Checks()
     """Limits of the checks before training."""
     encode: Encode = Encode()

@@ -1,4 +1,4 @@
-"""The rules between fields of a configuration; the range of a single field is declared with it.
+"""The rules between fields of a configuration; each field declares its own range.
 
 Each rule is a generator that yields the mistakes of one topic.
 """

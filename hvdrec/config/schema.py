@@ -120,7 +120,7 @@ class FeatureKind(ABC):  # noqa: B024 (the abstract methods are in hvdrec.featur
 class Feature:
     """One feature of a user, an item or the scene.
 
-    What follows from its kind is cached, because every training step asks for it.
+    Properties that follow from the kind are cached, because every training step reads them.
     """
 
     name: str
@@ -148,8 +148,8 @@ class Feature:
     buckets: PositiveInt = 32
     """Number of quantile or hash buckets."""
     shares: str = ""
-    """Name of the feature whose vocabulary and embedding table to use. Empty: its own; a sequence
-    uses those of the item key."""
+    """Name of the feature whose vocabulary and embedding table to use. Empty: the feature has its
+    own; a sequence uses those of the item key."""
     column: str = ""
     """Raw column to read, which is also the field of a scoring request. Several features may read
     one column. Empty: the column with the name of the feature."""
@@ -182,7 +182,7 @@ class Feature:
 
     @cached_property
     def definition(self) -> FeatureKind:
-        """The object of the feature's kind, from the registry."""
+        """The `FeatureKind` object of the feature's kind, from the registry."""
         kind: FeatureKind = find_kind(self.kind)
         return kind
 

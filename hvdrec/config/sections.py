@@ -17,7 +17,8 @@ else:
 
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 SeenItems = Literal["taken", "shown"]
-"""Which items count as seen by a user: those with label 1, or those of all the user's rows."""
+"""Which items count as seen by a user: the items of the user's rows with label 1, or of all
+rows."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Ranker:
     example, measures how well the item matches the user's list."""
     sharing: Literal["bottom", "mmoe"] = "bottom"
     """What the [[tasks]] share. bottom: the hidden layers. mmoe: several experts, each with such
-    hidden layers; a gate per task weights them (multi-gate mixture-of-experts)."""
+    hidden layers; a gate per task weights the experts' outputs (multi-gate mixture-of-experts)."""
     experts: PositiveInt = 4
     """mmoe: the number of experts."""
     task_hidden: tuple[PositiveInt, ...] = ()
@@ -81,11 +82,11 @@ class Model:
     whose weights are learned from vector and position. self-attention: one self-attention layer,
     then attention."""
     initial_deviation: PositiveFloat = 0.01
-    """Standard deviation of the initial embeddings. With larger values such as 0.1, the entries of
-    a list differ from the start, which inner products with long histories need."""
+    """Standard deviation of the initial embeddings. Larger values such as 0.1 make the entries of a
+    list differ from the start of training; inner products with long histories need this."""
     unknown_rate: Fraction = 0.0
     """Fraction of known categorical values that training replaces by the code for unknown values,
-    so that its embedding is trained."""
+    so that the embedding of this code is trained."""
     tower: Tower = Tower()
     """The two towers."""
     ranker: Ranker = Ranker()
@@ -112,8 +113,8 @@ class WarmStart:
     """Each positive row of a user with n positive rows has weight n^-user_power. With 0 all rows
     count equally, with 1 all users."""
     max_items: int = 20_000
-    """Largest number of items for which a warm start is computed. Memory grows with its square (16
-    bytes per pair), time with its cube."""
+    """Largest number of items for which a warm start is computed. Memory grows with the square of
+    the number of items (16 bytes per pair), time with its cube."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Train:
     embedding_optimizer: Literal["rowwise-adagrad", "adagrad", "adam", "sgd"] = "rowwise-adagrad"
     """Optimizer of the embedding tables. A step updates only the rows that its batch looks up."""
     embedding_learning_rate: PositiveFloat = 0.1
-    """Peak learning rate of the embedding tables. A row is updated in few steps, so it needs larger
+    """Peak learning rate of the embedding tables. Few steps update a given row, so rows need larger
     steps than dense weights."""
     embedding_initial_accumulator: NonNegativeFloat = 0.0
     """adagrad, rowwise-adagrad: initial sum of squared gradients of a row. With 0, the first update
@@ -170,7 +171,8 @@ class Train:
     """Number of additional negatives per step, on all ranks together. They are drawn uniformly from
     the catalogue, so they cover rare items, and every row uses them."""
     hard_negatives: NonNegativeInt = 0
-    """Number of negatives per row that count, those with the highest logits. 0: all."""
+    """Number of negatives that count for each row: the negatives with the highest logits. 0:
+    all."""
     teacher: str = ""
     """Directory of another run on the same features whose ranker teaches this one (distillation),
     such as one that reads all features directly. Every rank loads all of the teacher's tables."""
@@ -256,12 +258,14 @@ class Evaluate:
     batch_size: PositiveInt = 32_768
     """Rows of a batch on each rank."""
     events: NonNegativeInt = 20_000
-    """Number of positive rows on which retrieval is also measured event by event, with the user's
-    history before each; of more rows, about every n-th is taken. Needs a split that follows time.
+    """Number of positive rows (events) on which retrieval is also measured one by one, with the
+    user's history before each event. If there are more such rows, about every n-th is taken. Needs
+    a split that follows time.
     0: not measured."""
     sampled_negatives: NonNegativeInt = 0
-    """Also measure events with so many sampled items instead of the whole catalogue, such as 99.
-    Only to compare with papers that do so: the metrics are biased. 0: not measured."""
+    """Number of sampled items, such as 99. Events are then also measured with these items instead
+    of the whole catalogue. Only to compare with papers that do so: the metrics are biased. 0: not
+    measured."""
     seen: SeenItems = "taken"
     """Which items count as seen by a user. Retrieval and its baselines leave these items out, and
     so does recommend(..., skip_seen=True). taken: items of rows with label 1. shown: items of all
@@ -293,15 +297,15 @@ class Export:
     taken. all: the whole log, for serving. train: only training rows, to score validation rows by
     user key. validation: training and validation rows, to score test rows by user key."""
     trending_days: PositiveFloat = 30.0
-    """A request without any user data is answered with the items that have the most positive rows
-    in so many last days of the log."""
+    """Number of days. A request without any user data is answered with the items that have the most
+    positive rows in the last trending_days days of the log."""
 
 
 @dataclass(frozen=True)
 class Promote:
     """When a new model may serve (hvdrec promote).
 
-    It is compared with the model that serves, on the freshest labelled rows.
+    The new model is compared with the model that serves, on the freshest labelled rows.
     """
 
     to: str = ""
@@ -310,7 +314,7 @@ class Promote:
     rows: PositiveInt = 20_000
     """Largest number of rows to compare on, the newest."""
     days: NonNegativeFloat = 0.0
-    """Last days of the validation and test rows to compare on. 0: the test split."""
+    """Compare on the validation and test rows of this many last days. 0: on the test split."""
     min_rows: PositiveInt = 200
     """With fewer rows, nothing is published."""
     min_auc: Annotated[float, Interval(ge=0, le=1)] = 0.5
@@ -319,7 +323,8 @@ class Promote:
     """Largest loss of AUC. A loss counts if it exceeds this by two standard errors of the
     difference."""
     log_loss: NonNegativeFloat = 0.005
-    """Largest increase of the log loss. It counts as a loss of AUC does."""
+    """Largest increase of the log loss. An increase counts if it exceeds this by two standard
+    errors of the difference."""
     calibration: NonNegativeFloat = 0.1
     """Largest increase of |ln(predicted positives / real positives)|."""
     coverage: NonNegativeFloat = 0.05
@@ -329,9 +334,10 @@ class Promote:
     """Largest distance of the new scores from the old ones as distributions: their Wasserstein-1
     distance, in standard deviations of the old scores."""
     slices: tuple[str, ...] = ()
-    """Columns of the samples. The AUC is also compared over the rows with each of their values."""
+    """Columns of the samples. For each of their values, the AUC is also compared over the rows with
+    this value."""
     slice_rows: PositiveInt = 500
-    """Rows from which a value of these columns is compared."""
+    """Smallest number of rows with a value for which the AUC of this value is compared."""
     slice_auc: NonNegativeFloat = 0.02
     """Largest loss of AUC over the rows with one value."""
     max_age_hours: NonNegativeFloat = 0.0

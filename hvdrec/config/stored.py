@@ -17,7 +17,7 @@ RETIRED: Mapping[str, object] = {
 }
 """Options that only earlier versions have: dotted key -> default value in that version.
 
-A stored configuration may hold such a key with this value. In a TOML file it is an unknown key.
+A stored configuration may hold such a key with this value. In a TOML file such a key is unknown.
 """
 
 

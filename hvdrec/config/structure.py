@@ -109,7 +109,8 @@ def type_of(kind: Any, path: Sequence[str | int]) -> Any:
 def _user_error(error: ValidationError, kind: Any, root: str = "") -> UserError:
     """Return the error about an unknown key, if there is one, else about the first mistake.
 
-    A key with a typo is both unknown and missing; the unknown one explains the mistake.
+    A mistyped key causes two errors: the key as written is unknown, and the right key is missing.
+    The error about the unknown key explains the mistake.
     """
     details = error.errors(include_url=False)
     first = min(details, key=lambda each: each["type"] != "unexpected_keyword_argument")
@@ -134,7 +135,7 @@ def _user_error(error: ValidationError, kind: Any, root: str = "") -> UserError:
 
 
 def _path(kind: Any, location: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Remove the names that the library inserts for the types of a union from a location."""
+    """Return a location without the names that pydantic inserts for the types of a union."""
     for end in range(len(location), 0, -1):
         try:
             type_of(kind, location[:end])
