@@ -16,14 +16,14 @@ Array = NDArray[Any]
 Columns = dict[str, Array]
 """Column name -> array [rows], or [rows, max_length] for a list."""
 Blocks = dict[tuple[str, ...], Array]
-"""Names of some columns of one dtype -> matrix [rows, columns], so that one indexing operation
-takes a row of all these columns."""
+"""Names of some columns of one dtype -> matrix [rows, columns]. One indexing operation takes rows
+of all these columns."""
 CodeType = type[np.int32] | type[np.int64]
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Which columns share a block, which is a matrix of one dtype.
+    """The assignment of columns to blocks. A block is a matrix of one dtype.
 
     Attributes:
         dtypes: Names of the columns of each block -> dtype of the block.
@@ -93,7 +93,7 @@ def _dtype(feature: Feature, code_type: CodeType) -> type[np.generic]:
 
 
 def fill(columns: Mapping[str, Array], table: pa.Table, features: Sequence[Feature]) -> None:
-    """Write a table's columns into arrays that have as many rows, cut and padded as above."""
+    """Write a table's columns into arrays of as many rows; cut and pad as `table_arrays` does."""
     sequences = {feature.name for feature in features if feature.is_sequence}
     for name, column in columns.items():
         start = 0
@@ -122,5 +122,5 @@ def _pad(out: Array, lists: pa.ListArray, *, left: bool) -> None:
     columns = np.arange(width, dtype=np.int32)
     is_value = columns >= (width - lengths)[:, None] if left else columns < lengths[:, None]
     out[...] = MISSING
-    # Assignment by a mask goes row by row, which is the order of `values`.
+    # Assignment by a mask fills `out` row by row; `values` has the same order.
     out[is_value] = values

@@ -1,9 +1,9 @@
 """Deliver batches of tensors from encoded shards; a background thread assembles them.
 
 Petastorm reads the row groups of a window, a part of the epoch whose rows are shuffled together
-(see `sampler`). They are copied into preallocated arrays, one per dtype. A batch takes rows from
-these arrays in shuffled order. Memory holds one window, a few row groups that are read ahead, and
-the prefetched batches.
+(see `sampler`). Their rows are copied into preallocated arrays, one per dtype. A batch takes rows
+from these arrays in shuffled order. Memory holds one window, a few row groups that are read ahead,
+and the prefetched batches.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class ShardLoader:
-    """Delivers the rows of a split in batches; in an epoch, each row goes to exactly one rank once.
+    """Delivers the rows of a split in batches; in an epoch, one rank delivers each row once.
 
     Every batch has exactly `batch_size` rows, and all ranks take the same number of steps; a rank
     that has no rows left delivers padding. `sampler` defines the order of the rows.
@@ -79,7 +79,7 @@ class ShardLoader:
             world_size: Number of ranks.
             seed: Seed of the shuffling.
             shuffle: False to give each rank a contiguous part of the rows in file order.
-            tasks: Names of the label columns of tasks, which are read, too.
+            tasks: Names of the tasks' label columns, which are read as well.
             pin_memory: True to put batches into page-locked memory if CUDA is available.
 
         Raises:
@@ -117,7 +117,7 @@ class ShardLoader:
         *,
         shuffle: bool,
     ) -> ShardLoader:
-        """Create a rank's loader of one split, as the configuration says."""
+        """Create a rank's loader of one split, with the options of a configuration."""
         return cls(
             config.paths.of("features") / split,
             config.schema,
@@ -132,7 +132,7 @@ class ShardLoader:
         )
 
     def code_ranges(self, column: str) -> Iterator[tuple[str, int, int]]:
-        """Yield file, minimum and maximum of a column for each row group, from its metadata."""
+        """Yield each row group's file and the column's minimum and maximum, from the metadata."""
         for file in dict.fromkeys(file for file, _ in self._groups):
             metadata = self._sources[file].metadata
             index = next(
@@ -146,7 +146,7 @@ class ShardLoader:
                     yield file, int(statistics.min), int(statistics.max)
 
     def epoch(self, epoch: int, past: Sequence[Progress] = ()) -> Generator[Batch, None, None]:
-        """Deliver the batches of an epoch, or the rest after the delivered parts in `past`.
+        """Deliver the batches of an epoch, without the parts in `past` that were already delivered.
 
         Errors of the background threads are raised here. See `epochs`.
         """
@@ -164,9 +164,10 @@ class ShardLoader:
         """Deliver epochs `start` to `stop` (exclusive), or endlessly if `stop` is None.
 
         A background thread assembles each batch and calls `prepare(number, batch)`, where `number`
-        counts the delivered batches of all epochs from 0. It starts to read the next epoch while
-        the last batches of an epoch wait to be consumed. All threads end when the generator is
-        exhausted, closed or deleted. `past` lists the parts of epoch `start` that were delivered.
+        counts the delivered batches of all epochs from 0. The thread starts to read the next epoch
+        while the last batches of the current one wait to be consumed. All threads end when the
+        generator is exhausted, closed or deleted. `past` lists the parts of epoch `start` that were
+        already delivered.
 
         Yields:
             For each epoch, an iterator over the results of `prepare`; exhaust it before the next.
@@ -198,7 +199,8 @@ class ShardLoader:
             rank=self._rank,
             world_size=self._world_size,
             batch_size=self.batch_size,
-            # Without shuffling, the size of a window does not change the order of the rows.
+            # Without shuffling, the size of a window does not affect the order; a small one saves
+            # memory.
             window_rows=self._options.shuffle_rows if self._shuffle else self.batch_size,
             seed=self._seed,
             epoch=epoch,
@@ -225,7 +227,7 @@ class ShardLoader:
         ready: queue.Queue[T | BaseException | None],
         stopped: threading.Event,
     ) -> None:
-        """Put the prepared batches of each epoch into the queue, then None; or an exception."""
+        """Queue each epoch's prepared batches, then None; on a failure, queue the exception."""
 
         def put(item: T | BaseException | None) -> bool:
             while not stopped.is_set():
@@ -276,7 +278,7 @@ class ShardLoader:
     def _windows(
         self, plan: EpochPlan, stopped: threading.Event
     ) -> Generator[tuple[Blocks, Array], None, None]:
-        """Yield for each window its rows and the order in which to deliver them."""
+        """Yield each window's rows and the order in which to deliver these rows."""
         groups = [self._groups[fragment.group] for window in plan.windows for fragment in window]
         if not groups:
             return
@@ -291,7 +293,8 @@ class ShardLoader:
         blocks = self._layout.allocate(sum(fragment.rows for fragment in window))
         start = 0
         for fragment in window:
-            # StopIteration means that the consumer has stopped; then nobody reads the error.
+            # `next` raises StopIteration only after the consumer has stopped, so nobody sees the
+            # error.
             table = next(tables)
             self._check_rows(fragment.group, table.num_rows)
             stop = start + fragment.rows

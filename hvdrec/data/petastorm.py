@@ -1,8 +1,8 @@
 """Read row groups of Parquet files with Petastorm in a given order.
 
 Petastorm's own reader chooses the order of row groups itself and converts lists to Python objects
-row by row. This module uses its thread pool with other workers, which deliver Arrow tables. Row
-groups are given to them in the wanted order, and only a few are read ahead.
+row by row. This module uses Petastorm's thread pool with workers of its own, which deliver Arrow
+tables. The workers get the row groups in the wanted order and read only a few ahead.
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ from hvdrec.errors import UserError, choices, invalid_file, invalid_value
 from hvdrec.storage.parquet import Checksums, ParquetSource, parquet_files, read_checksums
 from hvdrec.storage.urls import Location, retried
 
-# By default, Petastorm's idle threads poll 1,000 times a second on the cores that train; they
-# interrupted a step of 40 ms 100 times. Here they are woken when there is a row group to read, so
-# they can sleep longer (in seconds).
+# By default, Petastorm's idle threads look for work 1,000 times a second, on the cores that train;
+# together they interrupted a training step of 40 ms 100 times. A new row group wakes a thread at
+# once, so the threads can wait longer between two looks (in seconds).
 thread_pool.IO_TIMEOUT_INTERVAL_S = 0.1
 
 log = logging.getLogger(__name__)
 RowGroup = tuple[str, int]
-"""Path of a shard in its file system, and index of a row group in it."""
+"""Path of a shard in its file system, and index of a row group in the shard."""
 REMEDY = "run hvdrec prepare with --overwrite"
 
 
 class RowGroupCache:
     """Petastorm's cache of row groups on a local disk, shared by the ranks of a host.
 
-    Each row group is stored as an Arrow stream with a CRC-32, so that nothing is unpickled when it
-    is read. A damaged row group is read from its shard again.
+    Each row group is stored as an Arrow stream with a CRC-32, not as a pickle. A damaged row group
+    is read from its shard again.
     """
 
     def __init__(self, directory: Path, size_bytes: int, versions: Mapping[str, str]) -> None:
         """Create or open the cache; if it exceeds `size_bytes`, it evicts the oldest row groups.
 
-        `versions` maps the path of each shard to a text that changes when its content changes.
+        `versions` maps the path of each shard to a text that changes when the shard's content
+        changes.
 
         Raises:
             UserError: The directory cannot be used.
@@ -110,7 +111,7 @@ class RowGroupCache:
 
     @contextmanager
     def _warned(self) -> Iterator[None]:
-        """Warn if the cache fails, instead of raising the error: the shards have all row groups."""
+        """Warn instead of raising if the cache fails; the shards hold all row groups, too."""
         try:
             yield
         except (OSError, sqlite3.Error, ValueError, TypeError, diskcache.Timeout) as error:
@@ -127,7 +128,7 @@ class ShardStore:
     """Shards, and the local cache for their row groups.
 
     Attributes:
-        sources: Path of a shard -> the shard with its checksums. Files that are not in it are read
+        sources: Path of a shard -> the shard with its checksums. Files without an entry are read
             without verification.
         cache: The cache; None if row groups are not cached.
     """
@@ -140,7 +141,7 @@ def open_shards(directory: Location) -> dict[str, ParquetSource]:
     """Return the shards in a directory, sorted by name: path in the file system -> shard.
 
     Raises:
-        UserError: There are no shards, or one is not a Parquet file or damaged.
+        UserError: There are no shards, or one is damaged or is not a Parquet file.
     """
     if not directory.is_dir():
         raise invalid_file(directory, "no such directory", "run hvdrec prepare")
@@ -165,7 +166,7 @@ def _open_shard(file: Location, checksums: Checksums | None) -> ParquetSource:
 def list_row_groups(
     sources: Mapping[str, ParquetSource], columns: Sequence[str]
 ) -> tuple[list[RowGroup], list[int]]:
-    """List the row groups of all shards in order, and the number of rows of each.
+    """List the row groups of all shards, in the order of `sources`, and the number of rows of each.
 
     Raises:
         UserError: A shard lacks one of the columns.
@@ -228,7 +229,7 @@ def read_row_groups(
 
 @dataclass(frozen=True)
 class _Job:
-    """What all workers of a pool share. A worker is given indices into `planned`."""
+    """The data that all workers of a pool share. A worker receives indices into `planned`."""
 
     planned: Sequence[RowGroup]
     columns: list[str]
@@ -237,7 +238,7 @@ class _Job:
 
 
 class _Worker(WorkerBase):  # type: ignore[misc] # petastorm is untyped
-    """Reads row groups; delivers the index in the plan with an Arrow table or an error."""
+    """Reads row groups. Delivers for each its index in the plan and an Arrow table or an error."""
 
     args: _Job
     publish_func: Any
@@ -272,7 +273,7 @@ class _Worker(WorkerBase):  # type: ignore[misc] # petastorm is untyped
 
 
 class _Ventilator(ConcurrentVentilator):  # type: ignore[misc] # petastorm is untyped
-    """Gives a worker the next row group when one has been delivered; needs no thread of its own."""
+    """Hands out a further row group after each delivered one; needs no thread of its own."""
 
     def __init__(self, ventilate: Callable[..., None], count: int, ahead: int) -> None:
         items = [{"piece_index": index} for index in range(count)]

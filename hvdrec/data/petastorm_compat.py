@@ -1,7 +1,8 @@
 """Make Petastorm importable with current pyarrow and NumPy.
 
-Petastorm imports names that these no longer have. Importing this module, before Petastorm, adds
-them. They are never called, because `hvdrec.data.petastorm` does not use Petastorm's own reader.
+Petastorm imports names that both libraries have removed. Import this module before Petastorm to add
+them. The added names are never called, because `hvdrec.data.petastorm` does not use Petastorm's own
+reader.
 """
 
 from __future__ import annotations

@@ -71,12 +71,13 @@ Window = tuple[Fragment, ...]
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What one rank reads in an epoch, or in the rest of one.
+    """The rows that one rank reads in an epoch, or in the rest of an epoch.
 
     Attributes:
         windows: The windows to read in order, without those that were completely delivered.
-        first: The number of the first of these windows in the epoch; its shuffle depends on it.
-        skip: How many rows of the first window, in shuffled order, were already delivered.
+        first: The number of `windows[0]` within the epoch. A window's number is part of its
+            shuffle's seed.
+        skip: How many rows of `windows[0]`, in shuffled order, were already delivered.
         rows: How many rows this rank still has to deliver.
         steps: How many steps are left; it is the same on all ranks.
         key: The seed of the shuffles; empty for no shuffling.
@@ -106,7 +107,7 @@ def plan_epoch(
     shuffle: bool = True,
     past: Sequence[Progress] = (),
 ) -> EpochPlan:
-    """Plan the rows that a rank reads in the part of an epoch that `past` has not delivered.
+    """Plan the rows that a rank reads in an epoch, without the parts in `past` (already delivered).
 
     If world size and batch size are those of the last entry of `past`, the rank's batches continue
     exactly where they stopped. Otherwise the remaining rows are distributed again. `window_rows`,
@@ -150,8 +151,8 @@ def _merge(
     """Merge adjacent parts of an epoch that were read with the same world size and batch size.
 
     Returns:
-        The parts, without the last one if this job has its world size and batch size; and the
-        number of steps of that last part, or 0.
+        A pair. If the last merged part has this job's world size and batch size: the parts before
+        it, and its number of steps. Otherwise: all merged parts, and 0.
     """
     merged: list[Progress] = []
     for progress in past:
@@ -190,7 +191,7 @@ def _deal(fragments: list[Fragment], world_size: int, key: tuple[int, ...]) -> l
 
 
 def _cut(fragments: list[Fragment], ends: Array, start: int, stop: int) -> list[Fragment]:
-    """Return rows `start` to `stop` of the joined fragments; `ends` are the fragments' ends."""
+    """Return rows `start` to `stop` of the joined fragments; fragment i ends at row `ends[i]`."""
     if start == stop:
         return []
     first = int(np.searchsorted(ends, start, side="right"))
@@ -250,7 +251,7 @@ def _undelivered(
 
 
 def _select(window: Window, rows: Array) -> list[Fragment]:
-    """Return the fragments that hold the given rows of a window, whose numbers are ascending."""
+    """Return fragments of exactly the given rows of a window; row numbers must be ascending."""
     ends = np.cumsum([fragment.rows for fragment in window])
     inside = np.split(rows, np.searchsorted(rows, ends[:-1]))
     chosen: list[Fragment] = []
