@@ -69,7 +69,7 @@ def _is_intel() -> bool:
 
 @cache
 def _works(choice: CpuLayers) -> bool:
-    """Return True if a small training step gives the right result; else log a warning.
+    """Return True if a small step with these layers gives the right result; else log a warning.
 
     The private operators of a choice may be missing in a version of torch, or have other arguments.
     """
@@ -173,8 +173,8 @@ class _LinearRelu(torch.autograd.Function):
     Weights [out, width], biases [out] and their gradients are float32. The blocks of x are copied
     into one matrix of dtype `dtype`. One operator computes product, bias and ReLU: as a separate
     pass, ReLU took a sixth of the forward pass in bf16 on a CPU with matrix units (AMX).
-    `is_inner` says that another such layer follows; nobody else reads the gradient that it returns,
-    so the backward pass overwrites it.
+    `is_inner` says that another such layer follows. Only this layer reads the gradient which the
+    following layer returns, so the backward pass overwrites that gradient.
     """
 
     @staticmethod
@@ -248,7 +248,7 @@ class Dropout(HasCpuLayers, nn.Dropout):
 
     On a CPU, torch draws one random number after the other, which took a fifth of a ranking model's
     step. A fast mask takes 16 random bits per element. Its seed comes from torch's default
-    generator, so ``torch.manual_seed`` fixes both masks.
+    generator, so ``torch.manual_seed`` fixes fast and plain masks.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ class _ReluDropout(torch.autograd.Function):
 
 
 def _dropout_mask(like: Tensor, rate: float) -> tuple[Tensor, float]:
-    """Draw a bool mask of the elements to keep, and return it with the factor that scales them."""
+    """Return a random bool mask of the elements to keep, and the factor that scales them."""
     dropped = min(round(rate * DROPOUT_STEPS), DROPOUT_STEPS - 1)
     count = math.prod(like.shape)
     seed = int(torch.randint(2**62, ()))
@@ -303,14 +303,14 @@ def _dropout_mask(like: Tensor, rate: float) -> tuple[Tensor, float]:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate blocks of columns, each [rows, its width], without a copy if possible.
 
-    No copy is needed if the blocks are views of all columns of one matrix, in order.
+    No copy is needed if the blocks, in their order, are views of all columns of one matrix.
     """
     merged = pieces(parts)
     return torch.cat(merged, dim=-1) if len(merged) > 1 else merged[0]
 
 
 def pieces(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Replace blocks that are views of all columns of one matrix by it; drop empty blocks."""
+    """Replace consecutive blocks that cover all columns of a matrix by it; drop empty blocks."""
     blocks = [part for part in parts if part.shape[1]] or list(parts[:1])
     if torch.compiler.is_compiling():
         return blocks
@@ -324,7 +324,7 @@ def pieces(parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _whole_matrix(blocks: list[Tensor], start: int) -> tuple[Tensor, int] | None:
-    """Return the matrix whose columns the next blocks are, and how many blocks; None if none."""
+    """Return the matrix that the next blocks cover and the number of these blocks, or None."""
     matrix: Tensor | None = getattr(blocks[start], "_base", None)
     if matrix is None or matrix.dim() != 2 or matrix.shape[0] != blocks[start].shape[0]:
         return None

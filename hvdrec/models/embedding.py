@@ -27,7 +27,7 @@ ATTENTION: tuple[Pooling, ...] = ("attention", "self-attention")
 
 @dataclass(frozen=True)
 class SingleIndices:
-    """The embedding row that each value uses, and the inverse for the backward pass.
+    """The embedding row that each value uses, and the inverse mapping for the backward pass.
 
     Attributes:
         indices: Embedding row of each value, int32 [values].
@@ -43,7 +43,7 @@ class SingleIndices:
 
 @dataclass(frozen=True)
 class ListIndices:
-    """The embedding rows that the lists of a feature use, and the inverse for the backward pass.
+    """The embedding rows that a feature's lists use, and the inverse mapping for the backward pass.
 
     There is one list for each batch row.
 
@@ -70,9 +70,10 @@ class RowBlock:
 
     Attributes:
         vectors: The embedding rows [unique rows, width]. The first is zero, for missing values.
-        single: Names of the features with one value per batch row. A list feature is named as many
-            times as its lists are long, and each entry is looked up like a single value.
-        values: The lookups of these values, one batch row after the other.
+        single: Names of the features with one value per batch row. The name of a list feature that
+            is not pooled is repeated once per list position, and each entry is looked up like a
+            single value.
+        values: The lookups of the values of `single`, one batch row after the other.
         lists: Name of a pooled list feature -> its lookups.
     """
 
@@ -241,8 +242,8 @@ class EmbeddingTables(nn.Module):
 def module_key(name: str) -> str:
     """Return the key for a feature in an `nn.ModuleDict`.
 
-    The name of the feature will not do: a ModuleDict refuses names of its own attributes, and
-    PyTorch's exporter writes Python code with the keys.
+    A feature's name is not always a valid key: a ModuleDict refuses names of its own attributes,
+    and PyTorch's exporter uses the keys as names in Python code.
     """
     is_free = (
         name.isidentifier()

@@ -1,7 +1,8 @@
-"""The input columns of a model's layers by feature, to move weights to a model with other features.
+"""Name the input columns of a model's layers, to move weights to a model with other features.
 
 Towers and ranker read their features side by side, so a feature that is added or removed changes
-the width of their first layers. Columns are matched by the name of what they hold.
+the width of their first layers. Each block of columns is named after its content, such as a
+feature; blocks of the same name match.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Axes = Mapping[str, Mapping[int, Blocks]]
 
 
 def input_axes(model: Recommender) -> Axes:
-    """Return the axes of parameters whose length depends on the features."""
+    """Return the axes of parameters whose length depends on the features, with their blocks."""
     axes: dict[str, dict[int, Blocks]] = {}
     for side, tower in (("user", model.user_tower), ("item", model.item_tower)):
         if tower is not None:

@@ -23,7 +23,8 @@ class Mlp(HasCpuLayers, nn.Sequential):
         for inputs, outputs in pairwise(widths):
             layers.append(nn.Linear(inputs, outputs))
             if dropout > 0:
-                # Checkpoints name parameters by layer number and count ReLU and dropout as two.
+                # Checkpoints name parameters by layer number. Identity keeps the numbers that
+                # separate ReLU and dropout layers would give.
                 layers += [nn.Identity(), ReluDropout(dropout)]
             else:
                 layers.append(nn.ReLU(inplace=True))
@@ -62,7 +63,8 @@ def head_products(user: Tensor, item: Tensor, heads: int) -> Tensor:
     """Compute the inner product of every head of the user with every head of the item.
 
     A head is one of `heads` equal slices of an embedding. Source: the multi-head bilinear fusion of
-    Mao et al., "FinalMLP", AAAI 2023, section 3.3; its weight matrices are left to the towers.
+    Mao et al., "FinalMLP", AAAI 2023, section 3.3, without its weight matrices, because the towers
+    can learn them.
 
     Args:
         user: Embedding of each row's user [rows, width].
@@ -80,8 +82,8 @@ class AttentionPooling(nn.Module):
     """Pool a list by a weighted mean; an entry x has weight softmax(v . tanh(W x + p)).
 
     v, W and p are learned; p depends on the entry's position, counted from the end of the list.
-    Padding is zero and does not count. An empty list gives zeros. Inputs are [rows, entries, width]
-    with at most `length` entries, outputs are [rows, width].
+    An entry that is all zero is padding and is ignored. An empty list gives zeros. Inputs are
+    [rows, entries, width] with at most `length` entries, outputs are [rows, width].
     Source: Yang et al., "Hierarchical attention networks", NAACL 2016, equations 5 to 7.
     """
 
@@ -101,7 +103,7 @@ class AttentionPooling(nn.Module):
 
 
 class SelfAttentionPooling(nn.Module):
-    """One layer of self-attention over list entries, added to them, then `AttentionPooling`.
+    """Self-attention (one layer, added to the list entries), followed by `AttentionPooling`.
 
     Inputs are [rows, entries, width] with at most `length` entries, outputs are [rows, width]. An
     empty list gives zeros.

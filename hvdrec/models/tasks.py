@@ -22,13 +22,12 @@ class TaskRanker(nn.Module):
 
     With sharing "bottom", all tasks share the hidden layers. With "mmoe", there are several experts
     with their own hidden layers, and task t reads the mean of the experts' outputs weighted by
-    softmax(gate_t(inputs)). The result goes through layers and a linear head of each task's own.
-    Cross layers, if any, are shared by the tasks; their output is joined to the input of each
-    task's own layers. One linear layer, ``first``, computes the first layer of all experts and all
-    gates.
+    softmax(gate_t(inputs)). The result goes through each task's own layers and linear head. Cross
+    layers, if any, are shared by the tasks; their output is joined to the input of each task's own
+    layers. One linear layer, ``first``, computes the first layer of all experts and all gates.
 
     Source: Ma et al., "Modeling task relationships in multi-task learning with multi-gate
-    mixture-of-experts", KDD 2018, equations 6 and 7; these gates have a bias.
+    mixture-of-experts", KDD 2018, equations 6 and 7; unlike in the paper, the gates have a bias.
 
     Args:
         width: Number of input columns.

@@ -1,4 +1,4 @@
-"""The losses of ranker and towers, each summed over a rank's rows with their weights.
+"""The losses of ranker and towers, each a weighted sum over the rows of a rank.
 
 The caller divides by the total weight over all ranks. ``train.retrieval_loss`` chooses the loss of
 the towers by name (`RetrievalLoss`). To add one, write it in a new file and register it here.

@@ -12,9 +12,9 @@ from torch.nn import functional
 def bpr(logits_BC: Tensor, positive_B: Tensor) -> Tensor:
     """Return, for each row, the mean of -log sigmoid(positive - negative) over its negatives [B].
 
-    A row without negatives has a loss of 0. With the logQ correction, the difference of the logits
-    of two items estimates the log ratio of their probabilities given the user, whatever
-    distribution the negatives are drawn from.
+    A row without negatives has a loss of 0. With the logQ correction, the difference of two items'
+    logits estimates the log ratio of the items' probabilities given the user. This holds for any
+    distribution of the negatives.
 
     Source: Rendle et al., "BPR: Bayesian personalized ranking from implicit feedback", UAI 2009,
     section 4.1. The negatives of a row are the other candidates of the batch.

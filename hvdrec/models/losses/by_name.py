@@ -34,7 +34,7 @@ _LOSSES: dict[str, RetrievalLoss] = {}
 
 
 def register_loss(name: str, loss: RetrievalLoss) -> None:
-    """Let ``train.retrieval_loss = name`` choose a loss.
+    """Register a loss, so that ``train.retrieval_loss = name`` selects it.
 
     If the name is registered already, the new loss replaces the old one. In a job of several ranks,
     every rank must register the loss before it calls `hvdrec.train`.

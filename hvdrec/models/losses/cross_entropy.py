@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def binary_cross_entropy(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Return the sum of the rows' log losses times their weights, a scalar.
+    """Return the weighted sum of the rows' log losses, a scalar.
 
     Logits, labels (in [0, 1]) and weights are [rows].
     """
@@ -23,7 +23,7 @@ def task_weights(labels_BT: Tensor, weight_B: Tensor) -> Tensor:
 
 
 def task_cross_entropies(logits_BT: Tensor, labels_BT: Tensor, weight_B: Tensor) -> Tensor:
-    """Return, for each task, the sum of the weighted log losses of the rows with a label [T].
+    """Return, for each task, the weighted sum of the log losses of the rows with a known label [T].
 
     Args:
         logits_BT: Logit of each row for each task [B, T].

@@ -1,8 +1,8 @@
 """Compute retrieval losses in blocks of rows. The negatives of a row are other rows' items.
 
 In shapes, B is the number of positive rows of this rank, C the number of candidate items, D the
-width of embeddings. Candidates are the items of the positive rows of all ranks, and items that are
-drawn in addition.
+width of embeddings. Candidates are the items of the positive rows of all ranks, and additionally
+drawn items.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hvdrec.models.losses.by_name import RetrievalLoss
 BlockLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
 CPU_LOGITS, GPU_LOGITS = 1 << 20, 1 << 26
-"""The largest number of logits in memory at a time; on a CPU, so many fit into its caches."""
+"""The largest number of logits in memory at a time; on a CPU, this many fit into its caches."""
 
 
 def without_accidental_hits(
@@ -90,7 +90,7 @@ def in_batch_loss(
     hard_negatives: int = 0,
     max_logits: int = 0,
 ) -> Tensor:
-    """Sum the retrieval losses of B positive rows, times the weights of the rows; a scalar.
+    """Return the weighted sum of the retrieval losses of B positive rows, a scalar.
 
     The rows are processed in blocks, so memory grows with C and not with B * C.
 
@@ -106,8 +106,10 @@ def in_batch_loss(
         log_probability_C: Log probability that each candidate is in the batch, for the logQ
             correction [C]; None to leave the correction out.
         remove_accidental_hits: Whether to ignore negatives that are the row's own item.
-        hard_negatives: How many negatives of a row count, those with the highest logits; 0 for all.
-        max_logits: The largest number of logits in memory at a time; 0 for what suits the device.
+        hard_negatives: Number of negatives to keep for each row, those with the highest logits; 0
+            for all.
+        max_logits: The largest number of logits in memory at a time; 0 for a limit that suits the
+            device.
     """
 
     def block_loss(user: Tensor, item: Tensor, rows: slice) -> Tensor:
