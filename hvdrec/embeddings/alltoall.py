@@ -1,9 +1,9 @@
 """Alltoall of a varying number of rows that hits Horovod's response cache in most steps.
 
-Horovod caches its plan for a collective by name and tensor shape. If a name comes with a new shape,
-all ranks first negotiate with rank 0, which is slow, most of all with Gloo. The number of rows
-changes in each step, so send buffers are padded to a shape that rarely changes. The padding is not
-sent.
+Horovod caches its plan for a collective by name and tensor shape. If a name is used with a new
+shape, all ranks first negotiate with rank 0, which is slow, most of all with Gloo. The number of
+rows changes in each step, so send buffers are padded to a shape that rarely changes. The padding is
+not sent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 _capacities: dict[str, int] = {}
-"""The number of rows of the send buffer for each collective's name, for the whole process."""
+"""Name of a collective -> number of rows of its send buffer, for the whole process."""
 
 
 def start_alltoall(rows: Tensor, counts: Tensor, name: str) -> int:
@@ -36,7 +36,7 @@ def start_alltoall(rows: Tensor, counts: Tensor, name: str) -> int:
 
 
 def padded_rows(name: str, count: int) -> int:
-    """Return the rows of the send buffer for `count` rows; similar counts give the same size."""
+    """Return the size of the send buffer for `count` rows; similar counts give the same size."""
     capacity = _capacities.get(name, 0)
     if not count <= capacity <= 2 * count:
         capacity = _capacities[name] = count + count // 8 + 1

@@ -32,7 +32,7 @@ WEIGHT = "weight"
 
 
 def table_meta(tables: DistributedTables) -> dict[str, Any]:
-    """Return what a checkpoint's manifest says about the embedding tables, ready for JSON."""
+    """Return the part of a checkpoint's manifest about embedding tables, ready for JSON."""
     return {
         "ranks": tables.world.size,
         "sharded": [t for group in tables.groups if group.is_sharded for t in group.sizes],
@@ -42,7 +42,7 @@ def table_meta(tables: DistributedTables) -> dict[str, Any]:
         },
         "step": tables.step,
         "sizes": {t: size for group in tables.groups for t, size in group.sizes.items()},
-        # If moving averages of the rows are stored, evaluation and export read those.
+        # True if moving averages are stored; evaluation and export then read them as the rows.
         "averaged": any(AVERAGE in kernel.state for kernel in tables.kernels),
     }
 
@@ -107,7 +107,7 @@ def carry_tables(
     tables: DistributedTables,
     changed: Mapping[str, NDArray[np.bool_]],
 ) -> None:
-    """Read this rank's rows of a checkpoint into tables that have grown since then.
+    """Read this rank's rows of a checkpoint into tables that have grown since the checkpoint.
 
     Tables and rows that the checkpoint lacks keep their initial values and optimizer state, and so
     do rows that changed their meaning.
@@ -145,7 +145,7 @@ def carry_tables(
 def _stored_rows(files: StoredFiles, meta: Mapping[str, Any], table: str) -> int:
     """Return the number of rows of a table in a checkpoint; 0 if it lacks the table.
 
-    Earlier versions did not record the numbers.
+    Manifests of earlier versions lack this number; it is then computed from the files.
     """
     if "sizes" in meta:
         return int(meta["sizes"].get(table, 0))
@@ -186,7 +186,7 @@ def _rows(
         return _tensor(files.verified(REPLICATED), name)[start::step]
     parts = int(meta["ranks"])
     rows: Tensor | None = None
-    # rank + parts * i = start + step * j has solutions if gcd(parts, step) divides the difference.
+    # rank + parts * i = start + step * j has solutions if gcd(parts, step) divides start - rank.
     for rank in range(start % math.gcd(parts, step), parts, math.gcd(parts, step)):
         part = _tensor(files.verified(_part_name(rank, parts)), name)
         ids = torch.arange(rank, rank + parts * len(part), parts)

@@ -63,7 +63,7 @@ class RowOptimizer:
         return self.initial_accumulator if name == "accumulator" else 0.0
 
     def state_width(self, width: int) -> int:
-        """Return how many numbers of optimizer state one row of `width` columns has."""
+        """Return the number of optimizer state values of one row with `width` columns."""
         return sum(math.prod(shape) for shape in self.state_shapes(1, width).values())
 
 
@@ -75,7 +75,7 @@ class Kernel(Protocol):
         weight: [rows, width], the rows of all tables of the group.
         state: The optimizer state of the rows: name -> [rows] or [rows, width].
         learning_rate: The learning rate of `update`; it must be set before each step's `update`.
-        needs_rate_to_fetch: Whether the learning rate must be set even before `fetch`.
+        needs_rate_to_fetch: Whether the learning rate must also be set before `fetch`.
         sums_duplicates: Whether `update` accepts the same row several times and sums its gradients.
     """
 
@@ -108,7 +108,8 @@ def allocate_zeros(
     """Return a tensor of zeros; a large one on a CPU is in huge pages where the system has them.
 
     Rows are read in random order, and with small pages nearly every read misses the TLB (the CPU's
-    cache of page addresses). Reading and writing 16,000 of 8,000,000 rows took a third longer.
+    cache of page addresses). Reading and writing 16,000 of 8,000,000 rows took a third longer with
+    small pages.
     """
     count = math.prod(shape)
     if torch.device(device).type != "cpu" or count * dtype.itemsize < HUGE_BYTES:
@@ -183,7 +184,7 @@ class TorchKernel:
         return total
 
     def _decay(self, key: str, rows: Tensor, value: Tensor, beta: float) -> Tensor:
-        """Update the moving averages of some rows and return the new ones."""
+        """Update the moving averages of some rows and return the new averages."""
         updated = _read(self.state[key], rows).lerp_(value, 1 - beta)
         _write(self.state[key], rows, updated)
         return updated
@@ -266,7 +267,8 @@ class FbgemmKernel:
             device=None if on_cpu else torch.device(device),
         )
         self.learning_rate = 0.0
-        # FBGEMM's optimizers differ in their weight decay, so `update` adds it to the gradient.
+        # FBGEMM's optimizers differ in how they apply weight decay, so `update` adds it to the
+        # gradient.
         self._weight_decay = optimizer.weight_decay
         self.sums_duplicates = optimizer.weight_decay == 0
         self.weight: Tensor = self._tables.split_embedding_weights()[0].detach()
@@ -296,7 +298,7 @@ class FbgemmKernel:
         out.backward(gradient)  # type: ignore[no-untyped-call]
 
     def _look_up(self, rows: Tensor) -> Tensor:
-        """Look up rows; to FBGEMM, each is the sum of a bag that holds one row."""
+        """Look up rows; each row is passed to FBGEMM as a bag of one entry."""
         starts = torch.arange(rows.shape[0] + 1, device=rows.device, dtype=rows.dtype)
         with torch.enable_grad():
             self._tables.set_learning_rate(self.learning_rate)
@@ -327,10 +329,10 @@ def default_kernel(
 ) -> KernelName:
     """Return the kernel for ``parallel.kernel = "auto"``: on a GPU, FBGEMM if it supports the rows.
 
-    Otherwise it is plain PyTorch, which is faster on a CPU: a step on 16,384 of 131,072 rows took
-    1 to 8 ms, with FBGEMM 17 to 26 ms (row-wise Adagrad, widths 4 to 128, one thread). The choice
-    does not depend on a time measurement, because the results of the kernels differ in the last
-    digit, and equal runs must give equal results.
+    Otherwise, return the PyTorch kernel. On a CPU it is the faster one: a step on 16,384 of 131,072
+    rows took 1 to 8 ms, and 17 to 26 ms with FBGEMM (row-wise Adagrad, widths 4 to 128, one
+    thread). The choice does not depend on a time measurement, because the results of the kernels
+    differ in the last digit, and equal runs must give equal results.
     """
     if device.type == "cpu" or fbgemm_problem(width, optimizer, dtype):
         return "torch"

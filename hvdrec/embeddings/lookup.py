@@ -2,7 +2,7 @@
 
 A *code* is the row number of a value in the embedding table of its feature. The tables of one width
 and placement form a *group*, whose rows are stored in one array. The *key* of a row is its position
-in the arrays of all ranks, placed one after the other.
+in the concatenation of all ranks' arrays.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class GroupLookup:
     """The unique rows of one group of embedding tables that a batch needs, and their uses.
 
     Attributes:
-        rows: Index of each row in the array of the rank that holds it, ordered by rank [unique
-            rows]. The dtype is int64, or int32 if the indices are sent to other ranks and fit. The
-            first row is the zero row for missing values.
+        rows: Index of each row in the array of the rank that holds it, sorted by this rank [unique
+            rows]. The dtype is int64, or int32 if the indices are sent to other ranks and fit into
+            int32. The first row is the zero row for missing values.
         counts: Number of these rows on each rank, int32 [ranks].
         single: The names of the features that have one value per batch row; see
             `models.embedding.RowBlock`.
@@ -106,10 +106,10 @@ class _GroupKeys:
     """Keys of each column [rows]. A list that the model pools by attention has a column for each
     list position."""
     list_masks: dict[str, Array] = field(default_factory=dict)
-    """Name of another list feature -> True for each position that has an entry, bool
-    [rows, list length]."""
+    """Name of each list feature that the model does not pool by attention -> True for each position
+    that has an entry, bool [rows, list length]."""
     list_keys: list[Array] = field(default_factory=list)
-    """For each of these other list features, the keys of its entries, row after row."""
+    """For each list feature in `list_masks`, the keys of its entries, row after row."""
 
     def add(
         self, group: TableGroup, table: str, feature: Feature, code: Array, pooling: Pooling | None
@@ -127,9 +127,10 @@ class _GroupKeys:
             self.columns.append(group.keys(table, code))
 
     def joined(self, rows: int, dtype: type[np.uint32] | type[np.int64]) -> tuple[Array, int]:
-        """Join all keys into one array and return it with the index of the first list's keys.
+        """Join all keys into one array; return it and the index at which the keys of lists begin.
 
-        The order is: key 0 (missing), the keys of the columns by batch row, the keys of the lists.
+        The order is: key 0 (missing), the keys of the columns, batch row after batch row, and the
+        keys of the lists.
         """
         width = len(self.columns)
         first = 1 + rows * width
@@ -184,7 +185,7 @@ def _look_up(
 def _features_of(
     schema: Schema, group: TableGroup, codes: Mapping[str, Array]
 ) -> Iterator[tuple[Feature, str]]:
-    """Yield the features of a group, in the order of the model's inputs, and each one's table."""
+    """Yield each feature of a group and its table, in the order of the model's inputs."""
     for side in SIDES:
         for feature in schema.side(side):
             if feature.name in codes and schema.vocabulary_of(feature) in group.sizes:
@@ -192,7 +193,7 @@ def _features_of(
 
 
 def _check_codes(feature: Feature, table: str, code: Array, size: int) -> None:
-    # Negative codes become huge unsigned integers, so one comparison finds both mistakes.
+    # Negative codes become huge unsigned integers, so one comparison also finds these.
     if code.size and code.astype(np.uint64).max() >= size:
         worst = int(code.min() if code.min() < 0 else code.max())
         raise UserError(
@@ -221,7 +222,7 @@ class _UniqueKeys:
 
     @classmethod
     def of(cls, keys: Array) -> _UniqueKeys:
-        """Find the unique values of keys, uint32 or int64; the first key is 0, none is less."""
+        """Find the unique values of keys, uint32 or int64; the first key must be 0, the least."""
         order = _stable_argsort(keys)
         in_order = np.take(keys, order)
         is_other = in_order[1:] != in_order[:-1]
@@ -243,7 +244,8 @@ class _UniqueKeys:
     def lists(self, ends: Array, *, root: bool) -> ListIndices:
         """Return the lookup indices for lists; list i has the keys ``ends[i]:ends[i + 1]``.
 
-        Pooling divides the sum over a list by its length, or with `root` by its square root.
+        Pooling divides the sum over a list by its length, or with `root` by the square root of its
+        length.
         """
         lengths = np.diff(ends)
         divisors = np.maximum(lengths, 1).astype(np.float64)

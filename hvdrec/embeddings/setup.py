@@ -1,4 +1,4 @@
-"""Create this rank's embedding tables as the configuration says, and check that they fit memory."""
+"""Create this rank's embedding tables from the configuration; check that they fit into memory."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make_tables(
         sizes: The number of rows of each table.
         world: This rank's number and the number of ranks.
         device: The device that stores the rows.
-        kernels: To resume a run: the kernel that it used for each table width.
+        kernels: If a run is resumed: the kernel that it used for each table width.
         is_new: Whether to fill the rows with initial values; otherwise they are zero.
 
     Raises:

@@ -41,7 +41,7 @@ Indices = TypeVar("Indices", SingleIndices, ListIndices)
 
 @dataclass
 class _GroupRequest:
-    """A batch's request for rows of one group of tables, and what sending gradients back needs."""
+    """A batch's request for rows of one group of tables, and the data to send gradients back."""
 
     lookup: GroupLookup
     handle: int | None = None
@@ -50,12 +50,12 @@ class _GroupRequest:
     """int64: the indices of the rows that this rank reads and updates; they are unique unless the
     kernel sums duplicates."""
     order: Tensor | None = None
-    """Positions in `rows`: of each row that any rank requests from this one (sharded tables), or of
-    each row that this rank looks up (replicated tables)."""
+    """Positions in `rows`. For sharded tables: of each row that a rank requests from this rank. For
+    replicated tables: of each row that this rank looks up."""
     counts: Tensor | None = None
-    """int32 [ranks]: how many rows each rank requests from this one."""
+    """int32 [ranks]: how many rows each rank requests from this rank."""
     is_started: bool = False
-    """Whether the vectors are on their way, or need not be sent."""
+    """True as soon as this rank has started to send the vectors, or has found that it need not."""
     vectors_handle: int | None = None
     vectors: Tensor | None = None
 
@@ -155,7 +155,8 @@ class DistributedTables:
     def request_rows(self, lookups: Sequence[GroupLookup]) -> RowRequest:
         """Start to send row indices to the ranks that hold the rows, without waiting.
 
-        All ranks must call this for each batch, in the same order, and `fetch` for each request.
+        All ranks must call this for each batch, in the same order, and later call `fetch` for each
+        request.
         """
         # Two batches can have a pending request at the same time, so two names alternate.
         self._requests += 1
@@ -177,8 +178,9 @@ class DistributedTables:
     def start_fetch(self, request: RowRequest) -> None:
         """Start to send the rows for the next step, after `update` of the current step.
 
-        All ranks must call this at the same time. If a kernel must know the learning rate to read
-        rows, nothing happens, because the next rate is not set yet; `fetch` then sends the rows.
+        All ranks must call this at the same time. If a kernel needs the learning rate to read rows,
+        this does nothing, because the next step's rate is not set yet. In this case `fetch` sends
+        the rows.
         """
         if not any(kernel.needs_rate_to_fetch for kernel in self.kernels):
             self._start_fetch(request)
@@ -197,8 +199,8 @@ class DistributedTables:
         own = pending.lookup
         is_training = torch.is_grad_enabled()
         if not group.is_sharded:
-            # Each rank takes the rows that any rank looks up, in ascending order, so the gradients
-            # of all ranks can be summed element by element.
+            # The rows are those that any rank looks up, in ascending order. They are the same on
+            # all ranks, so the gradients can be summed element by element.
             union = np.unique(wait(pending.handle).numpy())
             pending.rows = self._from_numpy(union.astype(np.int64))
             pending.order = self._from_numpy(np.searchsorted(union, own.rows.numpy()))
@@ -308,7 +310,7 @@ class DistributedTables:
         return tuple(sums)
 
     def update(self, request: RowRequest, gradients: Sequence[Tensor]) -> None:
-        """Take an optimizer step on the rows of a batch; `wait_gradients` returns `gradients`."""
+        """Take an optimizer step on a batch's rows; `gradients` come from `wait_gradients`."""
         self.step += 1
         for (_, kernel, pending), gradient in zip(self._each(request), gradients, strict=True):
             assert pending.rows is not None
@@ -319,8 +321,8 @@ class DistributedTables:
     ) -> tuple[Tensor, Tensor]:
         """Return two sums of squared gradients, float64 scalars.
 
-        The first is over the sharded rows that this rank holds, the second over replicated rows,
-        which is the same on every rank. `gradients` is the result of `wait_gradients`.
+        The first is over the sharded rows that this rank holds. The second is over replicated rows;
+        it is the same on every rank. `gradients` is the result of `wait_gradients`.
         """
         sharded = torch.zeros((), device=self.device, dtype=torch.float64)
         replicated = torch.zeros_like(sharded)
@@ -346,7 +348,7 @@ class DistributedTables:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
-            return tensor  # even a `to` that copies nothing would give the loader's thread the GIL
+            return tensor  # even a `to` without a copy would let the loader's thread take the GIL
         return tensor.to(self.device, non_blocking=True)
 
     def _from_numpy(self, array: Array) -> Tensor:
