@@ -1,1 +1,1 @@
-"""What concerns Horovod: ranks, collectives, gradient sums, environment, watchdog, worker pools."""
+"""Ranks and Horovod: collectives, gradient sums, environment, checks, watchdog, worker pools."""

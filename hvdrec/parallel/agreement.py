@@ -1,4 +1,4 @@
-"""Compare what must be equal on all ranks of a job, and name the ranks and hosts that differ."""
+"""Compare values that must be equal on all ranks; name the ranks and hosts that differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hvdrec.storage.urls import Location
 MISSING_FILE = "missing"
 """The digest of a path that does not exist."""
 MAX_HOSTS, MAX_FIELDS = 4, 4
-"""Largest numbers of hosts and fields that a message names; it says how many more there are."""
+"""Largest numbers of hosts and fields that a message names; the message counts the rest."""
 
 
 def host_name() -> str:
@@ -45,8 +45,9 @@ def versions() -> dict[str, str]:
 def digest(path: Location) -> str:
     """Return a short text that differs between two hosts if they see different content at a path.
 
-    For a file it is the start of its SHA-256. For an artifact it is that of its manifest, which
-    holds the hash of each file. All other directories give the same text.
+    For a file, the text is the start of the file's SHA-256. For an artifact, it is the start of the
+    SHA-256 of its manifest, which holds the hash of each file. All other directories give the same
+    text.
     """
     for file in (path / MANIFEST, path):
         try:
@@ -125,7 +126,7 @@ def _differences(
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """Format ascending ranks such as ``0, 2-5``; three or more in sequence are shortened."""
+    """Format ascending ranks such as ``0, 2-5``; three or more consecutive ranks become a range."""
     runs = [
         [rank for _, rank in run]
         for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])

@@ -19,7 +19,7 @@ VISIBILITY_SECONDS = 5.0
 
 
 def require_same_config(config: Mapping[str, Any]) -> None:
-    """Raise SharedError if the ranks' configurations differ; it names the fields and hosts.
+    """Raise SharedError if the ranks' configurations differ; the error names fields and hosts.
 
     All ranks must call this at the same time.
     """
@@ -32,7 +32,7 @@ def require_same_config(config: Mapping[str, Any]) -> None:
 
 
 def require_same_files(path: Location, remedy: str) -> None:
-    """Raise SharedError if ranks see different content at a path; it names the hosts.
+    """Raise SharedError if ranks see different content at a path; the error names the hosts.
 
     All ranks must call this at the same time. The message ends with `remedy`.
     """
@@ -43,11 +43,12 @@ def require_same_files(path: Location, remedy: str) -> None:
 
 
 def require_shared_directory(path: Path, reason: str) -> None:
-    """Raise SharedError if a rank does not see rank 0's directory; it names ranks and hosts.
+    """Raise SharedError if a rank does not see rank 0's directory; the error names ranks and hosts.
 
     All ranks must call this at the same time. Rank 0 creates a file in the directory, or in the
     nearest parent that exists, and all ranks look for it. A host that has its own directory at this
-    path does not see the file. The message gives `reason`: why the directory must be shared.
+    path does not see the file. The message includes `reason`, which says why the directory must be
+    shared.
     """
     world = ranks.current()
     if world.size == 1:

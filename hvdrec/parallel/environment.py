@@ -14,7 +14,8 @@ import psutil
 from hvdrec.errors import UserError, invalid_value
 
 LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""One of these is set if horovodrun or an MPI launcher started the process; values may be wrong."""
+"""One of these is set if horovodrun or an MPI launcher started the process. Its value may be
+wrong."""
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
 """The number of processes that the launcher started; used only to check Horovod's world size."""
 BACKEND_VARIABLES = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
@@ -25,13 +26,14 @@ DEFAULTS = {"HOROVOD_FUSION_THRESHOLD": "0"}
 """Tensor fusion is off: which tensors it joins depends on timing, so sums over three or more ranks
 would differ in the last bit from run to run."""
 SHARED_CORE_DEFAULTS = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-"""Set if Horovod's thread has no core of its own. Without it, Open MPI keeps the core busy while it
-waits: two ranks on two hyperthreads of a core reached 0.70 of the speed of two independent
-processes, with it 0.92."""
+"""Set if Horovod's thread has no core of its own. Otherwise Open MPI keeps the core busy while it
+waits. Two ranks on two hyperthreads of a core reached 0.70 times the speed of two independent
+processes without this setting, and 0.92 times with it."""
 GLOO_SHARED_CORE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "2"}
-"""Set in the same case with Gloo. By default Horovod looks for work every millisecond, and Gloo's
-transport then nearly fills a core. With 2 ms, the speed rose from 0.72 to 0.76 of that of
-independent processes. With MPI, steps became 2 % longer."""
+"""Set with Gloo if Horovod's thread has no core of its own. By default Horovod looks for work every
+millisecond, and Gloo's transport then nearly fills a core. With 2 ms, the speed rose from 0.72 to
+0.76 times that of independent processes. With MPI this is not set, because it made steps 2 %
+longer."""
 SINGLE_PROCESS_DEFAULTS = {
     "HOROVOD_CYCLE_TIME": "20",  # ms; Horovod's thread has nothing to do, so it should rarely wake
     # With MPI as the controller, Open MPI's daemon would have to be on PATH.
@@ -50,7 +52,8 @@ def is_launched() -> bool:
 def set_horovod_defaults() -> None:
     """Set the variables that Horovod reads when it starts, unless the user has set them.
 
-    If this host has fewer than two cores per rank, they let Horovod's thread sleep while it waits.
+    If this host has fewer than two cores per rank, the variables let Horovod's thread sleep while
+    it waits.
     """
     settings = DEFAULTS | ({} if is_launched() else SINGLE_PROCESS_DEFAULTS)
     ranks = next((os.environ[name] for name in LOCAL_SIZE_VARIABLES if name in os.environ), "1")

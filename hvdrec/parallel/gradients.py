@@ -50,7 +50,7 @@ class PendingSum:
 
 
 def start_global_sum(value: Tensor) -> PendingSum:
-    """Start to sum a small tensor [n] over the ranks; wait for it before you start a third one."""
+    """Start to sum a small tensor [n] over the ranks; at most two such sums may be pending."""
     global _started_sums  # noqa: PLW0603 -- names of collectives belong to the process
     if current().size == 1:
         return PendingSum(value, None)
@@ -182,8 +182,9 @@ class DenseGradients:
             return
         gradients = [p.grad for p in self._buckets[bucket] if p.grad is not None]
         if self._mode != "step":
-            # The gradient of the global mean loss is a sum over the ranks. Adasum needs the one of
-            # each rank's own mean loss, which is about `size` times the rank's term of the sum.
+            # The gradient of the global mean loss is a sum over the ranks. Adasum needs the
+            # gradient of each rank's own mean loss, which is about `size` times the rank's term of
+            # the sum.
             torch._foreach_mul_(gradients, self._size)
         if self._mode != "average":
             self._sent[bucket] = _Message.send(gradients, self._mode, f"gradients/{bucket}")
@@ -226,7 +227,7 @@ def bucket_bytes(total: int) -> int:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Divide parameters, from last to first, into buckets of similar size; large ones are alone."""
+    """Divide parameters, from last to first, into buckets of similar size; a large one is alone."""
     enough = bucket_bytes(sum(p.nbytes for p in parameters))
     buckets = [[p] for p in reversed(parameters) if p.nbytes >= enough]
     small: list[list[nn.Parameter]] = []

@@ -74,7 +74,7 @@ class WorkerPool:
 
         Raises:
             UserError: A helper process has died.
-            Exception: The error of a task; if several fail, of the first one in their order.
+            Exception: The error of a task; if several tasks fail, the error of the first of them.
         """
         remaining = iter(tasks)
         none = object()
@@ -132,7 +132,7 @@ def local_pool(count: int = 0) -> Iterator[WorkerPool]:
     If `count` is 0, there is one worker per core, but at most DEFAULT_WORKERS. This process then
     works alone for HEAD_START_SECONDS before it starts the other workers. Processes are spawned,
     not forked: a fork would copy locks that threads of DuckDB, Arrow or onnxruntime hold, but not
-    these threads.
+    these threads, so nothing would release the locks.
     """
     head_start = 0.0 if count else HEAD_START_SECONDS
     count = count or min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)
@@ -146,12 +146,12 @@ def local_pool(count: int = 0) -> Iterator[WorkerPool]:
 
 @contextmanager
 def open_pool(count: int) -> Iterator[WorkerPool | None]:
-    """Yield a pool of workers, or None on all ranks of an MPI job but rank 0.
+    """Yield a pool of workers; in an MPI job, the ranks other than rank 0 get None.
 
     In an MPI job of several ranks, the ranks are the workers. Rank 0 runs the ``with`` block and
-    gives tasks to the others through `mpi4py.futures`. The others run their block, with None, when
-    rank 0 has finished. Without an MPI job, `count` processes on this machine are the workers (see
-    `local_pool`). Horovod is not started.
+    gives tasks to the other ranks through `mpi4py.futures`. The other ranks run their own ``with``
+    block after rank 0 has finished. Without an MPI job, `count` processes on this machine are the
+    workers (see `local_pool`). Horovod is not started.
 
     Raises:
         UserError: `count` is negative.
@@ -196,7 +196,7 @@ def _mpi_world() -> Intracomm | None:
 
 @contextmanager
 def _leading(world: Intracomm) -> Iterator[WorkerPool]:
-    """Yield a pool whose helpers are the other ranks; tell them at the end if the block failed."""
+    """Yield a pool whose helpers are the other ranks; if the block fails, send them the error."""
     from mpi4py.futures import MPICommExecutor
 
     message: str | None = "rank 0 failed"
@@ -215,7 +215,7 @@ def _leading(world: Intracomm) -> Iterator[WorkerPool]:
 
 @contextmanager
 def _exit_on_sigterm(workers: WorkerPool) -> Iterator[None]:
-    """Raise SystemExit in the block on SIGTERM, so that it cleans up when the launcher ends it."""
+    """Raise SystemExit in the block on SIGTERM, so that the block can clean up."""
 
     def end(number: int, frame: object) -> None:
         workers.is_broken = True
@@ -227,12 +227,12 @@ def _exit_on_sigterm(workers: WorkerPool) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         if workers.is_broken:
-            # MPI must not be finalized, because this waits for ranks that may have ended.
+            # MPI must not be finalized, because finalizing waits for ranks that may have ended.
             os._exit(128 + signal.SIGTERM)
 
 
 def _follow(world: Intracomm) -> None:
-    """Run tasks for rank 0 until its block ends; raise SharedError if that failed."""
+    """Run tasks for rank 0 until its block ends; raise SharedError if the block failed."""
     from mpi4py.futures import MPICommExecutor
 
     with MPICommExecutor(world, root=0):

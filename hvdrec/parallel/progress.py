@@ -11,7 +11,8 @@ from typing import Any
 def is_first_rank() -> bool:
     """Return True if this process prints for its job: it is rank 0, or the only process.
 
-    The modules that know the rank are slow to import, so this uses them only if they are loaded.
+    The modules that know the rank are slow to import, so this function uses them only if they are
+    already loaded.
     """
     ranks = sys.modules.get("hvdrec.parallel.ranks")
     workers = sys.modules.get("hvdrec.parallel.pool")

@@ -32,8 +32,8 @@ watchdog must report the loss first."""
 SPIN_SECONDS, SLEEP_SECONDS = 5e-5, 1e-4
 """How long `wait` polls without a pause, and how long it then sleeps between polls."""
 FIRST_RANK_LEAD_SECONDS = 1.0
-"""Time that the other ranks wait so that rank 0 can report an error: launchers stop all ranks when
-the first one ends."""
+"""Time that the other ranks wait, so that rank 0 can report an error first: launchers stop all
+ranks as soon as one ends."""
 
 Array = NDArray[Any]
 
@@ -129,13 +129,14 @@ def _start_horovod(host: str) -> None:
             field=host,
         ) from None
     finally:
-        # This process (a notebook, say) may later start a launcher, which must not inherit them.
+        # This process (a notebook, say) may later start a launcher, which must not inherit these
+        # variables.
         for name in environment.SINGLE_PROCESS_DEFAULTS.keys() - before:
             os.environ.pop(name, None)
 
 
 def current() -> World:
-    """Return this process's rank and the size of the job; before `init`, those of one process."""
+    """Return this process's rank and the size of the job; before `init`, a job of one rank."""
     return _world or World()
 
 
@@ -189,7 +190,7 @@ def sum_arrays(array: Array) -> Array:
     import horovod.torch as hvd
 
     wide = np.ascontiguousarray(array, dtype=np.int64 if array.dtype.kind in "iub" else np.float64)
-    # Not every transport of Horovod supports tensors without dimensions, so one is added.
+    # Not every transport of Horovod supports tensors without dimensions, so a dimension is added.
     mine = torch.from_numpy(wide.reshape(-1).copy())
     total = wait(hvd.allreduce_async(mine, op=hvd.Sum, name="sum_arrays"))
     return np.asarray(total.numpy()).reshape(array.shape)
@@ -228,8 +229,8 @@ def broadcast_object(value: Any) -> Any:
 def run_on_all(action: Callable[[], T]) -> T:
     """Run an action on every rank; if it fails on one rank, raise an error on all of them.
 
-    All ranks must call this at the same time. Without it, if one rank failed, the others would wait
-    for it in their next collective.
+    All ranks must call this at the same time. If an action simply failed on one rank, the other
+    ranks would wait for that rank in their next collective.
 
     Raises:
         SharedError: The action raised UserError on at least one rank.
@@ -251,7 +252,7 @@ def run_on_all(action: Callable[[], T]) -> T:
 
 
 def raise_shared(text: str, field: str = "") -> NoReturn:
-    """Raise SharedError; all ranks call this, and the others wait until rank 0 has printed it."""
+    """Raise SharedError on all ranks; ranks other than 0 first wait while rank 0 prints it."""
     if not current().is_first:
         time.sleep(FIRST_RANK_LEAD_SECONDS)
     raise SharedError(text, field=field)

@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 TASKS_PER_SLOT = 4
-"""How many tasks per slot of the cluster one job of Spark has. Progress is shown after each job."""
+"""Number of tasks in one Spark job for each slot of the cluster. Progress is shown after each
+job."""
 
 
 @contextmanager
 def spark_session(name: str) -> Iterator[SparkSession]:
     """Yield the active session, or start one and stop it at the end.
 
-    ``spark-submit``, ``spark-defaults.conf`` and the variable PYSPARK_SUBMIT_ARGS say which cluster
-    it uses; by default, Spark uses all cores of this machine.
+    ``spark-submit``, ``spark-defaults.conf`` and the variable PYSPARK_SUBMIT_ARGS choose the
+    cluster; by default, Spark uses all cores of this machine.
 
     Args:
         name: Name of the application, which the cluster's pages show.
 
     Raises:
-        UserError: PySpark or Java is missing, or a setting does not fit.
+        UserError: PySpark or Java is missing, or a setting of Spark does not work with hvdrec.
     """
     try:
         from pyspark.sql import SparkSession
@@ -44,7 +45,7 @@ def spark_session(name: str) -> Iterator[SparkSession]:
     if active is None and not (os.environ.get("JAVA_HOME") or shutil.which("java")):
         remedy = "install it (on Debian: apt-get install openjdk-17-jre-headless) or set JAVA_HOME"
         raise invalid_value("engine", "spark", "Java is not installed", remedy)
-    # By default, executors would start the system's python3.
+    # By default, executors would start the system's python3 instead of this Python.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(name).config("spark.ui.showConsoleProgress", "false")
     session = active or builder.getOrCreate()
@@ -119,7 +120,7 @@ def spark_errors() -> Iterator[None]:
         yield
     except (PySparkException, Py4JError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # A Python error in an executor comes with its traceback, whose last line names it.
+        # A Python error in an executor comes with its traceback, whose last line names the error.
         named = [line for line in lines if "Error: " in line and not line.startswith("at ")]
         reason = (named or lines or [type(error).__name__])[-1 if named else 0]
         text = f"engine = 'spark': a job failed: {reason[:500]}; Spark's log says more"

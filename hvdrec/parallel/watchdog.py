@@ -2,9 +2,9 @@
 
 Without this, the other ranks would wait for that rank in their next collective, with MPI forever.
 So each rank keeps a TCP connection to rank 0 and sends a sign of life over it every few seconds. A
-rank that fails says so. If its connection breaks, it has ended. If it is silent for too long, it is
-suspended or unreachable. The rank that notices the problem reports it in one line and ends; then
-all others end.
+rank that fails sends a message. A broken connection means that a rank has ended. Silence for too
+long means that it is suspended or unreachable. The rank that notices the problem reports it in one
+line and ends; then all others end.
 
 Horovod's stall shutdown does not help here: if a rank was suspended (SIGSTOP), jobs with Gloo and
 with MPI hung, because Horovod's coordinator itself waits for that rank.
@@ -36,11 +36,11 @@ from hvdrec.parallel.ranks import World
 T = TypeVar("T")
 
 BEATS = 10
-"""How many signs of life a rank sends within the time after which it counts as lost."""
+"""How many signs of life a rank sends in the time after which a silent rank counts as lost."""
 CONNECT_SECONDS = LEAVE_SECONDS = 3.0
 FOLLOW_SECONDS = 3.0
-"""Time that a rank with nothing to report waits before it ends: launchers name the rank that ends
-first."""
+"""Time that a rank with nothing to report waits before it ends, so that the rank with a report ends
+first: launchers name the first rank that ends."""
 REPORT_SECONDS, MAX_REPORTS = 5.0, 4
 LOOPBACK = "127.0.0.1"
 ALIVE, LEAVING, FAILED, END = b"alive\n", b"leaving\n", b"failed\n", b"end\n"
@@ -100,7 +100,7 @@ class _Watchdog:
     def listen(self, address: str, token: str) -> int:
         """Accept connections of the other ranks and return the port.
 
-        An empty address accepts them on all addresses of this host.
+        With an empty address, it listens on all addresses of this host.
         """
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -127,7 +127,7 @@ class _Watchdog:
         return self._call(try_all())
 
     def leave(self) -> None:
-        """Tell the other ranks that this rank ends normally, wait until they do, and stop."""
+        """Tell the other ranks that this rank ends normally, wait until they end, too, and stop."""
         with suppress(OSError):
             self._call(self._leave())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -181,7 +181,7 @@ class _Watchdog:
                 writer.write(ALIVE)
 
     def _was_silent(self) -> bool:
-        """Return True if this rank was suspended until just now; then the others have ended."""
+        """Return True if this rank was suspended until now; the other ranks have then ended."""
         now = self._loop.time()
         return now - self._last_beat > 0.9 * self._silence or now - self._woke < FOLLOW_SECONDS
 
@@ -191,7 +191,8 @@ class _Watchdog:
         while message == ALIVE:
             message = await self._receive(reader)
         if message not in (LEAVING, FAILED, END, SILENT):
-            # A launcher may be ending all ranks; then it ends this one before it reports.
+            # The launcher may be ending all ranks. With this pause, it ends this rank before the
+            # rank reports the other one as lost.
             await asyncio.sleep(0.1)
         where = self._world.describe(rank)
         if message == LEAVING or self._is_leaving:
@@ -208,7 +209,7 @@ class _Watchdog:
 
     async def _receive(self, reader: asyncio.StreamReader) -> bytes:
         """Return the next message; b"" if the connection has ended, SILENT if none came in time."""
-        for _ in range(2):  # twice, because this rank may have been suspended and not have read
+        for _ in range(2):  # twice: after a suspension of this rank, a message may be unread
             try:
                 return await asyncio.wait_for(reader.readline(), self._silence / 2)
             except TimeoutError as error:
