@@ -34,7 +34,8 @@ from hvdrec.training.step import take_step
 
 WARM_UP_STEPS, TRIAL_STEPS, TRIAL_SECONDS = 8, 24, 12.0
 """A trial takes at least TRIAL_STEPS steps after the warm-up. The loader reads a whole row group or
-shuffle window at once, so a trial is long enough for three of them, up to TRIAL_SECONDS."""
+shuffle window at once, so a trial lasts for three such reads or for TRIAL_SECONDS, whichever is
+shorter."""
 MAX_TRIAL_ROWS = 1_000_000
 """Larger embedding tables are cut to this many rows in a trial, to save memory; the time of a step
 does not depend on the size of a table."""
@@ -78,10 +79,10 @@ def _correct_messages(
     device: torch.device,
     rows: int,
 ) -> Constants:
-    """Correct the time of a message so that the predicted time of a step is the measured time.
+    """Correct the time of a message so that the predicted time of a step equals the measured time.
 
-    A message takes another time within a training step than when it is sent alone: ranks wait for
-    the slowest one, and some messages travel while ranks compute.
+    Within a training step, a message does not take the same time as alone: ranks wait for the
+    slowest one, and some messages travel while ranks compute.
     """
     cost = predict(config, Cluster(world.size, world.local_size), constants)
     predicted = cost.total_seconds
@@ -93,8 +94,8 @@ def _correct_messages(
     message = max(constants.message_seconds + (measured - predicted) / messages, 0.0)
     if message > 0:
         return replace(constants, message_seconds=message)
-    # The step was faster than predicted even if messages took no time: a rank that waits leaves its
-    # core to the others. So the time of the computation is corrected instead.
+    # The step is faster than predicted even with messages that take no time, because a waiting rank
+    # leaves its cores to other ranks. So the time of the computation is corrected instead.
     share = measured / cost.seconds["compute"]
     return replace(
         constants,
@@ -105,22 +106,22 @@ def _correct_messages(
 
 
 def _trial_steps(config: Config, rows: int) -> int:
-    """Return how many steps of `rows` rows a trial takes if it does not reach TRIAL_SECONDS."""
+    """Return the number of steps of `rows` rows in a trial that does not reach TRIAL_SECONDS."""
     loader = ShardLoader.from_config(config, "train", rows, 0, 1, shuffle=True)
     read_together = max(_shuffle_rows(config, rows), loader.largest_row_group)
     return 3 * max(TRIAL_STEPS // 3, math.ceil(read_together / rows))
 
 
 def _shuffle_rows(config: Config, rows: int) -> int:
-    """Return the rows of a trial's shuffle window: few, so that the loader reads in most steps."""
+    """Return the size of a trial's shuffle window in rows; if small, most steps include reading."""
     return min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
 
 
 def _time_alone(config: Config, sizes: Mapping[str, int], device: torch.device, rows: int) -> float:
     """Return the seconds of a step on `rows` rows, including the loader but no messages.
 
-    All ranks take such steps at the same time, because they may share cores, but no rank
-    communicates with another.
+    All ranks take such steps at the same time, so the time includes the effect of shared cores. No
+    rank communicates with another.
     """
     ranks.barrier()
     with ranks.single_rank() as world:
@@ -174,7 +175,7 @@ def _time_step(
 
 
 def _fold_codes(batch: Batch, config: Config, sizes: Mapping[str, int]) -> Batch:
-    """Return the batch with each code taken modulo the size of its table, which a trial may cut."""
+    """Take each code modulo the size of its table, because a trial cuts large tables."""
     features = dict(batch.features)
     for feature in config.schema.features:
         if feature.is_embedded:

@@ -1,11 +1,11 @@
 """Predict the memory, traffic and time of a training step from the rows that its batches look up.
 
 The formulas count the bytes that each of N ranks sends for an embedding table of width w. A rank
-looks up U unique rows in its batch, all ranks together V. A sharded table takes
-U (N - 1) / N * (4 + 8 w) bytes: row indices, vectors and gradients. A replicated table takes
-4 U (N - 1) + 8 w V (N - 1) / N bytes: row indices are gathered over a ring, and gradients are
-reduced over a ring. Dense gradients are reduced over a ring as well, most of them during the
-backward pass. `Constants` gives the time per byte and per message.
+looks up U unique rows in its batch; all ranks together look up V unique rows. A sharded table takes
+U (N - 1) / N * (4 + 8 w) bytes: row indices, vectors and gradients. A replicated table takes 4 U (N
+- 1) + 8 w V (N - 1) / N bytes: row indices are gathered over a ring, and gradients are reduced over
+a ring. Dense gradients are reduced over a ring as well, most of them during the backward pass.
+`Constants` gives the time per byte and per message.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Constants:
     row_seconds: float = 1e-5
     cores: float = 1.0
     message_seconds: float = 1.5e-3
-    """The seconds that each collective adds to a step, whatever its size."""
+    """The seconds that each collective adds to a step, regardless of its size."""
     byte_seconds: float = 1e-9
     """The seconds to send one byte to another rank on the same host."""
     is_measured: bool = False
@@ -77,7 +77,8 @@ class Workload:
     rows: int
     """The number of rows in a rank's batch."""
     unique: Mapping[str, float]
-    """For each group, the number of unique rows that a rank looks up, with the one for MISSING."""
+    """For each group, the number of unique rows that a rank looks up, including the row for
+    MISSING."""
     union: Mapping[str, float]
     """For each group, the number of unique embedding rows that all ranks together look up."""
     table_rows: Mapping[str, float]
@@ -106,7 +107,8 @@ class TableCost:
 class StepCost:
     """The predicted cost of a training step on each rank: bytes sent, seconds, bytes of memory.
 
-    `bytes_sent` has an entry for each kind of message, `seconds` one for the computation as well.
+    `bytes_sent` has an entry for each kind of message. `seconds` has an entry for the computation
+    and for each kind of message that takes time.
     """
 
     tables: tuple[TableCost, ...]

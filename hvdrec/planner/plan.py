@@ -35,8 +35,8 @@ class PlanResult:
     fits: bool
     """Whether `memory_per_rank` is within the memory of a rank of the cluster."""
     smallest_ranks: int | None
-    """The planned number of ranks if it fits, else the smallest power of two that does; None if no
-    number does."""
+    """The planned number of ranks if the job fits into their memory. Otherwise the smallest power
+    of two, up to MAX_RANKS, on which it fits; None if there is none."""
     bytes_sent_per_step: Mapping[str, float]
     """The bytes that each rank sends, for each kind of message and in ``total``."""
     seconds_per_step: Mapping[str, float]
@@ -64,8 +64,9 @@ def plan(
         ranks: The number of ranks; 0 takes the number of ranks of this job.
         ranks_per_host: The number of ranks on each host; 0 puts all ranks on one host.
         memory: The memory of each rank, such as ``80GB``; empty for no limit.
-        bandwidth: What a host can send per second, such as ``10Gbit``; empty for no limit.
-        cores: The CPU cores of each host; 0 gives each rank as many cores as it uses.
+        bandwidth: The data that a host can send per second, such as ``10Gbit``; empty for no limit.
+        cores: The CPU cores of each host; 0 gives each rank as many cores as it used in the
+            measurement.
         calibrate: Measure this machine first, with all ranks of this job, and save the constants.
         constants: A file of constants that ``--calibrate`` wrote, perhaps on another machine.
 
@@ -116,8 +117,9 @@ def smallest_ranks(
 ) -> int | None:
     """Return the smallest number of ranks on which the embedding tables fit, or None.
 
-    `groups_by_ranks` has the placed tables for each number of ranks to try, `widths` the numbers of
-    optimizer state per row for each table width. `memory` is the bytes of each rank.
+    `groups_by_ranks` maps each number of ranks to try to the placed tables. `widths` maps each
+    table width to the number of optimizer state values per row. `memory` is the memory of each rank
+    in bytes.
     """
     fitting = (
         ranks
@@ -128,7 +130,7 @@ def smallest_ranks(
 
 
 def _with_batch_size(config: Config) -> Config:
-    """Return the configuration with the batch size that training would choose."""
+    """Return the configuration with training's default batch size if it sets none."""
     if config.train.batch_size:
         return config
     rows = read_manifest(config.paths.of("features"), "features").meta["rows"]["train"]
@@ -152,7 +154,7 @@ def _calibrated(config: Config) -> Constants:
 
 
 def _constants(config: Config, file: Path | None) -> Constants:
-    """Read the constants from `file`, or from the run's own file; defaults if that is missing."""
+    """Read the constants from `file` or from the run's own file; without either, use defaults."""
     if file is None:
         file = Path(config.paths.work) / CONSTANTS_FILE
         if not file.is_file():

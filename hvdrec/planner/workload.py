@@ -72,7 +72,7 @@ def measure_workload(
         rows,
         dict(zip(names, unique_rows(local, groups), strict=True)),
         dict(zip(names, unique_rows(everyone, groups), strict=True)),
-        # Each lookup also fetches the row of code MISSING, which does not belong to one table.
+        # Each lookup also fetches the row of code MISSING, which all tables share.
         {n: count - 1 for n, count in zip(widths, unique_rows(local, single_tables), strict=True)},
         sum(parameter.numel() for parameter in model.parameters()),
         softmax,
