@@ -23,7 +23,7 @@ PYTHONS = ((3, 11), (3, 12), (3, 13))
 """Versions of Python with which hvdrec was tested."""
 TRAINING_PACKAGES = ("torch", "horovod", "petastorm", "pyarrow")
 MIN_MEMORY_GIB = 4.0
-"""With less memory, training with hvdrec's own recipes may run out of it."""
+"""With less memory, training with hvdrec's own recipes may run out of memory."""
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -100,7 +100,7 @@ def scoring_check(name: str, version: str | None) -> Check:
 
 
 def training_checks(versions: Mapping[str, str | None]) -> list[Check]:
-    """Check the packages that training needs; an install for scoring only has none of them."""
+    """Check the packages that training needs; an installation only for scoring has none of them."""
     missing: tuple[Status, str] = ("problem", INSTALL)
     if all(versions[name] is None for name in TRAINING_PACKAGES):
         missing = ("warning", f"scoring does not need it; for training {INSTALL}")
@@ -142,7 +142,7 @@ def mpirun_check(path: str | None, version: str, horovod: str | None) -> Check:
 
 
 def root_check(is_root: bool, environment: Mapping[str, str]) -> list[Check]:
-    """Check that root may call mpirun without an option; other users always may."""
+    """If this user is root, check that mpirun accepts root without an option."""
     names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
     if not is_root:
         return []
@@ -226,7 +226,7 @@ def _horovod(version: str | None) -> tuple[list[Check], bool]:
 
 
 def _gpus(torch_version: str | None) -> tuple[list[str], bool]:
-    """Return the names of the GPUs that torch sees, and whether it overlooks the machine's GPUs."""
+    """Return the names of the GPUs that torch sees; True if there are GPUs but torch sees none."""
     has_device = NVIDIA_DEVICE.exists()
     if torch_version is None:
         return [], False

@@ -2,7 +2,7 @@
 
 If a host does not answer or asks for a password, launchers report it late and unclearly.
 `check_hosts` connects to each host by ssh, as launchers do, runs ``hvdrec.cluster.probe`` there and
-compares what it reports with this host.
+compares its report with the report of this host.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hvdrec.parallel import agreement
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 40
 CLOCK_SECONDS = 60
 """The largest allowed difference of two hosts' clocks; object stores and shared file systems
-compare times."""
+compare times of different hosts."""
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
 # A host name must not start with a dash, because ssh would take it as an option.
 HOST_PATTERN, SLOTS_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*", r"([1-9][0-9]*)?"
@@ -86,8 +86,8 @@ def compare_probes(
     """Return the problems of another host: differing versions, files or clock, or no network.
 
     Args:
-        local: What `probe_host` returned on this host.
-        remote: What `probe_host` returned on the other host.
+        local: The result of `probe_host` on this host.
+        remote: The result of `probe_host` on the other host.
         seconds: How long the other host took to answer.
     """
     problems = []
@@ -123,7 +123,7 @@ def explain_ssh(host: str, text: str) -> str:
 
 
 def _problems(host: str, local: Mapping[str, Any], port: int) -> list[str]:
-    """Run the probe on a host and return the problems that it shows."""
+    """Run the probe on a host and return the problems of this host."""
     command = [sys.executable, "-m", probe_host.__module__]
     paths = list(local["paths"])
     started = time.monotonic()

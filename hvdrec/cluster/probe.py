@@ -1,7 +1,7 @@
-"""The probe: what a host reports about itself before a launch, without torch or Horovod.
+"""The probe, which reports the state of a host before a launch, without torch or Horovod.
 
 ``python -m hvdrec.cluster.probe PORT [PATH...]`` prints one JSON object. The probe tries to connect
-to PORT of the host from which ssh came; 0 skips this.
+to PORT of the host that called it by ssh; PORT 0 skips this.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ CONNECT_SECONDS = 5.0
 
 
 def probe_host(port: int, paths: Sequence[str]) -> dict[str, Any]:
-    """Return what this host reports, ready for JSON.
+    """Return this host's report, ready for JSON.
 
     Returns:
         ``host``: name; ``versions``: of Python and packages; ``time``: seconds since the epoch;
-        ``paths``: a digest of each path; ``unreached``: why the connection to `port` of the host
-        that called by ssh failed, else empty.
+        ``paths``: a digest of each path; ``unreached``: the reason why this host cannot connect to
+        `port` of the host that called it by ssh; empty if it can.
     """
     client = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
     return {
