@@ -8,7 +8,8 @@ Remote stores cannot rename directories. There, an artifact is written to a loca
 uploaded, the manifest last. If it replaces another artifact, the old manifest is deleted first. A
 directory without a manifest counts as absent. A reader may get a mix of old and new files during a
 replacement; it detects this by sizes and checksums. During an upload the store holds
-``manifest.json.draft``. It tells the next writer that it may overwrite an interrupted upload.
+``manifest.json.draft``. This file tells the next writer that it may overwrite the upload if it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Manifest:
         meta: Facts that the stage recorded for readers of the artifact.
         files: Relative POSIX path of each file -> its "sha256" and its size in "bytes".
         format: Version of the format of this kind of artifact.
-        written_by: Version of hvdrec that wrote it.
+        written_by: Version of hvdrec that wrote the artifact.
     """
 
     kind: str
@@ -78,7 +79,7 @@ class Manifest:
         return hashlib.sha256(json.dumps([self.kind, files]).encode()).hexdigest()[:16]
 
     def made_from(self, kind: str) -> str:
-        """Return the identity of the `kind` of artifact this one was made from; "" if unknown."""
+        """Return the identity of the `kind` artifact that this one was made from; "" if unknown."""
         return str(self.meta.get(MADE_FROM, {}).get(kind, ""))
 
 
@@ -221,8 +222,8 @@ class StoredFiles:
 def fetch_artifact(source: Location, to: Path, kind: str, *, overwrite: bool = False) -> bool:
     """Copy an artifact to the local directory `to` and verify the SHA-256 of every file.
 
-    The directory appears only when the copy is complete. `overwrite` allows to replace another
-    artifact of the same kind there.
+    The directory appears only when the copy is complete. With `overwrite`, it may replace another
+    artifact of the same kind at `to`.
 
     Returns:
         True if files were copied; False if `to` already holds the same artifact.
@@ -338,7 +339,7 @@ def _require_free(path: Location, kind: str, overwrite: bool) -> None:
 
 
 def _upload(draft: Path, url: Url) -> None:
-    """Upload a complete directory, the manifest last; remove files that only the old one had."""
+    """Upload a complete directory, the manifest last; remove the old artifact's other files."""
     names = _file_names(draft)
     names.remove(MANIFEST)
     old = _listed_files(url / MANIFEST) | _listed_files(url / DRAFT_MANIFEST)

@@ -31,7 +31,7 @@ def sealed(document: Mapping[str, Any], indent: int | None = 1) -> str:
 
 
 def unsealed(text: bytes | str) -> dict[str, Any]:
-    """Parse a JSON document and compare its checksum; earlier versions wrote none.
+    """Parse a JSON document and verify its checksum, if it has one; earlier versions wrote none.
 
     Returns:
         The document without its checksum.

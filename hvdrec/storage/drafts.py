@@ -1,9 +1,10 @@
 """Drafts: files and directories that are written beside their final path, then renamed to it.
 
 A draft of ``NAME`` is called ``.NAME.XXXXXXXX.partial``, where the Xs are random. Its writer holds
-a lock: on the draft itself if that is a file, on ``.NAME.XXXXXXXX.lock`` if it is a directory. The
-operating system releases the lock when the writer ends, even if it is killed. So the next writer
-can tell whether a draft is still being written or was left behind, also on network file systems.
+a lock: on the draft itself if the draft is a file, on ``.NAME.XXXXXXXX.lock`` if the draft is a
+directory. The operating system releases the lock when the writer ends, even if it is killed. So the
+next writer can tell whether a draft is still being written or was left behind, also on network file
+systems.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hvdrec.errors import write_errors_named
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}(?P<suffix>\.partial|\.old|\.lock|)")
 """Names of drafts, of locks, and of replaced files that are moved aside for a moment."""
 UNLOCKED_SECONDS = 86_400.0
-"""If the file system has no locks, a draft counts as left behind at this age."""
+"""If the file system has no locks, a draft unchanged for this long counts as left behind."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -65,7 +66,7 @@ def scratch_directory(path: Path, mode: int = 0o777) -> Iterator[Path]:
 def draft_file(path: Path) -> Iterator[Path]:
     """Yield an empty new file; when the ``with`` body ends without error, move it to `path`.
 
-    It is synced to disk before. After an error the new file is removed.
+    The file is synced to disk before it is moved. After an error the new file is removed.
 
     Raises:
         UserError: The disk is full, or writing is not permitted.

@@ -7,20 +7,20 @@ from hvdrec.storage.artifacts import Manifest, read_manifest
 from hvdrec.storage.urls import Location
 
 ANCESTORS = "ancestors"
-"""Key in the ``meta`` of features that went on from others. The value lists the identities of all
-earlier generations, the first one first."""
+"""Key in the ``meta`` of features that continue earlier features, as their next *generation*. The
+value lists the identities of all earlier generations, the oldest first."""
 
 
 def descent(parent: Manifest) -> list[str]:
-    """Return the ancestors of an artifact that goes on from `parent`."""
+    """Return the ancestors of an artifact that continues `parent`."""
     return [*parent.meta.get(ANCESTORS, ()), parent.identity]
 
 
 def generation_of(recorded: str, manifest: Manifest) -> int | None:
-    """Return the generation of the artifact `recorded` among an artifact and its ancestors.
+    """Find the identity `recorded` among an artifact and its ancestors; return its generation.
 
     Returns:
-        The generation, from 0; None if the artifact does not descend from the recorded one.
+        The generation, from 0 for the oldest; None if `recorded` is not among them.
     """
     generations = descent(manifest)
     return generations.index(recorded) if recorded in generations else None

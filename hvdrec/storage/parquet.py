@@ -2,8 +2,9 @@
 
 ``_checksums.json`` in a folder holds, for each Parquet file there, a checksum of every column chunk
 and of the footer. A reader that needs some columns of some row groups reads and verifies only the
-chunks of these. (Parquet's own page checksums do not protect page headers and the footer.) A folder
-that an earlier version wrote has no checksums and is read without verification.
+chunks of these columns and row groups. (Parquet's own page checksums do not protect page headers
+and the footer.) A folder that an earlier version wrote has no checksums and is read without
+verification.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ REMEDY = "run hvdrec prepare with --overwrite"
 def grid_checksum(data: bytes | memoryview) -> int:
     """Return a checksum of 32 bits that is five times as fast to compute as a CRC-32.
 
-    The bytes are 64-bit words in rows of `ROW_WORDS`. The checksum is the CRC-32 of the bytes after
-    the last whole row, of the sums of the columns, and of the sums of the rows, modulo 2^64. In
-    the cache it reads 12.8 GB/s, a CRC-32 of all bytes 2.5 GB/s.
+    The bytes are taken as 64-bit words in rows of `ROW_WORDS` words. The checksum is the CRC-32 of
+    three parts: the bytes after the last whole row, the sums of the columns, and the sums of the
+    rows. Sums are modulo 2^64. For data in the CPU's cache, it processes 12.8 GB/s; a CRC-32 of all
+    bytes processes 2.5 GB/s.
     """
     rows = len(data) // (8 * ROW_WORDS)
     grid = np.frombuffer(data, "<u8", rows * ROW_WORDS).reshape(rows, ROW_WORDS)
@@ -197,7 +199,8 @@ class ParquetSource:
     @contextmanager
     def opened(self) -> Iterator[pq.ParquetFile]:
         """Open the file to read columns and row groups; everything that is read is verified."""
-        # Without checksums, parse the footer again, so that a replaced file shows by its row count.
+        # Without checksums, parse the footer again, so that a new row count shows that the file was
+        # replaced.
         known = None if self.checksums is None else self.metadata
         with _opened(self.file, self.checksums, known) as parquet:
             yield parquet
@@ -241,7 +244,7 @@ def parquet_files(folder: Location) -> list[Any]:
 
 
 class _VerifiedFile(io.RawIOBase):
-    """A file object for Arrow that verifies every read; Arrow reads whole column chunks."""
+    """A file for Arrow that verifies every read; it relies on Arrow reading whole column chunks."""
 
     def __init__(self, file: Location, opened: Any, checksums: FileChecksums) -> None:
         self._file, self._opened, self._checksums = file, opened, checksums
@@ -273,7 +276,7 @@ class _VerifiedFile(io.RawIOBase):
 
     def _bytes(self, start: int, stop: int) -> memoryview:
         if isinstance(self._file, Path):
-            # Arrow's memory is reused; Python would ask the system for that of each large read.
+            # Arrow reuses memory; Python would ask the system for new memory for each large read.
             buffer = memoryview(pa.allocate_buffer(stop - start))
             return buffer[: os.preadv(self._opened.fileno(), [buffer], start)]
         self._opened.seek(start)
@@ -305,7 +308,7 @@ def _retried(action: Any, file: Location) -> Any:
 
 
 def _bounds(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Return the offset of a column chunk's first byte and that of the byte after its last."""
+    """Return the offsets of a column chunk's first byte and of the byte after its last byte."""
     start = int(chunk.data_page_offset)
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
         start = min(start, int(chunk.dictionary_page_offset))

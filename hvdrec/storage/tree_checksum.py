@@ -8,7 +8,7 @@ from pathlib import Path
 BLOCK_BYTES = 4 << 20
 KINDS = ("bundle",)
 """Kinds of artifacts whose files get a tree checksum. A service verifies its whole bundle when it
-starts, so that must be fast."""
+starts, so the verification must be fast."""
 
 
 def tree_facts(file: Path, kind: str) -> dict[str, str]:

@@ -33,7 +33,7 @@ PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CLIENTS = ("aiobotocore", "aiohttp", "asyncio", "botocore", "fsspec", "requests", "urllib3")
 """Packages whose exceptions mean that a store did not respond, so that a retry may succeed."""
 PERMANENT_NAMES = ("Credential", "Profile", "Region", "Validation")
-"""An exception of these packages whose name contains one of these words is not retried."""
+"""If the name of an exception from `CLIENTS` contains one of these words, there is no retry."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -222,7 +222,8 @@ def retried(action: Callable[[], T], what: object, *, stopped: threading.Event |
 def _is_transient(error: BaseException) -> bool:
     """Return True if a retry may succeed."""
     if isinstance(error, OSError):
-        # Arrow reports damaged files as plain OSErrors without an errno.
+        # Arrow reports damaged files, for which a retry is useless, as plain OSErrors without an
+        # errno.
         from_system = type(error) is not OSError or error.errno is not None
         permanent = isinstance(error, PERMANENT_ERRORS) or error.errno in PERMANENT_ERRNOS
         return from_system and not permanent
