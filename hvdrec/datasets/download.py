@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class _UnreachableError(Exception):
-    """A source cannot be reached, but another source may be."""
+    """A source cannot be reached; the next source is tried."""
 
 
 def cache_directory() -> Path:
@@ -41,7 +41,7 @@ def fetch_first(
 ) -> tuple[DatasetSource, Path]:
     """Return the first source that is available, and its file in the cache.
 
-    Downloads the file if it is not in the cache.
+    A source whose file is in the cache comes before all others; otherwise the file is downloaded.
 
     Raises:
         UserError: No source can be reached, or a file has a wrong checksum. The file is then
@@ -123,7 +123,7 @@ def _reach(request: Callable[[], T]) -> T:
 
 
 def _open(url: str) -> HTTPResponse:
-    """Open a URL in a thread, so that there is a timeout even for the resolution of its name."""
+    """Open a URL in a thread, so that there is a timeout even for the lookup of the host name."""
     response: Future[HTTPResponse] = Future()
 
     def request() -> None:

