@@ -1,9 +1,9 @@
 """The state of a search: the trials so far, and the values that Optuna proposes for the next one.
 
 A *trial* is one training run with certain values of the searched fields. `Search` holds the whole
-state and is stored as ``trials.json``. For each proposal, Optuna's study is built again from it.
-So a proposal depends only on the earlier trials, and an interrupted search continues as if it had
-not been interrupted.
+state and is stored as ``trials.json``. For each proposal, Optuna's study is built again from this
+state. So a proposal depends only on the earlier trials, and an interrupted search continues as if
+it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from hvdrec.tuning.space import (
 
 FILE = "trials.json"
 ATTEMPTS = 1000
-"""The search ends if so many proposals in sequence were all tried before."""
+"""The search ends if this many proposals in a row were all tried before."""
 STUCK = 3
-"""A trial fails if it starts so many times from the same step."""
+"""A trial fails if it starts this many times in a row from the same step."""
 
 State = Literal["running", "complete", "pruned", "failed"]
 STATES = {
@@ -88,7 +88,7 @@ class Trial:
         return f"trial-{self.number:03d}"
 
     def validated(self, epoch: int, value: float) -> Trial:
-        """Return the trial with the metric of an epoch, without those of later epochs."""
+        """Return the trial with the metric of an epoch, without the metrics of later epochs."""
         before = tuple(each for each in self.validations if each.epoch < epoch)
         return replace(self, validations=(*before, Validation(epoch, value)))
 
@@ -132,7 +132,7 @@ class Search:
     """The whole state of a search.
 
     Attributes:
-        config: The configuration that the search starts from; it is that of the first trial.
+        config: The configuration that the search starts from; the first trial uses it unchanged.
         features: Identity of the features on which all trials train: a hash of their content.
         space: The searched fields, as texts for `parse_space`.
         metric: Name of the validation metric.
@@ -184,7 +184,7 @@ def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
 
 
 def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
-    """Return the best complete trial; of equal ones the first; None if none is complete."""
+    """Return the best complete trial, the first of equally good ones; None if none is complete."""
     return next((each for each in ranked(trials, metric) if each.state == "complete"), None)
 
 
@@ -221,10 +221,11 @@ def first_difference(before: Config, now: Config) -> str | None:
 
 
 def next_values(search: Search) -> dict[str, Any] | None:
-    """Return the values of the next trial, which no trial has used; None if all were tried.
+    """Return values for the next trial that no trial has used; None if all were used.
 
     The first trial has the values of the configuration. The tree-structured Parzen estimator
-    (Bergstra et al., "Algorithms for hyper-parameter optimization", NeurIPS 2011) proposes others.
+    (Bergstra et al., "Algorithms for hyper-parameter optimization", NeurIPS 2011) proposes the
+    values of later trials.
     """
     space = parse_space(search.space, search.config)
     if not search.trials:
@@ -235,7 +236,7 @@ def next_values(search: Search) -> dict[str, Any] | None:
     study = _study(search, space)
     for attempt in range(ATTEMPTS):
         seed = (search.config.seed * 1_000_003 + len(tried) * 1009 + attempt) % 2**32
-        # If the estimator proposes values that were tried, values are drawn at random.
+        # If the estimator proposes values that were tried, later attempts draw random values.
         sampler = optuna.samplers.RandomSampler if attempt else optuna.samplers.TPESampler
         study.sampler = sampler(seed=seed)
         parameters = study.ask(dict(space)).params
@@ -246,7 +247,7 @@ def next_values(search: Search) -> dict[str, Any] | None:
 
 
 def is_hopeless(search: Search, trial: Trial) -> bool:
-    """Return True if a running trial is worse than the median of the others at the same epoch.
+    """Return True if a running trial is worse than the median of other trials at the same epoch.
 
     The result is False until five trials are complete (Optuna's MedianPruner).
     """

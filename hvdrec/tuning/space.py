@@ -40,17 +40,18 @@ FIXED = {
 }
 """Fields of `TABLES` that cannot be searched, and why."""
 SHARED = ("features", "samples", "encode", "tasks", "paths")
-"""Tables of the configuration that decide on which data the trials train."""
+"""Tables of the configuration that determine the training data, which all trials share."""
 EXAMPLE = "train.learning_rate=log:1e-4:1e-2"
 DIGITS = 4
-"""A value from a range without steps is rounded to so many significant digits, to be easy to copy.
+"""A value from a range without steps is rounded to this many significant digits, to be easy to
+copy.
 """
 
 
 def parse_space(texts: Sequence[str], config: Config) -> dict[str, Distribution]:
     """Parse fields to search, written as ``train.learning_rate=log:1e-4:1e-2``.
 
-    After the field name follows a range of numbers (``LOW:HIGH``, ``LOW:HIGH:STEP`` or
+    The field name is followed by a range of numbers (``LOW:HIGH``, ``LOW:HIGH:STEP`` or
     ``log:LOW:HIGH``) or choices (``A,B,C``). The choices of a list field are lists:
     ``[256,128],[400]``. In field names, dashes count as underscores.
 
@@ -203,7 +204,7 @@ def _choice(field: str, text: str, kind: Any) -> Any:
 
 
 def _examples(distribution: Distribution) -> tuple[Any, ...]:
-    """Return some values of a distribution; if these are allowed, all its values are."""
+    """Return some values of a distribution; if these are allowed, all its values are allowed."""
     if isinstance(distribution, CategoricalDistribution):
         return tuple(json.loads(str(choice)) for choice in distribution.choices)
     return value_of(distribution, distribution.low), value_of(distribution, distribution.high)

@@ -76,7 +76,7 @@ def tune(
 
     Raises:
         UserError: The features are missing, a field cannot be searched, or WORK/tune holds another
-            search. Nothing is written.
+            search. In these cases nothing is written.
     """
     world = ranks.init()
     checks.require_same_config(to_dict(config))
@@ -174,7 +174,7 @@ def _load_or_create(
 
 
 def _next_trial(search: Search, count: int) -> Trial | None:
-    """Return the trial to run, on every rank the same: the interrupted one or a new one.
+    """Return the trial to run, the same on every rank: the interrupted trial or a new one.
 
     The result is None if the search is complete.
     """
@@ -190,15 +190,15 @@ def _next_trial(search: Search, count: int) -> Trial | None:
 
 
 def _run_trial(search: Search, trial: Trial, folder: Path, *, prune: bool, progress: bool) -> Trial:
-    """Start or resume a trial on all ranks; return it as it ended."""
+    """Start or resume a trial on all ranks; return the trial in its final state."""
     run, first = folder / trial.name, folder / search.trials[0].name
     step, cpu_layers = 0, search.config.train.cpu_layers
     if ranks.current().is_first:
         if has_checkpoint(run):
             step = int(latest_meta(run)["position"]["step"])
         if (first / CONFIG_FILE).is_file():
-            # All trials use the layers that the first one measured to be fastest. Other layers
-            # would differ in the last digits and in dropout.
+            # All trials use the layers that were fastest in the first trial. With other layers,
+            # results would differ in the last digits and in dropout.
             cpu_layers = read_config(first).train.cpu_layers
     step, cpu_layers = ranks.broadcast_object([step, cpu_layers])
     recorder = _Recorder(search, folder, trial, prune=prune)
