@@ -1,5 +1,5 @@
-"""Pydantic models of the responses. They only describe them in the OpenAPI document: the service
-writes its JSON without them, which is faster.
+"""Pydantic models that describe the responses in the OpenAPI document. The service writes its JSON
+without these models, which is faster.
 """
 
 from __future__ import annotations

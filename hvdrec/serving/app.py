@@ -224,7 +224,7 @@ class Service:
                 if self._options.workers > 1:
                     await loading  # accept no requests: the other workers answer them
                     if self._connections.is_draining:
-                        os._exit(0)  # do not accept connections only to close them
+                        os._exit(0)  # connections accepted now would be closed at once
                 yield {"connections": self._connections}  # `GuardedProtocol` reads it
         finally:
             sweeping.cancel()
@@ -322,7 +322,7 @@ async def _problem(request: Request, problem: Problem) -> Response:
 
 
 async def _http_problem(request: Request, error: HTTPException) -> Response:
-    """Answer the router's errors (unknown path, wrong method) in the JSON form of all errors."""
+    """Answer the router's errors (unknown path, wrong method) in the JSON form of other errors."""
     path = request.url.path
     texts = {404: f"{path}: unknown path", 405: f"{path}: method {request.method} is not allowed"}
     text = texts.get(error.status_code, str(error.detail))

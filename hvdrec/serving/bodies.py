@@ -139,7 +139,7 @@ def long_body(limit: int) -> Problem:
 
 async def _received(request: Request, limit: int, memory: BodyMemory) -> bytes:
     length = request.headers.get("content-length", "")
-    # A client that sent "Expect: 100-continue" is still waiting, so nothing need be discarded.
+    # A client that sent "Expect: 100-continue" has not sent its body yet: nothing to discard.
     drained = 0 if "expect" in request.headers else DRAINED_BODIES * limit
     if length.isdecimal() and int(length) > max(limit, drained):
         raise long_body(limit)

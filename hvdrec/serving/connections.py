@@ -40,9 +40,9 @@ class Connection(Protocol):
 class Connections:
     """Keeps the connections of one worker within the limits of its options.
 
-    If a limit is reached, a new connection replaces the one with the earliest deadline. That is
-    usually one with a half-sent request, else an idle one, never one whose request is being
-    answered.
+    If a limit is reached, a new connection replaces the one with the earliest deadline. Usually
+    this is a connection with a half-sent request, otherwise an idle one. A connection whose request
+    is being answered is never replaced.
     """
 
     def __init__(self, options: Options) -> None:
@@ -56,7 +56,7 @@ class Connections:
         self.is_draining = False
 
     def add(self, connection: Connection) -> bool:
-        """Count a new connection; return False if a limit is reached and none can be closed."""
+        """Count a new connection; return False if a limit is reached and no other can be closed."""
         group = self._by_address[_client(connection.address)]
         is_admitted = True
         if len(group) >= self._most_per_address:

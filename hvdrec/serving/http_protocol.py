@@ -18,8 +18,8 @@ from hvdrec.serving.options import Options
 from hvdrec.serving.problems import Problem, unavailable
 
 KEEP_ALIVE_SECONDS = 75
-"""Time after which an idle connection is closed. Load balancers close theirs earlier, so they never
-send a request on a connection that is just being closed."""
+"""Time after which an idle connection is closed. Load balancers close their idle connections
+earlier, so they never send a request on a connection that is just being closed."""
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 1 << 20
 """After a refusal, up to this much more input is read and discarded. If input were left unread, the
@@ -27,12 +27,12 @@ operating system would reset the connection, and the client might not see the re
 SLOWEST_READER = 10 * 1024
 """Lowest accepted speed at which a client reads responses, in bytes per second."""
 SLICE = 8192
-"""Number of bytes parsed at a time. Pipelined requests in the rest wait unparsed, since parsed
-requests take more memory."""
+"""Number of bytes parsed at a time. Pipelined requests in the rest of the input wait unparsed,
+since parsed requests take more memory."""
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """A connection that is closed if its client exceeds a limit, so that others do not suffer."""
+    """A connection that is closed if its client exceeds a limit, to protect all other clients."""
 
     deadline: float = math.inf
 
@@ -156,7 +156,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(self._parser_problem)
 
     def shutdown(self) -> None:
-        """Close the connection if it is idle, else after the response to the request begun."""
+        """Close the connection: at once if it is idle, else after the response in progress."""
         if not self._is_in_header:
             super().shutdown()
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics. Several workers write theirs to files, which any of them can add up."""
+"""Prometheus metrics. Each of several workers writes files, and any worker can add these up."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def remove_shared_folder() -> None:
 
 
 class Metrics:
-    """The metrics of one worker. Their Prometheus help texts describe them."""
+    """The metrics of one worker; each has a help text for Prometheus that describes it."""
 
     def __init__(self) -> None:
         """Create all metrics with value zero."""

@@ -24,7 +24,8 @@ from hvdrec.serving.stopping import SIGNALS, StopSignals, drop_new_connections
 
 BACKLOG = 2048
 SHUTDOWN_SECONDS = 30
-"""Longest time that requests in progress may take to finish after no more are accepted."""
+"""Longest time that requests in progress may take to finish after new ones are no longer
+accepted."""
 
 
 def run(options: Options) -> None:
@@ -64,7 +65,7 @@ class _Workers(Multiprocess):
             raise SystemExit(128 + self._killed_by)
 
     def terminate_all(self) -> None:
-        """Stop all workers, and close the port in this process just before they close it."""
+        """Stop all workers; close the port in this process just before the workers close it."""
         super().terminate_all()
         end = time.monotonic() + self._drain
         while not self._killed_by and (left := end - time.monotonic()) > 0:
@@ -87,7 +88,7 @@ class _Stopped(BaseException):
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """End the ``with`` body on SIGTERM or SIGINT; uvicorn raises them again when it has stopped."""
+    """End the ``with`` body on SIGTERM or SIGINT; uvicorn raises the signal again as it stops."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stopped

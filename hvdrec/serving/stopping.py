@@ -53,9 +53,10 @@ class StopSignals:
 def drop_new_connections(listener: socket.socket) -> None:
     """Ignore new connections to a listening socket that is closed a moment later.
 
-    The kernel establishes connections before the process accepts them; those not accepted yet are
-    reset when the socket is closed. With a filter that drops every packet the kernel establishes
-    none. The clients' kernels try again after a second and find the port closed.
+    The kernel establishes connections before the process accepts them. When the socket is closed,
+    the kernel resets connections that were established but not accepted. A filter that drops every
+    packet keeps the kernel from establishing more of them. The clients' kernels try again after a
+    second and find the port closed.
     """
     if sys.platform != "linux":
         return
@@ -73,9 +74,9 @@ def drained_before_stop(
     """Delay the stop of the server while the ``with`` body runs, so that clients can leave first.
 
     On a signal to stop, ``drain`` is called at once. The handler that was installed before, which
-    stops the server, is called ``seconds`` later. A second signal ends the process at once. Only if
-    it is one of several workers is the second signal ignored: a terminal or a service manager
-    signals all processes, and the workers' parent decides.
+    stops the server, is called ``seconds`` later. A second signal ends the process at once. One of
+    several workers ignores the second signal: a terminal or a service manager signals all
+    processes, and the workers' parent process decides.
 
     Args:
         drain: Function that starts to close connections.

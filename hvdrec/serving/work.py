@@ -94,7 +94,7 @@ def recommend(scorer: Scorer, values: Any, max_candidates: int) -> Answer:
 def _with_tasks(
     scorer: Scorer, body: RecommendBody, items: list[Recommendation]
 ) -> list[dict[str, Any]]:
-    """Add the probability of each task to recommended items, which are scored again for it."""
+    """Add the probability of each task to recommended items; this scores the items again."""
     keys = [item.item for item in items]
     by_task = _scored(lambda: scorer.score_tasks(body.user, keys, body.scene))
     columns = [by_task[task].tolist() for task in scorer.tasks]
