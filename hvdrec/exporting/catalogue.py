@@ -38,8 +38,8 @@ def write_catalogue(
 
     Popularity is the number of positive rows of an item in the training split. The trending count
     is the number in the last ``export.trending_days`` of the log, or the popularity if the samples
-    have no times. The seen items of a user are those of positive rows, or those of all rows if
-    ``evaluate.seen = "shown"``. Trending counts and seen items use the splits that
+    have no times. The seen items of a user are the items of the user's positive rows, or of all the
+    user's rows if ``evaluate.seen = "shown"``. Trending counts and seen items use the splits that
     ``export.users_as_of`` names.
 
     Args:
@@ -51,9 +51,9 @@ def write_catalogue(
         users_know: One of `samples.split.STATES`: the splits that the users' embeddings depend on.
 
     Returns:
-        What the users' and the items' data were computed from, for the manifest. ``users`` and
-        ``items`` each hold the names of the ``splits`` and the latest time in them, ``until``.
-        ``time`` is the name of the time column; ``type`` is "timestamp" or "number".
+        Facts for the manifest about the log rows that the users' and the items' data depend on.
+        ``users`` and ``items`` each hold the names of the ``splits`` and the latest time in them,
+        ``until``. ``time`` is the name of the time column; ``type`` is "timestamp" or "number".
     """
     schema, export = config.schema, config.export
     item_order = np.argsort(key_array(items[schema.item_key]), kind="stable")
@@ -154,7 +154,7 @@ def _read_log(config: Config, users: pa.ChunkedArray, items: pa.ChunkedArray) ->
 def _write_known(draft: Path, log: _Log, state: int, users: int) -> dict[str, Any]:
     """Write the latest sample time that each user's data depend on; return facts for the manifest.
 
-    `state` is the number of the last split that the users' data depend on. Those of items depend
+    `state` is the number of the last split that the users' data depend on. The items' data depend
     only on the training split.
     """
     known, trained = log.until(state), log.until(0)

@@ -1,4 +1,4 @@
-"""Compute the embeddings of all users and items with the towers of the bundle that stores them."""
+"""Compute the embeddings of users and items that a bundle stores, with the bundle's own towers."""
 
 from __future__ import annotations
 

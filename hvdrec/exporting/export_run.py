@@ -85,13 +85,13 @@ def export(
         overwrite: Replace a bundle that is already there.
         allow_worse: Export a model even if simple baselines are better on the validation split.
         workers: Number of processes that share the work, except under mpirun; 0 for one per core,
-            at most 8. The bundle does not depend on it.
+            at most 8. The bundle does not depend on their number.
         progress: Whether the first rank prints the steps on standard error.
 
     Raises:
         UserError: The run cannot be read; a field cannot be overridden; there is a bundle already;
             the model is worse than a simple baseline; or the bundle's scores differ from those of
-            PyTorch by more than ``export.tolerance``. Then no bundle is written.
+            PyTorch by more than ``export.tolerance``. In all these cases, no bundle is written.
     """
     changes = dict(overrides or {}) | ({} if to is None else {"paths.bundle": str(to)})
     with open_pool(workers) as pool:

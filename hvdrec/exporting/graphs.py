@@ -177,8 +177,8 @@ def parsed(
         outputs: Declarations of the outputs.
         nodes: The nodes, such as ``sum = Add (left, right)``.
         constants: Name -> value of the constants that the nodes read.
-        names: Name in the text -> name in the graph, for the tensors whose name matters. The others
-            get the name that `inner` returns.
+        names: Name in the text -> name in the graph, for the tensors whose name matters. All other
+            tensors get the name that `inner` returns.
     """
     signature = f"{name} ({', '.join(inputs)}) => ({', '.join(outputs)})"
     header = f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>'
@@ -190,12 +190,12 @@ def parsed(
 
 
 def inner(name: str) -> str:
-    """Return a name for a tensor inside a graph that cannot be the name of a raw column."""
+    """Return a name for an inner tensor of a graph; no raw column can have this name."""
     return f"{PREFIX}inner/{name}"
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    """Rename all tensors of a graph and its subgraphs as `names` says, the others by `inner`."""
+    """Rename the tensors of a graph and its subgraphs: as `names` says, else by `inner`."""
 
     def new(name: str) -> str:
         return names.get(name, inner(name)) if name else ""

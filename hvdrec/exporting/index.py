@@ -46,10 +46,11 @@ def require_index_library(export: Export) -> None:
 def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dict[str, Any] | None:
     """Build the index over the items of a bundle, unless an exact search is faster anyway.
 
-    The search effort is tuned on up to QUERIES stored users. It is the smallest with which the
-    index finds on average GOAL of the first AT items of an exact search. If there is none, it is
-    the largest that is faster than an exact search. With the same version of faiss (from 1.15 on),
-    the same embeddings give the same file, for any number of threads.
+    The search effort is tuned on up to QUERIES stored users. The smallest effort is chosen with
+    which the index finds, on average, the share GOAL of the first AT items of an exact search. If
+    no effort achieves this, the largest effort is chosen with which the index is faster than an
+    exact search. With the same version of faiss (from 1.15 on), the same embeddings give the same
+    file, for any number of threads.
 
     Args:
         draft: The bundle's directory before it is published.
@@ -57,7 +58,7 @@ def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dic
         notify: Called with lines about the progress.
 
     Returns:
-        What the manifest says about the index; None if no index was written.
+        The entry of the manifest that describes the index; None if no index was written.
     """
     exact = ExactSearch(*_stored(draft / "items"))
     if len(exact) < SEARCH_EFFORTS[0] * COST:
@@ -97,7 +98,7 @@ def write_index(draft: Path, width: int, notify: Notify = lambda _: None) -> dic
 def lengths_differ(vectors: Array) -> bool:
     """Return True if the vectors' lengths differ.
 
-    The vector nearest to a query may then not be the one with the largest inner product.
+    If they do, the vector nearest to a query may not have the largest inner product with it.
     """
     lengths = np.linalg.norm(vectors, axis=1)
     least, most = lengths.min(initial=np.inf), lengths.max(initial=0.0)
@@ -116,7 +117,7 @@ def lengthened(vectors: Array) -> Array:
 
 
 def breadth_first(links: Array, start: int) -> Array:
-    """Order the nodes of a graph by a breadth-first search; unreachable ones come last.
+    """Order the nodes of a graph by a breadth-first search; unreachable nodes come last.
 
     Args:
         links: int32 [n, most], the neighbours of each node, padded with -1.

@@ -1,8 +1,8 @@
-"""Find rows to score that the stored embedding of their user already depends on.
+"""Find rows to score that are not later than the data in their user's stored embedding.
 
 The embedding that a bundle stores for a user depends on the log up to some time. If a row to score
-is not later, such as a held-out row of an evaluation, the embedding already reflects it. Its score
-by user key is then better than it would have been online.
+is not later than this time, such as a held-out row of an evaluation, the embedding already reflects
+the row. The row's score by user key is then better than it would have been online.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class KnownRows:
             self._column = next((name for name in times if name in names), "")
 
     def count(self, batch: pa.RecordBatch) -> None:
-        """Count such rows in a batch."""
+        """Count the rows of a batch that are not later than the data of their user's embedding."""
         self._rows += batch.num_rows
         if not self._uses_keys or not self._column or self._record is None:
             return
@@ -76,7 +76,7 @@ class KnownRows:
         self._known += int((times[1] <= until).sum())
 
     def warnings(self) -> list[str]:
-        """Return a line if there are such rows, or if this cannot be determined."""
+        """Return one line if rows were counted, or if it is not known how late the rows are."""
         if not self._uses_keys or not self._rows:
             return []
         if self._record is None:

@@ -34,10 +34,11 @@ def largest_difference(
 ) -> tuple[int, float]:
     """Score rows of the test split with the bundle and with torch, and compare the scores.
 
-    The rows are spread evenly over the split. `Scorer.score` scores each of them three times: with
-    its raw values, where torch reads the encoded shards; with the item's key instead of its values,
-    where torch reads the encoded catalogue; and with some values unknown, missing or NaN, where
-    torch reads the output of the preprocessing graph. If the model has tasks (several labels), the
+    The rows are spread evenly over the split. `Scorer.score` scores each row three times, and torch
+    scores the same row from codes. First, the bundle gets the raw values, and torch gets the
+    encoded shards. Then the bundle gets the item's key instead of the item's values, and torch gets
+    the item's codes from the encoded catalogue. Last, some values are unknown, missing or NaN, and
+    torch gets the output of the preprocessing graph. If the model has tasks (several labels), the
     probability of each is compared too.
 
     Args:
@@ -47,7 +48,8 @@ def largest_difference(
         fitted: The fitted features.
 
     Returns:
-        Number of scores compared; largest absolute difference, infinite if a score is NaN.
+        The number of scores compared, and their largest absolute difference, which is infinite if a
+        score is NaN.
     """
     samples, features = config.paths.of("samples"), config.paths.of("features")
     schema = config.schema
@@ -119,7 +121,7 @@ def _torch_scores(model: Recommender, codes: Arrays, block: int = 4096) -> NDArr
 
 
 def _corrupted(schema: Schema, number: int, row: Row) -> Row:
-    """Make some values of a row unknown or missing; its number decides which ones."""
+    """Make some values of a row unknown or missing; the row's number decides which values."""
     corrupted = dict(row)
     dtypes = {column.name: column.dtype for column in schema.columns()}
     for key, every in ((schema.user_key, 2), (schema.item_key, 3)):
@@ -141,7 +143,7 @@ def _encoded(graph: bytes, schema: Schema, table: pa.Table) -> Arrays:
 
 
 def _combined(fitted: Fitted, codes: Arrays) -> Arrays:
-    """Compute the scene features that combine other features, from the codes of those."""
+    """Compute the scene features that combine other features, from the codes of these features."""
     features = [feature for feature in fitted.schema.side("scene") if feature.sources]
     if not features:
         return {}

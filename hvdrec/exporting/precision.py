@@ -148,12 +148,12 @@ def _inner_layers(graph: onnx.GraphProto) -> list[str]:
     """Return the names of the MatMul nodes of the ranker's inner layers, in order.
 
     Their weights are constants, and they run once per item. The first layer is left out: it is a
-    sum of several MatMuls, and its errors would reach all other layers. The last layer of each
-    output is left out too: it is small, and errors in logits do not average out.
+    sum of several MatMuls, and its errors would propagate to all other layers. The last layer of
+    each output is left out too: it is small, and errors in logits do not average out.
     """
     constants = {weight.name for weight in graph.initializer}
     inputs = {value.name for value in graph.input}
-    # A column has the prefixed name only if a raw column has the plain name.
+    # The input has the prefixed name only if a raw column has the plain name.
     items = next(n for n in (f"{PREFIX}item_embedding", "item_embedding") if n in inputs)
     before: dict[str, frozenset[str]] = {items: frozenset(), inner("first"): frozenset()}
     followed: set[str] = set()

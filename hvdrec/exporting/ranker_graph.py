@@ -1,4 +1,4 @@
-"""The ranker's ONNX graph, which computes once per request what does not depend on the item.
+"""The ranker's ONNX graph. It computes terms that do not depend on the item once per request.
 
 The scene is the context of a request: time, place, device, placement. The ranker's first layer is
 linear. Its input consists of the embeddings of user and item, their element-wise product, matches,
@@ -7,13 +7,15 @@ the scene, and pairs. So its output for an item is
     user W_u + scene W_s + b  +  item (W_i + diag(user) W_p)  +  pairs W_x.
 
 The first three terms and the matrix in parentheses are computed once per request. An item then
-costs one product with this matrix, at most a fourth of the whole layer. A match is the inner
-product of some columns of user and item: in W_p, each of these columns has the match's row of
-weights. Pairs are scene features that combine item features (`crossed`); they differ per item.
+costs one product with this matrix, at most a fourth of the cost of the whole layer. A match is the
+inner product of some user columns and as many item columns. In W_p, the match's row of weights is
+repeated for each of these columns. Pairs are scene features that combine item features (`crossed`);
+they differ per item.
 
 In shapes, R is the number of requests, N the number of items, U and I the widths of a user's and an
 item's representation, and H the width of the first layer's output. P is the number of products of a
-user column and an item column: first those of the towers' outputs, then those of matches.
+user column and an item column: first the products of the towers' outputs, then the products of the
+matches.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ def _output_names(model: Recommender) -> list[str]:
 
 
 def _inner_product(model: Recommender) -> Factored:
-    """Write a model without a ranker as `Factored`: the towers' inner product / temperature."""
+    """Express a model without a ranker as `Factored`; logit = inner product / temperature."""
     weight = np.full((model.output_width, 1), 1 / model.temperature, dtype=np.float32)
     columns = _columns([(0, model.output_width)])
     return Factored(
@@ -279,7 +281,7 @@ is_one = Equal (requests, one)
 def _first_layer(parts: Factored, model: Recommender) -> onnx.ModelProto:
     """Return the graph that adds the terms of the first layer.
 
-    Graphs of `Factored.request` and `Factored.pairs` compute its inputs.
+    The graphs of `Factored.request` and `Factored.pairs` compute ``shared`` and ``pair_terms``.
     """
     item_width, hidden = parts.item.shape
     inputs = [

@@ -35,8 +35,8 @@ class _Columns:
     """How the columns of a file are used.
 
     Attributes:
-        user: Fields to read for users: the key and raw features. If it is only the key, the stored
-            embeddings are used.
+        user: Fields to read for users: the key and raw features. If there is only the key, the
+            stored embeddings are used.
         item: Fields to read for items, in the same way.
         scene: Scene fields to read.
         kept: Names of the columns that are copied.
@@ -62,15 +62,15 @@ def score_table(
     """Score every row of a Parquet file; write the rows and a new column ``score`` to another file.
 
     If the bundle predicts several tasks (labels), a column ``score_NAME`` is added for each. If the
-    file has a column ``score`` from an earlier scoring, it is replaced. If ``score`` is the name of
-    a feature or of a column of the log, the new column is called ``__hvdrec_score``.
+    file has a column ``score`` from an earlier scoring, this column is replaced. If ``score`` is
+    the name of a feature or of a column of the log, the new column is called ``__hvdrec_score``.
 
     Args:
         bundle: Directory of the bundle.
         source: Parquet file with columns of the types that `hvdrec samples` accepts. It must have
-            the user key, the item key and all scene fields. It must have all other raw features of
-            users, or none of them: then the users' stored embeddings are used. The same holds for
-            items.
+            the user key, the item key and all scene fields. It must have either all other raw
+            features of users or none of them. If it has none, the users' stored embeddings are
+            used. The same holds for items.
         target: File to write; it appears only when it is complete.
         defaults: True to accept missing and unknown columns. Missing scene fields take their
             defaults, other missing features are missing values, unknown columns are copied.
@@ -187,7 +187,8 @@ def _log_columns(info: BundleInfo) -> set[str]:
 def _underived(info: BundleInfo, source: Path, names: Collection[str]) -> Iterator[str]:
     """Yield a line for each feature that the samples derived from a log column of the same name.
 
-    A file with other columns of the log is taken for the log, which has the value before that.
+    Only a file with other columns of the log is checked. It is probably the log itself, which has
+    the values from before the derivation.
     """
     meta: Mapping[str, Any] = info.manifest["meta"]
     features = {field.name for field in info.fields} | {info.user_key, info.item_key}

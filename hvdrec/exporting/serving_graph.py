@@ -17,7 +17,7 @@ from hvdrec.features.graph import output_name
 from hvdrec.models.recommender import Recommender
 
 PAIRED = f"{PREFIX}paired/"
-"""Prefix of the names of a request's codes after they are repeated for each of its items."""
+"""Prefix of the names of a request's codes after they are repeated for each item of the request."""
 
 
 def ranker(model: Recommender, fitted: Fitted) -> onnx.ModelProto:

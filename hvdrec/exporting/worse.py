@@ -1,4 +1,4 @@
-"""Compare a model with simple baselines before export; a worse one is exported only on request."""
+"""Before export, compare a model with simple baselines; export a worse model only on request."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ def _write_entities(
 ) -> dict[str, Any]:
     """Write the data of users and items; return facts about them for the manifest's ``meta``.
 
-    `users` are the users as of the end of the splits that `state`, one of `samples.split.STATES`,
-    includes.
+    `state` is one of `samples.split.STATES`. `users` are the users as of the end of the splits that
+    this state includes.
     """
     items = pq.read_table(config.paths.of("samples") / "items.parquet")
     notify("embedding users")
