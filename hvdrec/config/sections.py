@@ -341,7 +341,7 @@ class Promote:
     slice_auc: NonNegativeFloat = 0.02
     """Largest loss of AUC over the rows with one value."""
     max_age_hours: NonNegativeFloat = 0.0
-    """Largest age of the newest row. 0: any age, but not older than that of the model that
-    serves."""
+    """Largest age of the newest row. 0: any age, but the newest row must not be older than it was
+    when the model that serves was promoted."""
     keep: PositiveInt = 10
     """Number of versions to keep, in addition to the current one and the one before it."""
