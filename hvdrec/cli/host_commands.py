@@ -55,7 +55,7 @@ def hosts(options: argparse.Namespace) -> Answer:
 
 
 def _with_features(paths: list[Path]) -> list[Path]:
-    """Return the paths, and for each of them that is a configuration its features directory."""
+    """Return the paths and, for each path of a configuration, the directory of its features."""
     from hvdrec.config import load_config
 
     files = [path for path in paths if path.suffix == ".toml"]

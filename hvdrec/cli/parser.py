@@ -140,7 +140,7 @@ def _add_fields(
 
 
 def _refuse_urls(options: argparse.Namespace) -> None:
-    """Raise UserError if a directory is given as a URL; `Path` has removed one of its slashes."""
+    """Raise UserError if a directory is given as a URL, of which `Path` has removed one slash."""
     for name in ("bundle", "run"):
         scheme, separator, rest = str(getattr(options, name, "")).partition(":/")
         if separator and scheme.isalnum():

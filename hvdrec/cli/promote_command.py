@@ -56,7 +56,7 @@ other uses:
     fields=("promote.", *EXPORT_FIELDS),
 )
 def promote(options: argparse.Namespace) -> Answer:
-    """Publish the bundle of a run if it is no worse than the one that serves."""
+    """Publish the bundle of a run if it is not worse than the bundle that serves."""
     from hvdrec.parallel.pool import open_pool
     from hvdrec.promotion.promote import promote
 
@@ -86,7 +86,7 @@ def promote(options: argparse.Namespace) -> Answer:
 
 
 def _published(options: argparse.Namespace) -> Published:
-    """Return the versions that --to, or else the configuration of the run, names."""
+    """Return the published versions in the directory of --to, else of the run's configuration."""
     from hvdrec.promotion.promote import published_at
     from hvdrec.promotion.versions import Published
     from hvdrec.training.checkpoint import read_config

@@ -55,7 +55,7 @@ def render_evaluation(report: Mapping[str, Any]) -> str:
 
 
 def _render_event_groups(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Format the metrics by length of the history, and those with sampled negatives."""
+    """Format the metrics by length of the history, and the metrics with sampled negatives."""
     model = columns["model"]
     first = next(iter(model))
     others = (first, first.replace("hit_rate", "ndcg"))
@@ -141,7 +141,7 @@ def render_search(search: TuneResult) -> str:
 
 
 def _short_names(fields: list[str]) -> dict[str, str]:
-    """Return the last part of each field's name, or the whole name if others end in that part."""
+    """Return the last part of each field's name, or the whole name if another ends in that part."""
     names = [field.rpartition(".")[2] for field in fields]
     return {
         field: name if names.count(name) == 1 else field

@@ -60,8 +60,9 @@ def top(options: argparse.Namespace) -> Answer:
 def report(options: argparse.Namespace) -> Answer:
     """Write a report of a run as one HTML file, and a model card in Markdown.
 
-    It holds what hvdrec evaluate prints, curves, slices, confidence intervals, the effect of the
-    scene and of each feature, and lists of users. The file needs no network and can be printed.
+    The report holds the tables that hvdrec evaluate prints, curves, slices, confidence intervals,
+    the effect of the scene and of each feature, and lists of recommended items for some users. The
+    file needs no network and can be printed.
     """
     from hvdrec.reporting.report import report
 

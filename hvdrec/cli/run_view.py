@@ -14,7 +14,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH, BAR_WIDTH = 48, 40
 EPOCHS_SHOWN = 12
 SILENT_SECONDS = 120.0
-"""A run without an end whose log is older than this may have stopped."""
+"""A run that has not finished may have stopped if its log is older than this."""
 
 
 def run_state(history: RunHistory, age: float) -> str:

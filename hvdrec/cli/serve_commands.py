@@ -115,7 +115,7 @@ def recommend(options: argparse.Namespace) -> Answer:
     example="hvdrec score runs/movielens-1m/bundle pairs.parquet scored.parquet",
 )
 def score(options: argparse.Namespace) -> Answer:
-    """Score the rows of a Parquet file of raw values; write them with scores to another file."""
+    """Score the rows of a Parquet file of raw values; write rows and scores to another file."""
     from hvdrec.exporting.score_file import score_table
 
     facts = score_table(
@@ -169,7 +169,7 @@ def publish(options: argparse.Namespace) -> Answer:
     add_serve_arguments, example="hvdrec serve runs/movielens-1m/bundle --port 8080 --workers 2"
 )
 def serve(options: argparse.Namespace) -> Answer:
-    """Serve a bundle over HTTP until SIGTERM or SIGINT; load a new bundle that replaces it."""
+    """Serve a bundle over HTTP until SIGTERM or SIGINT; reload if another bundle replaces it."""
     from hvdrec.serving import from_arguments, serve
 
     serve(from_arguments(options))
