@@ -110,14 +110,14 @@ def test_paths_and_urls_are_parsed(tmp_path: Path) -> None:
     assert (as_location("s3://bucket/a") / "b").name == "b"
 
 
-def test_only_features_and_bundles_may_be_remote() -> None:
+def test_only_raw_tables_features_and_bundles_may_be_remote() -> None:
     features = (Feature("user_id"), Feature("item_id", side="item"))
-    paths = Paths(work="w", features="s3://b/features", bundle="gs://b/bundle")
+    paths = Paths("s3://b/raw", work="w", features="s3://b/features", bundle="gs://b/bundle")
     config = Config("run", features, paths=paths)
     assert config.paths.of("features") == Url("s3://b/features")
     assert config.paths.of("bundle") == Url("gs://b/bundle")
     assert config.paths.of("samples") == Path("w/samples")
-    for key in ("raw", "work", "samples", "run"):
+    for key in ("work", "samples", "run"):
         with pytest.raises(UserError, match=rf"^paths\.{key} = 's3://b/x': must be a directory; "):
             Config("run", features, paths=Paths(**{key: "s3://b/x"}))
 
