@@ -14,8 +14,8 @@ class Batch:
     """n rows as tensors: samples, followed by padding rows that are zero in every column.
 
     Attributes:
-        features: Feature name -> integer codes [n], codes [n, max_length] of lists padded with 0,
-            or numbers, float32 [n].
+        features: Feature name -> integer codes [n]; for a list feature, codes [n, max_length]
+            padded with 0; for a plain number, float32 [n].
         user_index: The number of each row's user, int64 [n].
         item_index: The number of each row's item, int64 [n].
         label: The label of each row, float32 [n].

@@ -332,7 +332,8 @@ class ShardLoader:
             if names[0] in self._layout.lists:
                 tensors[names[0]] = matrix
             else:
-                # Feature columns stay views of one matrix, so the model can join them by one copy.
+                # Feature columns stay views of one matrix, so the model can copy all of them at
+                # once.
                 is_key = names[0] in self._row_columns
                 columns = matrix.t().contiguous().unbind() if is_key else matrix.unbind(1)
                 tensors.update(zip(names, columns, strict=True))

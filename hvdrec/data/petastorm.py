@@ -54,7 +54,7 @@ class RowGroupCache:
     """
 
     def __init__(self, directory: Path, size_bytes: int, versions: Mapping[str, str]) -> None:
-        """Create or open the cache; if it exceeds `size_bytes`, it evicts the oldest row groups.
+        """Create or open the cache, which evicts the oldest row groups if it exceeds `size_bytes`.
 
         `versions` maps the path of each shard to a text that changes when the shard's content
         changes.
@@ -253,7 +253,8 @@ class _Worker(WorkerBase):  # type: ignore[misc] # petastorm is untyped
         def read() -> pa.Table:
             return retried(lambda: self._read(file, group), file, stopped=job.stopped)
 
-        # Petastorm would print a raised exception and deliver it before earlier results.
+        # Petastorm would print a raised exception and deliver it before results of earlier row
+        # groups.
         try:
             cache = job.store.cache
             result = cache.get(file, group, job.columns, read) if cache else read()

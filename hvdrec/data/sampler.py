@@ -44,7 +44,7 @@ class Fragment:
 
     Attributes:
         group: Index of the row group.
-        start: First position.
+        start: First position in the row group, or in `chosen` if it is given.
         stop: End position, exclusive.
         chosen: Row numbers within the group, int64 and ascending; None for all rows.
     """
