@@ -212,8 +212,8 @@ class EmbeddingTables(nn.Module):
 
         Args:
             features: The features to look up.
-            codes: Feature name -> int64 codes [rows], codes [rows, list length] of lists padded
-                with 0, or plain numbers, float [rows].
+            codes: Feature name -> int64 codes [rows]; for a list feature, codes [rows, list length]
+                padded with 0; for a plain number, float [rows].
             rows: The embedding rows that the batch needs; None if this module holds the tables.
 
         Returns:

@@ -30,8 +30,8 @@ from hvdrec.models.layers import (
 from hvdrec.models.tasks import TaskRanker, combined_score
 
 Codes = Mapping[str, Tensor]
-"""Feature name -> int64 codes [rows], codes [rows, list length] of lists padded with 0, or plain
-numbers [rows]."""
+"""Feature name -> int64 codes [rows]; for a list feature, codes [rows, list length] padded with 0;
+for a plain number, its values [rows]."""
 POOLS = {"attention": AttentionPooling, "self-attention": SelfAttentionPooling}
 
 
