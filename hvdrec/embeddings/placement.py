@@ -109,6 +109,6 @@ def group_tables(
 def bytes_per_rank(groups: Sequence[TableGroup], state_widths: Mapping[int, int]) -> int:
     """Return the bytes that embedding rows and their optimizer state take on a rank, as float32.
 
-    `state_widths` says for each table width how many numbers of optimizer state a row has.
+    `state_widths` maps each table width to the number of optimizer state values of a row.
     """
     return sum(4 * g.local_rows * (g.width + state_widths[g.width]) for g in groups)
