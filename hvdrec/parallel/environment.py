@@ -14,8 +14,8 @@ import psutil
 from hvdrec.errors import UserError, invalid_value
 
 LAUNCHER_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""One of these is set if horovodrun or an MPI launcher started the process. Its value may be
-wrong."""
+"""One of these is set if horovodrun or an MPI launcher started the process. The value may be wrong,
+so only its presence is checked."""
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE")
 """The number of processes that the launcher started; used only to check Horovod's world size."""
 BACKEND_VARIABLES = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
@@ -66,7 +66,7 @@ def set_horovod_defaults() -> None:
 
 
 def record_timeline(file: Path) -> None:
-    """Let Horovod write its timeline to a file; call this before Horovod starts.
+    """Let Horovod write its timeline to a file; call this function before Horovod starts.
 
     Raises:
         UserError: The directory of the file does not exist, or the file cannot be written.
@@ -95,7 +95,7 @@ def check_process_count(host: str, size: int) -> None:
 
 
 def check_gloo_address(host: str) -> None:
-    """Check that Gloo, if it is used, can listen on this host's addresses; else it would crash.
+    """Check that Gloo, if it is used, can listen on this host's addresses; otherwise Gloo crashes.
 
     Gloo uses the network interface in HOROVOD_GLOO_IFACE for some connections. For others it uses
     the address to which the host's name resolves, which other hosts must be able to reach.

@@ -37,7 +37,8 @@ DEFAULT_WORKERS, HEAD_START_SECONDS = 8, 1.0
 """The largest number of workers by default, and how long this process works alone before it starts
 others. Each worker needs a second to start, and memory of its own."""
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Set by MPI launchers, `horovodrun --mpi` included. Their values differ between launchers."""
+"""Set by MPI launchers, `horovodrun --mpi` included. Only their presence is checked, because
+launchers give them different values."""
 FOLLOW_SECONDS = 10.0
 """Time that the other ranks wait after an error, so that rank 0 reports it and the launcher then
 stops them."""
@@ -68,9 +69,9 @@ class WorkerPool:
     ) -> Generator[Result, None, None]:
         """Yield the result of each task, in the order of the tasks.
 
-        Tasks are taken from the iterable when a worker is free. Instead of waiting, this process
-        runs tasks itself. If a task fails or the generator is closed, tasks that have not started
-        are cancelled and running ones are awaited, so that no helper works afterwards.
+        Tasks are taken from the iterable when a worker is free. Instead of waiting for helpers,
+        this process runs tasks itself. If a task fails or the generator is closed, tasks that have
+        not started are cancelled and running ones are awaited, so that no helper works afterwards.
 
         Raises:
             UserError: A helper process has died.

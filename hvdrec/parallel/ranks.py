@@ -155,8 +155,8 @@ def wait(handle: int) -> Any:
     """Wait for a collective and return its result, as ``hvd.synchronize`` does.
 
     ``hvd.synchronize`` keeps a core busy while it waits. Horovod's own thread and other ranks of
-    the host may need that core: with two ranks per core, steps took ten times as long. This
-    function sleeps between polls.
+    the host may need that core: with two ranks per core, steps took ten times as long with
+    ``hvd.synchronize``. This function sleeps between polls.
     """
     global _waited_seconds  # noqa: PLW0603 -- a counter of the process
     import horovod.torch as hvd

@@ -6,8 +6,8 @@ rank that fails sends a message. A broken connection means that a rank has ended
 long means that it is suspended or unreachable. The rank that notices the problem reports it in one
 line and ends; then all others end.
 
-Horovod's stall shutdown does not help here: if a rank was suspended (SIGSTOP), jobs with Gloo and
-with MPI hung, because Horovod's coordinator itself waits for that rank.
+Horovod's stall shutdown does not help here: when a rank was suspended (SIGSTOP), jobs hung, with
+Gloo and with MPI, because Horovod's coordinator itself waits for that rank.
 """
 
 from __future__ import annotations
