@@ -113,7 +113,7 @@ def _trial_steps(config: Config, rows: int) -> int:
 
 
 def _shuffle_rows(config: Config, rows: int) -> int:
-    """Return the size of a trial's shuffle window in rows; if small, most steps include reading."""
+    """Return the rows of a trial's shuffle window: so few that most steps include reading."""
     return min(config.loader.shuffle_rows, rows * TRIAL_STEPS)
 
 
@@ -139,7 +139,8 @@ def _time_step(
     """Take `count` training steps with `rows` rows per rank and return the seconds per step.
 
     A job of one rank stops after TRIAL_SECONDS. Each third of the steps gives a mean time; the
-    median of the three means is returned, so that a short load on the machine does not count.
+    median of the three means is returned, so that a short peak of other load does not distort the
+    result.
     """
     torch.manual_seed(0)
     config = replace(

@@ -131,8 +131,8 @@ def predict_step(
 ) -> StepCost:
     """Predict the cost of a training step.
 
-    `groups` are the embedding tables, placed on the ranks of the cluster. `state_widths` says for
-    each table width how many numbers of optimizer state a row has.
+    `groups` are the embedding tables, placed on the ranks of the cluster. `state_widths` maps each
+    table width to the number of optimizer state values of a row.
     """
     tables = _table_costs(groups, work, cluster.ranks, state_widths)
     # A dense parameter takes four float32 numbers: weight, gradient, and Adam's two moments.

@@ -37,7 +37,7 @@ def place_tables(config: Config, sizes: Mapping[str, int], ranks: int) -> tuple[
 
 
 def state_widths(config: Config, groups: Sequence[TableGroup]) -> dict[int, int]:
-    """Return, for each table width, how many numbers of optimizer state a row has."""
+    """Return, for each table width, the number of optimizer state values of a row."""
     optimizer = row_optimizer(config.train)
     return {group.width: optimizer.state_width(group.width) for group in groups}
 
