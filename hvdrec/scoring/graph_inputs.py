@@ -32,7 +32,7 @@ DESCRIPTIONS: Mapping[str, str] = {"string": "a string", "int": "an integer", "f
 def rows_to_inputs(fields: Sequence[Field], rows: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
     """Convert n rows of raw values to one array per field; see `column`.
 
-    A field that a row omits has the missing value there.
+    If a row omits a field, the field's array has the missing value in this row.
     """
     return {field.name: column(field, [row.get(field.name) for row in rows]) for field in fields}
 
@@ -206,7 +206,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _quoted(value: Any) -> str:
-    """Return the remedy if a number stands where a string is expected; "" for other values."""
+    """Return the remedy for a number where a string is expected; "" for other values."""
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     return f'pass "{shown(_plain(value))}"' if is_number else ""
 

@@ -83,7 +83,7 @@ class HnswSearch:
                     self.use(*opened)
 
     def use(self, index: Any, rows: Array) -> None:
-        """Search an open faiss index; ``rows`` holds the item row of each vector in it."""
+        """Use an open faiss index; ``rows`` holds the item row of each vector in the index."""
         self._rows = rows
         self._index = index  # last, since other threads check it
 

@@ -130,7 +130,7 @@ class Scorer:
 
         Raises:
             BundleError: The first bundle is missing, damaged or has another format.
-            StoreError: The first bundle's stores cannot answer.
+            StoreError: The stores of the first bundle do not answer.
         """
         check_count("threads", threads)
 
@@ -393,7 +393,7 @@ def _delegated(
 class WatchedScorer(BundleWatcher[Scorer]):
     """A scorer that switches to each new bundle at its path; returned by `Scorer.watch`.
 
-    A call uses the bundle that is current when it begins. Safe to share between threads.
+    A call uses the bundle that is current when the call begins. Safe to share between threads.
     """
 
     score = _delegated(Scorer.score)
