@@ -83,7 +83,7 @@ class History:
     name: str
     """Name of the new column. A feature of kind 'sequence' reads it."""
     where: str = ""
-    """SQL predicate that selects the interactions to list. Empty: those with label 1."""
+    """SQL predicate that selects the interactions to list. Empty: the interactions with label 1."""
     length: PositiveInt = 50
     """Maximum length of the list. The interactions nearest in time to the sample are kept."""
     scope: Literal["before", "others"] = "before"
@@ -148,14 +148,14 @@ class TableFormat:
     header: bool = True
     """csv: whether the first line holds the names of the columns."""
     columns: tuple[str, ...] = ()
-    """csv: names of all columns, in order; they replace those of the header. Empty: those of the
-    header, or column0, column1, ... without a header."""
+    """csv: names of all columns, in order; they replace the names in the header. Empty: the names
+    in the header; without a header, column0, column1, ..."""
     quote: Literal['"', "'", ""] = '"'
     """csv: the character around fields that contain delimiters. Empty: there is none."""
     nulls: tuple[str, ...] = ("",)
     """csv: texts that mean NULL, such as "NA" or "\\\\N"."""
     rename: dict[str, str] = field(default_factory=dict)
-    """New names of columns: old = new. Gives the keys of several tables one name."""
+    """New names of columns: old = new. Use it to give the keys of several tables the same name."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ class Exposures:
     """Columns that identify an exposure. Of several rows with the same values, the earliest counts.
     Empty: the user, the item, the time and the columns `on` of all [[samples.feedback]]."""
     end: str = ""
-    """End of the log: every event before it is in the tables. A number in samples.time_unit, or a
-    date and time such as '2024-05-01 00:00' (UTC). Empty: the latest time in any of the tables, or
-    the end of the previous run if that is later."""
+    """End of the log: every event before this time is in the tables. A number in samples.time_unit,
+    or a date and time such as '2024-05-01 00:00' (UTC). Empty: the latest time in any of the
+    tables, or the end of the previous run if that is later."""
     lateness: Duration = "0s"
     """How long after its time an event may still be missing from the log. An exposure is settled
     once its longest window and then this duration have passed."""
@@ -42,7 +42,7 @@ class Feedback:
     name: str
     """Name of the action, such as 'click': letters, digits and underscores."""
     table: str
-    """Table with a row for each action: as samples.interactions."""
+    """Table with a row for each action: a path or URL, as in samples.interactions."""
     on: Annotated[tuple[str, ...], MinLen(1)]
     """Columns that must be equal in both tables, such as request and item. 'item_id = asset' joins
     the exposures' column item_id to the column (or SQL expression) asset of the feedback."""

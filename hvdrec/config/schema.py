@@ -139,7 +139,7 @@ class Feature:
     """Width of the embedding; 0 means model.dimension. Features that share a table must have the
     same width."""
     min_count: PositiveInt = 1
-    """Values seen less often in the training split share the unknown code."""
+    """Values that occur less often in the training split share the unknown code."""
     max_length: PositiveInt = 50
     """Maximum length. Longer lists keep their first values, longer sequences their last."""
     transform: Transform = "standardize"
@@ -318,7 +318,7 @@ class Schema:
     def own_name(self, name: str) -> str:
         """Return the name for a column or tensor of hvdrec itself, such as ``label``.
 
-        It gets a prefix if a feature, a key or a raw column has this name.
+        The name gets a prefix if a feature, a key or a raw column has the same name.
         """
         return own_name(name, self._taken)
 

@@ -230,7 +230,7 @@ class Parallel:
 
     placement: Literal["auto", "replicated", "sharded"] = "auto"
     """replicated: each rank stores all rows of every embedding table. sharded: each rank stores a
-    part of the rows. auto: large tables are sharded, others replicated."""
+    part of the rows. auto: large tables are sharded, all other tables are replicated."""
     shard_from_mb: NonNegativeFloat = 16.0
     """auto: tables of at least this size (10^6 bytes of float32) are sharded."""
     kernel: Literal["auto", "torch", "fbgemm"] = "auto"
@@ -328,8 +328,8 @@ class Promote:
     calibration: NonNegativeFloat = 0.1
     """Largest increase of |ln(predicted positives / real positives)|."""
     coverage: NonNegativeFloat = 0.05
-    """Largest loss of the share of rows whose item is in the catalogue, and of the share of rows
-    with a known value of a feature."""
+    """Largest decrease of the share of rows whose item is in the catalogue and, for each feature,
+    of the share of rows with a known value."""
     drift: NonNegativeFloat = 0.5
     """Largest distance of the new scores from the old ones as distributions: their Wasserstein-1
     distance, in standard deviations of the old scores."""
