@@ -193,7 +193,7 @@ def _features_of(
 
 
 def _check_codes(feature: Feature, table: str, code: Array, size: int) -> None:
-    # Negative codes become huge unsigned integers, so one comparison also finds these.
+    # Negative codes become huge unsigned integers, so the comparison finds them, too.
     if code.size and code.astype(np.uint64).max() >= size:
         worst = int(code.min() if code.min() < 0 else code.max())
         raise UserError(
