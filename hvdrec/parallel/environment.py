@@ -26,7 +26,7 @@ DEFAULTS = {"HOROVOD_FUSION_THRESHOLD": "0"}
 """Tensor fusion is off: which tensors it joins depends on timing, so sums over three or more ranks
 would differ in the last bit from run to run."""
 SHARED_CORE_DEFAULTS = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-"""Set if Horovod's thread has no core of its own. Otherwise Open MPI keeps the core busy while it
+"""Set if Horovod's thread has no core of its own. By default, Open MPI keeps the core busy while it
 waits. Two ranks on two hyperthreads of a core reached 0.70 times the speed of two independent
 processes without this setting, and 0.92 times with it."""
 GLOO_SHARED_CORE_DEFAULTS = {"HOROVOD_CYCLE_TIME": "2"}
