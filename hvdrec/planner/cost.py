@@ -2,10 +2,10 @@
 
 The formulas count the bytes that each of N ranks sends for an embedding table of width w. A rank
 looks up U unique rows in its batch; all ranks together look up V unique rows. A sharded table takes
-U (N - 1) / N * (4 + 8 w) bytes: row indices, vectors and gradients. A replicated table takes 4 U (N
-- 1) + 8 w V (N - 1) / N bytes: row indices are gathered over a ring, and gradients are reduced over
-a ring. Dense gradients are reduced over a ring as well, most of them during the backward pass.
-`Constants` gives the time per byte and per message.
+U (N - 1) / N * (4 + 8 w) bytes: row indices, vectors and gradients. A replicated table takes
+4 U (N - 1) + 8 w V (N - 1) / N bytes: row indices are gathered over a ring, and gradients are
+reduced over a ring. Dense gradients are reduced over a ring as well, most of them during the
+backward pass. `Constants` gives the time per byte and per message.
 """
 
 from __future__ import annotations
