@@ -38,8 +38,8 @@ def grid_checksum(data: bytes | memoryview) -> int:
 
     The bytes are taken as 64-bit words in rows of `ROW_WORDS` words. The checksum is the CRC-32 of
     three parts: the bytes after the last whole row, the sums of the columns, and the sums of the
-    rows. Sums are modulo 2^64. For data in the CPU's cache, it processes 12.8 GB/s; a CRC-32 of all
-    bytes processes 2.5 GB/s.
+    rows. Sums are modulo 2^64. For data in the CPU's cache, this checksum processes 12.8 GB/s; a
+    CRC-32 of all bytes processes 2.5 GB/s.
     """
     rows = len(data) // (8 * ROW_WORDS)
     grid = np.frombuffer(data, "<u8", rows * ROW_WORDS).reshape(rows, ROW_WORDS)
