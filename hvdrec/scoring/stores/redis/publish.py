@@ -304,7 +304,7 @@ def _register(server: RedisServer, prefix: str, info: BundleInfo) -> None:
 def _drop_unread(
     server: RedisServer, prefix: str, info: BundleInfo, keep: float
 ) -> tuple[str, ...]:
-    """Let old models that nobody reads expire, and return them.
+    """Set an expiry on old models that nobody reads; return these models.
 
     A failure is ignored, since the next publication tries again.
     """
