@@ -258,7 +258,7 @@ class CountedApp:
     """
 
     def __init__(self, app: ASGIApp, paths: frozenset[str], metrics: Metrics) -> None:
-        """Count the requests of ``app`` in ``metrics``, those for unknown paths as one route."""
+        """Count the requests of ``app`` in ``metrics``; all unknown paths count as one route."""
         self._app = app
         self._paths = paths
         self._metrics = metrics

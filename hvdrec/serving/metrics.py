@@ -23,7 +23,7 @@ GAUGE_FILE = re.compile(r"gauge_live\w+_(\d+)\.db$")
 
 @contextlib.contextmanager
 def shared_folder() -> Iterator[None]:
-    """Let processes started in the ``with`` body share metrics in a temporary directory."""
+    """Make processes started in the ``with`` body share metrics in a temporary directory."""
     try:
         temporary = tempfile.TemporaryDirectory(prefix="hvdrec-metrics-")
     except OSError as error:
