@@ -86,7 +86,7 @@ def export(
         allow_worse: Export a model even if simple baselines are better on the validation split.
         workers: Number of processes that share the work, except under mpirun; 0 for one per core,
             at most 8. The bundle does not depend on their number.
-        progress: Whether the first rank prints the steps on standard error.
+        progress: True to print the steps on standard error (on the first rank).
 
     Raises:
         UserError: The run cannot be read; a field cannot be overridden; there is a bundle already;

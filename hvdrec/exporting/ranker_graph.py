@@ -244,7 +244,7 @@ def _unfactored(
 
 
 def rename_input(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Let all nodes of a graph that read the tensor `old` read the tensor `new` instead."""
+    """Replace the tensor `old` by the tensor `new` in the inputs of all nodes of a graph."""
     for node in graph.node:
         node.input[:] = [new if name == old else name for name in node.input]
         for attribute in node.attribute:
