@@ -93,7 +93,7 @@ class History:
     """The feature whose values are listed, such as the item's category. Empty: the item key. The
     sequence feature must set `shares` to the same feature, to use its vocabulary and table."""
     repeats: bool = True
-    """Whether an item (or value of `column`) may occur several times in the list. false: only its
+    """true: an item (or value of `column`) may occur several times in the list. false: only its
     latest occurrence is kept, which leaves room for other items."""
     within: OptionalDuration = ""
     """Largest age of a listed interaction at the time of the sample, such as "90d"; only with scope
@@ -109,7 +109,7 @@ class Negatives:
     """Number of negatives per positive row."""
     within: tuple[str, ...] = ()
     """Columns whose values a negative row copies from its positive row, such as store and week. Its
-    item is drawn from the items that occur in the log with these values, without those that the
+    item is drawn from the items that occur in the log with these values, except the items that the
     user chose with these values."""
     seed: int = 0
     """Seed of the random draws."""
@@ -146,7 +146,7 @@ class TableFormat:
     encoding: str = "utf-8"
     """csv and json: the encoding of the text, such as "latin-1", "cp1252" or "utf-16"."""
     header: bool = True
-    """csv: whether the first line holds the names of the columns."""
+    """csv: true if the first line holds the names of the columns."""
     columns: tuple[str, ...] = ()
     """csv: names of all columns, in order; they replace the names in the header. Empty: the names
     in the header; without a header, column0, column1, ..."""
@@ -194,7 +194,8 @@ class Samples:
     exposures: Exposures = Exposures()
     """How the interactions are joined with feedback."""
     feedback: tuple[Feedback, ...] = ()
-    """Tables of what users did after an exposure, for labels: [[samples.feedback]] tables."""
+    """Tables of the users' actions after an exposure, to make labels: [[samples.feedback]]
+    tables."""
     joins: tuple[Join, ...] = ()
     """Further tables, joined in this order."""
     negatives: Negatives = Negatives()

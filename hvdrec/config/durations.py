@@ -69,4 +69,4 @@ def _checked(text: str) -> str:
 Duration = Annotated[str, AfterValidator(_checked)]
 """The type of a configuration field that holds a duration."""
 OptionalDuration = Annotated[str, AfterValidator(lambda text: _checked(text) if text else text)]
-"""The same type, but the text may be empty."""
+"""As `Duration`, but the text may be empty."""

@@ -159,8 +159,7 @@ class Feature:
     """Value of a scene field that a request leaves out. Without it, the value is missing."""
 
     def __post_init__(self) -> None:
-        """Check the name, and that the other fields fit the kind."""
-        """Raise UserError if a field does not fit the others."""
+        """Raise UserError if the name is not allowed or a field does not fit the kind."""
         if problem := name_problem(self.name):
             raise self.invalid("name", problem, "rename the column, or derive one of another name")
         if self.kind not in kind_names():
@@ -225,7 +224,6 @@ class Schema:
     item_key: str
 
     def __post_init__(self) -> None:
-        """Check the features against each other."""
         """Raise UserError if features contradict each other."""
         names = [feature.name for feature in self.features]
         for feature in self.features:
@@ -303,7 +301,6 @@ class Schema:
 
     def __getitem__(self, name: str) -> Feature:
         """Return the feature of this name; raise KeyError if there is none."""
-        """Return a feature by name; KeyError if there is none."""
         for feature in self.features:
             if feature.name == name:
                 return feature

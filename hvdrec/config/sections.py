@@ -31,7 +31,7 @@ class Tower:
     """Width of a tower's output. 0: no towers; the ranker then reads every feature directly
     (model.ranker.direct)."""
     normalize: bool = False
-    """Whether the output is scaled to L2 norm 1."""
+    """true: the output is scaled to L2 norm 1."""
     dropout: Fraction = 0.0
     """Dropout rate after each hidden layer."""
     input_dropout: Fraction = 0.0
@@ -55,7 +55,7 @@ class Ranker:
     """User and item features whose embeddings the ranker reads in addition to the towers'
     outputs."""
     matches: bool = False
-    """Whether the ranker also reads the inner product of each user feature in `direct` with each
+    """true: the ranker also reads the inner product of each user feature in `direct` with each
     item feature in `direct` that shares its table. The product of a history with the item key, for
     example, measures how well the item matches the user's list."""
     sharing: Literal["bottom", "mmoe"] = "bottom"
@@ -140,8 +140,8 @@ class Train:
     embedding_optimizer: Literal["rowwise-adagrad", "adagrad", "adam", "sgd"] = "rowwise-adagrad"
     """Optimizer of the embedding tables. A step updates only the rows that its batch looks up."""
     embedding_learning_rate: PositiveFloat = 0.1
-    """Peak learning rate of the embedding tables. Few steps update a given row, so rows need larger
-    steps than dense weights."""
+    """Peak learning rate of the embedding tables. A row is updated rarely, so it needs larger
+    updates than dense weights."""
     embedding_initial_accumulator: NonNegativeFloat = 0.0
     """adagrad, rowwise-adagrad: initial sum of squared gradients of a row. With 0, the first update
     of a row is as large as the learning rate even if the gradient is small, so rare rows memorize
@@ -163,10 +163,10 @@ class Train:
     temperature: PositiveFloat = 0.1
     """Divisor of the retrieval logits."""
     logq: bool = True
-    """Whether to subtract from an item's retrieval logit the log of the probability that the item
-    is in a batch. This corrects for popular items being negatives more often."""
+    """true: the log of the probability that an item is in a batch is subtracted from the item's
+    retrieval logit. This corrects the bias that popular items are negatives more often."""
     remove_accidental_hits: bool = True
-    """Whether to ignore negatives that are the row's own item."""
+    """true: negatives that are the row's own item are ignored."""
     uniform_negatives: NonNegativeInt = 0
     """Number of additional negatives per step, on all ranks together. They are drawn uniformly from
     the catalogue, so they cover rare items, and every row uses them."""
@@ -277,7 +277,8 @@ class Export:
     """How the bundle is made."""
 
     parity_rows: PositiveInt = 10_000
-    """Number of test rows that the bundle scores from raw values, to compare it with torch."""
+    """Number of test rows that the bundle scores from raw values, to compare the scores with
+    torch's."""
     tolerance: float = 1e-5
     """Maximum difference between a score of the bundle and of torch."""
     embeddings: Literal["float32", "float16", "int8"] = "float32"
@@ -290,7 +291,7 @@ class Export:
     filters: tuple[str, ...] = ()
     """Item features that a request may filter by: recommend(..., allowed={"genres": ["Drama"]})."""
     seen: bool = True
-    """Whether to store the items that each user has seen (see evaluate.seen), so that
+    """true: the bundle stores the items that each user has seen (see evaluate.seen), so that
     recommend(..., skip_seen=True) can leave them out."""
     users_as_of: Literal["train", "validation", "all"] = "all"
     """Rows from which the users' features, histories and seen items, and the trending counts, are
