@@ -46,7 +46,7 @@ def _fail(text: str, *, is_shared: bool = False) -> NoReturn:
 
     Args:
         text: The error message.
-        is_shared: Whether all ranks have the same error; then only the first rank prints it.
+        is_shared: True if all ranks have the same error; then only the first rank prints it.
     """
     line = " ".join(text.splitlines())
     if is_first_rank():

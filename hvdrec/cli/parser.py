@@ -125,7 +125,7 @@ def _add_fields(
     parser: argparse.ArgumentParser, command: Command, arguments: Sequence[str]
 ) -> None:
     if any(argument in ("-h", "--help") for argument in arguments):
-        with suppress(ModuleNotFoundError):  # an install for scoring only has no configurations
+        with suppress(ModuleNotFoundError):  # a scoring-only install has no configurations
             from hvdrec.cli.fields import describe_fields
             from hvdrec.config import load_config
 
