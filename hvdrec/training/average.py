@@ -1,4 +1,4 @@
-"""Exponential moving averages of all weights. If on, they are what is validated and exported."""
+"""Exponential moving averages of all weights. If they are on, validation and export use them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from hvdrec.embeddings.sharded import DistributedTables
 class Averages:
     """Moving averages of the dense weights and of this rank's rows of the embedding tables.
 
-    The averages of rows are kept and saved with the other state of the tables' optimizers. An
-    update reads all rows, so it only happens every `every` steps, with the factor decay ** every.
+    The averages of table rows are part of the state of the tables' optimizers, in memory and in
+    checkpoints. An update reads all rows. To save time, there is one only every `every` steps, and
+    its decay is decay ** every.
 
     Attributes:
         dense: Name of a dense parameter -> its average.
@@ -35,8 +36,8 @@ class Averages:
     def update(self, number: int) -> None:
         """Update the averages after step `number`, counted from 0.
 
-        Early in training, the average is the plain mean over all updates, because that forgets the
-        initial values faster.
+        Early in training, the average is the plain mean of the initial weights and the weights at
+        all updates so far. In this mean, the initial weights fade faster than with `decay`.
         """
         if (number + 1) % self._every:
             return

@@ -12,7 +12,8 @@ from hvdrec.models.recommender import Recommender
 def build_model(config: Config, sizes: Mapping[str, int], *, with_tables: bool) -> Recommender:
     """Build the model of a run.
 
-    If ``train.cpu_layers`` is still "auto", it is the default for the vendor of the CPU.
+    If ``train.cpu_layers`` is still "auto", the model gets the default layers for the vendor of
+    this CPU.
 
     Args:
         config: Configuration of the run.

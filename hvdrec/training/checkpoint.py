@@ -1,9 +1,9 @@
-"""Save and load checkpoints: safetensors and JSON files in a directory, complete or absent.
+"""Save and load checkpoints: directories of safetensors and JSON files, written atomically.
 
 The directory of a run holds ``checkpoints/step-NNNNNNNN/`` for each checkpoint, with
 ``model.safetensors``, ``optimizer.safetensors``, the files of `embeddings.files`, and
 ``manifest.json``, which also says how far training has come. The text files ``latest`` and ``best``
-name a checkpoint. ``config.json`` and ``log.jsonl`` are beside them.
+of the run each name one checkpoint. ``config.json`` and ``log.jsonl`` are beside these two files.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Position:
             it and their batch size.
         step: Number of optimizer steps so far.
         best: Best value of the validation metric; None before the first validation.
-        best_step: Step at which it was reached.
-        stale: Number of validations without improvement since then.
+        best_step: Step at which `best` was reached.
+        stale: Number of validations without improvement since `best_step`.
         finished: True if training is over.
     """
 
@@ -82,7 +82,10 @@ class Position:
 
 
 def save(run: Path, position: Position, state: TrainState, metrics: dict[str, Any]) -> None:
-    """Write a checkpoint, let `latest` (and `best`, if it is) name it, and remove old ones.
+    """Write a checkpoint and remove old ones.
+
+    The file ``latest`` then names the new checkpoint. The file ``best`` also does if the new
+    checkpoint has the best validation metric so far.
 
     All ranks must call this at the same time, since each writes its part of sharded tables.
 
@@ -93,7 +96,8 @@ def save(run: Path, position: Position, state: TrainState, metrics: dict[str, An
         metrics: Validation metrics at this position; empty in the middle of an epoch.
 
     Raises:
-        UserError: A rank cannot write. The error is raised on all ranks, and no checkpoint appears.
+        UserError: A rank cannot write. The error is raised on all ranks, and there is no new
+            checkpoint.
     """
     name = checkpoint_name(position.step)
     meta = {
@@ -185,7 +189,7 @@ def require_features(checkpoint: Checkpoint, features: Location) -> None:
     """Check that a checkpoint was trained on exactly the features at a location.
 
     Raises:
-        UserError: The features there are others.
+        UserError: The location holds other features.
     """
     remedy = (
         "train again with --overwrite, or restore the features it was trained on; features that "
@@ -231,7 +235,7 @@ def load_model_and_tables(
     files, meta = checkpoint.files, checkpoint.manifest.meta
     sizes = ranks.run_on_all(lambda: Fitted.load(config.paths.of("features")).sizes)
     model = build_model(config, sizes, with_tables=False)
-    # Evaluation needs no optimizer state. SGD has none, so none is loaded.
+    # Evaluation needs no optimizer state. Choose SGD, which has none that could be loaded.
     stateless = replace(config, train=replace(config.train, embedding_optimizer="sgd"))
     tables = ranks.run_on_all(
         lambda: make_tables(stateless, sizes, ranks.current(), device, kernels={}, is_new=False)

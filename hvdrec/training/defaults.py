@@ -22,18 +22,18 @@ PATIENCE, PATIENCE_SHARE = 2, 0.2
 def with_defaults(
     train: Train, rows: int, device: torch.device, recorded: Mapping[str, Any] | None
 ) -> Train:
-    """Choose values for the settings that are open: batch size, warm-up, patience, and others.
+    """Choose values for open settings: batch size, warm-up, patience, precision and CPU layers.
 
-    The others are precision and CPU layers. A resumed run keeps the values that it recorded. The
-    values depend only on the arguments and the type of CPU or GPU, so equal runs on equal machines
-    give equal results.
+    A run that goes on from a checkpoint keeps the values that the checkpoint recorded, except for
+    patience. The chosen values depend only on the arguments and the type of CPU or GPU, so equal
+    runs on equal machines give equal results.
 
     Args:
         train: The ``[train]`` section.
         rows: Number of rows of the training split.
         device: Device on which the run computes.
-        recorded: ``[train]`` section of the checkpoint from which the run resumes; None for a new
-            run.
+        recorded: ``[train]`` section of the checkpoint from which the run resumes or starts; None
+            if there is no such checkpoint.
     """
     recorded = recorded or {}
     precision: Literal["fp32", "bf16"]
@@ -63,7 +63,7 @@ def with_defaults(
 def default_batch_size(rows: int) -> int:
     """Return the largest power of two with which an epoch of `rows` rows has at least 50 steps.
 
-    It is from 64 to 8192. With few rows, an epoch may have fewer steps.
+    The result is at least 64 and at most 8192. So with few rows, an epoch has fewer than 50 steps.
     """
     most = rows // STEPS_PER_EPOCH
     return min(LARGEST_BATCH, max(SMALLEST_BATCH, 1 << max(0, most.bit_length() - 1)))
@@ -72,7 +72,7 @@ def default_batch_size(rows: int) -> int:
 def _cpu_layers(
     train: Train, precision: str, device: torch.device, recorded: Mapping[str, Any]
 ) -> CpuLayers:
-    """Return ``train.cpu_layers`` as configured, else as recorded, else for the CPU's vendor."""
+    """Return ``train.cpu_layers``: as configured, else as recorded, else the vendor's default."""
     if train.cpu_layers != "auto":
         return train.cpu_layers
     if device.type != "cpu":

@@ -21,25 +21,25 @@ from hvdrec.training.run_history import (
 LogFormat = Literal["text", "json"]
 """What the first rank shows on standard error: text for people, or the JSON lines of the log."""
 MOST_SECONDS, SHARE = 30.0, 0.02
-"""A line for a step follows the one before after this share of the elapsed time, at most so many
-seconds. So a run of hours does not print thousands of lines."""
+"""The pause between two lines about steps is SHARE of the elapsed time, but at most MOST_SECONDS.
+So a run of hours does not print thousands of lines."""
 BAR = "{desc} {percentage:3.0f}% |{bar}| {postfix}"
 
 
 class Display(Protocol):
-    """Shows events; `history` holds them all, the latest included."""
+    """Shows the events of a run; `history` holds all events, including the one to show."""
 
     def show(self, event: Event, history: RunHistory) -> None:
         """Show an event that has just happened."""
 
     def start_epoch(self, epoch: int, epochs: int, rows: int, done: int) -> None:
-        """Start an epoch, counted from 1, of which `done` of all `rows` have been read before."""
+        """Start an epoch, counted from 1; a resumed epoch has read `done` of its `rows` before."""
 
     def advance(self, rows: int) -> None:
-        """Add to the number of rows that are done in the epoch."""
+        """Add `rows` to the number of rows that have been read in this epoch."""
 
     def close(self) -> None:
-        """Remove what should not stay on the screen."""
+        """Remove the bar from the screen, if there is one."""
 
 
 class Silent:
@@ -73,7 +73,7 @@ class TextLines(Silent):
         self._next_step = 0.0
 
     def show(self, event: Event, history: RunHistory) -> None:
-        """Print a line, unless the last line about a step is recent."""
+        """Print a line; a step gets none if the last line about a step is recent."""
         if event["event"] == "step":
             if history.seconds >= self._next_step:
                 self._next_step = history.seconds + min(MOST_SECONDS, SHARE * history.seconds)

@@ -1,4 +1,4 @@
-"""Stop a run whose loss or weights become NaN or infinite, before they reach a checkpoint."""
+"""Stop a run whose loss or weights are NaN or infinite, before a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hvdrec.training.optimizer import optimizer_tensors
 from hvdrec.training.state import TrainState
 
 USUAL_RATES = {"adam": 0.01}
-"""Optimizer of the embedding tables -> a usual learning rate; ROW_RATE for those not listed."""
+"""Optimizer of the embedding tables -> its usual learning rate; for other optimizers, ROW_RATE."""
 DENSE_RATE, ROW_RATE = 1e-3, 0.1
 
 
 def diverged(train: Train, step: int, what: str, value: float) -> UserError:
     """Build the error for a run that has diverged; it names the learning rate to lower.
 
-    Of the learning rates of dense weights and of table rows, it is the one that is higher in
+    It is the learning rate of the dense weights or that of the table rows, whichever is higher in
     proportion to its usual value.
 
     Args:
@@ -53,7 +53,7 @@ def check_loss(train: Train, step: int, loss: float) -> None:
 def check_weights(state: TrainState, step: int) -> None:
     """Check that no weight, table row or optimizer state is NaN or infinite.
 
-    All ranks must call this at the same time. It takes less time than writing the checkpoint.
+    All ranks must call this at the same time. The check takes less time than writing a checkpoint.
 
     Raises:
         SharedError: A value is NaN or infinite on at least one rank.

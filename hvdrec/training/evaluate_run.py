@@ -1,4 +1,4 @@
-"""Evaluate a trained run: load a checkpoint, then measure it and the baselines.
+"""Evaluate a trained run: load a checkpoint, then measure the model and the baselines.
 
 This module is in `training` because it loads checkpoints. `evaluation` computes the metrics.
 """

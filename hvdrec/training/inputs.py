@@ -1,4 +1,4 @@
-"""Read what training needs besides batches: item frequencies, items to draw, a teacher model."""
+"""Read what training needs besides batches: item frequencies, negatives, and a teacher model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def log_probability_of_items(config: Config, device: torch.device) -> Tensor | N
 
 
 def load_negatives(config: Config) -> NegativeSampler | None:
-    """Return the sampler for ``train.uniform_negatives``; None if that is 0."""
+    """Return the sampler for ``train.uniform_negatives``; None if no negatives are drawn."""
     if config.train.objective == "ranking" or not config.train.uniform_negatives:
         return None
     table = read_table(config.paths.of("features") / "items.parquet")
@@ -87,6 +87,7 @@ def load_teacher(config: Config, device: torch.device) -> Recommender | None:
             "was trained with objective 'retrieval' and has no ranker",
             "name a run that has one",
         )
-    # The teacher may have used a copy at another path; `load_model` compares the identities.
+    # The teacher may have read a copy of the features at another path. Use the path of this run;
+    # `load_model` checks that the features there are those on which the teacher was trained.
     theirs = replace(theirs, paths=config.paths)
     return checkpoint.load_model(run, theirs)[0].to(device)

@@ -50,7 +50,7 @@ class TrainJob:
     """The objects that the training loop uses from beginning to end.
 
     Attributes:
-        config: Configuration of the run; settings that it left open have their chosen values.
+        config: Configuration of the run, with chosen values for the settings that it left open.
         world: Number of this rank, and number of all ranks.
         device: Device on which this rank computes.
         run: Directory of the run.
@@ -60,8 +60,8 @@ class TrainJob:
         start: Position at which training starts or resumes.
         references: Metrics of the baselines on the validation split.
         notes: Lines to show to the user.
-        is_trained: True if the weights at the start are already trained, so that they are validated
-            before the first epoch.
+        is_trained: True if the initial weights are already trained; they are then validated before
+            the first epoch.
     """
 
     config: Config
@@ -85,7 +85,7 @@ def set_up(
     `earlier` is the run from which a new run starts; None to start from initial values.
 
     Raises:
-        UserError: See `training.trainer.train`. Then nothing has been written.
+        UserError: For the reasons listed in `training.trainer.train`. Nothing has been written.
     """
     run = config.paths.of("run")
     features, is_resumed = _check(config, world, resume=resume, overwrite=overwrite)
@@ -182,7 +182,7 @@ def _fill_in(
     features = config.paths.of("features")
     recorded = None if before is None else before["config"]["train"]
     rows = ranks.run_on_all(lambda: read_manifest(features, "features").meta["rows"]["train"])
-    # On different CPUs, ranks would choose different values, so all use those of the first rank.
+    # Ranks on different CPUs would choose different values, so all use those of the first rank.
     chosen = ranks.broadcast_object(to_dict(with_defaults(config.train, rows, device, recorded)))
     config = replace(config, train=from_dict(Train, chosen))
     config, facts, notes = with_defined_metric(config, read_label_facts(config))
@@ -214,7 +214,7 @@ def _place_tables(
     *,
     is_new: bool,
 ) -> DistributedTables:
-    """Create the embedding tables; a run that goes on keeps its kernels (PyTorch or FBGEMM)."""
+    """Create the embedding tables, with the kernels (PyTorch or FBGEMM) of a checkpoint, if any."""
     kernels = {} if recorded is None else recorded["tables"]["kernels"]
     kernels = {int(width): name for width, name in kernels.items()}
     tables = ranks.run_on_all(

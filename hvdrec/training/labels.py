@@ -1,4 +1,4 @@
-"""Examine the labels before training: are they usable, which metric, which initial biases."""
+"""Examine the labels before training: check them, choose a metric and set the output biases."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def with_defined_metric(config: Config, facts: LabelFacts) -> tuple[Config, Labe
     All ranks must call this at the same time.
 
     Returns:
-        The configuration with the name of the metric; the facts, which now include the metric of
-        the popularity baseline if it is a retrieval metric; and lines to show to the user if the
-        metric is not the first choice.
+        Three values. The first is the configuration with the name of the metric. The second is the
+        facts; for a retrieval metric, its value for the popularity baseline is added. The third is
+        lines to show to the user; empty if the metric is the first choice.
 
     Raises:
-        UserError: ``train.metric`` names a metric that the validation split does not define.
+        UserError: ``train.metric`` names a metric that is not defined on the validation split.
     """
     reasons: list[str] = []
     for name in _candidates(config):

@@ -56,7 +56,7 @@ class TrainingLog:
         self._display.start_epoch(epoch, epochs, rows, done)
 
     def advance(self, rows: int) -> None:
-        """Show that all ranks together have read more rows."""
+        """Show that all ranks together have read `rows` more rows."""
         self._display.advance(rows)
 
     def write(self, event: str, **facts: Any) -> None:
@@ -79,7 +79,7 @@ class TrainingLog:
         with write_errors_named(self._file.name):
             self._file.write(line + "\n")
             self._file.flush()
-        event = json.loads(line)  # so that NaN is None, as for those who read the file
+        event = json.loads(line)  # so that NaN becomes None, as in the file
         self._history.add(event)
         self._display.show(event, self._history)
         for tracker in self._trackers:

@@ -23,11 +23,11 @@ CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def pick_device(option: Literal["auto", "cpu", "cuda"], world: World) -> torch.device:
-    """Return the device of this rank: the CPU, or the GPU whose number is its rank on the host.
+    """Return the device of this rank: the CPU, or the GPU with this rank's number on its host.
 
     Args:
         option: ``train.device``.
-        world: Number of this rank, and number of all ranks.
+        world: Number of this rank on its host.
 
     Raises:
         UserError: ``train.device`` is "cuda", but no GPU is visible.
@@ -42,12 +42,12 @@ def pick_device(option: Literal["auto", "cpu", "cuda"], world: World) -> torch.d
 
 
 def has_bf16(device: torch.device, *, fast: bool = False) -> bool:
-    """Return True if a device has bf16 instructions, or if this is not known for the CPU.
+    """Return True if a device has bf16 instructions, or if it is a CPU with unknown instructions.
 
     Args:
         device: The device.
         fast: True to ask for matrix units (AMX, tensor cores), with which bf16 is faster than
-            float32. In this case, the result is False if it is not known.
+            float32. The result is then False for a CPU with unknown instructions.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -73,11 +73,12 @@ def set_threads(option: int, world: World) -> None:
 def set_up_process(threads: int) -> None:
     """Set the number of threads, and settings of the process that make steps on a CPU fast."""
     torch.set_num_threads(threads)
-    # Weights that decay become denormal numbers, with which CPUs are many times slower.
+    # Weights that decay towards 0 become denormal numbers. CPUs compute with these many times
+    # slower than with other numbers.
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
-        # Each step allocates some megabytes of activations. By default, glibc returns such memory
-        # to the kernel every time, and each page of it causes a page fault when it is used again.
+        # Each step allocates some megabytes of activations. By default, glibc returns this memory
+        # to the kernel when it is freed, so the next step has a page fault for each page again.
         allocator = ctypes.CDLL(None)
         if hasattr(allocator, "mallopt"):
             allocator.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
@@ -88,8 +89,8 @@ def set_up_process(threads: int) -> None:
 def no_gc_pauses() -> Iterator[None]:
     """Keep all current objects out of Python's garbage collections in the ``with`` body.
 
-    A collection over all imported objects takes about 0.15 s. In the middle of a step, the other
-    ranks would wait for it.
+    A collection over all imported objects takes about 0.15 s. If it happened in the middle of a
+    step, the other ranks would wait for this rank.
     """
     gc.collect()
     gc.freeze()

@@ -26,12 +26,13 @@ from hvdrec.training.state import TrainState
 
 @dataclass(frozen=True)
 class StepLoss:
-    """This rank's share of the losses of a step. Added up over the ranks, they are the losses.
+    """This rank's share of the losses of a step. The shares of all ranks sum to the losses.
 
     Attributes:
         total: The loss that is minimized, a scalar without gradient.
-        ranking: The ranking loss in it; with tasks, the weighted sum of their losses.
-        retrieval: The retrieval loss in it, before the factor ``train.retrieval_weight``.
+        ranking: The ranking loss that is part of `total`; with tasks, the weighted sum of `tasks`.
+        retrieval: The retrieval loss that is part of `total`, before it is multiplied by
+            ``train.retrieval_weight``.
         tasks: The loss of each task [tasks].
     """
 
@@ -48,7 +49,7 @@ def compute_gradients(state: TrainState, step: Step) -> tuple[StepLoss, PendingG
     started; wait for it with ``state.dense.wait()``.
 
     Returns:
-        The losses, and the gradients of table rows, which are being exchanged between the ranks.
+        The losses, and the gradients of table rows, whose exchange between the ranks has started.
     """
     train, batch, model = state.config.train, step.batch, state.model
     parts = state.tables.fetch(step.request)
@@ -87,7 +88,7 @@ def clip(
 
     Args:
         state: The model with its dense gradients, already summed over the ranks.
-        step: The step whose gradients they are.
+        step: The step in which the gradients were computed.
         gradients: Gradients of table rows.
         norm: The largest allowed norm.
 
@@ -126,7 +127,8 @@ def _ranking_loss(
 def _distilled(label: Tensor, teacher: Recommender, batch: Batch, train: Train) -> Tensor:
     """Return a weighted mean of the labels and a teacher's probabilities.
 
-    The log loss against this mean is the same mean of the two log losses.
+    The log loss against this mean is the weighted mean, with the same weights, of the log loss
+    against the labels and the log loss against the probabilities.
     Source: Hinton et al., "Distilling the knowledge in a neural network", 2015, section 2, at
     temperature 1.
     """

@@ -23,13 +23,13 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
 
 
 def schedule(train: Train, step: int, progress: float) -> float:
-    """Return the factor, in [0, 1], for the configured learning rates in a step.
+    """Return the factor, in [0, 1], by which the learning rates are multiplied in a step.
 
     Args:
         train: The ``[train]`` section; a ``warmup_steps`` that is still "auto" counts as 0.
         step: Number of steps since the start of training.
         progress: Share of the rows of all epochs that were read before this step, in [0, 1]. After
-            the warm-up, the factor follows it, so it does not depend on the number of ranks.
+            the warm-up, the factor depends on this share only, not on the number of ranks.
     """
     steps = 0 if train.warmup_steps == "auto" else train.warmup_steps
     warmup = min(1.0, (step + 1) / steps) if steps else 1.0
@@ -67,5 +67,5 @@ def restore_optimizer(
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        # A fused optimizer reads the step counter on the device of the parameter, too.
+        # A fused optimizer needs even the step counter on the device of the parameter.
         optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

@@ -1,4 +1,4 @@
-"""Turn batches into steps: find the table rows and start the exchanges before a step needs them."""
+"""Turn batches into steps: find their table rows and request these rows one step ahead."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Prepared:
     Attributes:
         batch: The rows; the last `drawn` of them are negatives from the catalogue, with weight 0.
         lookups: The table rows that the batch needs.
-        positives: For each part of the batch (``train.accumulate``), the indices of positive rows
-            whose weight is not 0, int64.
-        totals: Total weight of all rows, of the positive rows, and of the rows with a known label
-            for each task, on this rank; float64 [2 + tasks].
+        positives: For each part of the batch (``train.accumulate``), the indices within the part of
+            positive rows whose weight is not 0, int64.
+        totals: Total weights of this rank's rows: of all rows, of the positive rows, and, for each
+            task, of the rows with a known label; float64 [2 + tasks].
         drawn: Number of negatives from the catalogue.
     """
 
@@ -43,7 +43,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Step:
-    """The input of a training step: the batch is on the device, its table rows are requested.
+    """The input of a training step: a batch on the device, and the request for its table rows.
 
     Attributes:
         batch: As in `Prepared`.
@@ -148,9 +148,10 @@ def make_preparer(
 def steps(
     prepared: Iterable[Prepared], tables: DistributedTables, device: torch.device
 ) -> Iterator[Step]:
-    """Turn prepared batches into steps, one step ahead.
+    """Turn prepared batches into steps.
 
-    So the ids of table rows are sent while the previous step is being computed.
+    A step is created before the previous step is yielded. So the ids of its table rows are sent
+    while the previous step is being computed.
     """
     waiting: Step | None = None
     for ready in prepared:

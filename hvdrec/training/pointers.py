@@ -100,7 +100,7 @@ def remove_old(run: Path, keep: int) -> None:
 
 
 def _named(run: Path, pointer: str) -> str:
-    """Return the name in the file ``latest`` or ``best``; earlier versions wrote no checksum."""
+    """Return the name in ``latest`` or ``best``. Files of earlier versions have no checksum."""
     file = run / pointer
     try:
         name, *checksum = file.read_bytes().decode().split()

@@ -28,7 +28,7 @@ def record_steps(
     that took most time. A shorter training records fewer steps.
 
     Args:
-        directory: Where to write; None records nothing, and the function does nothing.
+        directory: Where to write; None to record nothing, with a function that does nothing.
         world: Number of this rank, and number of all ranks.
         device: Device on which this rank computes.
 

@@ -25,7 +25,7 @@ def continued(
         now: The ``[train]`` section with all defaults filled in.
 
     Returns:
-        The position, and a line to show to the user; None if the run was not finished.
+        The position, and a line to show to the user, which is None if the run was not finished.
     """
     if not position.finished:
         return position, None

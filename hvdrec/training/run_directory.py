@@ -20,7 +20,7 @@ from hvdrec.training.pointers import FOLDER, find_checkpoint, has_checkpoint
 
 
 def check_features(config: Config) -> Manifest:
-    """Check that the encoded features match the configuration, and that its loss is known.
+    """Check that the encoded features match the configuration, and that the loss is known.
 
     Returns:
         The manifest of the features.
@@ -32,7 +32,7 @@ def check_features(config: Config) -> Manifest:
     retrieval_loss(config.train.retrieval_loss)
     features = config.paths.of("features")
     manifest = read_manifest(features, "features")
-    # An earlier version may have stored fewer fields for each feature.
+    # An earlier version may have stored fewer fields for each feature; the rest get defaults.
     stored = [from_dict(Feature, feature) for feature in manifest.meta["config"]["features"]]
     if stored != list(config.features):
         raise invalid_file(
@@ -47,12 +47,13 @@ def check_features(config: Config) -> Manifest:
 def check_run(config: Config, run: Path, *, resume: bool, overwrite: bool) -> bool:
     """Check the run directory; return True if training resumes from a checkpoint.
 
-    Only the first rank calls this. On a network file system, a rank that looks for a file before it
-    is written may not see it for a while after.
+    Only the first rank calls this. The reason is network file systems: if a rank looks for a file
+    before another rank writes it, the file may stay invisible to it for a while afterwards.
 
     Raises:
-        UserError: The directory holds a run, and neither option is given; or the run to resume was
-            trained with other values of fields that determine the model or the order of rows.
+        UserError: Both options are given; the directory holds a run, and neither option is given;
+            or the run to resume was trained with other values of fields that determine the model or
+            the order of rows.
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
@@ -103,7 +104,8 @@ def create_run_directory(run: Path, config: Config, world: World, *, overwrite: 
         if not (run / CONFIG_FILE).is_file() and any(run.iterdir()):
             raise invalid_file(run, "is not a run of hvdrec", "choose another directory")
         shutil.rmtree(run)
-    # Remove what a killed job was writing. The names contain the step, so no later write would.
+    # Remove unfinished checkpoints of a killed job. A later checkpoint would not: it removes only
+    # leftovers of its own name, which contains the step.
     for folder in (run, run / FOLDER):
         remove_leftovers(folder)
     write_text(run / CONFIG_FILE, sealed(to_dict(config)))

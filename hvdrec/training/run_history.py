@@ -1,6 +1,7 @@
 """What a training run has done so far, read from the events of its ``log.jsonl``.
 
-The training log uses this to print lines for people; ``hvdrec top`` reads it from the file.
+While training runs, `TrainingLog` adds the events to a history and prints lines for people from it.
+``hvdrec top`` reads the history of a run from the file.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ LOG_FILE = "log.jsonl"
 Event = Mapping[str, Any]
 """One line of the log: ``event`` is its kind, such as ``step``, and the other keys are its facts.
 
-The kinds ``step`` and ``validation`` have their ``step``; all but ``note`` have ``seconds`` since
-the start of the process."""
+Events of the kinds ``step`` and ``validation`` have the number of the ``step``. Events of all kinds
+except ``note`` have the number of ``seconds`` since the start of the process."""
 LOSSES = ("log_loss",)
 """Validation metrics of which a smaller value is better."""
 
@@ -46,7 +47,7 @@ class RunHistory:
     seconds: float = 0.0
 
     def add(self, event: Event) -> None:
-        """Add the next event; after a resumption, steps beyond its checkpoint are dropped."""
+        """Add the next event; the ``start`` of a resumption drops steps after its checkpoint."""
         kind = event.get("event")
         self.seconds = float(event.get("seconds", self.seconds))
         if kind == "start":
@@ -91,8 +92,8 @@ class RunHistory:
     def seconds_left(self) -> float | None:
         """Estimate of the seconds until the last epoch ends; None if it is not known.
 
-        It assumes that the remaining steps, with their validations, take as long as those of this
-        process so far. Early stopping may end the run before.
+        The estimate assumes that each remaining step, with its share of the validations, takes as
+        long as a step of this process so far. Early stopping may end the run earlier.
         """
         done = self.step - int(self.start.get("step", 0))
         if self.end is not None or done <= 0 or not self.total_steps:
@@ -101,7 +102,7 @@ class RunHistory:
 
 
 def read_history(run: Path) -> RunHistory:
-    """Read the log of a run; lines that are not whole, as after a crash, are ignored.
+    """Read the log of a run; lines that are incomplete, as after a crash, are ignored.
 
     Raises:
         UserError: The directory has no log.
@@ -163,7 +164,7 @@ def speed(history: RunHistory, event: Event) -> list[str]:
 
 
 def validation_line(history: RunHistory) -> str:
-    """Describe the latest validation: its metric, the change, and the best value so far."""
+    """Describe the latest validation: the metric, its latest change, and its best value so far."""
     event, name = history.validations[-1], history.metric
     value = event.get(name)
     before = [each[name] for each in history.validations[:-1] if each.get(name) is not None]

@@ -1,7 +1,8 @@
-"""Start a run from a checkpoint of another run, on features that descend from its features.
+"""Start a run from a checkpoint of an earlier run, on the same features or features made from them.
 
-Weights, table rows and their optimizer state go on. Rows of values that are new since then, and
-weights of features that were added, start from their initial values.
+Weights, table rows and their optimizer state are carried over. Two kinds of weights start from
+their initial values: table rows of feature values that are new since the earlier run, and weights
+of added features.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Origin:
     Attributes:
         checkpoint: The best checkpoint of the earlier run.
         config: Configuration of the earlier run.
-        generation: Generation of the features on which it was trained; see `features.vocabulary`.
+        generation: Generation of the features on which the earlier run was trained; see
+            `features.vocabulary`.
     """
 
     checkpoint: Checkpoint
@@ -51,7 +53,7 @@ class Origin:
 
 
 def find_origin(run: Path, config: Config, features: Manifest) -> Origin:
-    """Find the checkpoint to start from, and check that a run can go on from it.
+    """Find the checkpoint to start from, and check that the new run can start from it.
 
     Args:
         run: Directory of the earlier run.
@@ -59,8 +61,8 @@ def find_origin(run: Path, config: Config, features: Manifest) -> Origin:
         features: Manifest of the features of the new run.
 
     Raises:
-        UserError: There is no run; it is the run to write; its features are not an ancestor of the
-            new ones; or its model differs in more than added or removed features.
+        UserError: There is no earlier run; it is the run to write; the new features were not made
+            from its features; or the models differ in more than added or removed features.
     """
     if run.resolve() == config.paths.of("run").resolve():
         remedy = "choose another paths.run, or continue this one with --resume"
@@ -82,7 +84,7 @@ def find_origin(run: Path, config: Config, features: Manifest) -> Origin:
 def start_from(origin: Origin, state: TrainState, fitted: Fitted) -> Position:
     """Load the checkpoint into a new state; return the position at which the new run starts.
 
-    The number of steps goes on, epochs begin again at 0.
+    Steps are counted on from the checkpoint; epochs are counted from 0 again.
 
     Args:
         origin: The checkpoint.
@@ -111,8 +113,8 @@ def start_from(origin: Origin, state: TrainState, fitted: Fitted) -> Position:
 
 
 def _moved_all(origin: Origin, state: TrainState, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fit stored tensors to the new model: ``PARAMETER`` or ``PARAMETER/STATE`` -> tensor."""
-    sizes: dict[str, int] = defaultdict(int)  # without tables, their sizes do not matter
+    """Adapt stored tensors, by ``PARAMETER`` or ``PARAMETER/STATE``, to inputs of the new model."""
+    sizes: dict[str, int] = defaultdict(int)  # the model has no tables, so sizes do not matter
     before = input_axes(build_model(origin.config, sizes, with_tables=False))
     now = input_axes(state.model)
     parameters = dict(state.model.named_parameters())
@@ -156,7 +158,7 @@ def _check_same(run: Path, before: Config, now: Config) -> None:
 
 
 def _of_known(model: Model, names: set[str]) -> Model:
-    """Leave out what a ``[model]`` section says about features that only one run has."""
+    """Return a ``[model]`` section without its entries for features that are not in `names`."""
     pooling = {name: value for name, value in model.pooling.items() if name in names}
     direct = tuple(name for name in model.ranker.direct if name in names)
     return replace(model, pooling=pooling, ranker=replace(model.ranker, direct=direct))

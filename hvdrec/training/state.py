@@ -47,9 +47,10 @@ class TrainState:
         object.__setattr__(self, "dense", dense)
 
     def average_ranks(self) -> None:
-        """Average the dense weights and moments over the ranks.
+        """Average the dense weights, and the moments of their optimizer, over the ranks.
 
-        This does something only if each rank updates its weights by its own gradients.
+        Do nothing unless ``parallel.synchronization`` is "average". With this setting, each rank
+        updates its weights by its own gradients between two calls.
         """
         if self.config.parallel.synchronization != "average":
             return

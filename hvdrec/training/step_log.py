@@ -1,4 +1,4 @@
-"""The log lines of a training: its start, and the mean losses and the speed of its steps."""
+"""Write the log lines of a training run: its start, and the mean losses and speed of its steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StepSums:
         self.started = self._clocks()
 
     def add(self, loss: StepLoss, rows: int) -> None:
-        """Add a step that read so many rows on all ranks together."""
+        """Add a step in which all ranks together read `rows` rows."""
         self.losses[:3] += torch.stack([loss.total, loss.ranking, loss.retrieval])
         self.losses[3:] += loss.tasks
         self.steps += 1
@@ -53,10 +53,10 @@ class StepSums:
         self.started = self._clocks()
 
     def speed(self) -> dict[str, Any]:
-        """Return the rows per second of all ranks, and where the time of this rank goes.
+        """Return the rows per second of all ranks, and shares of the time of this rank.
 
-        ``reading`` is the share of the time in which this rank waits for batches, ``exchanging``
-        that in which it waits for messages of other ranks, and ``computing`` is the rest.
+        ``reading`` is the share in which this rank waits for batches. ``exchanging`` is the share
+        in which it waits for messages from other ranks. ``computing`` is the rest.
         """
         elapsed, *waits = (
             now - then for now, then in zip(self._clocks(), self.started, strict=True)
@@ -73,12 +73,12 @@ class StepSums:
 
 
 def rows_done(job: TrainJob, position: Position) -> int:
-    """Return how many rows of the current epoch have been read before an interruption."""
+    """Return the number of rows of the current epoch that were read before an interruption."""
     return min(job.loader.rows, sum(p.world_size * p.batch_size * p.steps for p in position.past))
 
 
 def log_start(job: TrainJob, log: TrainingLog) -> None:
-    """Log what is trained on what: the event ``start``, and the notes of the job."""
+    """Log the event ``start``, which describes the model and its data, and the notes of the job."""
     tables, model, train = job.state.tables, job.state.model, job.config.train
     embedded = sum(rows * group.width for group in tables.groups for rows in group.sizes.values())
     total_steps = job.start.step

@@ -35,12 +35,12 @@ from hvdrec.training.step_log import StepSums, log_start, log_step, rows_done
 from hvdrec.training.trackers import Trained, open_trackers
 
 Stop = Callable[[int, float], bool]
-"""Function of the epoch, from 0, and the validation metric that returns True to stop training. It
-must return the same on every rank."""
+"""Function that is given the epoch, from 0, and the validation metric, and returns True to stop
+training. It must return the same value on every rank."""
 
 
 PROJECTED_ITEMS = 20_000
-"""Largest number of items whose vectors trackers record."""
+"""Trackers record the item vectors only if the catalogue has at most this number of items."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrainResult:
         world_size: Number of ranks.
         metric: Name of the validation metric.
         best: Best value of this metric; None if there was no validation.
-        best_step: Step at which it was reached.
+        best_step: Step at which `best` was reached.
         worse_than: The simple baselines that are better than the best checkpoint on the validation
             split; see `evaluation.references.worse_than`.
     """
@@ -95,13 +95,14 @@ def train(
 
     Call it in one process, or on every rank of a Horovod job. It reads ``paths.features`` and
     writes checkpoints, ``config.json`` and ``log.jsonl`` to ``paths.run``. If one rank of a job
-    fails, all ranks end, with one line that names this rank.
+    fails, all ranks end, with one line that names the failed rank.
 
     Args:
         config: Configuration of the run.
-        start_from: Directory of an earlier run whose best checkpoint this run starts from. Its
-            features must be those of this run or an ancestor of them (`prepare` with
-            ``start_from``). If this run is resumed, it goes on from its own checkpoint.
+        start_from: Directory of an earlier run, whose best checkpoint this run starts from. The
+            features of this run must be the same as those of the earlier run, or made from them by
+            `prepare` with ``start_from``. If this run is resumed, it goes on from its own
+            checkpoint instead.
         resume: Continue from the latest checkpoint, if there is one.
         overwrite: Remove an earlier run first.
         progress: Show progress on standard error of the first rank: a bar on a terminal, else lines
@@ -114,9 +115,9 @@ def train(
         The result, the same on every rank.
 
     Raises:
-        UserError: The features are missing or do not match the configuration; the directory holds
-            another run; or the hosts differ in version, configuration or features. Then nothing has
-            been written.
+        UserError: The features are missing or do not match the configuration; ``paths.run`` holds
+            another run; or the hosts differ in version, configuration or features. In all these
+            cases, nothing has been written.
     """
     world = ranks.init()
     with watched():
@@ -188,8 +189,8 @@ def _train_epoch(
     step = position.step
     due: Position | None = None
     for number, now in enumerate(steps(prepared, job.state.tables, job.device), start=1):
-        # Save only if another step follows. After the last step of an epoch, the checkpoint is
-        # written with the metrics of the validation.
+        # Save only if another step follows. After the last step of an epoch, `_fit` saves a
+        # checkpoint that also has the metrics of the validation.
         if due is not None:
             _save(job, due, {})
             due = None
@@ -244,7 +245,7 @@ def _validate(
 
 
 def judged(position: Position, value: float, *, is_loss: bool, counts: bool = True) -> Position:
-    """Update the best metric and the count of validations without improvement in a position.
+    """Return a position with `best`, `best_step` and `stale` updated after a validation.
 
     Args:
         position: Position before the validation.
@@ -273,7 +274,7 @@ def _trained(job: TrainJob, step: int) -> Trained:
 
 
 def _worse_than(job: TrainJob) -> list[dict[str, Any]]:
-    """Return the simple baselines that are better than the best checkpoint, as recorded in it."""
+    """Return the simple baselines that, by its own record, are better than the best checkpoint."""
 
     def read() -> list[dict[str, Any]]:
         if not ranks.current().is_first:

@@ -75,7 +75,7 @@ def verify(path: Location, progress: Progress = lambda done, total: None) -> Ver
 
     Args:
         path: Directory or URL of the artifact.
-        progress: Called with the number of bytes that have been read, and their total.
+        progress: Called with the number of bytes that have been read, and the number of all bytes.
 
     Raises:
         UserError: A file is damaged or missing.
@@ -107,10 +107,10 @@ def verify(path: Location, progress: Progress = lambda done, total: None) -> Ver
 
 
 def other_sources(artifacts: Sequence[Verified]) -> Iterator[str]:
-    """Yield a line for each artifact whose source has changed since it was made.
+    """Yield a line for each artifact that was made from another source than the one beside it.
 
-    For example, the samples beside some features may be others than those they were made from. Only
-    artifacts in the same work directory are compared.
+    For example, features are reported if the samples in their work directory were written again
+    with other contents. Only artifacts in the same work directory are compared.
     """
     for artifact in artifacts:
         beside = [each for each in artifacts if _work(each.path) == _work(artifact.path)]
@@ -154,7 +154,7 @@ def _local(file: Location, folder: Path) -> Path:
 
 
 def _check_parquet(shown: Location, file: Path, remedy: str) -> None:
-    import pyarrow as pa  # not at the top: the slim install, which lacks it, verifies only bundles
+    import pyarrow as pa  # not at the top: the slim install lacks it and verifies only bundles
     import pyarrow.parquet as pq
 
     try:

@@ -1,7 +1,7 @@
 """Warm start: initialize linear towers from a linear autoencoder that is solved in closed form.
 
-The autoencoder predicts the items that a user took from the user's other items. In shapes, "codes"
-is the number of codes in the item vocabulary.
+The autoencoder predicts whether a user took an item; its input is the user's other items. In
+shapes, "codes" is the number of codes in the item vocabulary.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SCALES = 2.0 ** np.arange(-4, 17)
 def warm_start(config: Config, size: int, model: Recommender, tables: DistributedTables) -> None:
     """Initialize the item table and the last layers of the towers.
 
-    All ranks must call this at the same time. Let D be the width of the towers' outputs. Then a
-    user's embedding is the pooled first D columns of the item table's rows for the user's history,
-    and an item's embedding is the next D columns of the item's row. Their inner product is the best
-    approximation of rank D to the scores of `item_item_weights`. Other features have no influence
-    at first.
+    All ranks must call this at the same time. Let D be the width of the towers' outputs. An item's
+    embedding is then columns D + 1 to 2D of the item's row in the item table. A user's embedding
+    is the pooled first D columns of the rows of the items in the user's history. The inner product
+    of both is the best approximation of rank D to the scores of `item_item_weights`. Other features
+    have no influence until training changes their weights.
 
     Args:
         config: Configuration of the run.

@@ -16,21 +16,21 @@ from hvdrec.training.trackers.tracker import Trained, parameters, scalars
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 MOST_PARAMETERS = 100
-"""MLflow refuses more parameters or longer values in a request."""
+"""Limits of MLflow: parameters in a request and, in LONGEST, characters of a parameter's value."""
 LONGEST = 500
 
 
 class MlflowTracker:
     """Writes to the server in MLFLOW_TRACKING_URI, or else to ``WORK/mlruns``.
 
-    The experiment has the name of the configuration. Every start of training is a run of its own,
-    also a resumption.
+    The experiment has the name of the configuration. Every start of training, even to resume a run,
+    creates a new run in MLflow.
     """
 
     def __init__(self, config: Config, run: Path) -> None:
         """Create the run in MLflow, and record the configuration."""
         local = (run.parent / "mlruns").absolute().as_uri()
-        # MLflow asks for consent to its plain files, which need no database.
+        # Without this, MLflow refuses to store runs in plain files, which need no database.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client = MlflowClient(os.environ.get(URI_VARIABLE) or local)
         self._log_file = run / LOG_FILE

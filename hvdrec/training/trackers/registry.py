@@ -11,17 +11,19 @@ from hvdrec.errors import invalid_value, unknown_name
 from hvdrec.training.trackers.tracker import Tracker
 
 TrackerFactory = Callable[[Config, Path], Tracker]
-"""Function of the configuration and the directory of a run that opens a tracker."""
+"""Function that opens a tracker, given the configuration and the directory of a run."""
 _TRACKERS: dict[str, tuple[TrackerFactory, str]] = {}
 
 
 def register_tracker(name: str, factory: TrackerFactory, package: str = "") -> None:
-    """Let ``train.trackers = [name]`` choose a tracker; an earlier one of this name is replaced.
+    """Register a tracker that ``train.trackers = [name]`` chooses.
+
+    It replaces an earlier tracker with the same name.
 
     Args:
         name: Name of the tracker.
-        factory: Function that opens it.
-        package: The package that it needs; hvdrec's extra `name` must install it.
+        factory: Function that opens the tracker.
+        package: The package that the tracker needs. hvdrec's extra `name` must install it.
     """
     _TRACKERS[name] = (factory, package)
 
@@ -43,7 +45,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(config: Config, run: Path) -> list[Tracker]:
-    """Open the trackers of ``train.trackers``; raises UserError as `check_trackers`."""
+    """Open the trackers of ``train.trackers``; raise UserError like `check_trackers`."""
     check_trackers(config.train.trackers)
     return [_TRACKERS[name][0](config, run) for name in config.train.trackers]
 

@@ -53,5 +53,5 @@ class TensorBoardTracker:
         )
 
     def close(self, *, failed: bool) -> None:
-        """Write what is pending."""
+        """Write pending data and close the files."""
         self._writer.close()

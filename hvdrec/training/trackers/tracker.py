@@ -32,7 +32,7 @@ class Trained:
 
 
 class Tracker(Protocol):
-    """Records a run in another program; the first rank calls it."""
+    """Records a run in another program; only the first rank has trackers."""
 
     def log(self, event: Event) -> None:
         """Record an event of the training log; events of unknown kinds are ignored."""
@@ -41,13 +41,13 @@ class Tracker(Protocol):
         """Record the model at the end of training."""
 
     def close(self, *, failed: bool) -> None:
-        """Write what is pending; `failed` is True if training ended with an error."""
+        """Write pending data and end; `failed` is True if training ended with an error."""
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """Return the numbers of an event of a step or a validation, by name.
+    """Return the numbers in an event ``step`` or ``validation`` by name; empty for other events.
 
-    Names have the form ``train/loss`` and ``validation/auc``. Numbers that are None are left out.
+    Names are like ``train/loss`` and ``validation/auc``. Values that are None are left out.
 
     >>> scalars({"event": "step", "step": 3, "loss": 0.5, "time_shares": {"reading": 0.25}})
     {'train/loss': 0.5, 'train/time_shares/reading': 0.25}
@@ -61,7 +61,7 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
-    """Return the fields of a configuration by dotted name; lists are text."""
+    """Return the fields of a configuration by dotted name; lists are converted to text."""
     found: dict[str, str | float | bool] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
