@@ -18,13 +18,14 @@ TIMES = ("integer", "float", "date", "timestamp")
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 SECONDS_A_YEAR = 31_556_952
 LATEST_TIME = 1e11
-"""A numeric time of more seconds (the year 5138) has another unit."""
+"""Latest plausible time in seconds since 1970 (the year 5138). If a number exceeds it, the
+configured unit must be wrong."""
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 """Unit of a numeric time -> microseconds."""
 
 
 def clock(column: Column, unit: TimeUnit) -> IntegerColumn:
-    """Return a column of times as microseconds since 1970, or since the zero of numeric times.
+    """Convert a column of times to microseconds since 1970; numbers count from their own zero.
 
     Args:
         column: Numbers, dates (midnight UTC) or timestamps (UTC if they have no time zone).
@@ -51,14 +52,14 @@ def is_time(column: Column) -> bool:
 
 
 def require_time(table: Table, column: str, key: str, file: Location, name: str = "") -> None:
-    """Raise UserError if a column is not one of times.
+    """Raise UserError if a column cannot hold times (see `is_time`).
 
     Args:
         table: The table.
         column: Name of the column.
-        key: Configuration key that names it, for the error message.
+        key: Configuration key that names the column, for the error message.
         file: Location of the table, for the error message.
-        name: What the error message calls the column; empty: `column`.
+        name: Name of the column in the error message; if empty, `column`.
     """
     if is_time(table[column]):
         return
@@ -73,10 +74,11 @@ def require_time(table: Table, column: str, key: str, file: Location, name: str 
 
 
 def microseconds_of(number: float | Decimal, unit: TimeUnit, key: str) -> int:
-    """Return what `clock` gives for a number.
+    """Convert a numeric time to microseconds, as `clock` does for a column.
 
     Raises:
-        UserError: The number is so large that its unit must be another one; `key` names the unit.
+        UserError: The number is so large that its unit must be wrong. `key` is the configuration
+            key of the unit.
     """
     exact, size = Decimal(str(number)), MICROSECONDS[unit]
     seconds = float(exact) * size / MICROSECONDS["s"]
@@ -89,10 +91,10 @@ def microseconds_of(number: float | Decimal, unit: TimeUnit, key: str) -> int:
 
 
 def instant(text: str, unit: TimeUnit, key: str) -> int:
-    """Return a time of the configuration in microseconds: a number, or a date and time.
+    """Convert a time in the configuration, a number or a date and time, to microseconds.
 
     Raises:
-        UserError: The text is neither; `key` names the field.
+        UserError: The text is neither a number nor a date and time; `key` names the field.
     """
     with suppress(ValueError):
         return round(float(text) * MICROSECONDS[unit])
@@ -106,14 +108,17 @@ def instant(text: str, unit: TimeUnit, key: str) -> int:
 
 
 def key_family(dtype: ibis.DataType) -> str:
-    """Return the group of types that a key can be compared with: "string", "integer" or a type."""
+    """Return the group of types that can be compared: "string", "integer" or the type itself."""
     if dtype.is_string():
         return "string"
     return "integer" if dtype.is_integer() else str(dtype.copy(nullable=True))
 
 
 def comparable(left: Column, right: Column) -> tuple[Column, Column] | None:
-    """Return two key columns as one type, integers as text beside text; None if types differ."""
+    """Convert two key columns to one type; return None if they cannot be compared.
+
+    If one column has strings and the other integers, the integers become strings.
+    """
     families = {key_family(left.type()), key_family(right.type())}
     if families == {"string", "integer"}:
         return left.cast("string"), right.cast("string")

@@ -31,7 +31,7 @@ TARGETS: dict[RawType, pa.DataType] = {
     "float": pa.float64(),
 }
 END_OF_REASON = ("LINE ", "Possible", "Candidate", "  file =", "  delimiter")
-"""In DuckDB's error messages, lines that begin with these follow after the reason of the error."""
+"""Beginnings of the lines that follow the reason of an error in DuckDB's messages."""
 LONGEST_LINE = 200
 
 
@@ -145,8 +145,8 @@ def cast(
 ) -> pa.Array:
     """Cast a compact column to the type that a feature declares.
 
-    If strings are declared, integers become decimal strings. Floats are refused, since "1.0" would
-    not match the key "1".
+    If strings are declared, integers become decimal strings. Floats are not converted to strings,
+    since "1.0" would not match the key "1".
 
     Args:
         array: The column.

@@ -1,4 +1,4 @@
-"""How long to wait for a label: the delays of feedback, and the share that each window catches."""
+"""How long to wait for labels: delays of feedback, and the share that each label window catches."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from hvdrec.storage.urls import as_location
 CANDIDATES = (
     "10s", "1m", "5m", "10m", "30m", "1h", "2h", "6h", "12h", "1d", "2d", "3d", "7d", "14d", "30d",
 )  # fmt: skip
-"""Windows that every report lists, as far as the log reaches."""
+"""Windows that every report lists, up to the longest window that is examined."""
 LONGER = 10
 """By default, windows up to this many times the configured one are examined."""
 OBSERVED = 0.1
-"""At least this share of the exposures must have been observed for the longest window."""
+"""By default, at least this share of the exposures was observed for the longest window examined."""
 FEW = 100
 """With fewer positives, the report warns."""
 DRAWN_POINTS = 120
@@ -55,18 +55,18 @@ _BIN, _ROWS = f"{INTERNAL}bin", f"{INTERNAL}rows"
 
 @dataclass(frozen=True)
 class WindowChoice:
-    """What a label window means for one action. Shares are between 0 and 1.
+    """The effects of a label window for one action. Shares are between 0 and 1.
 
     Attributes:
         window: The window as text, such as "30m".
         seconds: The window in seconds.
         caught: Share of the positives whose first feedback comes within the window.
         low: Lower end of the 95 % interval of `caught`.
-        high: Upper end of it.
+        high: Upper end of this interval.
         missed: Share of the positives that would be labelled 0: 1 - caught.
         wrong_negatives: Share of the exposures labelled 0 that are positives.
         unsettled: Share of the exposures in the log whose window has not passed.
-        age: Seconds between an exposure and the time when it can be a sample: window and lateness.
+        age: Seconds from an exposure until it can be a sample: the window plus the lateness.
     """
 
     window: str
@@ -89,17 +89,17 @@ class ActionDelays:
         configured: The window in the configuration.
         within: The longest window examined. Positives are exposures with feedback within it.
         exposures: Number of exposures.
-        positives: Number of exposures with feedback within the longest window so far.
+        positives: Number of exposures for which the log has feedback within the longest window.
         share: The share of positives that the recommended window must catch.
         rate: Estimated share of all exposures that get feedback within the longest window.
-        recommended: The smallest such window as text, rounded up by at most 2 %; "" if there are
-            no positives.
-        seconds: That window in seconds before rounding; None if there are no positives.
+        recommended: The smallest window that catches `share`, as text, rounded up by at most 2 %;
+            "" if there are no positives.
+        seconds: The same window in seconds before rounding; None if there are no positives.
         low: Lower end of its 95 % interval, in seconds.
-        high: Upper end of it; None if it is beyond the longest window.
+        high: Upper end of this interval; None if it is beyond the longest window.
         choices: The candidate windows, ascending.
         curve: Points (seconds, caught, low, high) of the share caught as a function of the window.
-        notes: Lines about what to be careful with.
+        notes: Cautions for readers of the numbers, one line each.
     """
 
     name: str
@@ -189,7 +189,7 @@ def _longest(within: str) -> int:
 
 
 def _bins(column: IntegerColumn) -> IntegerColumn:
-    """Return the bin of each duration in microseconds, as `delay_bin`."""
+    """Return the bin of each duration in microseconds, as `delay_bin` does."""
     positive = ibis.greatest(column, 1).cast("float64")
     return (positive.ln() / math.log(RATIO)).floor().cast("int64")
 
@@ -202,13 +202,13 @@ def _histogram(engine: Engine, table: Table, bins: IntegerColumn) -> dict[int, i
 
 
 def _observed(engine: Engine, exposures: Table, end: int) -> dict[int, int]:
-    """Count exposures by the time for which they were observed."""
+    """Count the exposures in each bin of the time for which they were observed."""
     known = exposures.filter(exposures[CLOCK] <= end)
     return _histogram(engine, known, _bins(end - known[CLOCK]))
 
 
 def _default_window(options: Feedback, observed: Mapping[int, int]) -> int:
-    """Return the longest window, in microseconds, that many exposures were observed for."""
+    """Return the default longest window in microseconds (see `LONGER` and `OBSERVED`)."""
     total = sum(observed.values())
     reached, number = 0, 0
     for number in sorted(observed, reverse=True):
@@ -232,11 +232,11 @@ def _first_delays(
         spec: Definition of the samples.
         tables: The feedback tables.
         exposures: The exposures to match.
-        action: Number of the feedback table, and the longest window in microseconds.
+        action: Index in samples.feedback, and the longest window in microseconds.
 
     Returns:
-        The number of exposures with feedback by the bin of its delay, and by the bin of the time
-        for which the exposure was observed.
+        Two histograms of the exposures with feedback, bin -> number of exposures: by the delay of
+        the first feedback, and by the time for which the exposure was observed.
     """
     number, window = action
     options = dataclasses.replace(spec.samples.feedback[number], window=f"{window}us")

@@ -1,10 +1,11 @@
 """Estimate the distribution of delays from exposures that were observed for different times.
 
-Exposures near the end of the log have been observed too briefly for late feedback. So each exposure
-counts as observed until its first feedback or the end of the log, and the share of exposures with
-feedback after each delay is the complement of the estimate of Kaplan and Meier (Nonparametric
-estimation from incomplete observations, JASA 1958), on bins of delays, where exposures that leave a
-bin without feedback count half (the actuarial estimate). Its variance is Greenwood's (1926).
+For exposures near the end of the log, late feedback is not in the log yet. So each exposure counts
+as observed until its first feedback or the end of the log. The estimator of Kaplan and Meier
+(Nonparametric estimation from incomplete observations, JASA 1958) then gives the share of exposures
+that have no feedback yet after each delay; 1 minus this share is the share with feedback. Delays
+are divided into bins. An exposure whose observation ends in a bin, without feedback, counts half in
+this bin (the actuarial estimate). The variance of the estimate is Greenwood's (1926).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ RATIO = 1.002
 Z = 1.96
 """Quantile of the normal distribution for intervals of 95 %."""
 TAIL = 0.025
-"""Probability on each side of these intervals."""
+"""Probability below the lower end of such an interval, and above its upper end."""
 Array = NDArray[np.float64]
 
 
@@ -29,7 +30,7 @@ Array = NDArray[np.float64]
 class DelayCurve:
     """The share of positives whose first feedback comes within a window.
 
-    A positive is an exposure with feedback within the longest window, the last edge. All arrays
+    A positive is an exposure with feedback within the longest window, `windows[-1]`. All arrays
     have one entry per window.
 
     Attributes:
@@ -52,9 +53,10 @@ class DelayCurve:
     def interval(self) -> tuple[Array, Array]:
         """Return the lower and upper ends of 95 % intervals of `caught`, each float64 [n].
 
-        The variance follows from those of the two incidences by the delta method. The interval is
-        symmetric in the log-odds, so it stays between 0 and 1. Where all or none of the positives
-        are caught, it is that of Clopper and Pearson for the number of positives.
+        `caught` is a ratio of two incidences. Its variance follows from their variances by the
+        delta method. The interval is symmetric in the log-odds, so it stays between 0 and 1. Where
+        all or none of the positives are caught, it is the interval of Clopper and Pearson for the
+        number of positives.
         """
         share, total = self.caught, self.incidence[-1]
         ours, all_ = -(1 - self.incidence) / total, share * (1 - total) / total
@@ -73,13 +75,13 @@ class DelayCurve:
         )
 
     def at(self, window: float) -> int:
-        """Return the index of a window in microseconds, rounded to the end of its bin."""
+        """Return the index in `windows` of the bin that a window in microseconds falls into."""
         return min(delay_bin(window), len(self.windows) - 1)
 
     def smallest(self, share: float) -> tuple[float, float, float | None]:
-        """Return the smallest window that catches a share, and a 95 % interval of it.
+        """Return the smallest window that catches a share of the positives, and its 95 % interval.
 
-        The interval holds the windows whose `interval` includes the share (Brookmeyer and Crowley,
+        This interval holds the windows whose `interval` includes the share (Brookmeyer and Crowley,
         A confidence interval for the median survival time, Biometrics 1982). Its upper end is None
         if it is beyond the longest window.
         """
@@ -93,7 +95,7 @@ class DelayCurve:
 
 
 def delay_bin(duration: float) -> int:
-    """Return the number of the bin of a duration in microseconds; bin 0 holds 0 and 1."""
+    """Return the number of the bin of a duration in microseconds; bin 0 holds durations up to 1."""
     return math.floor(math.log(max(duration, 1)) / math.log(RATIO))
 
 
@@ -105,7 +107,7 @@ def estimate(
     Args:
         events: Bin of a delay -> number of exposures whose first feedback has this delay.
         censored: Bin of a duration -> number of exposures without feedback that were observed for
-            this time.
+            this duration.
         last: The bin that ends with the longest window.
 
     Returns:

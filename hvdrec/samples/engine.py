@@ -44,7 +44,7 @@ def connect(
     """Open an engine. Data that exceeds the memory moves to files; times are in UTC.
 
     Args:
-        formats: How to read raw tables that are not described by their suffix.
+        formats: How to read raw tables whose suffix does not tell their format.
         memory_gb: Memory of the whole process (10^9 bytes). DuckDB gets `DUCKDB_SHARE` of it.
         folder: Existing directory for temporary files; None for one in the system's directory.
     """
@@ -73,7 +73,7 @@ def connect(
 
 @dataclass
 class Engine:
-    """Runs queries; all code that depends on DuckDB is in this class.
+    """Runs queries in DuckDB.
 
     A table is an Ibis expression over a named view. Ibis only compiles expressions to SQL, which
     the DuckDB connection runs. So the versions of Ibis and DuckDB need not match.
@@ -88,11 +88,11 @@ class Engine:
     _expressions: list[tuple[str, str, str]] = field(default_factory=list)
 
     def read(self, raw: Location, name: str, declared: Mapping[str, RawType] = NOTHING) -> Table:
-        """Open a raw table. NaN becomes NULL; the types of CSV columns follow from all values.
+        """Open a raw table. NaN becomes NULL; the type of a CSV column follows from all its values.
 
         Args:
             raw: Directory or URL of the raw tables.
-            name: Path of a file in it, a directory, or a glob for many files; or a URL.
+            name: Path of a file, a directory or a glob, relative to `raw`; or a URL.
             declared: Column -> its type, for the columns of features and keys.
 
         Raises:
@@ -124,7 +124,7 @@ class Engine:
         view = self._view(sql(table))
         others = f"* EXCLUDE ({quoted(column)})" if column in table.columns else "*"
         try:
-            # The line break ends an SQL comment in which the expression may end.
+            # If the expression ends with an SQL comment, the line break ends this comment.
             query = f"SELECT {others}, ({expression}\n) AS {quoted(column)} FROM {view}"
             derived = self._view(query)
             dtype = self.connection.table(derived).types[-1]
@@ -162,7 +162,7 @@ class Engine:
         Args:
             table: The table.
             column: The column.
-            bad: The condition; one row at least meets it.
+            bad: The condition; at least one row meets it.
             by: Columns that order the rows.
         """
         order = ", ".join(quoted(c) for c in by)
@@ -290,7 +290,7 @@ class Engine:
         return UserError(f"samples: {reason(error)}", field="samples")
 
     def _failure(self, query: str) -> Exception | None:
-        """Return the error of a query, or None. Filtering by a hash makes it read all values."""
+        """Return the error of a query, or None. The filter on a hash makes it read all values."""
         try:
             self.connection.sql(f"SELECT count(*) FROM ({query}) WHERE h = 0").fetchall()
         except duckdb.Error as error:

@@ -32,7 +32,7 @@ Array = NDArray[Any]
 def write_users(
     draft: Path, join: LabelJoin, joined: JoinedTable, rows: SortedRows, plan: Plan
 ) -> int:
-    """Write one table of users for each of `STATES`; return the number of users.
+    """Write one table of users for each state in `STATES`; return the number of users.
 
     A table has the key and the features of each user, sorted by key. The histories in it are the
     latest events in the splits that the state includes. Features that the raw table of users does
@@ -40,7 +40,8 @@ def write_users(
     """
     spec, key = rows.spec, rows.spec.samples.user
     source = _Source.of(join, joined, "user")
-    # The rows are sorted as in the raw table, users by the declared type: "10" is before "9".
+    # Rows are sorted by the user's raw type, the table by its declared type. They may differ: the
+    # integer 9 is before 10, but the string "10" is before "9".
     order = pc.sort_indices(plain(rows.users)).to_numpy()
     values = plain(rows.users).take(pa.array(order))
     latest: Sequence[Array] = [np.full(len(order), -1, dtype=np.int64)] * len(STATES)
@@ -132,7 +133,7 @@ class _Source:
     def build(
         self, spec: SampleSpec, key: str, values: pa.Array, latest: Callable[[str], pa.Array]
     ) -> pa.Table:
-        """Build the table for the keys `values`; `latest` returns columns of their latest rows."""
+        """Build the table of the keys `values`; `latest(name)` is a column of their latest rows."""
         index = None if self.keys is None else pc.index_in(values, value_set=self.keys)
         result = {key: values}
         for name in (feature.name for feature in spec.side_features(self.side)):
@@ -165,14 +166,14 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Fetched:
-    """Some columns of some rows; `numbers` are the numbers of the rows, ascending."""
+    """Some columns of some rows; `numbers` holds the numbers of these rows in ascending order."""
 
     numbers: Array
     columns: Mapping[str, pa.Array]
 
     @staticmethod
     def of(rows: SortedRows, names: Sequence[str], latest: Sequence[Array]) -> _Fetched:
-        """Read the columns `names` of the rows with the numbers in `latest`; -1 stands for none."""
+        """Read the columns `names` of the rows with the numbers in `latest`; -1 means no row."""
         numbers = np.unique(np.concatenate(latest))
         numbers = numbers[numbers >= 0]
         if not names:
@@ -193,7 +194,7 @@ class _Fetched:
 
 
 def _latest_of_users(rows: SortedRows, plan: Plan) -> list[Array]:
-    """Return the number of each user's latest row for each of `STATES`; -1 if there is none."""
+    """Return, for each state in `STATES`, the number of each user's latest row; -1 if none."""
     latest = ", ".join(
         f"coalesce(max({NUMBER}) FILTER ({SPLIT} <= {i}), -1) AS s{i}" for i in range(len(STATES))
     )
@@ -205,7 +206,7 @@ def _latest_of_users(rows: SortedRows, plan: Plan) -> list[Array]:
 
 
 def _latest_of_items(rows: SortedRows, plan: Plan) -> tuple[pa.Array, Array]:
-    """Return items with training rows, and the number of the latest training row of each."""
+    """Return the items that have training rows, and the number of each item's latest one."""
     samples = rows.spec.samples
     time = [samples.time] if samples.time else []
     columns = planned_rows(rows, plan, [samples.item, *time, NUMBER, SPLIT])

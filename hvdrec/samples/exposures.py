@@ -1,4 +1,4 @@
-"""Join exposures with their feedback, count what became of it, and keep what is not settled yet."""
+"""Join exposures with their feedback, count the results, and keep unsettled rows for later runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LabelledExposures:
     Attributes:
         table: The settled exposures, with the columns of each feedback.
         unsettled: The unsettled exposures, without these columns.
-        carried: Name of a feedback -> those rows of it that the next run needs.
+        carried: Name of a feedback -> the rows of its table that the next run needs.
         facts: Counts and times for the manifest.
     """
 
@@ -55,7 +55,10 @@ class LabelledExposures:
     def save(
         self, engine: Engine, folder: Path, notify: Callable[[str], None] = lambda line: None
     ) -> None:
-        """Write what is not settled to a new folder; call `notify` with a line for each table."""
+        """Write the unsettled exposures and the carried feedback to a new folder.
+
+        `notify` is called with a line for each table.
+        """
         for line in self._lines():
             notify(line)
         folder.mkdir()
@@ -147,15 +150,16 @@ def exposure_key(spec: SampleSpec) -> list[str]:
 
 
 def matchable(spec: SampleSpec, exposures: UniqueExposures) -> Table:
-    """Return the exposures to match with feedback; the cheapest table that gives the same matches.
+    """Return the exposures to match with feedback: the cheapest table that gives correct matches.
 
-    By default, repeated rows have the time and the keys of the row that counts.
+    By default, repeated rows have the same time and keys, so they give the same matches.
     """
     return exposures.unique if spec.samples.exposures.key else exposures.all
 
 
 def _is_settled(exposures: Table, settled_from: int) -> BooleanValue:
-    # A null time counts as settled: it is an error of the samples, which name the remedy.
+    # An exposure without a time counts as settled, so that it becomes a row of the samples: their
+    # checks refuse it with an error that names the remedy.
     return (exposures[CLOCK] < settled_from).fill_null(True)
 
 
@@ -172,7 +176,7 @@ def _count_settled(
         done = int(row["settled"] or 0)
         return done, int(row["rows"]) - done
 
-    # Without the repeated rows: this reads only the column of the time.
+    # Subtract the repeated rows instead of counting `unique`: this reads only the column of times.
     all_, repeated = counts(exposures.all), (0, 0)
     if exposures.repeated is not None:
         repeated = counts(exposures.repeated)
@@ -193,7 +197,7 @@ def _count(
         exposures: Unique exposures.
         options: The feedback.
         tables: Its rows, its unique complete rows, and its matches.
-        complete: End of the log without its lateness, in microseconds.
+        complete: End of the log minus the lateness, in microseconds.
     """
     raw, unique, matched = tables
     missing = [raw.rows[column].isnull() for column in (*numbered(ON, len(options.on)), TIME)]

@@ -37,7 +37,7 @@ SECOND = float(UNITS["s"])
 
 
 class Runs(Protocol):
-    """What the label join needs of an engine."""
+    """The methods of an engine that the label join needs."""
 
     def materialize(self, table: Table) -> Table:
         """Compute a table, store the result and return it as a table."""
@@ -57,10 +57,10 @@ class FeedbackCounts:
         incomplete: Rows without a key or a time.
         duplicates: Rows that repeat another one.
         matched: Feedback that counts for an exposure.
-        early: Feedback before each exposure with its keys, beyond the skew.
+        early: Feedback that precedes all exposures with its keys by more than the skew.
         late: Feedback after the windows of the exposures with its keys.
         unknown: Feedback whose keys no exposure has.
-        waiting: Feedback without an exposure so far that is kept for the next run.
+        waiting: Feedback that has no exposure so far, and is kept for the next run.
     """
 
     rows: int
@@ -98,7 +98,7 @@ def unique_exposures(engine: Runs, exposures: Table, key: Sequence[str]) -> Uniq
     several = engine.materialize(counted.filter(counted[_ROWS] > 1).drop(_ROWS))
     if engine.first(several) is None:
         return UniqueExposures(exposures, None, exposures)
-    # Only rows with equal keys are sorted and stored: usually there are few.
+    # Only rows that share a key with another row are sorted and stored: usually there are few.
     same = exposures.semi_join(several, _same(exposures, several, key, key))
     ranked = engine.materialize(_ranked(same, key, CLOCK))
     earliest = ranked.filter(ranked[_RANK] == 0).drop(_RANK)
@@ -190,7 +190,7 @@ def unmatched_reasons(exposures: Table, rest: Table, options: Feedback, end: int
     """Count unmatched feedback by reason: one row with waiting, early, late and unknown.
 
     Args:
-        exposures: The exposures, also repeated ones.
+        exposures: The exposures, including repeated ones.
         rest: The unmatched feedback.
         options: Keys and skew.
         end: End of the log, in microseconds.
@@ -218,12 +218,18 @@ def unmatched_reasons(exposures: Table, rest: Table, options: Feedback, end: int
 
 
 def waiting(feedback: Table, options: Feedback, end: int) -> BooleanValue:
-    """Return a condition: the exposure may come after the end of the log, because of the skew."""
+    """Return a condition: the exposure of a feedback may come after the end of the log.
+
+    The skew allows feedback to precede its exposure.
+    """
     return feedback[TIME] >= end - microseconds(options.skew)
 
 
 def carried_feedback(feedback: Table, matches: Table, options: Feedback, end: int) -> Table:
-    """Return the feedback that the next run needs: on unsettled exposures, or without exposure."""
+    """Return the feedback that the next run needs.
+
+    This is the feedback on unsettled exposures, and feedback whose exposure may still come.
+    """
     columns = feedback.columns
     on_unsettled = matches.filter(~matches[SETTLED]).select(*columns)
     free = feedback if options.touch == "every" else unmatched(feedback, matches)
@@ -244,7 +250,10 @@ def numbered(name: str, count: int) -> list[str]:
 def _touched(
     pairs: Table, feedback_columns: Sequence[str], shown: Sequence[str], touch: str
 ) -> Table:
-    """Keep one exposure per feedback: one before it if there is any, else the next one after it."""
+    """Keep one exposure per feedback: the last or the first before the feedback, as `touch` says.
+
+    If no exposure comes before the feedback, keep the next exposure after it.
+    """
     before = ibis.ifelse(pairs[DELAY] >= 0, 0, 1)
     near = pairs[DELAY].abs() if touch == "last" else pairs[SHOWN_AT]
     order = [before, near, *(ibis.asc(pairs[name], nulls_first=False) for name in shown)]
@@ -254,7 +263,7 @@ def _touched(
 
 
 def _earliest(table: Table, key: Sequence[str], time: str) -> Table:
-    """Keep one row per key: the one with the smallest time, then with the smallest columns."""
+    """Keep one row per key: the earliest; among equally early rows, the other columns decide."""
     ranked = _ranked(table, key, time)
     return ranked.filter(ranked[_RANK] == 0).drop(_RANK)
 

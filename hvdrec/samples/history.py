@@ -29,10 +29,10 @@ class Events:
 
     Attributes:
         code: Code of the entry that each event adds to a list, int32 [e].
-        starts: Number of the first event of each user, and e, int64 [users + 1].
+        starts: Number of the first event of each user, followed by e, int64 [users + 1].
         same: Number of the next event with the same user and code, int64 [e]; e if there is none.
             None if a list may contain an entry more than once.
-        time: Time of each event [e], if lists end at an age; otherwise None.
+        time: Time of each event [e], if lists leave out old events (`within`); otherwise None.
     """
 
     code: Array
@@ -53,7 +53,7 @@ class Events:
         return lengths, self._gather(first, lengths)
 
     def others(self, user: Array, position: Array, own: Array, length: int) -> tuple[Array, Array]:
-        """Return `length` other events of each row's user that are closest to the row.
+        """Return, for each row, the `length` other events of its user that are closest to the row.
 
         Distance is counted in the sorted list of the user's events: half of the returned events
         come before the row and half after it, if there are enough on both sides. The row itself is
@@ -95,7 +95,7 @@ class Events:
     def _last_distinct(
         self, same: Array, first: Array, stop: Array, length: int
     ) -> tuple[Array, Array]:
-        """Return the last `length` events of each range; of each entry only the last."""
+        """Return the last `length` different entries of each range, each at its last event."""
         lists, chosen = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         width, left = 2 * length, np.arange(len(stop))
         while len(left):
@@ -137,9 +137,9 @@ class Positions:
             chosen: True for each row that is an event, bool [n].
 
         Returns:
-            For each row, the number of its user's first event, the number of the first event that
-            is not before the row's time, and the number that its own event has or would have;
-            int64 [n] each.
+            Three arrays, int64 [n], with one entry per row: the number of the first event of its
+            user; the number of the user's first event that is not before the row's time; the
+            number that the row's own event has, or would have if the row were an event.
         """
         number = self.count + np.cumsum(chosen) - chosen
         same_user, same_time = np.ones((2, len(user)), dtype=bool)
@@ -161,7 +161,7 @@ class EventFile:
     Attributes:
         path: Path of the files, without suffix.
         rows: Number of events of each user, int64 [users].
-        dtype: Type of the times; None if no list ends at an age.
+        dtype: Type of the times; None if lists do not leave out old events.
     """
 
     path: Path
@@ -214,7 +214,10 @@ def first_since(time: Array, first: Array, stop: Array, oldest: Array) -> Array:
 
 
 def _at_last_change(same: Array, values: Array, before: int) -> Array:
-    """Return, for each of n rows, the value at the last row up to it that is not `same`."""
+    """Return, for each of n rows, the value at the latest row up to this one that is not `same`.
+
+    If there is no such row, it is `before`.
+    """
     index = np.maximum.accumulate(np.where(same, -1, np.arange(len(same))))
     return np.where(index < 0, before, values[index])
 

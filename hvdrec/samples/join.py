@@ -1,6 +1,6 @@
 """Join the raw tables, derive columns, and compute labels and weights, as Ibis expressions.
 
-Names that begin with `INTERNAL` are those of internal columns.
+Internal columns have names that begin with `INTERNAL`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ EXAMPLE = "rating > 3"
 
 @dataclass(frozen=True)
 class SideTable:
-    """A table to join to the interactions: configuration key, such as "samples.users", and file.
+    """A table to join to the interactions.
 
-    `on` lists the columns by which it is joined.
+    Attributes:
+        name: Configuration key of the table, such as "samples.users".
+        file: Path or glob of the table.
+        table: Its rows.
+        on: The columns by which it is joined.
     """
 
     name: str
@@ -84,7 +88,7 @@ class LabelJoin:
     ) -> LabelJoin:
         """Open all tables in the directory `raw`, and check the columns by which they are joined.
 
-        If there is feedback, join it with the interactions; `notify` is called with lines about it.
+        If there is feedback, join it with the interactions; call `notify` with lines of progress.
 
         Raises:
             UserError: A file or a key column is missing, or keys are null or not unique.
@@ -166,10 +170,11 @@ class LabelJoin:
     def label(self, joined: JoinedTable, *, negatives: bool = False) -> Table:
         """Drop rows by ``samples.drop``; add the labels, the weight and a flag for each history.
 
-        Of the negatives, the share ``samples.negatives.rate`` is kept.
+        The flag is true if the row is an event of the history. Of the rows in which no label is 1,
+        only the share ``samples.negatives.rate`` is kept.
 
-        The flag tells whether the row is an event of the history. With ``negatives``, all rows are
-        sampled negatives: they have label 0 and weight 1 and are not events.
+        With ``negatives``, all rows are sampled negatives: they have label 0 and weight 1 and are
+        not events.
         """
         samples, table = self.spec.samples, joined.table
         if samples.drop:
@@ -242,12 +247,12 @@ def task_label(number: int) -> str:
 
 
 def _left_join(engine: Engine, table: Table, side: SideTable, file: Location, marker: str) -> Table:
-    """Join a table: add those of its columns that are not there yet, and the column `marker`.
+    """Join a table: add its columns, except those already present, and the column `marker`.
 
     `marker` is true for each row that has a match.
 
     Raises:
-        UserError: A row has several matches: the join would repeat it for each of them.
+        UserError: A row has several matches, so the join would repeat it.
     """
     present = {column.lower(): column for column in table.columns}
     for column in side.table.columns:
@@ -313,7 +318,7 @@ def _require_one_match(
 
 
 def _repeated(side: SideTable) -> Table:
-    """Return the keys, without nulls, that several rows of a table have, and their counts."""
+    """Return each key that several rows of a table have, except null, and the number of rows."""
     counted = side.table.group_by(*side.on).aggregate(**{COUNT: side.table.count()})
     present = [counted[COUNT] > 1, *(counted[column].notnull() for column in side.on)]
     return counted.filter(*present)

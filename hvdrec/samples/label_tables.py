@@ -1,4 +1,4 @@
-"""Open the exposures and the feedback of a run, and what the previous run has not settled."""
+"""Open the exposures and the feedback of a run, and those that the previous run left unsettled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hvdrec.storage.urls import Location
 UNSETTLED = "unsettled"
 """Directory of the samples with the exposures and the feedback that the next run needs."""
 NEVER = -(2**62)
-"""The end of a table without times, in microseconds."""
+"""Stands for the latest time of a table that has no times, in microseconds."""
 META = "label_join"
 """Key of the counts in the manifest of the samples."""
 
@@ -47,7 +47,8 @@ class LabelTables:
     """The exposures and the feedback of a run.
 
     Attributes:
-        exposures: All exposures with their CLOCK, with repeated ones and those of the previous run.
+        exposures: All exposures with their CLOCK, including repeated rows and the unsettled
+            exposures of the previous run.
         rows: Number of exposures.
         feedback: The feedback tables.
         end: End of the log, in microseconds.
@@ -65,7 +66,7 @@ class LabelTables:
 def open_tables(
     engine: Engine, spec: SampleSpec, raw: Location, exposures: Table, file: Location
 ) -> LabelTables:
-    """Open the feedback tables, and add what the previous run has not settled.
+    """Open the feedback tables, and add the rows that the previous run left unsettled.
 
     Args:
         engine: Runs the queries.
@@ -112,7 +113,7 @@ def open_tables(
 
 
 def feedback_file(name: str) -> str:
-    """Return the name of the file, without suffix, with the carried rows of a feedback."""
+    """Return the name, without suffix, of the file with the carried rows of a feedback."""
     return f"feedback-{name}"
 
 
@@ -198,7 +199,10 @@ def _open_feedback(
 def _rows_and_end(
     engine: Engine, table: Table, time: str, unit: TimeUnit, key: str
 ) -> tuple[int, int]:
-    """Return the number of rows and the latest time, in microseconds; `key` names its unit."""
+    """Return the number of rows and the latest time, in microseconds.
+
+    `key` is the configuration key of the unit of numeric times, for error messages.
+    """
     column = table[time]
     is_number = column.type().is_numeric()
     last = (column if is_number else clock(column, unit)).max()
@@ -210,7 +214,7 @@ def _rows_and_end(
 
 
 def _number(table: Table, expression: str, key: str) -> Value:
-    """Return the value of each row as a float, NULL if there is no `expression` for it."""
+    """Return the value of each row as a float; NULL if `expression` is empty."""
     if not expression:
         return ibis.null("float64")
     dtype = table[VALUE].type()
@@ -230,7 +234,7 @@ def _require_comparable(
 
 
 def _union(table: Table, old: Table) -> Table:
-    """Append the rows of a table of the previous run; a column that it does not have is NULL."""
+    """Append the rows of a table of the previous run; columns that it lacks are NULL there."""
     columns: tuple[dict[str, Column], dict[str, Column]] = ({}, {})
     for name in table.columns:
         ours = table[name]

@@ -40,7 +40,7 @@ class SamplesResult:
         users: Number of users.
         items: Number of items.
         matches: Configuration key of a joined table -> its "file", the number of "rows" of the log,
-            and how many of them have a "matched" row in the table.
+            and the number of these rows that "matched" a row of the table.
         warnings: A line for each thing that looks wrong in the raw tables.
         label_join: Counts of the label join: "exposures", "feedback" (name -> what became of its
             rows), and "end", the end of the log in microseconds. Empty without
@@ -67,12 +67,14 @@ def make_samples(
     """Make labelled, split samples from raw tables and write them to ``paths.samples``.
 
     The tables are joined and the rows are labelled and split. Then negatives are drawn: each has
-    the split and the columns of its positive row, except the item, and is joined like other rows.
-    The result does not depend on the order of rows in the files.
+    the split of its positive row and copies its columns, except the item. The tables of items are
+    joined to negatives as to other rows. The result does not depend on the order of rows in the
+    files.
 
-    The samples also contain a table of users and one of items. A feature of an item that is not in
-    the raw table of items is taken from the item's latest training row. The same holds for users,
-    with one table for each of `STATES`, from the latest row of the splits that it includes.
+    The samples also contain tables of users and items. A feature of items that is not in the raw
+    table of items is taken from the item's latest training row. There is one table of users for
+    each state in `STATES`: a feature of users that is not in the raw table of users is taken from
+    the user's latest row in the splits that the state includes.
 
     Args:
         config: Configuration of the run.

@@ -1,4 +1,4 @@
-"""Check how many rows of the log match each joined table: none is an error, few are a warning."""
+"""Count the rows of the log that match each joined table; warn if few match, fail if none do."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def report_matches(
         notify: Called with a line of text for each table.
 
     Returns:
-        Configuration key of a table -> its "file", the number of "rows", and how many of them are
-        "matched".
+        Configuration key of a table -> its "file", the number of "rows" of the log, and the number
+        of these rows that "matched" a row of the table.
 
     Raises:
         UserError: No row has a match in a table.
@@ -83,7 +83,7 @@ def _no_match(join: LabelJoin, joined: JoinedTable, side: SideTable) -> UserErro
 def _remedy(on: tuple[str, ...], ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """Return the remedy for keys that are written differently in two tables.
 
-    If the difference is leading zeros, it is the SQL that adds or removes them.
+    If the keys differ in leading zeros, the remedy is the SQL that adds or removes them.
     """
     for column in on:
         a, b = str(ours[column]), str(theirs[column])

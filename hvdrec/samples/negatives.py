@@ -21,7 +21,8 @@ ROUNDS = 20
 ENUMERATED = 2_097_152
 """Number of candidates that are listed at a time, to bound memory."""
 LISTED = 2**32
-"""Draw numbers from here on order listed candidates; those below are of rejection sampling."""
+"""Draws with this number or a larger one order listed candidates; smaller numbers are for rejection
+sampling."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Candidates:
     """The distinct items of each group.
 
     Attributes:
-        item: Item codes of all groups, one group after the other, each ascending, int32 or int64.
-        start: Index in `item` at which each group begins, int64 [groups + 1].
+        item: Item codes of all groups, one group after the other, ascending within each group,
+            int32 or int64.
+        start: Index in `item` at which each group begins, then the length, int64 [groups + 1].
     """
 
     item: Array
@@ -62,14 +64,16 @@ class Block:
 
 @dataclass(frozen=True)
 class _Draws:
-    """The p positive rows of a block, and what they may draw.
+    """The p positive rows of a block, and the items that they may draw.
+
+    An item is *taken* for a pair of group and user if the user has a row with it in the group.
 
     Attributes:
         candidates: The items of all groups.
         group: Group of each row, int64 [p].
         pair: Number of each row's pair of group and user, int64 [p].
         number: Number of each row, int64 [p].
-        taken: Sorted numbers ``pair * items + item``, one for each item that a pair has taken.
+        taken: Sorted numbers ``pair * items + item``, one for each item taken for a pair.
         items: A number above all item codes.
         seed: Seed of the draws.
     """
@@ -92,7 +96,7 @@ class _Draws:
         return np.asarray(self.taken[index] == key)
 
     def taken_items(self) -> Array:
-        """Return the number of items that each row's pair has taken."""
+        """Return, for each row, the number of items taken for its pair."""
         ends = np.searchsorted(self.taken, (self.pair + 1) * self.items)
         return np.asarray(ends - np.searchsorted(self.taken, self.pair * self.items))
 
@@ -113,7 +117,8 @@ def draw_negatives(
         seed: Seed of the random numbers.
 
     Returns:
-        For each negative, the index of its row in the block and its item code; sorted by both.
+        Two arrays with one entry per negative: the index of its positive row in the block, and its
+        item code. They are sorted by index, then by code.
     """
     positive = np.flatnonzero(block.positive)
     if not len(positive):

@@ -45,8 +45,9 @@ def check_parquet(files: RawFiles) -> dict[str, list[str]]:
     """Check that each column has the same name and compatible types in all Parquet files.
 
     Returns:
-        For each column that has integers in some files and floats in others: column -> the files
-        with integers. A float can only hold integers up to 2**53.
+        Column -> the files in which it has integers, for each column that has floats in other
+        files. All values of such a column become floats, which hold integers exactly only up to
+        2**53.
 
     Raises:
         UserError: Names of columns differ only in case, or the types of a column have no common
@@ -97,8 +98,8 @@ def read_header(files: RawFiles, path: str) -> CsvHeader:
     Unless the delimiter is configured, it is the most frequent one in that line.
 
     Raises:
-        UserError: The file is empty, its first line cannot be decoded, or it has another number of
-            fields than the configured columns.
+        UserError: The file is empty, its first line cannot be decoded, or the line does not have as
+            many fields as there are configured columns.
     """
     options = files.options
     with files.open(path) as file:
@@ -162,7 +163,8 @@ def _family(dtype: pa.DataType) -> str:
     if is_list(dtype):
         return f"list of {_family(dtype.value_type)}"
     name = family(dtype)
-    # A timestamp without a time zone does not say which instant it means, so the two differ.
+    # A timestamp without a time zone does not define an instant, so it is in another family than
+    # one with a time zone.
     return f"{name} with time zone" if name == "timestamp" and dtype.tz else name
 
 

@@ -72,7 +72,7 @@ def find_files(raw: Location, name: str, options: TableFormat | None = None) -> 
     Args:
         raw: Directory or URL of the raw tables.
         name: Path or URL of a file, a directory or a glob, relative to `raw`.
-        options: How to read the table; None: by the suffix.
+        options: How to read the table; None to derive this from the suffix.
 
     Raises:
         UserError: There is no such file, or its format is unknown.
@@ -96,14 +96,15 @@ def find_files(raw: Location, name: str, options: TableFormat | None = None) -> 
 
 
 def format_of(path: str) -> Format | None:
-    """Return the format that the suffix of a file tells, or None."""
+    """Return the format that belongs to the suffix of a file; None if the suffix is unknown."""
     return next((name for suffix, name in SUFFIXES.items() if path.endswith(suffix)), None)
 
 
 def _lake_format(file: Location, options: TableFormat) -> Literal["delta", "iceberg"] | None:
-    """Return the format of a table whose log lists its current files.
+    """Return "delta" or "iceberg" for a table in such a format, otherwise None.
 
-    Other files in its directory are old versions, so reading all of them would be wrong.
+    These formats keep a log of the current files of a table. The directory also holds files of old
+    versions, so reading all files in it would be wrong.
     """
     if options.format in ("delta", "iceberg"):
         return options.format

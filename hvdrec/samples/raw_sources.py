@@ -28,10 +28,10 @@ BLOCK = 1 << 22
 
 @contextmanager
 def read_csv(files: RawFiles, scratch: str) -> Iterator[str]:
-    """Give the SQL that reads CSV files as text.
+    """Yield the SQL that reads CSV files as text.
 
-    Files that are not UTF-8 are first converted into a temporary directory in `scratch`, a block
-    at a time. It is removed afterwards.
+    Files that are not UTF-8 are first converted, a block at a time. The converted copies are in a
+    temporary directory in `scratch`, which is removed when the context ends.
 
     Raises:
         UserError: See `read_headers` and `convert`.
@@ -60,10 +60,11 @@ def read_csv(files: RawFiles, scratch: str) -> Iterator[str]:
 def read_json(
     files: RawFiles, scratch: str, connection: duckdb.DuckDBPyConnection
 ) -> Iterator[str]:
-    """Give the SQL that reads files with one JSON object per line.
+    """Yield the SQL that reads files with one JSON object per line.
 
-    All lines decide the columns. Single values are read as text, as in CSV files, so that types
-    follow from all values and no number is rounded; lists and nested objects keep their types.
+    The columns are the keys of the objects in all lines. Single values are read as text, as in CSV
+    files, so that the type of a column follows from all its values and no number is rounded. Lists
+    and nested objects keep their types.
 
     Raises:
         UserError: Names of columns differ only in case.
@@ -113,7 +114,7 @@ def open_delta(files: RawFiles) -> Any:
 def open_iceberg(files: RawFiles) -> Any:
     """Open the current snapshot of an Iceberg table as a stream of Arrow batches.
 
-    The table is a directory with ``metadata/*.metadata.json``; the newest one counts.
+    The table is a directory with ``metadata/*.metadata.json``; the newest of these files is used.
 
     Raises:
         UserError: The package is missing, or the table cannot be read.
@@ -164,7 +165,10 @@ def sql_paths(paths: Sequence[str]) -> str:
 def utf8_files(
     files: RawFiles, paths: Sequence[str], folder: Path
 ) -> Iterator[tuple[str | None, list[str]]]:
-    """Yield groups of files that are UTF-8, each with the path of the original if it is a copy."""
+    """Yield groups of UTF-8 files, each with the path of its original.
+
+    The path is None if the files themselves are UTF-8, so that no copy is needed.
+    """
     if codecs.lookup(files.options.encoding).name == "utf-8":
         yield None, list(paths)
         return

@@ -1,4 +1,4 @@
-"""Open raw tables in DuckDB. Parquet files become views; text is read as text, then typed."""
+"""Open raw tables in DuckDB. Parquet files become views; text files are read, then given types."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Reader:
     def _require_exact(self, file: object, column: str, paths: Sequence[str]) -> None:
         """Raise UserError if a file has integers that a float cannot hold exactly.
 
-        The column becomes one of floats, because other files have floats in it.
+        All values of the column become floats, because other files have floats in it.
         """
         values = f"unnest([min({quoted(column)}), max({quoted(column)})])"
         query = f"SELECT {values} AS value FROM {_parquet(paths)}"
@@ -127,7 +127,8 @@ class Reader:
     ) -> str:
         """Store the rows of text files, find the types of the columns, and convert the rows.
 
-        `source` is the SQL that reads the files; leaving it removes temporary copies.
+        `source` yields the SQL that reads the files. When its context ends, it removes temporary
+        copies.
         """
         text, typed = self.new_name(), self.new_name()
         with source as query:
@@ -139,7 +140,7 @@ class Reader:
         return typed
 
     def _typed(self, text: str, file: object, declared: Mapping[str, RawType]) -> str:
-        """Return the SQL that converts columns of text to the types that all their values have."""
+        """Return the SQL that converts columns of text to the types that fit all their values."""
         table = self.connection.table(text)
         names = [
             name
@@ -157,7 +158,7 @@ class Reader:
         )
 
     def _partitioned(self, rows: str, files: RawFiles, declared: Mapping[str, RawType]) -> str:
-        """Add the columns from names of directories, except those that are in the files."""
+        """Add the columns from names of directories, except columns that the files contain, too."""
         present = {name.lower() for name in self.connection.table(rows).columns}
         added = {n: list(v) for n, v in files.partitions.items() if n.lower() not in present}
         text, parts = self.new_name(), self.new_name()

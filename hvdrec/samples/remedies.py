@@ -86,7 +86,7 @@ def entries_remedy(name: str, dtype: RawType) -> str:
 
 
 def range_remedy(name: str, array: pa.Array) -> str:
-    """Return how to convert integers that do not fit int64 without making any two of them equal."""
+    """Return how to convert integers that do not fit int64, so that all values stay different."""
     column = written(name)
     values = array.drop_null().to_pylist()
     if not values or max(values) >= 2**64 or min(values) < 0:

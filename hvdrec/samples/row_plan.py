@@ -45,7 +45,7 @@ ORDER, USER = f"{INTERNAL}order", f"{INTERNAL}user"
 """Columns of the plan: number by which a split is sorted, and code of the user."""
 REPORT_SECONDS = 10.0
 COARSE_ROWS = 1_000_000
-"""Number of rows from which the cuts of a temporal split are first estimated."""
+"""If a log has at least this many rows, the cuts of a temporal split are first estimated."""
 SAMPLED_ROWS, MARGIN = 100_000, 0.02
 Array = NDArray[Any]
 Notify = Callable[[str], None]
@@ -59,8 +59,8 @@ class Plan:
         file: Parquet file of the columns NUMBER, SPLIT, ORDER, USER, and two for each history.
         events: State of `STATES` -> name of a history -> its events in the splits of the state.
         entries: Name of a history -> the values that its codes stand for.
-        oldest: State -> name of a history with `within` -> the time at which the lists of users
-            begin.
+        oldest: State -> name of a history with `within` -> the time from which events are in the
+            lists of users.
     """
 
     file: Path
@@ -72,8 +72,9 @@ class Plan:
 def bounds(number: int) -> tuple[str, str]:
     """Return the names of the two columns of history number `number`.
 
-    For scope "before", they are the number of the first event in the list's range, and of the one
-    after the last. For "others", they are 1 if the row is an event, and its position.
+    For scope "before", they are the number of the first event in the list's range, and the number
+    after that of its last event. For "others", the first is 1 if the row is an event, otherwise 0;
+    the second is the row's position among the events (see `Events.others`).
     """
     return f"{INTERNAL}first{number}", f"{INTERNAL}stop{number}"
 
@@ -81,7 +82,8 @@ def bounds(number: int) -> tuple[str, str]:
 def row_state(method: str) -> str:
     """Return the state whose events are in the histories of rows.
 
-    With a random split, only training rows may be events: others would leak held-out rows.
+    With a random split, only training rows may be events, so that histories do not contain
+    held-out rows.
     """
     return "train" if method in RANDOM else "all"
 
@@ -150,7 +152,8 @@ def make_plan(rows: SortedRows, folder: Path, notify: Notify) -> Plan:
 class _HistoryPlan:
     """Collects the events of one history, and the range of each row's list.
 
-    `files` holds the events of each state; `age` is the largest age in units of the time.
+    `files` holds the events of each state; `age` is the largest age of an event in a list, in the
+    unit of the time column.
     """
 
     rows: SortedRows
@@ -221,7 +224,8 @@ def _batches(rows: SortedRows, starts: Array, notify: Notify) -> Iterator[pa.Tab
 
     Args:
         rows: The labelled rows.
-        starts: Number of the first row of each user, and the number of rows, int64 [users + 1].
+        starts: Number of the first row of each user, then the number of all rows, int64
+            [users + 1].
         notify: Called with lines of progress.
     """
     samples = rows.spec.samples
@@ -291,11 +295,12 @@ def _cuts(rows: SortedRows) -> tuple[Any, Any] | None:
 
 
 def _coarse_cuts(rows: SortedRows, column: str) -> pa.Table | None:
-    """Find the cuts of a long log without counting every distinct time.
+    """Find the cuts of a long log without counting the rows of every distinct time.
 
-    A sample tells where the cuts are, up to `MARGIN`. Only the times around them are counted one by
-    one; all times between are counted as one. Return None if the log is short, or if a cut is not
-    surely among the times that were counted one by one.
+    A random sample of rows gives a range of times around each cut: the quantiles at its fraction
+    plus and minus `MARGIN`. Within these two ranges, the rows of each distinct time are counted;
+    outside of them, one count covers all times before, between or after the ranges. Return None if
+    the log is short, or if a cut is not within its range.
     """
     split, engine = rows.spec.samples.split, rows.engine
     if rows.count < COARSE_ROWS:
@@ -345,7 +350,7 @@ def _empty(rows: SortedRows, name: str) -> Exception:
 
 
 def _unit(dtype: pa.DataType, numeric: str) -> float:
-    """Return the unit of a column of times in microseconds; `numeric` is that of numbers."""
+    """Return the unit of a column of times in microseconds; `numeric` is the unit of numbers."""
     if pa.types.is_timestamp(dtype):
         return 1e-3 if dtype.unit == "ns" else float(UNITS[dtype.unit])
     return float(UNITS["d" if pa.types.is_date(dtype) else numeric])

@@ -29,7 +29,7 @@ from hvdrec.samples.spec import SampleSpec
 from hvdrec.samples.sql import basic_string, quoted, written
 
 CHECKED_ROWS = 65_536
-"""Number of rows whose types are checked before others are read."""
+"""Number of rows whose types are checked first, before all rows are converted."""
 Array = NDArray[Any]
 
 
@@ -43,13 +43,13 @@ class SortedRows:
     Attributes:
         engine: The engine that holds the rows.
         spec: Definition of the samples.
-        table: Table of the engine with the keys and features, as in the raw tables, the other
-            columns that samples need, and the internal columns of the labels.
+        table: Table of the engine. It has the keys and features with the types of the raw tables,
+            the other columns that samples need, and the internal columns of the labels.
         origin: Column -> the file or configuration key that it comes from.
         count: Number of rows.
         users: The distinct users in the order of the rows, cast to their declared type [k].
         user_rows: Number of rows of each user, int64 [k].
-        items: The distinct items, sorted as in the raw table, cast to their declared type.
+        items: The distinct items, sorted by their raw type, then cast to their declared type.
     """
 
     engine: Engine
@@ -110,7 +110,7 @@ def select_labelled(
 def original(spec: SampleSpec, column: str) -> str:
     """Return the column of the sorted rows that holds a column of the interactions.
 
-    If a derived column has the same name, the original column has another name.
+    If a derived column replaces it, the original is kept under another name.
     """
     return f"{INTERNAL}raw_{column}" if column in spec.samples.derive else column
 
@@ -163,7 +163,7 @@ def sort_rows(join: LabelJoin, joined: JoinedTable) -> SortedRows:
 
 
 def time_values(where: str, name: str, key: str, array: pa.Array) -> Array:
-    """Convert a column of numbers, dates or timestamps to numbers in the same order [n].
+    """Convert a column of numbers, dates or timestamps to numbers that sort in the same way [n].
 
     Args:
         where: File that the column comes from, for error messages.
@@ -228,7 +228,7 @@ def _check_times(
 
 
 def _require_number(split: Split, name: str, dtype: pa.DataType) -> None:
-    """Raise UserError if times are compared with numbers of the configuration."""
+    """Raise UserError if the configuration compares dates or timestamps with numbers."""
     numbers = {"boundaries": list(split.boundaries) or None, "after": split.after}
     given = next((field for field, value in numbers.items() if value is not None), None)
     if given and pa.types.is_temporal(dtype):
@@ -275,7 +275,10 @@ def _check_numbers(join: LabelJoin, joined: JoinedTable, name: str) -> None:
 def _check_label(
     join: LabelJoin, joined: JoinedTable, name: str, column: str, setting: tuple[str, str]
 ) -> None:
-    """Check a label; `setting` is its configuration key and expression. Tasks may have nulls."""
+    """Check a label; `setting` is its configuration key and expression.
+
+    The label of a task may be null.
+    """
     value = quoted(column)
     bad = f"{value} NOT IN (0, 1)" + (f" OR {value} IS NULL" if column == LABEL else "")
     if not (problem := _invalid(join, joined, name, column, bad)):
@@ -296,7 +299,8 @@ def _invalid(join: LabelJoin, joined: JoinedTable, name: str, column: str, bad: 
     counts = engine.one(f"SELECT count(*) FILTER ({bad}) AS bad, {total} AS n FROM {name}")
     if not counts["bad"]:
         return ""
-    # This is rare, so evaluate the expressions again, sorted by the columns of the log.
+    # Invalid values are rare, so it costs little to evaluate the expressions again, on the joined
+    # rows sorted by the columns of the log.
     keys = [join.spec.samples.user, join.spec.samples.item]
     by = list(dict.fromkeys([*keys, *joined.table.columns]))
     example = engine.example(join.label(joined), column, bad, by)

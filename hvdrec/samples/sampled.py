@@ -1,4 +1,4 @@
-"""Add sampled negatives: draw items for the positive rows, and join their tables."""
+"""Add sampled negatives: draw items for the positive rows, and join the tables of these items."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hvdrec.samples.sql import literal, quoted
 from hvdrec.samples.write import plan_columns, planned_rows
 
 GROUP, CODE = f"{INTERNAL}group", f"{INTERNAL}code"
-"""Columns of the context of a row, and of its item, as numbers."""
+"""Columns with the number of a row's context (see `negatives`), and the code of its item."""
 POSITIVE, OF, DRAWN = f"{INTERNAL}positive", f"{INTERNAL}of", f"{INTERNAL}drawn"
-"""Columns that tell whether a row is positive; of a negative, the numbers of its positive row and
-of itself."""
+"""Column that is true for positive rows; columns with the number of a negative's positive row, and
+with the number of the negative itself."""
 BLOCK_ROWS = 524_288
 Array = NDArray[Any]
 
@@ -69,7 +69,7 @@ def add_negatives(
         for block in _blocks(rows, pairs):
             row, code = draw_negatives(candidates, block, negatives.per_positive, negatives.seed)
             of = block.number[row]
-            # Rows are numbered from 0, so this number is unique, and above those of all rows.
+            # The numbers of rows are below rows.count, so no row or other negative has this one.
             nth = np.arange(len(row)) - np.searchsorted(row, row)
             number = rows.count + of * negatives.per_positive + nth
             writer.write_table(pa.table([of, number, code], schema=fields))
@@ -83,7 +83,8 @@ def add_negatives(
 def _require_item_tables(join: LabelJoin) -> None:
     """Raise UserError if a feature of items is a column of the interactions.
 
-    A sampled negative, which is another item, would get the value of its positive row.
+    A sampled negative copies the columns of its positive row, so it would get the value of the
+    wrong item.
     """
     columns = set(visible(join.interactions)) - {join.spec.samples.item}
     for feature in join.spec.features:

@@ -14,12 +14,13 @@ from hvdrec.errors import UserError, invalid_value
 
 Array = NDArray[Any]
 SPLIT_ROWS = 3
-"""Number of rows from which a user has rows in all splits."""
+"""A user with at least this many rows has rows in all splits, if the method splits by user."""
 UPPER_BITS = 16
 HASHED_ROWS = 1_048_576
 SPLITS = ("train", "validation", "test")
 PAST = -1
-"""Number of a row that is not newer than ``samples.split.after`` and belongs to no split."""
+"""Split of the rows that belong to no split, because they are not newer than
+``samples.split.after``."""
 RANDOM = ("random", "random-per-user")
 """Split methods that ignore time."""
 STATES = ("train", "validation", "all")
@@ -31,7 +32,8 @@ def user_states(method: str) -> dict[str, str]:
     """Return, for validation and test, the state of `STATES` with which users are evaluated.
 
     If the splits follow each other in time, the validation rows of a user are older than the test
-    rows, so they are included for test. In a random split they are not, so only training rows are.
+    rows, so the state for test includes them. In a random split they may be newer, so this state
+    includes training rows only.
     """
     return {"validation": "train", "test": "train" if method in RANDOM else "validation"}
 
@@ -44,9 +46,10 @@ class Splitter:
 
     Attributes:
         split: Method and fractions.
-        starts: Number of the first row of each user, and the number of rows, int64 [users + 1].
-        cuts: temporal: the last time of train, and that of validation.
-        limits: random: the smallest hash of a validation row, and that of a test row.
+        starts: Number of the first row of each user, then the number of all rows, int64
+            [users + 1].
+        cuts: For a temporal split: the last time of train, and that of validation.
+        limits: For a random split: the smallest hash of a validation row, and that of a test row.
     """
 
     split: Split
@@ -117,7 +120,8 @@ class Splitter:
     def _random_per_user(self, first: int, position: Array) -> Array:
         """Split the rows of each user at random.
 
-        Counts are rounded down, but a user with three or more rows has a row in every split.
+        The numbers of validation and test rows are rounded down, but a user with three or more rows
+        has at least one row in every split.
         """
         user, number = self.users(first, len(position)), np.arange(len(position))
         order = np.lexsort((hash64(position, self.split.seed), user))
@@ -154,9 +158,10 @@ def hash64(values: Array, seed: int) -> Array:
 
 
 def _nth_hash(rows: int, index: int, seed: int) -> int:
-    """Return the hash with `index` smaller ones among those of 0 to rows - 1.
+    """Hash the numbers from 0 to rows - 1; return the hash that has `index` smaller ones.
 
-    Hashes are counted by their upper bits first, so that only few are held in memory.
+    A first pass counts hashes by their upper bits, so that a second pass holds only those with the
+    right upper bits in memory.
     """
     if index >= rows:
         return 2**64 - 1
@@ -176,14 +181,16 @@ def _nth_hash(rows: int, index: int, seed: int) -> int:
 
 
 def _cut(after_train: Array, after_validation: Array) -> Array:
-    """Return 0, 1 or 2 for each row: the number of its split, given which splits it is after."""
+    """Return the split of each row, 0, 1 or 2: the number of splits that it comes after."""
     return after_train.astype(np.int8) + after_validation
 
 
 def time_cuts(split: Split, histogram: str, rows: int) -> str:
-    """Return the SQL query of the last time of train and that of validation, `first` and `second`.
+    """Return the SQL query that finds the cuts of a temporal split.
 
-    The cuts are between distinct times, close to the fractions; each split has at least one time.
+    Its columns are `first` and `second`, the last times of train and validation, and
+    `distinct_times`. The rows of one time stay together, so the shares of the splits are only close
+    to the fractions; each split has at least one time.
 
     Args:
         split: The fractions.

@@ -76,14 +76,14 @@ UNDECLARED = {
     "BOOLEAN": _form("(?i)true|false"),
 }
 """SQL type -> SQL condition that all values of a column must meet, in the order in which types are
-tried. A column that meets none is text."""
+tried. A column that meets none of the conditions is text."""
 DECLARED: dict[RawType, dict[str, str]] = {
     # A program may have written integer keys as floats. As text, '7.0' would not match the key '7'.
     "string": {"VARCHAR": _form(DIGITS), "DOUBLE": f"({_form(WHOLE)} AND {HOLDS})"},
     "int": {**UNDECLARED, "BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})"},
     "float": {**UNDECLARED, "BIGINT": f"({_typed(DIGITS, 'BIGINT')} OR {NAN})", "DOUBLE": FLOAT},
 }
-"""Declared type -> the same conditions, for columns of features and keys. Here, a number may have
+"""Declared type -> such conditions for the columns of features and keys. Here, a number may have
 leading zeros."""
 MAYBE_NUMBER = ""
 """Stands for a type: all values are numbers, but they may have no common type."""

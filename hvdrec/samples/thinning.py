@@ -1,4 +1,4 @@
-"""Keep a share of the negatives, and raise their weight by as much."""
+"""Keep a share of the negatives, and divide their weight by this share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hvdrec.config.data_sections import Samples
 from hvdrec.samples.clock import clock, is_time
 
 SEPARATOR = "\x1f"
-"""Stands between the texts of a hash, so that ("a", "bc") and ("ab", "c") differ."""
+"""Stands between the parts of a hashed text, so that ("a", "bc") and ("ab", "c") differ."""
 DIGITS = 8
 """Hexadecimal digits of the hash that are compared."""
 
@@ -39,7 +39,10 @@ def keep_share(table: Table, samples: Samples, labels: Sequence[str], weight: st
 
 
 def _is_drawn(table: Table, samples: Samples) -> BooleanValue:
-    """Return a condition that is true for the share of rows; it depends on their contents only."""
+    """Return a condition that is true for the share of rows to keep.
+
+    It is a hash of the contents of a row, so it does not depend on the order of rows.
+    """
     texts = [table[samples.user].cast("string"), table[samples.item].cast("string")]
     if samples.time and is_time(table[samples.time]):
         texts.append(clock(table[samples.time], samples.time_unit).cast("string"))
@@ -47,5 +50,5 @@ def _is_drawn(table: Table, samples: Samples) -> BooleanValue:
     for part in texts:
         text = text + SEPARATOR + part
     threshold = f"{round(samples.negatives.rate * 16**DIGITS):0{DIGITS}x}"
-    # A row without a key stays, because it is an error that names the remedy.
+    # A row without a key is kept: a later check refuses it with an error that names the remedy.
     return (text.hexdigest("md5").substr(0, DIGITS) < threshold).fill_null(True)

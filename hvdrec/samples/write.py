@@ -34,7 +34,7 @@ Notify = Callable[[str], None]
 
 
 def sample_columns(spec: SampleSpec) -> list[str]:
-    """Return the columns of a row from which its sample is built, without those of the plan."""
+    """Return the columns from which samples are built, without those of the plan."""
     tasks = [task_label(i) for i in range(len(spec.tasks))]
     time = [spec.samples.time] if spec.samples.time else []
     return list(dict.fromkeys([*spec.columns, *time, LABEL, WEIGHT, *tasks]))
@@ -56,7 +56,7 @@ def planned_rows(rows: SortedRows, plan: Plan, columns: Sequence[str]) -> str:
 def write_splits(
     draft: Path, rows: SortedRows, plan: Plan, negatives: str | None, notify: Notify
 ) -> dict[str, Any]:
-    """Write all splits: training rows shuffled, the others sorted by time.
+    """Write all splits: training rows shuffled, validation and test rows sorted by time.
 
     Args:
         draft: Directory of the samples.
@@ -101,7 +101,7 @@ def write_splits(
             written += group.num_rows
             if total > PART_ROWS:
                 notify(f"{written:,} of {total:,} rows written")
-            # Wait for the oldest part, so that only few are in memory.
+            # Wait for the oldest part, so that only few parts are in memory.
             while len(running) > WRITERS:
                 running.popleft().result()
         for future in running:
