@@ -15,7 +15,7 @@ PRIOR = 10.0
 the means of rare users and items to the global mean. On the validation split of MovieLens-1M,
 random or temporal, none of 0, 1, 2, 5, 20 and 50 gives user_item_mean a better AUC."""
 BORDER = 0.01
-"""Closer than this to 0 or 1, user_item_mean is bent by a curve, so that it stays inside (0, 1)."""
+"""A curve maps values of user_item_mean below BORDER or above 1 - BORDER to values in (0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Baselines:
 
         ``popularity`` is the popularity of the item divided by that of the most popular item.
         ``user_item_mean`` is user mean + item mean - global mean. Near 0 and 1 and beyond, a
-        strictly increasing curve bends this sum back into (0, 1). Clipping would instead make the
-        most certain rows equal, which would weaken the baseline.
+        strictly increasing curve bends this sum back into (0, 1). Clipping would instead give equal
+        scores to the most certain rows, which would weaken the baseline.
 
         Args:
             user: Index of each row's user, int64 [n].

@@ -56,8 +56,8 @@ def compare(
 ) -> tuple[dict[str, Any], list[str]]:
     """Fit the baselines on the training rows and measure them; all ranks return the same report.
 
-    Item-item models score items by the items that a user took before. These are the same that the
-    model knows of the user: those of training rows, or also of validation rows; see
+    Item-item models score items by the items that a user took before. As in the model's history of
+    the user, these are the items of training rows, or of training and validation rows; see
     `held_out.user_state`.
 
     Args:
@@ -182,7 +182,7 @@ def _chosen_report(
     to_choose: Mapping[str, Measure],
     to_report: Mapping[str, Measure],
 ) -> tuple[dict[str, Any], str]:
-    """Choose the setting of a family of models; return the chosen models' metrics and a line."""
+    """Choose the setting of a family of models; return its metrics and a line about the choice."""
     by = {group: name for group, name in _choice_metrics(config).items() if group in to_choose}
     chosen = choose(family, by, to_choose)
     report: dict[str, Any] = {"chosen": chosen}
@@ -199,9 +199,10 @@ def _chosen_report(
 
 
 def _choice_metrics(config: Config) -> dict[str, str]:
-    """Return the metrics by which settings are chosen: that of early stopping if it applies.
+    """Return ``ranking``, ``retrieval`` and ``events`` -> the metric by which a setting is chosen.
 
-    The result has one metric each for ``ranking``, ``retrieval`` and ``events``.
+    For ranking and retrieval, this is the metric of early stopping if it is GAUC or NDCG, else AUC
+    and recall.
     """
     name, objective = config.train.metric, config.train.objective
     by: dict[str, str] = {}
@@ -276,9 +277,9 @@ def baseline_event_ranks(
 
     Args:
         config: Configuration of the run.
-        events: The events, e of them.
-        reports: Name of a baseline -> its report, as `compare` returns it; baselines without
-            metrics by event are left out.
+        events: The e events.
+        reports: Name of a baseline -> its report, as `compare` returns it. Baselines whose report
+            has no metrics by event are left out.
 
     Returns:
         Name of a baseline -> ranks, int64 [e].
@@ -310,7 +311,7 @@ def _taken(config: Config, rows: Interactions) -> Any:
 
 
 def _ease_obstacle(items: int, most: int) -> str:
-    """Return a line with the reason for which EASE is left out; "" if it is not."""
+    """Return a line that says why EASE is left out; "" if it is not left out."""
     need, free = ease_bytes(items), psutil.virtual_memory().available
     text = f"ease: left out, fitting takes {need / 1e9:.1f} GB for {items} items"
     if items > most:

@@ -139,7 +139,7 @@ def _worse_than(config: Config, split: str, report: Mapping[str, Any]) -> list[d
 def validation_metric(
     model: Recommender, config: Config, name: str, fetch_rows: FetchRows | None = None
 ) -> tuple[float, dict[str, Any]]:
-    """Return the metric `name` on the validation split, and all metrics that come with it."""
+    """Return the metric `name` on the validation split, and all metrics computed along with it."""
     if "@" in name:
         _, metrics = _retrieval(model, config, "validation", fetch_rows)
     else:
@@ -159,7 +159,7 @@ def retrieval_worse_than_popularity(model: Recommender, config: Config) -> list[
         config: Configuration of the run that trained it.
 
     Returns:
-        An entry if popularity is better; see `references.worse_than`.
+        One entry if popularity is better, else an empty list; see `references.worse_than`.
     """
     features, ks = config.paths.of("features"), config.evaluate.k
     with ranks.single_rank():
@@ -215,8 +215,8 @@ def embed_side(
 ) -> Array:
     """Return the tower's embeddings of all users (or items), float32 [n, width].
 
-    The ranks share the work. `state`, one of `samples.split.STATES`, says as of the end of which
-    split the users are embedded.
+    The ranks share the work. `state`, one of `samples.split.STATES`, names the last split whose
+    rows the features of the users include.
     """
     world = ranks.current()
     name = f"{side}s.parquet" if state == "train" else f"{side}s_{state}.parquet"
@@ -279,7 +279,7 @@ def _retrieval(
 def _events(
     model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the metrics of retrieval event by event; without them, a line with the reason."""
+    """Return the metrics of retrieval event by event; if there are none, a line with the reason."""
     if not config.evaluate.events:
         return {}, []
     reason = ranks.broadcast_object(obstacle(config))

@@ -23,15 +23,15 @@ HISTORY_BUCKETS = {"0": (0, 0), "1-5": (1, 5), "6-50": (6, 50), "51+": (51, np.i
 def event_report(
     rank: Array, history: Array, candidates: Array, ks: Sequence[int], negatives: int = 0
 ) -> dict[str, Any]:
-    """Return the metrics over all events and over those of each history length.
+    """Return the metrics over all events, and over the events of each history length.
 
     Args:
         rank: Rank of each event's item among the candidates, from 1, int64 [n].
         history: Number of items that the event's user took before, int64 [n].
         candidates: Number of items that were ranked for each event, int64 [n].
         ks: Cut-offs.
-        negatives: Also report metrics over so many sampled negatives per event; 0 to leave them
-            out.
+        negatives: Number of sampled negatives per event for the metrics ``sampled``; 0 to leave
+            these metrics out.
 
     Returns:
         ``name@k`` -> value, and the number of ``events``; ``by_history`` has the same for each
@@ -69,15 +69,17 @@ def sampled_metrics(
 
     Many papers rank the item among 99 sampled items. Such metrics are biased: they can order models
     differently than the full ranking does (Krichene and Rendle, "On sampled metrics for item
-    recommendation", KDD 2020). If r - 1 of the C - 1 other candidates are better than the item,
-    then the number of better ones among the sampled is hypergeometric, so the expected value over
-    all samples is computed exactly, without drawing any.
+    recommendation", KDD 2020). For an item of rank r among C candidates, r - 1 of the C - 1 other
+    candidates are better. The number of these that are among the sampled negatives has a
+    hypergeometric distribution. From this distribution, the expected metrics over all samples are
+    computed exactly, without drawing a sample.
 
     Args:
         rank: Rank of each event's item among all its candidates, int64 [n].
         candidates: Number of candidates of each event, int64 [n].
         ks: Cut-offs.
-        negatives: Number of sampled negatives of an event; all others, if there are fewer.
+        negatives: Number of sampled negatives of an event; if an event has fewer other candidates,
+            all of them are its negatives.
     """
     from scipy.stats import hypergeom
 

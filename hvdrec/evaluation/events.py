@@ -1,9 +1,9 @@
 """Retrieval as it is served: event by event, with the user's history before each event.
 
 Each positive row of a split is an event. The user's features and history are those of the row, so
-they hold everything that happened strictly before it, as at a request at that moment. The whole
-catalogue is ranked without the items that the user had seen by then. This needs a split in which
-the evaluated rows follow the rows before them in time: ``temporal`` or ``leave-last-out``.
+they hold everything that happened strictly before it, as in a request at that moment. The whole
+catalogue is ranked without the items that the user had seen before the event. This needs a split
+method that follows time: ``temporal`` or ``leave-last-out``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Events:
         user: Index of each event's user, int64 [e].
         item: Index of the item to find, int64 [e].
         seen: Items to exclude for each event.
-        taken: Items that the user took before each event; each item is in it once.
+        taken: Items that the user took before each event, each item once.
         day: Day of each event since 1970, int64 [e]; None if there are no times.
         positives: Day and item of every positive row up to the end of the split, ordered by day,
             int64 [2, p]; None if there are no times.
@@ -159,9 +159,9 @@ class Events:
         return self.ranks(lambda start, stop: np.broadcast_to(scores, (stop - start, self.items)))
 
     def recent_ranks(self, days: int) -> Array:
-        """Return the ranks by the number of positive rows in the `days` days before each event.
+        """Return the ranks by each item's number of positive rows in the days before an event.
 
-        Only whole days before the day of the event count.
+        These are the last `days` whole days before the day of the event.
         """
         assert self.day is not None and self.positives is not None
         rank = np.empty(len(self), dtype=np.int64)
@@ -180,7 +180,7 @@ class Events:
         return np.asarray((taken @ weights).toarray())
 
     def _dense_scores(self, weights: Array, start: int, stop: int) -> Array:
-        """Add the weights of the items before each event; events of a user share their sums."""
+        """Sum the weights of the items before each event, from the sum of the previous event on."""
         scores = np.empty((stop - start, self.items))
         taken, user = self.taken, -1
         total, done = np.zeros(self.items), 0
@@ -197,7 +197,7 @@ class Events:
 
 
 def obstacle(config: Config) -> str:
-    """Return a line with the reason for which there is no evaluation by event; "" if there is."""
+    """Return a line that says why there is no evaluation by event; "" if there is one."""
     method, samples = config.samples.split.method, config.paths.of("samples")
     if method in RANDOM:
         return f"events: left out, samples.split.method = '{method}' does not follow time"
@@ -260,7 +260,10 @@ def user_rows(config: Config, split: str, row: Array) -> pa.Table:
 
 
 def read_seconds(config: Config, splits: tuple[str, ...]) -> Array | None:
-    """Read the times of all rows of some splits, seconds since 1970, float64 [n]; None without."""
+    """Read the times of all rows of some splits, in seconds since 1970, float64 [n].
+
+    Return None if the rows have no times that can be converted to seconds.
+    """
     return _read_times(config, splits)[1]
 
 
@@ -271,12 +274,12 @@ def find_events(
 
     Args:
         rows: Rows of the splits up to the evaluated one.
-        split: Number of each row's split; a split follows those with smaller numbers, int64 [n].
-        time: Time of each row within its split [n]. Rows of the same user and time do not know of
-            each other.
+        split: Number of each row's split, in the order of the splits in time, int64 [n].
+        time: Time of each row within its split [n]. Of two rows with the same user and time,
+            neither is before the other.
         items: Number of items in the catalogue.
         seen_items: Which items count as seen.
-        first: Number of the first row of the evaluated split, which is the last one.
+        first: Number of the first row of the evaluated split, which is the last split.
     """
     order = np.lexsort((time, split, rows.user))
     user, item = rows.user[order], rows.item[order]
@@ -314,7 +317,10 @@ def find_events(
 
 
 def _first_occurrences(pair: Array, counted: Array) -> tuple[Array, Array]:
-    """Mark the first counted row of each pair; also return how many are marked before each row."""
+    """Mark the first counted row of each pair; return marks, and the number of marks before a row.
+
+    The marks are bool [n], the numbers are int64 [n + 1].
+    """
     rows = np.flatnonzero(counted)
     _, index = np.unique(pair[rows], return_index=True)
     is_first = np.zeros(len(pair), dtype=bool)
@@ -323,7 +329,10 @@ def _first_occurrences(pair: Array, counted: Array) -> tuple[Array, Array]:
 
 
 def _run_starts(*columns: Array) -> Array:
-    """Return, for each row, the first row of its run of rows that are equal in all columns."""
+    """Return, for each row, the index of the first row in its run of equal rows.
+
+    Rows are equal if they are equal in all columns.
+    """
     count = len(columns[0])
     changes = np.zeros(count, dtype=bool)
     changes[:1] = True
@@ -336,8 +345,9 @@ def _read_times(config: Config, splits: tuple[str, ...]) -> tuple[Array, Array |
     """Read the times of all rows of some splits, in the order of the shards.
 
     Returns:
-        Numbers that order the rows of a split [n], all 0 without times; and seconds since 1970,
-        float64 [n], None if the times cannot be converted.
+        Two arrays [n]. The first has numbers that order the rows of a split by time; all are 0 if
+        there are no times. The second has seconds since 1970, float64; it is None if the times
+        cannot be converted to seconds.
     """
     samples, schema = config.paths.of("samples"), config.schema
     parts = [ds.dataset(str(samples / split), format="parquet") for split in splits]

@@ -172,7 +172,7 @@ class RetrievalQueries:
         )
 
     def notes(self, split: str, seen_items: SeenItems) -> list[str]:
-        """Return a line if positive rows do not count, and the reason if there are no queries."""
+        """Return a line if some positive rows do not count, or with the reason if none count."""
         if not self.positives:
             return [f"retrieval: n/a, no row of the {split} split is positive"]
         if not self.repeats:
@@ -214,7 +214,7 @@ def earlier_splits(split: str) -> tuple[str, ...]:
 
 
 def user_state(manifest: Manifest, split: str) -> str:
-    """Return the state of `samples.split.STATES` in which users are when a split is evaluated.
+    """Return the state, of `samples.split.STATES`, of the users with which a split is evaluated.
 
     Features that an earlier version wrote have users only as of the end of training.
     """
@@ -232,7 +232,7 @@ def read_interactions(features: Location, splits: Sequence[str]) -> Interactions
 
 
 def part_of(rows: int, rank: int, size: int) -> tuple[int, int]:
-    """Return the first row of a rank's part and the row after its last."""
+    """Return the number of the first row of a rank's part, and the number after its last row."""
     return rows * rank // size, rows * (rank + 1) // size
 
 

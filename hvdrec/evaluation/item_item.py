@@ -169,18 +169,20 @@ def ease_bytes(items: int) -> int:
 def choose(
     family: Family, by: Mapping[str, str], measures: Mapping[str, Measure]
 ) -> dict[str, dict[str, float]]:
-    """Choose the best value of a baseline's setting, separately for ranking and for retrieval.
+    """Choose the best value of a baseline's setting, separately for each group of metrics.
+
+    The groups are ``ranking``, ``retrieval`` and ``events``.
 
     NaN is worse than any number. If two values are equally good, the first is chosen.
 
     Args:
         family: The baseline.
-        by: ``ranking`` or ``retrieval`` -> name of the metric that decides; higher is better.
-        measures: ``ranking`` or ``retrieval`` -> function that measures a model.
+        by: Group -> name of the metric that decides; higher is better.
+        measures: Group -> function that measures a model.
 
     Returns:
-        ``ranking`` or ``retrieval`` -> the chosen value, under the name of the setting, and the
-        value of the metric, under its name.
+        Group -> two entries: name of the setting -> its chosen value, and name of the deciding
+        metric -> its value.
     """
 
     def measure(value: float) -> dict[str, float]:
@@ -197,7 +199,7 @@ def choose(
 
 
 def runs(sizes: Array, most: int) -> Iterator[slice]:
-    """Cut a sequence into runs. Without its first element, the sizes of a run sum to < `most`."""
+    """Cut a sequence into runs whose sizes, without the first, sum to less than `most`."""
     total = np.cumsum(sizes)
     ends = np.flatnonzero(np.diff(total // most, append=-1)) + 1
     start = 0
@@ -214,7 +216,7 @@ def _neighbours(taken: Any, most: int) -> tuple[Array, Array, Array, Array]:
     by_item = taken.tocsc()
     scale = np.sqrt(np.maximum(np.diff(by_item.indptr), 1))
     others = taken.T.tocsr()
-    # A column of `pairs` has at most one entry for each item of each user who took the item.
+    # The column of an item in `pairs` has at most one entry for each item of each user who took it.
     sizes = np.minimum(others @ np.diff(taken.indptr).astype(np.float64), taken.shape[1])
     empty = np.empty(0, dtype=np.int64)
     blocks: list[tuple[Array, ...]] = [(empty, empty, empty.astype(np.float32), empty)]

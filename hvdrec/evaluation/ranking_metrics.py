@@ -35,7 +35,7 @@ def ranking_metrics(
         label: Label of each row [n].
         weight: Weight of each row [n].
         user: User of each row, int64 [n].
-        threshold: Rows with a score of at least this count as predicted positive.
+        threshold: A row counts as predicted positive if its score is at least this value.
         beta: Weight of recall in F-beta.
 
     Raises:
@@ -100,7 +100,7 @@ def auc(score: Array, label: Array, weight: Array) -> float:
 
 
 def gauc(score: Array, label: Array, weight: Array, user: Array) -> tuple[float, int]:
-    """Return the mean of the users' AUCs, weighted by their total weight, and the number of users.
+    """Return the mean of the users' AUCs, weighted by the users' weights, and the number of users.
 
     Users whose rows all have the same label have no AUC and do not count (Zhu et al., "Optimized
     cost per click in Taobao display advertising", KDD 2017).
@@ -127,8 +127,8 @@ def log_loss(score: Array, label: Array, weight: Array) -> float:
 def normalized_entropy(score: Array, label: Array, weight: Array) -> float:
     """Return the log loss divided by the log loss of always predicting the share of positives.
 
-    A value below 1 is better than that constant prediction. Source: He et al., "Practical lessons
-    from predicting clicks on ads at Facebook", ADKDD 2014.
+    Below 1, the scores are better than this constant prediction. Source: He et al., "Practical
+    lessons from predicting clicks on ads at Facebook", ADKDD 2014.
     """
     rate = _ratio((weight * label).sum(), weight.sum())
     if not 0 < rate < 1:
@@ -141,8 +141,8 @@ def calibration_error(score: Array, label: Array, weight: Array, bins: int = BIN
     """Return the weighted mean of |mean score - share of positives| over bins of equal weight.
 
     Rows are sorted by score and divided into `bins` bins of equal weight (expected calibration
-    error with adaptive bins, Nixon et al. 2019). Rows with equal scores are all in the bin of the
-    middle one.
+    error with adaptive bins, Nixon et al. 2019). Rows with equal scores are all in the same bin:
+    the bin of the middle one of these rows.
     """
     total = weight.sum()
     if not total:

@@ -1,4 +1,4 @@
-"""Examine a split without a model: which metrics are defined, which values baselines reach."""
+"""Examine a split without a model: find undefined metrics, and measure simple baselines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Reference:
 
     Attributes:
         baseline: Name of the baseline. ``base_rate`` predicts the share of positives among the
-            training rows for every row; for the others see `baselines`.
+            training rows for every row; for the other baselines see `baselines`.
         metric: Name of the metric.
         value: Value of the metric.
         task: Name of the task; empty for the main label.
@@ -131,8 +131,8 @@ def popularity_reference(config: Config, metric: str) -> tuple[Reference, list[s
     All ranks must call this at the same time.
 
     Returns:
-        The reference, whose value is NaN if no user has a relevant item; and lines of text with the
-        reason in that case.
+        The reference, and notes about the queries. If no user has a relevant item, the value of the
+        reference is NaN, and a note gives the reason.
     """
     features, seen = config.paths.of("features"), config.evaluate.seen
     queries = RetrievalQueries.read(features, "validation", seen)
@@ -142,7 +142,7 @@ def popularity_reference(config: Config, metric: str) -> tuple[Reference, list[s
 
 
 def popularity_of(features: Location, schema: Schema) -> tuple[Array, Array]:
-    """Return vectors of all users and of all items, [n, 1], that retrieve items by popularity.
+    """Return vectors of users and items, [n, 1] each, whose inner products are the popularity.
 
     Popularity is the number of positive training rows.
     """
@@ -153,11 +153,11 @@ def popularity_of(features: Location, schema: Schema) -> tuple[Array, Array]:
 
 
 def worse_than(metrics: Mapping[str, Any], references: Iterable[Reference]) -> list[dict[str, Any]]:
-    """Return the references that are better than a model, each with the value of the model.
+    """Return the references that are better than a model, each with the model's value.
 
     Args:
-        metrics: Metrics of the model on the same rows; ``tasks`` holds those of each task. A metric
-            that is missing or not defined is not compared.
+        metrics: Metrics of the model on the same rows; ``tasks`` holds the metrics of each task. A
+            metric that is missing or not defined is not compared.
         references: Metrics of the baselines.
     """
     worse = []
@@ -186,9 +186,9 @@ def describe_worse(worse: Iterable[Mapping[str, Any]]) -> str:
 def _undefined_tasks(
     labels: Sequence[Array], weight: Array, shares: Sequence[float]
 ) -> dict[str, str]:
-    """Return ``task_auc`` -> the reason, if it is not defined; otherwise an empty result.
+    """Return ``task_auc`` -> the reason, if this metric is not defined; otherwise an empty result.
 
-    It is defined if the AUC of a task whose share is not 0 is defined.
+    The metric is defined if at least one task with a share other than 0 has a defined AUC.
     """
     for values, share in zip(labels, shares, strict=True):
         known = values[~np.isnan(values) & (weight > 0)]

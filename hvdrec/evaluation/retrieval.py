@@ -1,8 +1,8 @@
 """Exact retrieval over the whole catalogue, and its metrics.
 
-All items are ranked for each user, without those that the user has seen, and the metrics are means
-over the users with at least one relevant item. This is the usual protocol of full ranking (RecBole,
-Zhao et al., CIKM 2021).
+For each user, all items that the user has not seen are ranked. The metrics are means over the users
+with at least one relevant item. This is the usual protocol of full ranking (RecBole, Zhao et al.,
+CIKM 2021).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def user_item_matrix(user: Array, item: Array, users: int, items: int) -> Any:
 
 
 def rank_catalogue(users: Array, items: Array, seen: Any, k: int) -> Array:
-    """Return the k items with the largest inner product for each user, best first.
+    """Return, for each user, the k items with the largest inner products, best first.
 
     Products are summed in float64 and compared in float32, so the result does not depend on the
     order of summation or the block size.
@@ -55,7 +55,7 @@ def rank_catalogue(users: Array, items: Array, seen: Any, k: int) -> Array:
     Args:
         users: Vector of each user [users, width].
         items: Vector of each item [items, width].
-        seen: Items to exclude for each user, a matrix as of `user_item_matrix`.
+        seen: Items to exclude for each user, a matrix from `user_item_matrix`.
         k: Number of items for each user.
 
     Returns:
@@ -80,13 +80,13 @@ def rank_catalogue(users: Array, items: Array, seen: Any, k: int) -> Array:
 
 
 def rank_scores(score_items: ScoreItems, users: int, items: int, seen: Any, k: int) -> Array:
-    """Return the k items with the highest score for each user, best first.
+    """Return, for each user, the k items with the highest scores, best first.
 
     Args:
         score_items: Computes the scores block by block; they are compared in float32.
         users: Number of users.
         items: Number of items.
-        seen: Items to exclude for each user, a matrix as of `user_item_matrix`.
+        seen: Items to exclude for each user, a matrix from `user_item_matrix`.
         k: Number of items for each user.
 
     Returns:
@@ -119,7 +119,7 @@ def retrieval_sums(top: Array, relevant: Any, ks: Sequence[int], items: int) -> 
 
     Args:
         top: Item indices of each user, best first, int64 [users, at least max(ks)].
-        relevant: Relevant items of each user, a matrix as of `user_item_matrix`.
+        relevant: Relevant items of each user, a matrix from `user_item_matrix`.
         ks: Cut-offs.
         items: Number of items.
 
@@ -173,11 +173,12 @@ def retrieval_metrics(sums: Array, ks: Sequence[int]) -> dict[str, float]:
 
 
 def _sort_keys(scores: Array, first: int) -> Array:
-    """Return uint64 keys, not 0, whose descending order is by score, then by ascending item index.
+    """Return a sort key above 0 for each score, uint64.
 
-    The high half of a key is the score: the bits of a float32 sort like integers if all bits of a
-    negative number are inverted and the sign bit of other numbers is set. The low half is the item
-    index, counted down.
+    A higher score has a larger key. Among equal scores, a smaller item index has a larger key. The
+    high half of a key is the score: the bits of a float32, read as an integer, sort like the
+    numbers if all bits of a negative number are inverted and the sign bit of other numbers is set.
+    The low half is 2**32 - 1 minus the item index.
     """
     bits = (scores + np.float32(0)).view(np.uint32)  # adding 0 makes -0.0 equal to 0.0
     sign = np.uint32(1 << 31)

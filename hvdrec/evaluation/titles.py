@@ -7,9 +7,9 @@ from hvdrec.storage.parquet import read_table
 
 
 def item_titles(config: Config) -> list[str]:
-    """Return a title, or else the key, of each item of the catalogue, in the order of its rows.
+    """Return the title of each item of the catalogue, in the order of the catalogue's rows.
 
-    Titles are in the samples; if these are not there, keys are returned.
+    Titles are read from the samples. An item without a title there gets its key instead.
     """
     schema = config.schema
     name, key = schema.own_name("title"), schema.own_name("key")
