@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling users, whose rows are not independent of each other."""
+"""Confidence intervals by resampling users: the rows of a user depend on each other."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Difference(Interval):
     """A difference of two means on the same users.
 
     Attributes:
-        p_value: Share of bootstrap samples in which the difference has the other sign, times two,
-            at least 2 / samples: the two-sided p-value of "there is no difference".
+        p_value: Two-sided p-value of "there is no difference": twice the share of bootstrap samples
+            in which the difference has the less frequent sign, but at least 2 / samples.
     """
 
     p_value: float
@@ -50,7 +50,7 @@ def user_weights(users: int, samples: int = SAMPLES, seed: int = 0) -> Array:
 def intervals(
     values: Array, user: Array, weights: Array, own: Array | None = None
 ) -> list[Interval]:
-    """Return a mean with its interval for each column of values.
+    """Return the mean of each column of values, with its interval.
 
     Args:
         values: A value for each of n rows and each metric, float64 [n, metrics].
@@ -64,7 +64,7 @@ def intervals(
 
 
 def difference(one: Array, other: Array, user: Array, weights: Array) -> Difference:
-    """Compare the means of two values of the same rows, each float64 [n]."""
+    """Return the mean of `one` minus that of `other`, which are float64 [n] for the same n rows."""
     sampled, mean = _means((one - other)[:, None], user, weights, None)
     sampled = sampled[:, 0]
     opposite = min((sampled <= 0).mean(), (sampled >= 0).mean())
@@ -74,7 +74,7 @@ def difference(one: Array, other: Array, user: Array, weights: Array) -> Differe
 
 
 def _means(values: Array, user: Array, weights: Array, own: Array | None) -> tuple[Array, Array]:
-    """Return the mean of each column in each sample [samples, metrics], and over all rows."""
+    """Return the means of the columns in each sample [samples, metrics] and over all rows."""
     users = weights.shape[1]
     own = np.ones(len(user)) if own is None else own
     total = np.bincount(user, own, users)

@@ -1,7 +1,7 @@
 """Points of the curves that describe how scores order and predict the labels.
 
-All functions take score, label and weight of n rows, each [n]. They return empty lists of points if
-the curve is not defined, such as a ROC curve of rows with a single label.
+All functions take score, label and weight of n rows, each [n]. A curve that is not defined, such as
+the ROC curve of rows with a single label, is an empty list of points.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class Curves:
     Attributes:
         roc: False positive rate and true positive rate, from high to low scores.
         precision_recall: Recall and precision.
-        at_threshold: Recall, precision and F-beta of rows with at least the threshold.
+        at_threshold: Recall, precision and F-beta if rows whose score is at least the threshold
+            count as positive.
         calibration: Mean score and share of positives of ten bins of equal weight.
-        lift: For each tenth of the rows, best scores first, its number from 1, and its share of
-            positives divided by that of all rows.
+        lift: A point for each tenth of the rows, highest scores first: the number of the tenth,
+            from 1, and its share of positives divided by the share of positives of all rows.
     """
 
     roc: Points
@@ -50,7 +51,7 @@ def make_curves(
     precision, recall, f_beta = precision_recall_f(score, label, weight, threshold, beta)
     order = np.argsort(-score, kind="stable")
     hits, seen = np.cumsum((weight * label)[order]), np.cumsum(weight[order])
-    # Rows of equal scores enter together, so only the last of each run is a point.
+    # A threshold includes all rows with the same score, so only the last of these gives a point.
     last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True)) if len(order) else order
     hits, seen = hits[last], seen[last]
     positives, total = (float(hits[-1]), float(seen[-1])) if len(hits) else (0.0, 0.0)
@@ -71,7 +72,7 @@ def make_curves(
 
 
 def _thinned(points: Array) -> Points:
-    """Keep the first, the last and evenly spread points in between, rounded."""
+    """Return the first, the last and evenly spread points in between, rounded to 5 decimals."""
     if not len(points):
         return []
     keep = np.unique(np.linspace(0, len(points) - 1, MOST_POINTS).astype(int))

@@ -1,4 +1,4 @@
-"""What the scene and each feature do to the scores of a ranker."""
+"""Measure the effects of the scene and of each feature on the scores of a ranker."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Predict = Callable[[Mapping[str, Array]], Array]
 def permutation_importance(
     predict: Predict, arrays: Mapping[str, Array], label: Array, weight: Array, seed: int = 0
 ) -> dict[str, float]:
-    """Return how much the AUC falls if the values of a feature are shuffled among the rows.
+    """Return, for each feature, the loss of AUC if its values are shuffled among the rows.
 
-    A feature that others can replace has a small value, although the model may use it (Breiman,
-    "Random forests", 2001).
+    The loss is small for a feature that other features can replace, even if the model uses it
+    (Breiman, "Random forests", 2001).
 
     Args:
         predict: The model.
@@ -47,12 +47,12 @@ def permutation_importance(
 
 
 def scene_effect(predict: Predict, arrays: Mapping[str, Array], name: str) -> dict[int, Array]:
-    """Return the scores of all rows if a scene field had each of its values in turn.
+    """Return, for each value of a scene field, the scores of all rows if they had this value.
 
     Args:
         predict: The model.
         arrays: Name of a feature -> values of n rows.
-        name: The scene feature; its codes that occur in the rows are its values.
+        name: The scene feature. Its values are the codes that occur in the rows.
 
     Returns:
         Code -> scores [n].

@@ -1,4 +1,4 @@
-"""The lists that a model retrieves: coverage, popularity, novelty and diversity."""
+"""Facts about the lists that a model retrieves: coverage, popularity, novelty and diversity."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ class ListFacts:
 
     Attributes:
         coverage: Share of the catalogue that is in at least one list.
-        popularity: Mean share of the users who took a listed item in training.
-        novelty: Mean of -log2 of that share, in bits; an item that nobody took counts as one user.
+        popularity: Mean, over the listed items, of the share of users who took the item in
+            training.
+        novelty: Mean of -log2 of this share, in bits. An item that nobody took counts as taken by
+            one user.
         diversity: Mean of 1 - cosine over the pairs of items in a list.
-        concentration: Gini coefficient of how often items are listed; 0 if all equally often.
+        concentration: Gini coefficient of the numbers of lists that contain each item; 0 if they
+            are equal for all items.
     """
 
     coverage: float
@@ -34,7 +37,7 @@ def list_facts(lists: Array, count: Array, users: int, vectors: Array) -> ListFa
     """Describe lists.
 
     Args:
-        lists: Items of each list, int64 [n, k]; -1 where a list is shorter.
+        lists: Items of each list, int64 [n, k]; a list with fewer items ends with -1.
         count: Number of positive training rows of each item [items].
         users: Number of users.
         vectors: Vector of each item [items, width].

@@ -13,7 +13,7 @@ RANKING = ("auc", "gauc", "log_loss", "calibration", "rows")
 
 
 def model_card(data: RunData) -> str:
-    """Return the card of the measured checkpoint: model, data, metrics, limits."""
+    """Return the model card of the measured checkpoint: model, data, metrics and limits."""
     config, result = data.config, data.result
     rows = read_manifest(config.paths.of("features"), "features").meta["rows"]
     names = {

@@ -43,7 +43,7 @@ h2{break-after:avoid}table,svg,.grid2>div{break-inside:avoid}}
 
 
 def number(value: object, digits: int = 4) -> str:
-    """Format a cell: floats with `digits` decimals, n/a for missing ones, integers with commas."""
+    """Format a cell: floats with `digits` decimals, integers with commas, missing values as n/a."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "n/a"
     if isinstance(value, bool):
@@ -87,7 +87,7 @@ def text(content: str, kind: str = "") -> str:
 def columns(*parts: tuple[str, str], wide: bool = False) -> str:
     """Put parts, each a heading and its HTML, side by side where there is room.
 
-    Parts that are `wide` need more room.
+    With `wide`, each part gets more width.
     """
     cells = "".join(f"<div><h3>{escape(title)}</h3>{body}</div>" for title, body in parts)
     return f'<div class="grid2{" wide" if wide else ""}">{cells}</div>'
@@ -99,7 +99,7 @@ def details(summary: str, content: str) -> str:
 
 
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
-    """Return the whole page; a section is a heading and its HTML, and is left out if that is ""."""
+    """Return the whole page. A section is a heading and its HTML; it is left out if this is ""."""
     shown = [(heading, body) for heading, body in sections if body]
     links = " ".join(
         f'<a href="#s{index}">{escape(heading)}</a>' for index, (heading, _) in enumerate(shown)

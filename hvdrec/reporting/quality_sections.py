@@ -102,7 +102,7 @@ def slices(data: RunData) -> str:
 
 
 def scene(data: RunData) -> str:
-    """Show how scores move with each scene field, for all rows and for some users."""
+    """Show the change of scores with each scene field, for all rows and for some users."""
     fields = [feature.name for feature in data.config.schema.side("scene")]
     if data.rows is None or not fields or not len(data.rows.score):
         return ""
@@ -185,7 +185,7 @@ def _slice_table(found: list[Slice]) -> str:
 
 
 def _value_names(data: RunData, name: str, codes: Array, number: Array) -> dict[int, str]:
-    """Return the raw value of each code, as far as the samples have it."""
+    """Return the raw value of each code, or ``code N`` if the samples do not have the column."""
     raw = data.raw_column(name)
     names = {int(code): f"code {code}" for code in np.unique(codes)}
     if raw is not None:

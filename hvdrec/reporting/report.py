@@ -54,14 +54,14 @@ def report(
         run: Directory of the run.
         to: The HTML file; by default WORK/report.html, beside the run and the bundle. The model
             card ``model_card.md`` is written beside it.
-        against: Directory of another run on the same samples to compare with.
+        against: Directory of another run on the same samples, to compare this run with.
         split: The split to measure on.
         checkpoint: "best" for the checkpoint with the best validation metric, or "latest".
         ease_items: Largest number of items for which EASE is fitted; 0 to skip it.
         progress: Whether to show the current step.
 
     Raises:
-        UserError: A run cannot be read, or the other run was made from other samples.
+        UserError: A run cannot be read, or the run `against` was made from other samples.
     """
     run = Path(run)
     file = Path(to) if to is not None else run.parent / "report.html"

@@ -20,12 +20,12 @@ from hvdrec.reporting.run_data import RunData
 
 Array = NDArray[Any]
 LIST_USERS = 2_000
-"""Number of users whose lists are described."""
+"""Lists are described for about this number of users."""
 USERS_SHOWN, ITEMS_SHOWN, HISTORY_SHOWN = 3, 10, 6
 
 
 def gains(rank: Array, k: int) -> Array:
-    """Return hit rate, NDCG and MRR at k of each event, float64 [e, 3]."""
+    """Return hit rate, NDCG and MRR at k of each event with these ranks, float64 [e, 3]."""
     hit = rank <= k
     return np.where(hit, [np.ones(len(rank)), 1 / np.log2(rank + 1), 1 / rank], 0).T
 
@@ -73,7 +73,7 @@ def compared_metrics(data: RunData, other: RunData) -> str:
 
 
 def compared(data: RunData, other: RunData) -> str:
-    """Compare the events' ranks of two runs on the same samples, with the significance."""
+    """Show the differences between two runs in retrieval by event, with their significance."""
     if data.events is None or other.events is None:
         return text("Not compared: one of the runs has no evaluation by event.", "none")
     _, mine, theirs = np.intersect1d(data.events.row, other.events.row, return_indices=True)
@@ -136,7 +136,7 @@ def lists(data: RunData) -> str:
 
 
 def users(data: RunData) -> str:
-    """Show the lists of the users for whom the model finds most and least."""
+    """Show the lists of the users with the best and the worst mean NDCG."""
     if data.events is None or not len(data.events):
         return ""
     k = data.config.evaluate.k[0]

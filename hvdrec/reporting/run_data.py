@@ -1,4 +1,4 @@
-"""Read a run and measure it: everything from which the sections of a report are made."""
+"""Read a run and measure its model: the data for all sections of a report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EFFECT_ROWS = 4_000
 
 @dataclass(frozen=True)
 class RunData:
-    """A run, and what was measured on a split.
+    """A run, and the results of measuring its model on a split.
 
     Attributes:
         run: Directory of the run.
@@ -95,9 +95,10 @@ class RunData:
         return str(read_table(file, [name])[name][int(user)].as_py())
 
     def item_ages(self) -> Array | None:
-        """Return the days from the first row of each scored row's item to the row, float64 [n].
+        """Return, for each scored row, the age of its item in days, float64 [n].
 
-        None without times.
+        The age counts from the first row of the item, in any split up to this one. Return None if
+        the rows have no times.
         """
         assert self.rows is not None
         splits = (*earlier_splits(self.split), self.split)
@@ -143,7 +144,7 @@ class RunData:
 def read_run(
     run: Path, *, split: Split, which: Which, ease_items: int, baselines: bool = True
 ) -> RunData:
-    """Load a checkpoint of a run and measure it on a split; a single process calls this.
+    """Load a checkpoint of a run and measure it on a split, in a single process.
 
     Raises:
         UserError: The run or its features cannot be read.

@@ -1,4 +1,4 @@
-"""Sections of a report about the run itself: what was trained on what, and how it went."""
+"""Sections of a report about the run itself: its model and data, and the course of training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def about(data: RunData) -> str:
 
 
 def training(data: RunData) -> str:
-    """Draw loss and validation metric; show speed and where the time went."""
+    """Draw loss and validation metric; show the speed and shares of the time."""
     history = data.history
     if not history.start:
         return text("The run has no log.", "none")

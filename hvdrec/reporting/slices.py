@@ -1,4 +1,4 @@
-"""Metrics by slice of the rows: values of a column, or ranges of a number."""
+"""Metrics by slice. A slice is the rows with one value of a column, or with a range of numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hvdrec.evaluation.ranking_metrics import auc, log_loss
 
 Array = NDArray[Any]
 MOST_VALUES = 24
-"""A column with more values shows the most frequent ones; the others are one slice."""
+"""If a column has more values, the less frequent ones share one slice."""
 OTHERS = "(others)"
 
 
@@ -22,7 +22,7 @@ class Slice:
     """Metrics of the rows of a slice.
 
     Attributes:
-        name: Value or range that the rows have.
+        name: Value of the rows, or range of their values.
         rows: Number of rows.
         base_rate: Share of positives.
         mean_score: Mean of the scores; equal to the base rate if the slice is calibrated.
@@ -71,15 +71,15 @@ def slices_of_ranges(
     bins: int = 10,
     apart: Mapping[float, str] | None = None,
 ) -> list[Slice]:
-    """Return the metrics for ranges of a number that have about equally many rows.
+    """Return the metrics for ranges of a number; the ranges have about equally many rows.
 
     Args:
-        numbers: Number of each row [n].
+        numbers: The number by which rows are divided, of each row [n].
         score: Probability of each row [n].
         label: Label of each row [n].
         weight: Weight of each row [n].
         bins: Number of ranges.
-        apart: Numbers that have a slice of their own -> its name.
+        apart: Number that has a slice of its own -> name of this slice.
     """
     names: list[str] = []
     code = np.full(len(numbers), -1)

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG; colors come from the page's style, so they follow light and dark."""
+"""Small charts as inline SVG. The page's style sets their colors, for light and for dark mode."""
 
 from __future__ import annotations
 
