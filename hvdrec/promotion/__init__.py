@@ -1,1 +1,1 @@
-"""Promotion: compare a new model with the one that serves, then publish it or say why not."""
+"""Promotion: compare a new model with the one that serves, then publish or refuse the new one."""

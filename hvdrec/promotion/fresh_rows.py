@@ -1,4 +1,4 @@
-"""The freshest labelled rows of a run, and what two bundles predict for them."""
+"""The freshest labelled rows of a run, and the metrics and scores of a bundle on them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FreshRows:
     """The n newest labelled rows of a run's samples.
 
     Attributes:
-        table: The rows, as the samples have them.
+        table: The rows, with all columns of the samples.
         label: Label of each row [n].
         weight: Weight of each row [n].
         user: Number of each row's user, int64 [n].
@@ -87,17 +87,18 @@ def measure(bundle: Path, rows: FreshRows, config: Config, scratch: Path) -> tup
     """Score fresh rows from their raw values with a bundle.
 
     Args:
-        bundle: Directory of the bundle, of any run on such samples.
+        bundle: Directory of the bundle; its run had samples with the same kinds of columns.
         rows: The rows.
         config: Configuration of the new run.
         scratch: Directory for temporary files.
 
     Returns:
-        What was measured, and the scores [n].
+        The measured metrics, and the scores [n].
     """
     source, target = scratch / "rows.parquet", scratch / "scored.parquet"
     pq.write_table(rows.table, source)
-    # The model that serves may lack a feature that was added, or have one that was removed.
+    # The new run may have added or removed features, so the serving model may read features that
+    # the rows lack; these get default values.
     facts = score_table(bundle, source, target, defaults=True)
     score = pq.read_table(target, columns=facts["columns"])[0].to_numpy()
     metrics = _metrics(score, rows, config.evaluate)
@@ -106,11 +107,11 @@ def measure(bundle: Path, rows: FreshRows, config: Config, scratch: Path) -> tup
 
 
 def coverage(features: Location, rows: FreshRows) -> dict[str, dict[str, Any]]:
-    """Return what fresh rows hold of each feature.
+    """Return the coverage of each feature in the fresh rows.
 
     Returns:
-        Feature -> ``known``, the share of rows with a known value (in a list, at least one), and
-        ``varies``, True if the rows have more than one value.
+        Feature -> two entries. ``known`` is the share of rows with a known value; a list needs at
+        least one known value. ``varies`` is True if the rows have more than one value.
     """
     encoder, facts = Encoder(Fitted.load(features)), {}
     encoded = encoder.encode(encoder.fitted.schema.features, rows.table)
@@ -145,7 +146,7 @@ def _metrics(score: Array, rows: FreshRows, options: Evaluate) -> dict[str, floa
 
 
 def _slices(score: Array, rows: FreshRows, options: Promote) -> dict[str, float]:
-    """Return ``COLUMN=VALUE`` -> AUC for the values that enough rows have."""
+    """Return ``COLUMN=VALUE`` -> AUC, for each value with at least ``promote.slice_rows`` rows."""
     areas: dict[str, float] = {}
     counted = rows.weight > 0
     for name in options.slices:
@@ -171,11 +172,11 @@ def _catalogue_share(bundle: Path, rows: FreshRows, config: Config) -> float:
 
 
 def _seconds(table: pa.Table, name: str) -> Array | None:
-    """Return the times of rows in seconds since 1970, float64 [n]; None if they have none."""
+    """Return the times of rows in seconds since 1970, float64 [n]; None if rows have no times."""
     times = comparable_times(table[name]) if name in table.column_names else None
     if times is None:
         return None
     kind, values = times
     seconds = epoch_seconds(values, kind)
-    # Numbers too small for times since 1970 still order the rows.
+    # Numbers that are too small to be times since 1970 can still order the rows.
     return values if seconds is None else seconds

@@ -1,4 +1,4 @@
-"""Decide whether a new model may serve: pure comparisons of what was measured."""
+"""Decide whether a new model may serve: pure functions that compare measured values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Array = NDArray[Any]
 DRAWS = 40
 """Number of draws of the bootstrap."""
 ERRORS = 2.0
-"""A loss of AUC or log loss counts if it exceeds its margin by so many standard errors."""
+"""A new model is refused if AUC or log loss is worse by more than its margin plus this number of
+standard errors."""
 
 
 class Labelled(Protocol):
@@ -37,12 +38,12 @@ class Check:
     """The result of one comparison.
 
     Attributes:
-        name: What is compared.
+        name: Name of the compared value.
         new: Value of the new model; NaN if it is not defined.
         old: Value of the model that serves; NaN if there is none.
         margin: Largest allowed loss.
-        loss: How much worse the new model is; negative if it is better.
-        reason: Why the new model may not serve; empty if this check is passed.
+        loss: Amount by which the new model is worse; negative if it is better.
+        reason: The reason for which the new model may not serve; empty if this check is passed.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one model on the fresh rows.
+    """The results of measuring one model on the fresh rows.
 
     Attributes:
         metrics: The ranking metrics.
@@ -75,7 +76,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two models differ on the same rows.
+    """Differences between the scores of two models on the same rows.
 
     Attributes:
         drift: Result of `score_drift`.
@@ -106,7 +107,7 @@ def compare(
     Args:
         new: The new model.
         old: The model that serves; None if there is none.
-        difference: How their scores differ.
+        difference: Differences between the scores of both models.
         options: The ``[promote]`` section, with the margins.
         has_ranker: False for a retrieval model, whose scores are not probabilities.
     """
@@ -140,11 +141,10 @@ def compare(
 def coverage_checks(
     now: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]], margin: float
 ) -> list[Check]:
-    """Compare the coverage of each feature with that of the model that serves, when it was new.
+    """Compare the coverage of each feature with its coverage at the serving model's promotion.
 
     Args:
-        now: Feature -> ``known``, the share of fresh rows with a known value, and ``varies``,
-            whether there is more than one value.
+        now: Feature -> its coverage in the fresh rows, as `fresh_rows.coverage` returns it.
         before: The same, as recorded when the serving model was promoted.
         margin: Largest allowed loss of ``known``.
     """
@@ -160,11 +160,11 @@ def coverage_checks(
 
 
 def freshness_check(newest: float | None, served: float | None, age: float, limit: float) -> Check:
-    """Check that the rows are not older than those of the model that serves.
+    """Check that the newest row is not too old, and not older than that of the serving model.
 
     Args:
         newest: Time of the newest fresh row, in seconds since 1970; None without times.
-        served: The same of the model that serves, when it was promoted; None if unknown.
+        served: Time of the newest fresh row at the promotion of the serving model; None if unknown.
         age: Age of the newest row, in hours.
         limit: ``promote.max_age_hours``; 0 for any age.
     """
@@ -181,10 +181,10 @@ def freshness_check(newest: float | None, served: float | None, age: float, limi
 
 
 def score_drift(new: Array, old: Array) -> float:
-    """Return how far the scores of two models for the same n rows are apart, as distributions.
+    """Return the distance between the distributions of two models' scores for the same n rows.
 
-    It is their Wasserstein-1 distance, in standard deviations of the old scores: 0 if they are
-    equal, and about 1 if all scores move by one standard deviation.
+    It is the Wasserstein-1 distance, in standard deviations of the old scores: 0 if the
+    distributions are equal, and 1 if all scores move up by one standard deviation.
     """
     distance = float(np.abs(np.sort(new) - np.sort(old)).mean())
     deviation = float(old.std())
@@ -216,7 +216,7 @@ def noise(new: Array, old: Array, rows: Labelled, seed: int = 0) -> dict[str, fl
 def _lower(
     name: str, new: float, old: float, margin: float, option: str = "", error: float = 0.0
 ) -> Check:
-    """Check a value that should not fall; an undefined old value allows everything."""
+    """Check a value that should not fall. If the old value is undefined, any new value passes."""
     loss = old - new
     worse = not math.isnan(old) and not loss <= margin + error
     option = option or ("coverage" if name == "catalogue" else name)
@@ -233,7 +233,7 @@ def _higher(name: str, new: float, old: float, margin: float, error: float) -> C
 
 
 def _calibration(new: float, old: float, margin: float) -> Check:
-    """Check that the ratio of predicted and real positives is not further from 1."""
+    """Check that the ratio of predicted to real positives is not further from 1 than before."""
     loss = _distance(new) - _distance(old)
     worse = not math.isnan(old) and not loss <= margin
     reason = f"calibration goes from {old:.4f} to {new:.4f}, promote.calibration = {margin}"

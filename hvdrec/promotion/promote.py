@@ -40,13 +40,13 @@ class PromoteResult:
     """The result of `promote`.
 
     Attributes:
-        is_promoted: True if the new model serves now, or served already.
+        is_promoted: True if the new model serves now, or already served before.
         version: Name of the version that serves now; None if there is none.
         served: Name of the version that served before; None if there was none.
-        path: Path to serve and to watch.
+        path: Path of the link ``current``, for services to load and to watch.
         rows: Number of rows that both models were compared on.
         checks: The comparisons.
-        reasons: Why the new model was refused; with ``force``, what was wrong with it.
+        reasons: Reasons of the checks that failed; the new model was refused unless ``force``.
     """
 
     is_promoted: bool
@@ -85,8 +85,9 @@ def promote(
 ) -> PromoteResult:
     """Publish the bundle of a run if it is no worse than the bundle that serves.
 
-    Both are compared on the freshest labelled rows of the run's samples; see ``[promote]``. The
-    link ``current`` then changes in one atomic step, and a service that watches it reloads.
+    Both are compared on the freshest labelled rows of the run's samples; see ``[promote]``. If the
+    new bundle passes, the link ``current`` is replaced in one atomic step, and a service that
+    watches this link reloads.
 
     Args:
         run: Directory of the run.
@@ -96,11 +97,11 @@ def promote(
         force: Publish even if checks fail.
         allow_worse: As in `hvdrec.export`.
         workers: Processes that compute the embeddings of the bundle.
-        progress: Whether to print the steps on standard error.
+        progress: True to print the steps on standard error.
 
     Raises:
         UserError: The run, its samples or the published versions cannot be read, or the export
-            fails. Then nothing is published.
+            fails. In all these cases, nothing is published.
     """
     config = with_fields(read_config(Path(run)), overrides or {})
     published = published_at(config, to)
@@ -134,11 +135,11 @@ def promote(
 
 
 def roll_back(published: Published, name: str | None = None) -> tuple[str | None, str]:
-    """Let an earlier version serve again; return the version before and the one that serves now.
+    """Let an earlier version serve again; return the previous and the new current version.
 
     Args:
         published: The published versions.
-        name: The version; None for the one before the current one.
+        name: Version that is to serve; None for the newest version before the current one.
 
     Raises:
         UserError: There is no such version.
@@ -156,7 +157,7 @@ def _check_data(
     config: Config,
     facts: dict[str, Any],
 ) -> list[Check]:
-    """Check the fresh rows before anything is exported, and add `facts` to record."""
+    """Check the fresh rows before the export, and add facts about them to `facts`."""
     options, record = config.promote, published.record(served)
     known = coverage(config.paths.of("features"), rows)
     age = (time.time() - rows.newest) / 3600 if rows.newest is not None else 0.0
@@ -177,7 +178,7 @@ def _compare(
     facts: dict[str, Any],
     notify: Notify,
 ) -> list[Check]:
-    """Compare both models on the fresh rows, and add `facts` to record."""
+    """Compare both models on the fresh rows, and add the new model's results to `facts`."""
     notify(f"scoring {len(rows.label)} fresh rows with the new model")
     new, scores = measure(bundle, rows, config, bundle.parent)
     facts |= {"metrics": dict(new.metrics), "catalogue": new.catalogue}
@@ -199,7 +200,7 @@ def _decide(
     *,
     force: bool,
 ) -> str | None:
-    """Publish the bundle or refuse it, and record that; return the version that serves now."""
+    """Publish or refuse the bundle, record the decision; return the version that serves now."""
     reasons = _reasons(checks)
     facts |= {"reasons": reasons, "checks": [asdict(check) for check in checks]}
     if reasons and not force:

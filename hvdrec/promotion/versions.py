@@ -1,7 +1,7 @@
 """The published versions of a model: bundles in numbered directories, and which of them serves.
 
 A directory of published versions holds ``versions/0001``, ``versions/0002``, …, each a complete
-bundle; the link ``current``, which names the one that serves; and ``promotions.jsonl``, a line for
+bundle. The link ``current`` points to the version that serves. ``promotions.jsonl`` has a line for
 each promotion, refusal and rollback. The link is replaced in one atomic step, so a service that
 watches ``current`` always finds a complete bundle.
 """
@@ -34,8 +34,8 @@ class Version:
 
     Attributes:
         name: Name of its directory, such as ``0007``.
-        record: What was measured when it was promoted; empty if that is not known.
-        is_current: True if it serves.
+        record: The event of its promotion, with the measured values; empty if it is not recorded.
+        is_current: True if this version serves.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Published:
     """A directory of published versions."""
 
     def __init__(self, folder: Path) -> None:
-        """Hold the directory; it need not exist yet."""
+        """Refer to a directory, which need not exist yet."""
         self.folder = folder
 
     @property
     def link(self) -> Path:
-        """Path of the link to serve and to watch."""
+        """Path of the link ``current``, for services to load and to watch."""
         return self.folder / CURRENT
 
     def path(self, name: str) -> Path:
@@ -61,7 +61,7 @@ class Published:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let only one process at a time change the versions; others wait."""
+        """Let only one process at a time change the versions; other processes wait."""
         with write_errors_named(self.folder):
             (self.folder / VERSIONS).mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -85,7 +85,7 @@ class Published:
         """Return the name of the version that serves; None if there is none.
 
         Raises:
-            UserError: The link points to something else.
+            UserError: ``current`` is not a link, or the version that it points to is missing.
         """
         if not self.link.is_symlink():
             if self.link.exists():
@@ -99,7 +99,7 @@ class Published:
         return name
 
     def history(self) -> list[dict[str, Any]]:
-        """Return all events, the oldest first; an incomplete last line is left out."""
+        """Return all recorded events, the oldest first; incomplete lines are left out."""
         events = []
         with suppress(FileNotFoundError):
             for line in (self.folder / HISTORY).read_text().splitlines():
@@ -108,7 +108,7 @@ class Published:
         return events
 
     def record(self, name: str | None) -> dict[str, Any]:
-        """Return what was measured when a version was promoted; empty if that is not known."""
+        """Return the event of a version's latest promotion; empty if it is not recorded."""
         events = [e for e in self.history() if e["event"] == PROMOTED and e.get("version") == name]
         return events[-1] if events else {}
 
@@ -130,12 +130,14 @@ class Published:
         return line
 
     def next_name(self) -> str:
-        """Return the name of the next version; names are not used twice."""
+        """Return the name of the next version; names of removed versions are not used again."""
         used = [*self.names(), *(str(e["version"]) for e in self.history() if e.get("version"))]
         return f"{max((int(name) for name in used if name.isdigit()), default=0) + 1:04d}"
 
     def publish(self, bundle: Path) -> str:
-        """Move a complete bundle, on the same file system, to a new version, and let it serve.
+        """Move a complete bundle to a new version and let it serve; no file is copied.
+
+        The bundle must be on the same file system as the versions.
 
         Returns:
             The name of the version.
@@ -150,17 +152,17 @@ class Published:
         """Let an earlier version serve again.
 
         Args:
-            name: The version; None for the newest one before the current one.
+            name: Version that is to serve; None for the newest version before the current one.
 
         Returns:
-            The version that served so far, and the one that serves now.
+            The version that served before, None if unknown, and the version that serves now.
 
         Raises:
             UserError: There is no such version, or its bundle is damaged.
         """
         names = self.names()
         before: str | None = None
-        with suppress(ValueError):  # the link may be what is wrong
+        with suppress(ValueError):  # the link may be damaged; a rollback repairs it
             before = self.current()
         if name is None:
             older = [each for each in names if before is None or int(each) < int(before)]
@@ -176,7 +178,7 @@ class Published:
         return before, name
 
     def prune(self, keep: int) -> list[str]:
-        """Remove old versions, but keep the newest `keep`, and the current and the one before."""
+        """Remove old versions, except the newest `keep`, the current one and the one before it."""
         names, current = self.names(), self.current()
         spared = set(names[-keep:])
         if current is not None:
