@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import duckdb
 
 MEMORY_MB, MEMORY_PER_THREAD_MB = 1000, 125
-"""Memory that DuckDB may use (10^6 bytes), and what it needs at least for each thread."""
+"""Memory that DuckDB may use (10^6 bytes), and the least memory that it needs for each thread."""
 BATCH_ROWS = 1 << 17
 SORTED = "sorted_numbers"
 
@@ -115,7 +115,7 @@ class _SortedTable(SortedNumbers):
         found = np.empty(len(wanted))
         for values, counts in self._batches():
             inside, numbers = pick(wanted, start, values, counts)
-            # The sum turns -0.0 into 0.0: DuckDB groups the two, and keeps either.
+            # Adding 0.0 turns -0.0 into 0.0: DuckDB counts both as one value and keeps either.
             found[inside] = numbers + 0.0
             start += int(counts.sum())
         return found
@@ -146,7 +146,8 @@ def open_duckdb_split(
     Args:
         samples: Directory of the artifact.
         schema: The features.
-        scratch: Directory for what does not fit into memory. Default: the system's.
+        scratch: Directory for data that does not fit into memory; by default, the system's
+            directory for temporary files.
     """
     import duckdb  # slow to import, so not at the top, where every rank would import it
 

@@ -55,13 +55,14 @@ SIDE_FILES: dict[Side, str] = {"user": "users_train.parquet", "item": "items.par
 
 @dataclass(frozen=True)
 class _Job:
-    """What all tasks share.
+    """Settings that all tasks share.
 
     Attributes:
         samples: Directory of the samples.
         draft: Directory in which the features are written.
         labels: Columns of the labels of tasks.
-        number: Differs between runs: a process of a cluster may work for several.
+        number: Random identifier of the run, because a process of a cluster may work for several
+            runs.
     """
 
     samples: Path
@@ -94,7 +95,7 @@ class _SideFile:
 
     @property
     def target(self) -> str:
-        """File name of its encoded table: ``users.parquet`` for the users after training."""
+        """File name of the encoded table; for the users of state "train", ``users.parquet``."""
         return "users.parquet" if self.name == SIDE_FILES["user"] else self.name
 
 
@@ -128,7 +129,7 @@ def encode(
         samples: Directory that `hvdrec samples` wrote.
         out: Directory or URL to write.
         config: Configuration of the run, which is also stored in the manifest.
-        parent: Earlier features to go on from, which may be at `out`; None to begin.
+        parent: Earlier features to go on from, which may be at `out`; None if there are none.
         overwrite: Replace an existing artifact.
         notify: Called with a line of text at the start of each step.
         progress: Called with the number of rows written since the last call.
@@ -182,7 +183,7 @@ def _write_fitted(
 
 
 def _split_opener(workers: WorkerPool, scratch: Path) -> OpenSplit:
-    """Return how to open the training split where the workers are: here or on a cluster."""
+    """Return a function that opens the training split, in this process or on the Spark cluster."""
     if not isinstance(workers, SparkPool):
         return partial(open_duckdb_split, scratch=scratch)
     from hvdrec.features.spark_split import open_spark_split
@@ -191,10 +192,10 @@ def _split_opener(workers: WorkerPool, scratch: Path) -> OpenSplit:
 
 
 def _first_facts(samples: Manifest, config: Config) -> dict[str, Any]:
-    """Return the ``meta`` of features that are made from samples, as far as it is known."""
+    """Return the ``meta`` of features, as far as it is known before they are fitted."""
     meta: dict[str, Any] = {"config": to_dict(config), "rows": {}, "sizes": {}, "shards": {}}
     meta[MADE_FROM] = {"samples": samples.identity}
-    # Evaluation reads these: as of which split users are evaluated, and the number of copied rows.
+    # Evaluation reads these: the state of users for each split, and the number of copied rows.
     kept = ("user_states", "copies")
     return meta | {key: samples.meta[key] for key in kept if key in samples.meta}
 
@@ -266,7 +267,7 @@ def _shards(job: _Job, split: str, encode: Encode) -> list[_Shard]:
 
 @dataclass(frozen=True)
 class _State:
-    """What a worker builds for its first task and keeps for the others."""
+    """Objects that a worker builds for its first task and keeps for all later tasks."""
 
     encoder: Encoder
     users: KeyRows

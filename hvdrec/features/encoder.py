@@ -100,7 +100,7 @@ class _ByDistinct:
     """Applies a function to flat values; calls it only once for each distinct string.
 
     This saves time, because a Python object is created for every string that the function gets. The
-    results for the last dictionary are kept: all rows of a row group have the same one.
+    results for the last dictionary are kept, because all rows of a row group share one dictionary.
     """
 
     def __init__(self, run: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
@@ -141,7 +141,7 @@ class KeyRows:
             file: File of the table, for error messages.
 
         Raises:
-            UserError: There are no keys, or they have another type.
+            UserError: There are no keys, or they are neither strings nor int64.
         """
         if keys.type not in (pa.string(), pa.int64()):
             raise invalid_file(file, f"the key is {keys.type}, must be string or int64", REMEDY)

@@ -31,8 +31,9 @@ VOCABULARY, WAITING = "vocabulary", "waiting"
 _NO_STATISTICS = {"mean": 0.0, "deviation": 1.0, "boundaries": None}
 """Statistics of a feature that has none; the file lists these for every feature."""
 LARGEST_CARRIED = 2**24
-"""A float32 holds integers below this number exactly. Codes that are stored in a bundle's float32
-embeddings, for features that combine user or item with scene, must be below it."""
+"""A float32 holds integers below this number exactly. If a scene feature combines the codes of
+users or items, a bundle stores these codes beside the embeddings as float32, so they must be
+smaller."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Fitted:
     Attributes:
         schema: The features.
         features: Name of a feature -> what was learned.
-        generation: How often these features went on from earlier ones; see `features.vocabulary`.
+        generation: Number of times that features went on from earlier ones; see
+            `features.vocabulary`.
         newest_day: Day of the newest row so far, in days since 1970; None without times.
     """
 
@@ -65,7 +67,8 @@ class Fitted:
     def changed_in(self, table: str) -> NDArray[np.int32]:
         """Return the generation in which each row of an embedding table got a new meaning [rows].
 
-        A run that was trained in an earlier generation has nothing to go on from in such a row.
+        A run that was trained before this generation has learned nothing about the new meaning, so
+        training must not go on from its values in this row.
         """
         fitted = self.features[table]
         generations = np.full(fitted.size, fitted.since, np.int32)
@@ -77,8 +80,8 @@ class Fitted:
     def save(self, directory: Path) -> None:
         """Write ``fitted.json``, ``vocabulary/`` and ``waiting/`` into a directory.
 
-        ``vocabulary/NAME.parquet`` has the values of a feature, and ``waiting/NAME.parquet`` those
-        that are too rare so far.
+        ``vocabulary/NAME.parquet`` has the values of a feature that have codes, and
+        ``waiting/NAME.parquet`` the values that are still too rare for a code.
         """
         for folder in (VOCABULARY, WAITING):
             (directory / folder).mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ class Fitted:
 
     @staticmethod
     def load(directory: Location, *, to_grow: bool = False) -> Fitted:
-        """Load the files that `save` wrote; with `to_grow`, also the values that are too rare.
+        """Load the files that `save` wrote; with `to_grow`, also the values without codes.
 
         Raises:
             UserError: A file is missing or damaged.
@@ -128,7 +131,7 @@ class Fitted:
 
 
 OpenSplit = Callable[[Path, Schema], AbstractContextManager[TrainingSplit]]
-"""Opens the training split of the samples in a directory with an engine."""
+"""Function of the directory of samples and the schema that opens the training split."""
 
 
 def fit(samples: Path, schema: Schema, open_split: OpenSplit = open_duckdb_split) -> Fitted:
@@ -156,7 +159,7 @@ def fit(samples: Path, schema: Schema, open_split: OpenSplit = open_duckdb_split
 
 
 def shared(schema: Schema, learned: Mapping[str, FittedFeature]) -> dict[str, FittedFeature]:
-    """Give each feature what the owner of its vocabulary and table has learned."""
+    """Return all features; each gets the result of the owner of its vocabulary and table."""
     return {
         feature.name: replace(learned[schema.vocabulary_of(feature)], feature=feature)
         for feature in schema.features
@@ -164,10 +167,11 @@ def shared(schema: Schema, learned: Mapping[str, FittedFeature]) -> dict[str, Fi
 
 
 def checked(fitted: Fitted) -> Fitted:
-    """Return the fitted features.
+    """Check the numbers of codes; return the fitted features unchanged.
 
     Raises:
-        UserError: A feature has more codes than a bundle can carry to a scene feature.
+        UserError: A scene feature combines the codes of a user or item feature that has more codes
+            than a bundle can store (see `LARGEST_CARRIED`).
     """
     features, schema = fitted.features, fitted.schema
     for feature in (*schema.carried("user"), *schema.carried("item")):
@@ -195,7 +199,7 @@ def _save_vocabulary(directory: Path, fitted: FittedFeature) -> None:
 
 
 def _read_vocabulary(directory: Location, owner: str, *, to_grow: bool) -> Vocabulary:
-    """Read a vocabulary; earlier versions wrote only the values."""
+    """Read a vocabulary; files of earlier versions of hvdrec hold only the values."""
     name = f"{file_name(owner)}.parquet"
     file = directory / VOCABULARY / name
     try:

@@ -49,7 +49,7 @@ def build(fitted: Fitted, names: Sequence[str]) -> onnx.ModelProto:
     """
     schema = fitted.schema
     features = [schema[name] for name in names]
-    # Sort features that combine the codes of others after those.
+    # Put features that combine the codes of other features last.
     ordered = sorted(features, key=lambda feature: len(feature.sources) > 0)
     inputs: dict[str, ValueInfoProto] = {}
     nodes: list[onnx.NodeProto] = []

@@ -37,7 +37,7 @@ def grow(
 
     Raises:
         UserError: The samples cannot be used; a feature has changed so that its codes would mean
-            something else; or values shall be evicted, and the samples have no times.
+            something else; or ``evict_days`` is set, but the samples have no times.
     """
     check_columns(samples / "train", schema)
     for feature in schema.features:
@@ -60,7 +60,7 @@ def grow(
 
 
 def growth_facts(fitted: Fitted) -> dict[str, dict[str, int]]:
-    """Return table -> numbers of admitted and evicted values and of free codes."""
+    """Return table -> the numbers of admitted values, of evicted values and of free codes."""
     facts: dict[str, dict[str, int]] = {}
     for name in fitted.sizes if fitted.generation else ():
         vocabulary = fitted.features[name].vocabulary

@@ -28,9 +28,9 @@ class PrepareResult:
         rows: Split -> number of rows.
         sizes: Embedding table -> number of codes, including those for unknown and missing values.
         shards: Split -> number of rows of each shard.
-        growth: Embedding table -> numbers of values that got a code (``admitted``) and lost theirs
-            (``evicted``), and of codes that are ``free``. Empty unless the features went on from
-            earlier ones.
+        growth: Embedding table -> the number of values that got a code (``admitted``), of values
+            that lost their code (``evicted``), and of codes without a value (``free``). Empty
+            unless the features went on from earlier ones.
     """
 
     path: str

@@ -36,7 +36,8 @@ FINITE_SQL = "NOT isnan(v) AND abs(v) < CAST('Infinity' AS DOUBLE)"
 class SparkSplit(TrainingSplit):
     """Queries over the Parquet files of a directory that all executors see.
 
-    Vocabularies and quantiles are those of `DuckDBSplit`; means and deviations differ by rounding.
+    Vocabularies and quantiles are the same as with `DuckDBSplit`; means and deviations may differ
+    by rounding.
     """
 
     def __init__(self, session: SparkSession, folder: Path, time: str = "") -> None:
@@ -82,7 +83,7 @@ class SparkSplit(TrainingSplit):
             table.unpersist()
 
     def values(self, column: Column) -> duckdb.DuckDBPyRelation:
-        """Raise UserError: a feature kind that asks for a relation of DuckDB runs in process."""
+        """Raise UserError: a feature kind that needs a relation of DuckDB cannot run on Spark."""
         problem = f"the kind of feature '{column.name}' fits on a relation of DuckDB"
         raise invalid_value("engine", "spark", problem, "use engine 'duckdb'")
 
@@ -124,7 +125,7 @@ class _SortedFrame(SortedNumbers):
         self.count = int(starts[-1])
 
     def at(self, positions: Sequence[int]) -> NDArray[np.float64]:
-        """Return the numbers at positions; each part finds its own."""
+        """Return the numbers at positions; each part looks up the positions that it holds."""
         wanted, starts = np.array(positions, np.int64), self._starts
 
         def find(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -179,7 +180,7 @@ def _quoted(name: str) -> str:
 
 
 def _count_part(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Return how many numbers each batch of this part has."""
+    """Return the count of numbers in each batch of this part."""
     for batch in batches:
         total = int(_columns(batch)[1].sum())
         yield pa.RecordBatch.from_pydict({"part": [_part()], "n": [total]})

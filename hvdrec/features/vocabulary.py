@@ -1,8 +1,9 @@
 """Vocabularies that grow: new values get codes, known values keep theirs, old ones are evicted.
 
-Each preparation that goes on from an earlier one is a *generation*; the first has number 0. A code
-records the generation in which it changed its value. A run that was trained in an earlier
-generation keeps the rows of all other codes.
+Each preparation that goes on from an earlier one is a *generation*; the first has number 0. A
+vocabulary records, for each code, the generation in which it last got another value. Training that
+goes on from a run of an earlier generation keeps the embedding rows of the codes that have kept
+their values since then.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Growth:
         counted: Day of the newest row that was counted before, in days since 1970; later rows are
             counted now. None if the samples have no times: then all rows are counted.
         now: Day of the newest row so far; None without times.
-        evict_days: A value that was last seen more than so many days before `now` is evicted; 0 to
-            keep all values.
-        follows: Whether means, deviations and quantiles are learned again.
+        evict_days: A value that was last seen more than this number of days before `now` is
+            evicted; 0 to keep all values.
+        follows: True to learn means, deviations and quantiles again; False to keep them.
     """
 
     generation: int
@@ -95,9 +96,10 @@ def grown_vocabulary(
 ) -> Vocabulary:
     """Let a vocabulary go on with newly counted values.
 
-    Known values keep their codes. Values that were last seen too long ago lose theirs. A new value
-    gets a code when all its occurrences so far are at least `min_count`: the lowest free code, or
-    else one after the last. More frequent values are first.
+    Known values keep their codes, but values that were last seen too long ago lose theirs. A new
+    value gets a code once the number of its occurrences in all generations is at least
+    `min_count`. It gets the lowest free code or, if none is free, the next code after the last.
+    More frequent values get their codes first.
 
     Args:
         before: The vocabulary of the generation before.

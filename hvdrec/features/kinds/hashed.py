@@ -25,8 +25,8 @@ class Hashed(Kind):
     def compile(self, nodes: Nodes, fitted: FittedFeature, inputs: Sequence[str]) -> str:
         """Add the nodes that hash an int64 x by low = x mod p and high = floor(x / p) mod p.
 
-        Here p is `HASH_PRIME`. Only integers that differ by a multiple of p^2 (about 2^62) are sure
-        to get the same bucket.
+        Here p is `HASH_PRIME`. Integers that differ by a multiple of p^2 (about 2^62) always get
+        the same bucket; two other integers do so only by chance.
         """
         [raw] = inputs
         zero, prime = nodes.integer(0), nodes.integer(HASH_PRIME)

@@ -39,8 +39,8 @@ class FittedFeature:
 class Kind(FeatureKind):
     """A kind of feature: its raw columns, how it is fitted, its ONNX nodes and its encoded type.
 
-    All else follows from these methods: encoding, shards, the exported graphs, the fields in the
-    bundle's manifest and the OpenAPI document of the service.
+    Everything else follows from these methods: encoding, shards, the exported graphs, the fields in
+    the bundle's manifest and the OpenAPI document of the service.
     """
 
     @abstractmethod
@@ -54,10 +54,10 @@ class Kind(FeatureKind):
     def grow(
         self, before: FittedFeature, feature: Feature, split: TrainingSplit, growth: Growth
     ) -> FittedFeature:
-        """Go on from what the generation before learned.
+        """Go on from the fitted feature of the generation before.
 
-        By default, the feature keeps its statistics, or learns them again if they follow. A table
-        never shrinks.
+        By default, the feature keeps its statistics; with `growth.follows`, it learns them again
+        from the new rows. Its embedding table never shrinks.
 
         Args:
             before: What was learned before.

@@ -111,8 +111,8 @@ def _quantiles(numbers: SortedNumbers, feature: Feature) -> tuple[NDArray[Any], 
 def _fit_float32(values: NDArray[np.float64]) -> bool:
     """Return False if values that float32 cannot hold exactly become equal in float32.
 
-    A value and its own rounding to float32 may become equal: they are the same number, stored in
-    two precisions.
+    A value may become equal to its own rounding to float32: the two are one number, stored in two
+    precisions.
     """
     with np.errstate(over="ignore"):
         rounded = values.astype(np.float32)

@@ -1,4 +1,4 @@
-"""What fitting asks of the training split; each engine answers it in its own way."""
+"""The queries over the training split that fitting needs; each engine implements them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SortedNumbers(ABC):
     """The finite numbers of a column in ascending order; an engine may keep them on disk.
 
     Attributes:
-        count: How many numbers there are, with repeats.
+        count: Length of the list of numbers, with repeats.
     """
 
     count: int
@@ -80,8 +80,8 @@ class TrainingSplit(ABC):
             transform: "log" for the moments of `MAGNITUDE_SQL`.
 
         Returns:
-            The two moments; None if there are no numbers. DuckDB's are the same bit for bit in each
-            run, those of a cluster up to rounding.
+            The two moments; None if there are no numbers. With DuckDB, they are the same bit for
+            bit in each run; on a cluster, they may differ by rounding.
         """
 
     @abstractmethod
@@ -101,15 +101,18 @@ class TrainingSplit(ABC):
 
 
 def time_unit(largest: float | None) -> float:
-    """Return how many units of a numeric time make a second, from the largest absolute time.
+    """Guess the unit of numeric times from the largest absolute time; return the units per second.
 
-    Times are seconds, or ms, us or ns if they are large.
+    Times are seconds (1.0) or, if they are large, ms (1e3), us (1e6) or ns (1e9).
     """
     return next((d for d in (1e9, 1e6, 1e3) if (largest or 0) >= 1e8 * d), 1.0)
 
 
 def in_precision(numbers: NDArray[np.float64], dtype: Any) -> NDArray[Any]:
-    """Convert float64 numbers to float32 (those beyond its range to its limits) or leave them."""
+    """Convert float64 numbers to `dtype`, which is float32 or float64.
+
+    Numbers beyond the range of float32 become its largest or smallest number.
+    """
     if dtype == np.float64:
         return numbers
     largest = np.finfo(dtype).max
