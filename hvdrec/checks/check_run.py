@@ -78,10 +78,10 @@ def check(config: Config, *, against: str | Path = "", progress: bool = True) ->
 
 
 def _samples_of(directory: Path) -> Path:
-    """Return the directory of the samples in it, or the directory itself if it holds samples.
+    """Return the directory itself if it holds samples, otherwise its subdirectory with samples.
 
     Raises:
-        UserError: It holds no samples.
+        UserError: Neither of them holds samples.
     """
     for folder in (directory, directory / "samples"):
         if (folder / SPLITS[0]).is_dir():
@@ -94,7 +94,7 @@ def _samples_of(directory: Path) -> Path:
 
 
 def _drifts(source: SampleSource, other: SampleSource) -> Iterator[tuple[str, float]]:
-    """Yield name and PSI of the label and of each column but the user key.
+    """Yield the name and the PSI of the label, and of each column except the user key.
 
     Columns that the other run does not have are left out.
 

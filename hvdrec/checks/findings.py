@@ -13,12 +13,12 @@ Status = Literal["warning", "stop"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something beyond a limit.
+    """A measured value that is beyond its limit.
 
     Attributes:
         check: Name of the check.
-        what: Column, table or day that it is about.
-        split: Split of the rows; "" if it is not about a split.
+        what: Column, table or day that the value belongs to.
+        split: Split of the rows; "" if the value does not belong to a split.
         value: The measured value.
         limit: The limit of ``[checks]``.
         text: One sentence.
@@ -43,7 +43,7 @@ class ColumnFacts:
         side: "user", "item", "scene" or "label".
         nulls: Split -> share of missing values.
         distinct: Number of different values (entries of lists) in train, approximate.
-        low: Smallest number in train; None unless it is a number.
+        low: Smallest number in train; None if the column does not hold numbers.
         high: Largest number in train.
         unseen: Split -> share of rows whose value is not in train; empty for numbers and lists.
         drift: PSI against the other run; None without one.
@@ -61,7 +61,7 @@ class ColumnFacts:
 
 @dataclass(frozen=True)
 class PeriodFacts:
-    """Rows and label rate of a day, or of a tenth of the time if time does not count days."""
+    """Rows and label rate of a day; of a tenth of the time span if times have no known unit."""
 
     period: str
     rows: int
@@ -79,7 +79,7 @@ class CheckResult:
         label_rate: Split -> mean label.
         columns: Facts about each column.
         periods: Facts about each day.
-        findings: What is beyond a limit, in the order of the checks.
+        findings: The values beyond a limit, in the order of the checks.
     """
 
     samples: str

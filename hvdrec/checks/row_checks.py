@@ -15,11 +15,11 @@ from hvdrec.samples.split import SPLITS
 from hvdrec.samples.sql import quoted
 
 PERIODS = 10
-"""Number of periods of equal length if times do not count days."""
+"""Number of periods of equal length, if the times have no known unit and so cannot be days."""
 ERRORS = 4.0
-"""Standard errors beyond which chance does not explain a label rate."""
+"""A label rate that differs by more standard errors is not due to chance."""
 HISTORY_ROWS = 200_000
-"""About this many rows are examined for later items in histories, those of whole users."""
+"""About this many rows are examined for later items in histories: all rows of some users."""
 
 
 def label_rates(source: SampleSource) -> dict[str, float]:
@@ -29,7 +29,10 @@ def label_rates(source: SampleSource) -> dict[str, float]:
 
 
 def measure_periods(source: SampleSource) -> tuple[PeriodFacts, ...]:
-    """Measure rows and label rate of each day, or tenth of the time; none without a time."""
+    """Measure the rows and the label rate of each period: a day, or a tenth of the time span.
+
+    Without a time, there are no periods.
+    """
     if not source.time:
         return ()
     time = quoted(source.time)
@@ -54,7 +57,7 @@ def measure_periods(source: SampleSource) -> tuple[PeriodFacts, ...]:
 def label_findings(
     rates: Mapping[str, float], periods: tuple[PeriodFacts, ...], limits: Checks
 ) -> Iterator[Finding]:
-    """Yield splits with labels of one class, and days whose label rate is unlike that of others."""
+    """Yield splits with labels of one class, and days whose label rate is far from the median."""
     for split, rate in rates.items():
         if rate in (0.0, 1.0):
             text = f"all labels are {rate:g}"
@@ -86,7 +89,7 @@ def duplicate_findings(source: SampleSource, limits: Checks) -> Iterator[Finding
 
 
 def match_findings(matches: Mapping[str, Mapping[str, Any]], limits: Checks) -> Iterator[Finding]:
-    """Yield joined tables that few rows match; `matches` is that of the samples' manifest."""
+    """Yield joined tables that few rows match; `matches` comes from the manifest of the samples."""
     for name, facts in matches.items():
         share = facts["matched"] / facts["rows"] if facts["rows"] else 0.0
         limit = limits.matches if name in ("samples.users", "samples.items") else 0.0
@@ -139,8 +142,8 @@ def _order(source: SampleSource, limits: Checks) -> Iterator[Finding]:
 def _futures(source: SampleSource, history: History, limits: Checks) -> Iterator[Finding]:
     """Yield a history that holds items which the user had only later, or only in held-out rows.
 
-    An item may be in the history of a row if the user has a row with it that the history may use:
-    an earlier one with scope "before", a training row with a random split.
+    An item may be in the history of a row if the user has a row with this item that the history may
+    use. With scope "before", this is an earlier row; with a random split, a training row.
     """
     user, item = map(quoted, source.keys)
     entry = quoted(history.column) if history.column else item

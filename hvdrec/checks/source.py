@@ -1,4 +1,4 @@
-"""Open samples in DuckDB for the checks. Nothing holds all rows; large states spill to disk."""
+"""Open samples in DuckDB for the checks. Data that does not fit into memory spills to disk."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def open_samples(config: Config, path: Path, against: Path | None) -> Iterator[l
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET TimeZone = 'UTC'")
-        # Statistics in Parquet files ignore NaN; isnan(column) would be taken as false.
+        # Statistics in Parquet files ignore NaN. If DuckDB used them, it would assume that
+        # isnan(column) is always false.
         connection.execute("SET disabled_optimizers = 'statistics_propagation'")
         connection.execute(f"SET memory_limit = {literal(MEMORY)}")
         connection.execute(f"SET temp_directory = {literal(spill)}")
