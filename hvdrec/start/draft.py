@@ -1,4 +1,4 @@
-"""Put the guesses about all tables together: the contents of a first configuration."""
+"""Combine the guesses about all tables into the contents of a first configuration."""
 
 from __future__ import annotations
 
@@ -189,7 +189,10 @@ def _features(
     sides: Mapping[str, Side],
     negatives: int,
 ) -> tuple[str, dict[str, str], tuple[FeatureGuess, ...], tuple[Skipped, ...]]:
-    """Guess the features of all columns; return title, derived columns, features and the rest."""
+    """Guess the features of all columns.
+
+    Returns the column of titles, the derived columns, the features and the skipped columns.
+    """
     user, item, time, label = roles
     count = 1 if log.rows < 20_000 else 2
     features = [
@@ -242,7 +245,7 @@ def _title(tables: Sequence[SideTable]) -> str:
 
 
 def _scene_of_time(log: TableProfile, time: Choice, taken: set[str]) -> list[FeatureGuess]:
-    """Return the hour and the weekday as features of the scene, if the time tells them."""
+    """Return the hour and the weekday as features of the scene, if the time column has them."""
     if not time.value or time.value not in log.names:
         return []
     column, name = log[time.value], written(time.value)

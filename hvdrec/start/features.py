@@ -10,13 +10,13 @@ from hvdrec.start.profile import ColumnProfile
 from hvdrec.start.words import CODES, OUTCOME, says
 
 LONG_TEXT = 60
-"""Mean length from which texts are descriptions or addresses, not categories."""
+"""Texts with a larger mean length are taken for descriptions or addresses, not categories."""
 MANY = 0.6
-"""Share of different values from which a text identifies its row."""
+"""If a larger share of the texts in a column differ, each is taken for an identifier of its row."""
 FEW_NUMBERS = 32
 """Integers with at most this many values are categories."""
 SKEWED = 20
-"""A number whose largest value is this many times its median is scaled by its logarithm."""
+"""If the largest value of a number is more than this many times its median, take the logarithm."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FeatureGuess:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A column that becomes no feature, with its reason."""
+    """A column that does not become a feature, with the reason."""
 
     name: str
     why: str

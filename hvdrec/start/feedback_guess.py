@@ -24,7 +24,7 @@ class FeedbackGuess:
         table: Path of the table.
         on: Columns that must be equal in both tables.
         time: Column of its time.
-        unit: "ms" or "us" for such numbers since 1970; else "".
+        unit: "ms" or "us" if the times are numbers in this unit since 1970; else "".
     """
 
     name: str
@@ -37,10 +37,10 @@ class FeedbackGuess:
 def guess_feedback(
     log: TableProfile, tables: Sequence[TableProfile], user: str, item: str, time: str
 ) -> list[FeedbackGuess]:
-    """Return the tables that have the columns of the log's keys and a time of their own.
+    """Return the tables that look like feedback on the rows of the log.
 
-    A table without keys of their own per row is feedback if it repeats the item, and the user or
-    the request. The exposures need a time, too.
+    Such a table has the item column of the log, its request column (or, if they share none, its
+    user column), and a time of its own. If the log has no time, no table is feedback.
     """
     found: list[FeedbackGuess] = []
     for table in tables:
@@ -56,7 +56,7 @@ def guess_feedback(
 
 
 def feedback_label(found: Sequence[FeedbackGuess]) -> Choice:
-    """Return the label: the action that says most about the user's interest occurred."""
+    """Return a label that is 1 if the action that says most about the user's interest occurred."""
     best = max(found, key=lambda each: ACTIONS.get(each.name, 0))
     why = f"{best.table} holds a {best.name} within a day of the exposure"
     return Choice(f"{best.name}_count > 0", why, False)

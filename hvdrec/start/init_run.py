@@ -56,7 +56,7 @@ def init(
 
     Args:
         files: The tables: a log, and tables of users and items if there are any.
-        to: The TOML file (default: NAME.toml in the current directory, after the log).
+        to: The TOML file (default: NAME.toml in the current directory; NAME is that of the log).
         given: Known values of "user", "item", "time" and "label", which are not guessed.
         ask: Function that asks for these values; None keeps the guesses.
         overwrite: Replace an existing file.
@@ -93,7 +93,7 @@ def init(
     with write_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    load_config(path)  # a mistake of ours should not wait for the next command
+    load_config(path)  # if init wrote an invalid file, fail here and not in the next command
     return _result(path, draft)
 
 

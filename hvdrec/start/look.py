@@ -1,4 +1,4 @@
-"""Open tables for a first look, a bounded number of rows of each."""
+"""Open tables for a first look, which reads a bounded number of rows of each."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _common_directory(paths: Sequence[Path]) -> Path:
 
 
 def _any_format(raw: Path, name: str) -> TableFormat | None:
-    """Return a format that accepts any suffix, for names with unknown ones."""
+    """Return a format that accepts any suffix if the suffix of the name is unknown, else None."""
     path = raw / name
     known = path.is_dir() or str(path).endswith(tuple(SUFFIXES))
     return None if known else TableFormat(path=name)

@@ -44,7 +44,7 @@ def new_names(
 
 
 def _identifier(path: str) -> str:
-    """Return the most telling word of a file name: ``u.user`` gives user."""
+    """Return the longest word of a file name, without suffixes: ``u.user`` gives user."""
     found = [w for w in words(path.rsplit("/", 1)[-1]) if w.isalpha() and w not in _SUFFIXES]
     return max(found, key=len, default="column")
 

@@ -15,7 +15,7 @@ SEPARATOR_ROWS = 20_000
 ROWS = 1_000_000
 """Number of rows that are looked at."""
 FEW = 24
-"""Columns with at most this many values are described by all of them."""
+"""The profile of a column with at most this many distinct values lists all of them."""
 SEPARATORS = ("|", ";", ",")
 """Characters that may separate the values of a list that is written as text."""
 
@@ -180,8 +180,8 @@ def _separators(engine: Engine, view: str, kinds: Mapping[str, str]) -> dict[str
 def _separated(column: str, mark: str) -> str:
     """Return SQL that is true if a text column holds lists with this separator.
 
-    Then at least a fifth of the texts contain it, and there are at most half as many different
-    entries as different texts.
+    It holds lists if at least a fifth of the texts contain the separator, and there are at most
+    half as many different entries as different texts.
     """
     entries = f"flatten(list(DISTINCT string_split({column}, {literal(mark)})))"
     some = f"avg(CAST(contains({column}, {literal(mark)}) AS INT)) >= 0.2"

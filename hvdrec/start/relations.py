@@ -1,4 +1,4 @@
-"""Compare columns of tables in the engine: which hold the same keys, and what they describe."""
+"""Compare columns of tables: find columns with the same keys, and the side that each describes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hvdrec.start.roles import Link, is_key_like
 from hvdrec.start.words import words
 
 UNIQUE = 0.99
-"""Share of different values from which a column may be the key of a table."""
+"""A column may be the key of a table if at least this share of its values differ."""
 SHARED = 0.2
-"""Share of common values below which two columns do not hold the same keys."""
+"""Two columns with a smaller share of common values do not hold the same keys."""
 CONSTANT = 0.98
-"""Share of users (or items) with one value from which a column describes users (or items)."""
+"""A column describes users (or items) if at least this share of them have one value in all rows."""
 
 
 def find_links(engine: Engine, log: TableProfile, sides: Sequence[TableProfile]) -> list[Link]:
@@ -57,7 +57,7 @@ def _shared(engine: Engine, left: tuple[str, str], right: tuple[str, str]) -> fl
 def find_sides(
     engine: Engine, log: TableProfile, user: str, item: str, columns: Sequence[str]
 ) -> dict[str, Side]:
-    """Find what columns of the log describe.
+    """Return column of the log -> the side that it describes.
 
     A column describes the item if it has one value in all rows of nearly every item, the user if
     it has one in all rows of nearly every user, and otherwise the scene.

@@ -28,7 +28,7 @@ FIRST_EPOCH, LAST_EPOCH = 3e8, 4.2e9
 
 @dataclass(frozen=True)
 class Choice:
-    """A guess with its reason, and whether it should be confirmed."""
+    """A guess and its reason; `is_sure` is False if the user should confirm the guess."""
 
     value: str
     why: str
@@ -90,7 +90,11 @@ def _told_key(
     vocabulary: Collection[str],
     facts: Collection[str],
 ) -> Choice | None:
-    """Return the key that names tell: that of a column, or those of a table that has its keys."""
+    """Return the key that names suggest, or None.
+
+    The name is that of the column itself, or the names are those of a table with its keys, and of
+    the columns of this table.
+    """
     if named := [column for column in columns if says(column.name, vocabulary)]:
         # session_id identifies visits: user_id is better if there are both.
         best = max(named, key=lambda c: ("session" not in words(c.name), _has_id(c)))
@@ -152,7 +156,7 @@ def guess_label(log: TableProfile, taken: Collection[str]) -> Choice:
 
 
 def epoch_unit(column: ColumnProfile) -> str:
-    """Return the unit in which a number counts time since 1970; "" if it does not look like it."""
+    """Return the unit in which a number counts time since 1970; "" if it does not look like one."""
     if not column.is_number or column.low is None or column.high is None:
         return ""
     for unit, factor in EPOCHS.items():
@@ -231,7 +235,7 @@ def _label_of_actions(column: ColumnProfile) -> Choice | None:
 
 
 def _threshold(column: ColumnProfile) -> tuple[str, float]:
-    """Return the rating that divides the rows most evenly, and the share of rows from it on."""
+    """Return the rating that divides the rows most evenly, and the share of rows not below it."""
     values = {float(v): count for v, count in (column.values or {}).items()}
     total = sum(values.values())
     shares = {t: sum(n for v, n in values.items() if v >= t) / total for t in sorted(values)[1:]}

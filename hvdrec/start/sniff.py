@@ -71,9 +71,10 @@ def _lines(head: bytes, encoding: str) -> list[str]:
 
 
 def find_delimiter(lines: Sequence[str]) -> tuple[str, bool]:
-    """Return the delimiter that gives most lines the same number of fields, and if quotes are used.
+    """Return a delimiter that gives nearly all lines the same number of fields.
 
-    Among such delimiters, the one with the most fields wins; a comma if there is none.
+    Among such delimiters, the one with the most fields wins. If there is none, it is a comma. The
+    second result is True if fields may be quoted.
     """
     found: list[tuple[int, str, bool]] = []
     for delimiter in DELIMITERS:
@@ -90,7 +91,7 @@ def find_delimiter(lines: Sequence[str]) -> tuple[str, bool]:
 
 
 def split_lines(lines: Sequence[str], delimiter: str, quote: bool) -> list[list[str]]:
-    """Split lines into fields. With `quote`, give nothing if quotes are not closed properly."""
+    """Split lines into fields; with `quote`, return no lines if a quote is not closed properly."""
     if len(delimiter) > 1 or not quote:
         return [line.split(delimiter) for line in lines if line]
     text = io.StringIO("\n".join(lines) + "\n")

@@ -29,7 +29,7 @@ LABEL = _set(
 RATING = _set("rating stars star score grade")
 ATTENTION = _set("watch dwell duration seconds listen playtime")
 OUTCOME = LABEL | RATING | ATTENTION | _set("purchase revenue spent review comment engaged")
-"""Words of what is known only after the item was shown."""
+"""Words for facts that are known only after the item was shown."""
 CODES = _set("id code zip zipcode postcode type category class kind group level")
 TITLE = _set("title name headline")
 ACTIONS = {
@@ -40,7 +40,7 @@ ACTIONS = {
     **dict.fromkeys(("share", "wishlist", "add", "watch", "listen", "download", "follow"), 3),
     **dict.fromkeys(("purchase", "buy", "order", "transaction", "bought", "checkout"), 4),
 }
-"""Name of an action -> how much it says about the user's interest."""
+"""Name of an action -> how much it says about the user's interest, from 0 to 4."""
 
 
 def words(name: str) -> list[str]:
