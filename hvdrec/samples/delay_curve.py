@@ -82,7 +82,7 @@ class DelayCurve:
         """Return the smallest window that catches a share of the positives, and its 95 % interval.
 
         This interval holds the windows whose `interval` includes the share (Brookmeyer and Crowley,
-        A confidence interval for the median survival time, Biometrics 1982). Its upper end is None
+        A confidence interval for the median survival time, Biometrics 1982). The upper end is None
         if it is beyond the longest window.
         """
         low, high = self.interval()

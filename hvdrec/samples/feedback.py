@@ -53,7 +53,7 @@ class FeedbackCounts:
     """What became of the rows of a feedback table. The numbers add up to `rows`.
 
     Attributes:
-        rows: Rows that samples.feedback.where selects, and those that the previous run kept.
+        rows: Rows that samples.feedback.where selects, plus the rows that the previous run kept.
         incomplete: Rows without a key or a time.
         duplicates: Rows that repeat another one.
         matched: Feedback that counts for an exposure.
@@ -75,7 +75,7 @@ class FeedbackCounts:
 
 @dataclass(frozen=True)
 class UniqueExposures:
-    """The exposures of a log, in several views that hold the same identities.
+    """The exposures of a log, with and without the rows that repeat others.
 
     Attributes:
         all: All rows.
@@ -113,7 +113,7 @@ def complete_feedback(feedback: Table, keys: int) -> Table:
 
 
 def unique_feedback(feedback: Table, key_columns: int) -> Table:
-    """Keep one feedback per identity: the earliest of those with equal KEY columns.
+    """Keep one feedback per identity: the earliest row among rows with equal KEY columns.
 
     Without KEY columns, the identity consists of all columns.
     """

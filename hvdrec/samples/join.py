@@ -204,7 +204,7 @@ class LabelJoin:
         return table
 
     def require_columns(self, joined: JoinedTable, wanted: Mapping[str, str]) -> None:
-        """Raise UserError if a column is missing; `wanted` maps each column to what needs it."""
+        """Raise UserError if a column is missing; `wanted` maps each needed column to its use."""
         for column, purpose in wanted.items():
             if column not in joined.table.columns:
                 tables = "the table and those joined to it have" if self.sides else "the table has"

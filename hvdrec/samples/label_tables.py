@@ -1,4 +1,4 @@
-"""Open the exposures and the feedback of a run, and those that the previous run left unsettled."""
+"""Open the exposures and the feedback of a run, and the rows that the last run left unsettled."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RawFeedback:
     """The rows of a feedback table, with the columns that `feedback` describes.
 
     Attributes:
-        rows: All rows, also those without a key or a time.
+        rows: All rows, including rows without a key or a time.
         total: Number of rows.
     """
 

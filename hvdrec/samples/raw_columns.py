@@ -95,7 +95,7 @@ def read_headers(files: RawFiles) -> dict[CsvHeader, list[str]]:
 def read_header(files: RawFiles, path: str) -> CsvHeader:
     """Read the first line of a CSV file.
 
-    Unless the delimiter is configured, it is the most frequent one in that line.
+    If no delimiter is configured, it is the one of `DELIMITERS` that is most frequent in the line.
 
     Raises:
         UserError: The file is empty, its first line cannot be decoded, or the line does not have as
@@ -179,7 +179,7 @@ def _incompatible(file: object, column: str, families: Mapping[str, str]) -> Use
 
 
 def check_partitions(files: RawFiles, columns: Mapping[str, Mapping[str, object]]) -> None:
-    """Raise UserError for a column that is in some files and in the directory names of others."""
+    """Raise UserError if some files have a column, and only the directories of others name it."""
     check_names(files.file, dict.fromkeys([*columns, *files.partitions]))
     for key in files.partitions:
         if 0 < len(columns.get(key, ())) < len(files.paths):

@@ -245,7 +245,7 @@ def _first_rows(engine: Engine, name: str) -> dict[str, pa.ChunkedArray]:
 
 
 def _other_columns(spec: SampleSpec) -> dict[str, str]:
-    """Return each column that is needed besides keys and features -> what needs it."""
+    """Return the columns that are needed besides keys and features -> the key that names them."""
     samples, split = spec.samples, spec.samples.split
     columns = {samples.time: "samples.time"}
     if split.method == "temporal":

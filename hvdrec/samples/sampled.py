@@ -39,7 +39,8 @@ def add_negatives(
 ) -> str:
     """Draw negatives and store them in the engine, with the columns of the rows and of the plan.
 
-    A negative has the columns of its positive row, except the item and what is joined by it.
+    A negative has the columns of its positive row, except the item and the columns that are joined
+    by it.
 
     Args:
         join: The raw tables.

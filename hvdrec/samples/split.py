@@ -48,8 +48,8 @@ class Splitter:
         split: Method and fractions.
         starts: Number of the first row of each user, then the number of all rows, int64
             [users + 1].
-        cuts: For a temporal split: the last time of train, and that of validation.
-        limits: For a random split: the smallest hash of a validation row, and that of a test row.
+        cuts: For a temporal split: the last times of train and of validation.
+        limits: For a random split: the smallest hashes of validation rows and of test rows.
     """
 
     split: Split
@@ -64,7 +64,7 @@ class Splitter:
         Args:
             split: Method and fractions.
             user_rows: Number of rows of each user, int64 [users].
-            cuts: For a temporal split: the last time of train, and that of validation.
+            cuts: For a temporal split: the last times of train and of validation.
         """
         starts = np.concatenate([[0], np.cumsum(user_rows)])
         rows = int(starts[-1])

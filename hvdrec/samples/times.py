@@ -35,7 +35,7 @@ def comparable_times(column: pa.ChunkedArray | pa.Array) -> tuple[str, Array] | 
 
 
 def epoch_seconds(time: Array, time_type: str) -> Array | None:
-    """Convert times, as of `comparable_times`, to seconds since 1970.
+    """Convert times that `comparable_times` returned to seconds since 1970.
 
     Returns:
         Seconds, float64 [n]; None if the numbers cannot be times.

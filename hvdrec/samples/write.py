@@ -34,7 +34,7 @@ Notify = Callable[[str], None]
 
 
 def sample_columns(spec: SampleSpec) -> list[str]:
-    """Return the columns from which samples are built, without those of the plan."""
+    """Return the columns of the labelled rows from which samples are built."""
     tasks = [task_label(i) for i in range(len(spec.tasks))]
     time = [spec.samples.time] if spec.samples.time else []
     return list(dict.fromkeys([*spec.columns, *time, LABEL, WEIGHT, *tasks]))
