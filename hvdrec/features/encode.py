@@ -170,7 +170,7 @@ def encode(
 def _write_fitted(
     draft: Path, samples: Path, config: Config, before: Fitted | None, workers: WorkerPool
 ) -> Fitted:
-    """Fit the features; write what was learned and the graph."""
+    """Fit the features; write the result and the preprocessing graph."""
     split, schema = _split_opener(workers, draft), config.schema
     if before is None:
         fitted = fit(samples, schema, split)
@@ -201,7 +201,7 @@ def _first_facts(samples: Manifest, config: Config) -> dict[str, Any]:
 
 
 def _read_parent(parent: Location, meta: dict[str, Any]) -> Fitted:
-    """Load the features to go on from, and record them in the ``meta`` of the new ones."""
+    """Load the features to go on from, and record them in the ``meta`` of the new features."""
     meta[ANCESTORS] = descent(read_manifest(parent, "features"))
     return Fitted.load(parent, to_grow=True)
 

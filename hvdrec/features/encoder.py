@@ -159,7 +159,8 @@ class KeyRows:
             name: Name of the column, for error messages.
 
         Raises:
-            UserError: A key is not in the table, or the column has another type than its keys.
+            UserError: A key is not in the table, or the column has another type than the table's
+                keys.
         """
         stored = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         if stored != self._type:

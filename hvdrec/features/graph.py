@@ -42,10 +42,10 @@ def build(fitted: Fitted, names: Sequence[str]) -> onnx.ModelProto:
 
     Returns:
         A graph with one input for each raw column: string, int64 or double, of shape [rows], or
-        [rows, longest list] for lists. If a feature combines the codes of others that are not in
-        `names`, their codes are inputs, too: int64 [rows], named by `output_name`. Each feature has
-        an output, named by `output_name`: codes, int64 with the shape of the input (lists cut to
-        ``max_length``), or numbers, float32 [rows].
+        [rows, longest list] for lists. If a feature combines the codes of other features that are
+        not in `names`, these codes are inputs, too: int64 [rows], named by `output_name`. Each
+        feature has an output, named by `output_name`: codes, int64 with the shape of the input
+        (lists cut to ``max_length``), or numbers, float32 [rows].
     """
     schema = fitted.schema
     features = [schema[name] for name in names]

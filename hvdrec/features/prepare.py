@@ -67,7 +67,7 @@ def prepare(
             at most 8. The shards do not depend on it.
         progress: Show a progress bar on the first rank, or lines if there is no terminal.
         engine: One of `ENGINES`: "duckdb" works in this process and its workers, "spark" in the
-            executors of the active session of Spark, or of a new one. Both write the same shards.
+            executors of the active Spark session, or of a new session. Both write the same shards.
 
     Raises:
         UserError: The samples are missing or do not match the configuration or the earlier
@@ -116,7 +116,7 @@ def prepare_with(
     overwrite: bool = False,
     progress: bool = True,
 ) -> PrepareResult:
-    """Do what `prepare` does, with workers that `open_workers` has opened."""
+    """Run `prepare` with workers that `open_workers` has opened."""
     with show_progress(progress) as display:
         meta = encode(
             config.paths.of("samples"),

@@ -22,7 +22,7 @@ VALUE, COUNT, DAY = "value", "count", "day"
 
 @dataclass(frozen=True)
 class Growth:
-    """How features go on from those of the generation before.
+    """The rules by which features go on from the generation before.
 
     Attributes:
         generation: Number of the new generation, from 1.
@@ -50,7 +50,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The values of n codes, and what is needed to let them grow.
+    """The values of n codes, and the data from which later generations go on.
 
     Attributes:
         values: Value of each code from FIRST_CODE on; None for a code that is free.

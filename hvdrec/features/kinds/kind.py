@@ -24,7 +24,8 @@ class FittedFeature:
         values: The vocabulary, sorted by code; its first value has code FIRST_CODE, and None stands
             for a code that is free. None for a feature without a vocabulary.
         statistics: Numbers that the kind has learned, as JSON values.
-        vocabulary: The same values with what is needed to let them grow; None if it is unknown.
+        vocabulary: The same values, with the data from which later generations go on; None if these
+            data are unknown.
         since: Generation in which the feature was added; see `features.vocabulary`.
     """
 

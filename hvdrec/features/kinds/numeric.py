@@ -23,10 +23,14 @@ LARGEST = 1e6
 class Numeric(Kind):
     """One number per row: standardized, or replaced by the code of its quantile bucket.
 
-    The fitted statistics are ``mean`` and ``deviation``, the population standard deviation, of the
-    finite values or of their logarithms; ``boundaries``, the lower limits of all quantile buckets
-    but the first, ascending and distinct; and ``precision``, "float32" or "double": the type in
-    which values are compared with the boundaries.
+    The fitted statistics are:
+
+    - ``mean`` and ``deviation`` (the population standard deviation) of the finite values or of
+      their logarithms;
+    - ``boundaries``: the lower limits of all quantile buckets but the first, ascending and
+      distinct;
+    - ``precision``, "float32" or "double": the type in which values are compared with the
+      boundaries.
 
     A boundary lies between two neighbouring training values. Floats are compared in float32, so
     that a price gets the same code whether it is stored in 32 or 64 bits. Integers, and floats with

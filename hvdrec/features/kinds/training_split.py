@@ -139,7 +139,7 @@ def pick(
 
 
 def below(limits: NDArray[Any], values: NDArray[np.float64]) -> NDArray[Any]:
-    """Do what `SortedNumbers.largest_below` does, for ascending values in memory."""
+    """Return the same as `SortedNumbers.largest_below`, for ascending values in memory."""
     numbers = in_precision(values, limits.dtype)
     if not len(numbers):
         return np.full_like(limits, -np.inf)
