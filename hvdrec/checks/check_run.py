@@ -33,8 +33,8 @@ def check(config: Config, *, against: str | Path = "", progress: bool = True) ->
     """Check the samples of a run before training.
 
     It measures missing values, ranges, cardinality, label rates, unseen values, duplicates, match
-    rates, leakage between splits and, against another run, drift. The limits are those of
-    ``[checks]``. At most 2 GB of memory is used, whatever the number of rows.
+    rates, leakage between splits and, against another run, drift. The section ``[checks]`` sets the
+    limits. At most 2 GB of memory is used, whatever the number of rows.
 
     Args:
         config: Configuration of the run.
