@@ -56,7 +56,7 @@ def init(
 
     Args:
         files: The tables: a log, and tables of users and items if there are any.
-        to: The TOML file (default: NAME.toml in the current directory; NAME is that of the log).
+        to: The TOML file; by default, it is in the current directory and has the name of the log.
         given: Known values of "user", "item", "time" and "label", which are not guessed.
         ask: Function that asks for these values; None keeps the guesses.
         overwrite: Replace an existing file.

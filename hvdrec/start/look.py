@@ -90,7 +90,7 @@ def _any_format(raw: Path, name: str) -> TableFormat | None:
 
 
 def _source(files: RawFiles, name: str, declared: TableFormat | None, folder: Path) -> RawFiles:
-    """Return the files to look at: those of the table, or a copy of the head of a large text."""
+    """Return the files to look at: the table itself, or a copy of the head of a large text file."""
     if files.format not in ("csv", "json"):
         return files
     sizes = [os.path.getsize(path) for path in files.paths]

@@ -90,10 +90,10 @@ def _told_key(
     vocabulary: Collection[str],
     facts: Collection[str],
 ) -> Choice | None:
-    """Return the key that names suggest, or None.
+    """Return the key column that names suggest; None if they suggest none.
 
-    The name is that of the column itself, or the names are those of a table with its keys, and of
-    the columns of this table.
+    The name of the column may suggest it or, if a side table holds the keys of the column, the name
+    of this table or the names of its columns.
     """
     if named := [column for column in columns if says(column.name, vocabulary)]:
         # session_id identifies visits: user_id is better if there are both.
