@@ -87,7 +87,7 @@ def measure(bundle: Path, rows: FreshRows, config: Config, scratch: Path) -> tup
     """Score fresh rows from their raw values with a bundle.
 
     Args:
-        bundle: Directory of the bundle; its run had samples with the same kinds of columns.
+        bundle: Directory of the bundle: that of the new run, or that of the model that serves.
         rows: The rows.
         config: Configuration of the new run.
         scratch: Directory for temporary files.
@@ -97,8 +97,8 @@ def measure(bundle: Path, rows: FreshRows, config: Config, scratch: Path) -> tup
     """
     source, target = scratch / "rows.parquet", scratch / "scored.parquet"
     pq.write_table(rows.table, source)
-    # The new run may have added or removed features, so the serving model may read features that
-    # the rows lack; these get default values.
+    # The serving model may have other features than the new run. With `defaults`, the rows may lack
+    # columns that its bundle reads, and have columns that it does not know.
     facts = score_table(bundle, source, target, defaults=True)
     score = pq.read_table(target, columns=facts["columns"])[0].to_numpy()
     metrics = _metrics(score, rows, config.evaluate)
