@@ -1,8 +1,8 @@
 """Start a run from a checkpoint of an earlier run, on the same features or features made from them.
 
-Weights, table rows and their optimizer state are carried over. Two kinds of weights start from
-their initial values: table rows of feature values that are new since the earlier run, and weights
-of added features.
+Weights, table rows and their optimizer state are carried over. Table rows of feature values that
+are new since the earlier run start from their initial values. In the layers that read an added
+feature, its weights start from zero.
 """
 
 from __future__ import annotations
