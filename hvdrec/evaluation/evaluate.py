@@ -16,16 +16,22 @@ from hvdrec.config import Config
 from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import CHOICE_USERS, compare
-from hvdrec.evaluation.event_metrics import describe_events
-from hvdrec.evaluation.events import Events, obstacle, read_events, user_rows
+from hvdrec.evaluation.event_metrics import describe_events, rank_metrics
+from hvdrec.evaluation.events import Events, read_events, user_rows
 from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of, user_state
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
+from hvdrec.evaluation.popularity import (
+    PopularityByEvent,
+    by_event_metric,
+    events_obstacle,
+    popularity_of,
+)
 from hvdrec.evaluation.references import (
+    BY_EVENT,
     LabelFacts,
     Reference,
     describe_worse,
     label_facts,
-    popularity_of,
     worse_than,
 )
 from hvdrec.features.sample_checks import check_task_labels
@@ -89,11 +95,12 @@ def evaluate_model(
     queries: RetrievalQueries | None = None
     if config.train.objective != "ranking":
         state = user_state(manifest, split)
-        queries, report["retrieval"] = _retrieval(model, config, split, fetch_rows, state)
+        items = embed_side(model, config, "item", fetch_rows)
+        queries, report["retrieval"] = _retrieval(model, config, split, items, fetch_rows, state)
         notes += queries.notes(split, config.evaluate.seen)
         if state != user_states(config.samples.split.method)[split]:
             notes.append(OLD_FEATURES)
-        events, remarks = _events(model, config, split, fetch_rows)
+        events, remarks = _events(model, config, split, items, fetch_rows)
         report |= {"events": events} if events else {}
         notes += remarks
     if with_baselines:
@@ -128,20 +135,35 @@ def _worse_than(config: Config, split: str, report: Mapping[str, Any]) -> list[d
         )
         metrics = {**report["ranking"], "tasks": report.get("tasks", {})}
         worse += worse_than(metrics, LabelFacts.from_dict(facts).references)
-    popularity = report.get("baselines", {}).get("popularity", {}).get("retrieval")
-    if popularity:
+    popularity = report.get("baselines", {}).get("popularity", {})
+    if "events" in report and "events" in popularity:
+        name = by_event_metric(config)
+        value = popularity["events"][name.removeprefix(BY_EVENT)]
+        worse += worse_than(report, [Reference("popularity", name, value)])
+    elif "retrieval" in popularity:
         name = f"recall@{config.evaluate.k[0]}"
-        reference = Reference("popularity", name, popularity[name])
+        reference = Reference("popularity", name, popularity["retrieval"][name])
         worse += worse_than(report["retrieval"], [reference])
     return worse
 
 
 def validation_metric(
-    model: Recommender, config: Config, name: str, fetch_rows: FetchRows | None = None
+    model: Recommender,
+    config: Config,
+    name: str,
+    fetch_rows: FetchRows | None = None,
+    events: Events | None = None,
 ) -> tuple[float, dict[str, Any]]:
-    """Return the metric `name` on the validation split, and all metrics computed along with it."""
+    """Return the metric `name` on the validation split, and all metrics computed along with it.
+
+    If `name` is a retrieval metric and `events` are given, ``events`` holds their metrics.
+    """
     if "@" in name:
-        _, metrics = _retrieval(model, config, "validation", fetch_rows)
+        items = embed_side(model, config, "item", fetch_rows)
+        _, metrics = _retrieval(model, config, "validation", items, fetch_rows)
+        if events is not None:
+            rank = event_ranks(model, config, "validation", events, items, fetch_rows)
+            metrics["events"] = rank_metrics(rank, config.evaluate.k)
     else:
         _, metrics, tasks = _ranking(model, config, "validation", fetch_rows)
         if tasks:
@@ -149,25 +171,30 @@ def validation_metric(
     return float(metrics[name]), metrics
 
 
-def retrieval_worse_than_popularity(model: Recommender, config: Config) -> list[dict[str, Any]]:
+def retrieval_worse_than_popularity(
+    model: Recommender, config: Config, by_event: PopularityByEvent | None
+) -> list[dict[str, Any]]:
     """Compare retrieval by a model with retrieval by popularity on the validation split.
 
-    At most 10,000 users are measured. A single process calls this, without other ranks.
+    A single process calls this, without other ranks.
 
     Args:
         model: The model, with its tables, in evaluation mode.
         config: Configuration of the run that trained it.
+        by_event: Popularity by event; None to compare one list per user, for at most 10,000 users.
 
     Returns:
         One entry if popularity is better, else an empty list; see `references.worse_than`.
     """
     features, ks = config.paths.of("features"), config.evaluate.k
     with ranks.single_rank():
+        items = embed_side(model, config, "item")
+        if by_event is not None:
+            rank = event_ranks(model, config, "validation", by_event.events, items)
+            return worse_than({"events": rank_metrics(rank, ks)}, [by_event.reference])
         seen = config.evaluate.seen
         queries = RetrievalQueries.read(features, "validation", seen, CHOICE_USERS)
-        own = queries.metrics(
-            embed_side(model, config, "user"), embed_side(model, config, "item"), ks
-        )
+        own = queries.metrics(embed_side(model, config, "user"), items, ks)
         popularity = queries.metrics(*popularity_of(features, config.schema), ks)
     name = f"recall@{ks[0]}"
     return worse_than(own, [Reference("popularity", name, popularity[name])])
@@ -266,29 +293,33 @@ def _retrieval(
     model: Recommender,
     config: Config,
     split: str,
+    items: Array,
     fetch_rows: FetchRows | None,
     state: str = "train",
 ) -> tuple[RetrievalQueries, dict[str, Any]]:
-    """Return the queries of a split, and the model's metrics on them with users as of `state`."""
+    """Return the queries of a split, and the model's metrics on them with users as of `state`.
+
+    `items` are the embeddings of all items, [items, width].
+    """
     queries = RetrievalQueries.read(config.paths.of("features"), split, config.evaluate.seen)
     users = embed_side(model, config, "user", fetch_rows, state)
-    items = embed_side(model, config, "item", fetch_rows)
     return queries, queries.metrics(users, items, config.evaluate.k)
 
 
 def _events(
-    model: Recommender, config: Config, split: str, fetch_rows: FetchRows | None
+    model: Recommender, config: Config, split: str, items: Array, fetch_rows: FetchRows | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the metrics of retrieval event by event; if there are none, a line with the reason."""
     if not config.evaluate.events:
         return {}, []
-    reason = ranks.broadcast_object(obstacle(config))
+    reason = events_obstacle(config)
     if reason:
         return {}, [reason]
     events = ranks.run_on_all(lambda: read_events(config, split, config.evaluate.events))
     if not len(events):
         return {}, ["events: n/a, no positive row has an item that is new to its user"]
-    return events.report(event_ranks(model, config, split, events, fetch_rows), config), []
+    rank = event_ranks(model, config, split, events, items, fetch_rows)
+    return events.report(rank, config), []
 
 
 def event_ranks(
@@ -296,14 +327,17 @@ def event_ranks(
     config: Config,
     split: str,
     events: Events,
+    items: Array,
     fetch_rows: FetchRows | None = None,
 ) -> Array:
-    """Return the rank of each event's item by the model, int64 [e]; the ranks share the work."""
+    """Return the rank of each event's item by the model, int64 [e]; the ranks share the work.
+
+    `items` are the embeddings of all items, [items, width].
+    """
     world = ranks.current()
     mine = events.take(slice(*part_of(len(events), world.rank, world.size)))
     largest = math.ceil(len(events) / world.size)
     users = event_vectors(model, config, split, mine, fetch_rows, largest)
-    items = embed_side(model, config, "item", fetch_rows)
     return ranks.gather_arrays(mine.vector_ranks(users, items))
 
 

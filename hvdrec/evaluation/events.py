@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,15 @@ class Prefixes:
     def take(self, chosen: Array | slice) -> Prefixes:
         """Return the prefixes of some events."""
         return Prefixes(self.items, self.start[chosen], self.stop[chosen])
+
+    def compact(self) -> Prefixes:
+        """Return the same prefixes without the items of users who have no event."""
+        first, user = np.unique(self.start, return_inverse=True)
+        stop = first.copy()
+        np.maximum.at(stop, user, self.stop)
+        items = Prefixes(self.items, first, stop).flat(0, len(first))[1]
+        moved = (np.cumsum(stop - first) - stop)[user]
+        return Prefixes(items, self.start + moved, self.stop + moved)
 
 
 @dataclass(frozen=True)
@@ -241,7 +250,8 @@ def read_events(config: Config, split: str, most: int) -> Events:
             items,
         )
     step = math.ceil(len(events) / most)
-    return events.take(slice(None, None, max(1, step)))
+    events = events.take(slice(None, None, max(1, step)))
+    return replace(events, seen=events.seen.compact(), taken=events.taken.compact())
 
 
 def user_rows(config: Config, split: str, row: Array) -> pa.Table:

@@ -11,16 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdrec.config import Config
-from hvdrec.config.schema import Schema
 from hvdrec.evaluation.baselines import TrainingSums
-from hvdrec.evaluation.held_out import RetrievalQueries
 from hvdrec.evaluation.ranking_metrics import auc, gauc, log_loss
-from hvdrec.storage.parquet import read_metadata, read_parts, read_table, read_tables
-from hvdrec.storage.urls import Location
+from hvdrec.storage.parquet import read_metadata, read_parts, read_tables
 
 Array = NDArray[Any]
 MEANS = ("item_mean", "user_item_mean")
 LOSSES = ("log_loss",)
+BY_EVENT = "events."
+"""Prefix of a metric of retrieval event by event, such as ``events.hit_rate@10``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Reference:
     Attributes:
         baseline: Name of the baseline. ``base_rate`` predicts the share of positives among the
             training rows for every row; for the other baselines see `baselines`.
-        metric: Name of the metric.
+        metric: Name of the metric; with the prefix `BY_EVENT` for a metric by event.
         value: Value of the metric.
         task: Name of the task; empty for the main label.
     """
@@ -125,45 +124,23 @@ def undefined_metrics(user: Array, label: Array, weight: Array) -> dict[str, str
     return {}
 
 
-def popularity_reference(config: Config, metric: str) -> tuple[Reference, list[str]]:
-    """Measure retrieval by popularity on the validation split.
-
-    All ranks must call this at the same time.
-
-    Returns:
-        The reference, and notes about the queries. If no user has a relevant item, the value of the
-        reference is NaN, and a note gives the reason.
-    """
-    features, seen = config.paths.of("features"), config.evaluate.seen
-    queries = RetrievalQueries.read(features, "validation", seen)
-    metrics = queries.metrics(*popularity_of(features, config.schema), config.evaluate.k)
-    notes = queries.notes("validation", seen)
-    return Reference("popularity", metric, float(metrics[metric])), notes
-
-
-def popularity_of(features: Location, schema: Schema) -> tuple[Array, Array]:
-    """Return vectors of users and items, [n, 1] each, whose inner products are the popularity.
-
-    Popularity is the number of positive training rows.
-    """
-    counted = schema.own_name("train_count")
-    items = read_table(features / "items.parquet", [counted])[counted].to_numpy()
-    users = np.ones((read_metadata(features / "users.parquet").num_rows, 1))
-    return users, items[:, None].astype(np.float64)
-
-
 def worse_than(metrics: Mapping[str, Any], references: Iterable[Reference]) -> list[dict[str, Any]]:
     """Return the references that are better than a model, each with the model's value.
 
     Args:
-        metrics: Metrics of the model on the same rows; ``tasks`` holds the metrics of each task. A
-            metric that is missing or not defined is not compared.
+        metrics: Metrics of the model on the same rows; ``tasks`` holds the metrics of each task,
+            ``events`` the metrics by event. A metric that is missing or not defined is not
+            compared.
         references: Metrics of the baselines.
     """
     worse = []
     for reference in references:
-        own = metrics["tasks"][reference.task] if reference.task else metrics
-        value = own.get(reference.metric)
+        own, name = metrics, reference.metric
+        if reference.task:
+            own = metrics["tasks"][reference.task]
+        elif name.startswith(BY_EVENT):
+            own, name = metrics.get("events", {}), name.removeprefix(BY_EVENT)
+        value = own.get(name)
         if value is None or isnan(value) or isnan(reference.value):
             continue
         is_loss = reference.metric in LOSSES
@@ -176,7 +153,11 @@ def describe_worse(worse: Iterable[Mapping[str, Any]]) -> str:
     """Format the result of `worse_than`, such as ``base_rate (log_loss 0.7 against 0.03)``."""
     texts = []
     for each in worse:
-        metric = f"{each['metric']} of task {each['task']}" if each["task"] else each["metric"]
+        metric = each["metric"]
+        if metric.startswith(BY_EVENT):
+            metric = f"{metric.removeprefix(BY_EVENT)} by event"
+        if each["task"]:
+            metric += f" of task {each['task']}"
         texts.append(
             f"{each['baseline']} ({metric} {each['model']:.4g} against {each['value']:.4g})"
         )

@@ -8,8 +8,10 @@ from typing import Any
 from hvdrec.config import Config
 from hvdrec.errors import invalid_file
 from hvdrec.evaluation.evaluate import retrieval_worse_than_popularity
+from hvdrec.evaluation.popularity import popularity_by_event
 from hvdrec.evaluation.references import describe_worse
 from hvdrec.models.recommender import Recommender
+from hvdrec.parallel import ranks
 from hvdrec.storage.parquet import parquet_files, read_metadata
 from hvdrec.training.pointers import Checkpoint
 
@@ -49,11 +51,10 @@ def compare_with_baselines(
     if recorded is None:
         notify(NOT_RECORDED)
     worse = list(recorded or [])
-    if config.train.objective == "joint":
-        notify("comparing retrieval with popularity")
-        worse += retrieval_worse_than_popularity(model, config)
+    if config.train.objective != "ranking" and "events" not in checkpoint.metrics:
+        worse = _with_retrieval(config, model, worse, notify)
     if not worse:
-        return recorded
+        return None if recorded is None else []
     problem = f"is worse on the validation split than {describe_worse(worse)}"
     files = parquet_files(config.paths.of("features") / "validation")
     rows = sum(read_metadata(file).num_rows for file in files)
@@ -64,3 +65,25 @@ def compare_with_baselines(
         raise invalid_file(checkpoint.directory, problem, remedy)
     notify(f"{checkpoint.name} {problem}")
     return worse
+
+
+def _with_retrieval(
+    config: Config,
+    model: Recommender,
+    recorded: list[dict[str, Any]],
+    notify: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Return the recorded baselines, with popularity compared by event where this is possible.
+
+    Training records popularity by one list per user if it cannot read events, and not at all for
+    the objective ``joint`` without a retrieval metric.
+    """
+    with ranks.single_rank():
+        by_event, reason = popularity_by_event(config)
+    if reason:
+        notify(reason)
+    if by_event is None and config.train.objective == "retrieval":
+        return recorded
+    notify("comparing retrieval with popularity")
+    others = [each for each in recorded if each["baseline"] != "popularity"]
+    return others + retrieval_worse_than_popularity(model, config, by_event)

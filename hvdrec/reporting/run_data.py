@@ -161,7 +161,8 @@ def read_run(
     events, found = None, {}
     if "events" in report:
         events = read_events(config, split, config.evaluate.events)
-        found = {"model": event_ranks(model, config, split, events)}
+        items = embed_side(model, config, "item")
+        found = {"model": event_ranks(model, config, split, events, items)}
         found |= baseline_event_ranks(config, events, report.get("baselines", {}))
     try:
         history = read_history(run)

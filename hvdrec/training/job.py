@@ -15,6 +15,7 @@ from hvdrec.config.structure import from_dict, to_dict
 from hvdrec.data.loader import ShardLoader
 from hvdrec.embeddings.setup import make_tables
 from hvdrec.embeddings.sharded import DistributedTables
+from hvdrec.evaluation.events import Events
 from hvdrec.evaluation.references import LabelFacts, Reference
 from hvdrec.features.fit import Fitted
 from hvdrec.models.recommender import Recommender
@@ -32,7 +33,12 @@ from hvdrec.training.inputs import (
     load_teacher,
     log_probability_of_items,
 )
-from hvdrec.training.labels import read_label_facts, start_at_base_rate, with_defined_metric
+from hvdrec.training.labels import (
+    read_label_facts,
+    start_at_base_rate,
+    with_defined_metric,
+    with_popularity_by_event,
+)
 from hvdrec.training.machine import has_bf16, pick_device, set_threads
 from hvdrec.training.optimizer import make_optimizer
 from hvdrec.training.pipeline import NegativeSampler
@@ -59,6 +65,7 @@ class TrainJob:
         state: The model, its tables and their optimizers.
         start: Position at which training starts or resumes.
         references: Metrics of the baselines on the validation split.
+        events: Validation events on which retrieval is compared with popularity; None without.
         notes: Lines to show to the user.
         is_trained: True if the initial weights are already trained; they are then validated before
             the first epoch.
@@ -73,6 +80,7 @@ class TrainJob:
     state: TrainState
     start: checkpoint.Position
     references: tuple[Reference, ...]
+    events: Events | None
     notes: tuple[str, ...]
     is_trained: bool
 
@@ -95,7 +103,7 @@ def set_up(
     ranks.run_on_all(lambda: check_synchronization(config.parallel.synchronization, world, device))
     stored = ranks.run_on_all(lambda: latest_meta(run)) if is_resumed else None
     recorded = stored if origin is None else dict(origin.checkpoint.manifest.meta)
-    config, facts, notes = _fill_in(config, device, recorded)
+    config, facts, events, notes = _fill_in(config, device, recorded)
     loader, fitted = _open_shards(config, world)
     sizes = fitted.sizes
     tables = _place_tables(config, sizes, world, device, recorded, is_new=not is_resumed)
@@ -133,6 +141,7 @@ def set_up(
         state,
         start,
         references,
+        events,
         tuple(notes),
         is_trained,
     )
@@ -171,13 +180,14 @@ def _find_origin(earlier: Path | None, config: Config, features: Manifest) -> Or
 
 def _fill_in(
     config: Config, device: torch.device, before: dict[str, Any] | None
-) -> tuple[Config, LabelFacts, list[str]]:
+) -> tuple[Config, LabelFacts, Events | None, list[str]]:
     """Choose the settings that the configuration leaves open.
 
     All ranks must call this at the same time.
 
     Returns:
-        The complete configuration, facts about the labels, and lines to show to the user.
+        The complete configuration; facts about the labels; the events on which retrieval is
+        compared with popularity, if it is; and lines to show to the user.
     """
     features = config.paths.of("features")
     recorded = None if before is None else before["config"]["train"]
@@ -186,12 +196,14 @@ def _fill_in(
     chosen = ranks.broadcast_object(to_dict(with_defaults(config.train, rows, device, recorded)))
     config = replace(config, train=from_dict(Train, chosen))
     config, facts, notes = with_defined_metric(config, read_label_facts(config))
+    facts, by_event, reasons = with_popularity_by_event(config, facts)
+    notes += reasons
     if config.train.precision == "bf16" and not has_bf16(device):
         notes.append(
             "train.precision = 'bf16': this CPU has no bf16 instructions and will be many times "
             "slower than with 'fp32' or 'auto'"
         )
-    return config, facts, notes
+    return config, facts, None if by_event is None else by_event.events, notes
 
 
 def _open_shards(config: Config, world: World) -> tuple[ShardLoader, Fitted]:

@@ -10,7 +10,12 @@ import torch
 
 from hvdrec.config import Config, with_fields
 from hvdrec.errors import UserError, invalid_file, invalid_value
-from hvdrec.evaluation.references import LabelFacts, label_facts, popularity_reference
+from hvdrec.evaluation.popularity import (
+    PopularityByEvent,
+    popularity_by_event,
+    popularity_reference,
+)
+from hvdrec.evaluation.references import LabelFacts, label_facts
 from hvdrec.models.recommender import Recommender
 from hvdrec.parallel import ranks
 
@@ -104,6 +109,26 @@ def with_defined_metric(config: Config, facts: LabelFacts) -> tuple[Config, Labe
         reasons.append(f"{metric_name(chosen)} is not defined on the validation split ({reason})")
     remedy = "set it to 'auto', which takes a metric that is defined"
     raise invalid_value("train.metric", config.train.metric, reasons[0], remedy)
+
+
+def with_popularity_by_event(
+    config: Config, facts: LabelFacts
+) -> tuple[LabelFacts, PopularityByEvent | None, list[str]]:
+    """Replace the popularity baseline, if there is one, by popularity event by event.
+
+    All ranks must call this at the same time.
+
+    Returns:
+        The facts; the events with the new baseline, None if the baseline is not replaced; and lines
+        to show to the user if events cannot be read.
+    """
+    others = [each for each in facts.references if each.baseline != "popularity"]
+    if len(others) == len(facts.references):
+        return facts, None, []
+    by_event, reason = popularity_by_event(config)
+    if by_event is None:
+        return facts, None, [reason] if reason else []
+    return replace(facts, references=[*others, by_event.reference]), by_event, []
 
 
 def _candidates(config: Config) -> tuple[str, ...]:

@@ -233,7 +233,9 @@ def _validate(
     state.average_ranks()
     state.model.eval()
     with state.averages.swapped_in() if state.averages is not None else nullcontext():
-        result = validation_metric(state.model, job.config, name, state.tables.fetch_rows)
+        result = validation_metric(
+            state.model, job.config, name, state.tables.fetch_rows, job.events
+        )
     value, metrics = ranks.broadcast_object(result)
     metrics["worse_than"] = worse_than(metrics, job.references)
     warmup = job.config.train.warmup_steps

@@ -72,6 +72,24 @@ def test_a_split_without_any_metric_trains_all_epochs(small_run: SmallRun, tmp_p
     assert (result.metric, result.best, result.epochs) == ("none", None, 2)
 
 
+def test_training_compares_retrieval_with_popularity_by_event(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
+    config = relabelled(small_run, tmp_path)
+    samples = str(small_run.work / "samples")
+    config = with_fields(config, {"train.objective": "retrieval", "paths.samples": samples})
+    result = hvdrec.train(config, progress=False)
+    name = f"hit_rate@{config.evaluate.k[0]}"
+    [validation] = [line for line in lines(tmp_path / "run") if line["event"] == "validation"]
+    evaluated = hvdrec.evaluate(tmp_path / "run", split="validation")
+    assert evaluated.events is not None and evaluated.baselines is not None
+    own, popular = evaluated.events[name], evaluated.baselines["popularity"]["events"][name]
+    assert validation["events"][name] == own
+    metrics = [(each["metric"], each["model"], each["value"]) for each in result.worse_than]
+    assert metrics == ([(f"events.{name}", own, popular)] if own < popular else [])
+    assert validation["worse_than"] == result.worse_than == evaluated.worse_than
+
+
 def test_export_refuses_a_model_that_is_worse_than_a_baseline(
     small_run: SmallRun, tmp_path: Path
 ) -> None:

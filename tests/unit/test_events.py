@@ -86,6 +86,21 @@ def test_an_event_knows_what_happened_strictly_before_it(log: Log, seen: str) ->
         assert events.item[event] == log.rows.item[row + log.first]
 
 
+def test_compact_prefixes_hold_only_the_users_with_an_event(log: Log) -> None:
+    events = read(log)
+    few = events.take(slice(1, None, 4))
+    compact = replace(few, seen=few.seen.compact(), taken=few.taken.compact())
+    for event in range(len(few)):
+        for name in ("seen", "taken"):
+            assert own(compact, name, event) == own(few, name, event)
+    users = np.unique(few.user)
+    entries = sum(int(few.seen.lengths[few.user == user].max()) for user in users)
+    assert len(compact.seen.items) == entries
+    # Events of a user still share their items, which item-item models rely on.
+    model = ItemItemModel(None, np.random.default_rng(0).random((ITEMS, ITEMS)))
+    np.testing.assert_array_equal(compact.item_item_ranks(model), few.item_item_ranks(model))
+
+
 def plain_rank(scores: Array, item: int, excluded: list[int]) -> int:
     order = sorted(range(ITEMS), key=lambda i: (-np.float32(scores[i]), i))
     return [i for i in order if i not in excluded].index(item) + 1
