@@ -34,8 +34,9 @@ def event_report(
             these metrics out.
 
     Returns:
-        ``name@k`` -> value, and the number of ``events``; ``by_history`` has the same for each
-        bucket, and ``sampled`` the expected metrics with sampled negatives.
+        The result of `rank_metrics` for all events, with two more entries: ``by_history`` -> the
+        same for each bucket of `HISTORY_BUCKETS`, and ``sampled`` -> the result of
+        `sampled_metrics`.
     """
     report: dict[str, Any] = rank_metrics(rank, ks)
     report["by_history"] = {
@@ -98,7 +99,7 @@ def sampled_metrics(
 def describe_events(
     model: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]], k: int
 ) -> str:
-    """Say in one sentence how often the model finds an event's item, beside the best baseline.
+    """Say in one sentence how often the model and the best baseline find an event's item.
 
     Args:
         model: Result of `event_report` for the model.

@@ -44,8 +44,8 @@ class Prefixes:
 
     Attributes:
         items: Items of all users, user after user, int64 [m].
-        start: Index in `items` at which the user of an event begins, int64 [e].
-        stop: Index in `items` after the last item before the event, int64 [e].
+        start: Index in `items` of the first item of each event's user, int64 [e].
+        stop: Index in `items` after the last item before each event, int64 [e].
     """
 
     items: Array
@@ -58,7 +58,12 @@ class Prefixes:
         return self.stop - self.start
 
     def flat(self, first: int, last: int) -> tuple[Array, Array]:
-        """Return the row (from 0) and the item of each entry of the events first to last - 1."""
+        """Return the items of the prefixes of the events first to last - 1, and their events.
+
+        Returns:
+            Two arrays with an entry for each item of each prefix: the number of the event, counted
+            from `first`, and the item.
+        """
         lengths = self.lengths[first:last]
         row = np.repeat(np.arange(last - first), lengths)
         begin = np.cumsum(lengths) - lengths
@@ -163,7 +168,7 @@ class Events:
         return self.ranks(lambda start, stop: self._dense_scores(model.weights, start, stop))
 
     def popularity_ranks(self, count: Array) -> Array:
-        """Return the ranks by one score for each item, [items]."""
+        """Return the ranks if `count`, [items], has the scores of the items at all events."""
         scores = count.astype(np.float64)
         return self.ranks(lambda start, stop: np.broadcast_to(scores, (stop - start, self.items)))
 
@@ -189,7 +194,10 @@ class Events:
         return np.asarray((taken @ weights).toarray())
 
     def _dense_scores(self, weights: Array, start: int, stop: int) -> Array:
-        """Sum the weights of the items before each event, from the sum of the previous event on."""
+        """Return, for each event, the sum of the weights of the items that are taken before it.
+
+        An event continues the sum of the user's previous event, so each item is added only once.
+        """
         scores = np.empty((stop - start, self.items))
         taken, user = self.taken, -1
         total, done = np.zeros(self.items), 0
@@ -327,7 +335,7 @@ def find_events(
 
 
 def _first_occurrences(pair: Array, counted: Array) -> tuple[Array, Array]:
-    """Mark the first counted row of each pair; return marks, and the number of marks before a row.
+    """Return marks of the first counted row of each pair, and the number of marks before each row.
 
     The marks are bool [n], the numbers are int64 [n + 1].
     """

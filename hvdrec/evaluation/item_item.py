@@ -211,7 +211,8 @@ def runs(sizes: Array, most: int) -> Iterator[slice]:
 def _neighbours(taken: Any, most: int) -> tuple[Array, Array, Array, Array]:
     """Return the `most` most similar items of each item, as four arrays [n].
 
-    They are the similar item, the item, their cosine, and the rank of the similar item, from 0.
+    The arrays have an entry for each pair: the similar item, the item, their cosine, and the rank,
+    from 0, of the similar item among the items similar to the item.
     """
     by_item = taken.tocsc()
     scale = np.sqrt(np.maximum(np.diff(by_item.indptr), 1))
@@ -227,8 +228,8 @@ def _neighbours(taken: Any, most: int) -> tuple[Array, Array, Array, Array]:
         row, apart = pairs.indices, pairs.indices != column
         row, column, both = row[apart], column[apart], pairs.data[apart]
         cosine = (both / (scale[row] * scale[column])).astype(np.float32)
-        # The bits of positive floats sort like the numbers. The sort is stable, so rows with equal
-        # cosines stay in ascending order.
+        # The bits of positive floats sort like the numbers. The sort is stable, so items with equal
+        # cosines stay in ascending order of their index.
         keys = (column.astype(np.uint64) << np.uint64(32)) | (LOW_HALF - cosine.view(np.uint32))
         order = np.argsort(keys, kind="stable")
         row, column, cosine = row[order], column[order], cosine[order]

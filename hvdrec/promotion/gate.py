@@ -194,7 +194,8 @@ def score_drift(new: Array, old: Array) -> float:
 def noise(new: Array, old: Array, rows: Labelled, seed: int = 0) -> dict[str, float]:
     """Return the standard errors of the differences in AUC and log loss between two models.
 
-    They are estimated by a bootstrap over the rows. Both models are measured on the same draws.
+    The errors are estimated by a bootstrap over the rows. Both models are measured on the same
+    draws.
 
     Args:
         new: Scores of the new model [n].

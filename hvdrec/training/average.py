@@ -16,8 +16,8 @@ class Averages:
     """Moving averages of the dense weights and of this rank's rows of the embedding tables.
 
     The averages of table rows are part of the state of the tables' optimizers, in memory and in
-    checkpoints. An update reads all rows. To save time, there is one only every `every` steps, and
-    its decay is decay ** every.
+    checkpoints. An update reads all rows. To save time, only every `every`-th step has an update,
+    with the decay factor decay ** every.
 
     Attributes:
         dense: Name of a dense parameter -> its average.

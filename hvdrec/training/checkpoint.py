@@ -84,8 +84,8 @@ class Position:
 def save(run: Path, position: Position, state: TrainState, metrics: dict[str, Any]) -> None:
     """Write a checkpoint and remove old ones.
 
-    The file ``latest`` then names the new checkpoint. The file ``best`` also does if the new
-    checkpoint has the best validation metric so far.
+    The file ``latest`` then names the new checkpoint. If its validation metric is the best so far,
+    the file ``best`` names it, too.
 
     All ranks must call this at the same time, since each writes its part of sharded tables.
 

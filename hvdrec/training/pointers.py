@@ -65,7 +65,8 @@ def find_checkpoint(run: Path, which: Which) -> Checkpoint:
     the newest complete one is returned, and a line says so.
 
     Raises:
-        UserError: There is no checkpoint; or the file, or the checkpoint, is damaged.
+        UserError: There is no checkpoint; the file ``latest`` or ``best`` is damaged; or the
+            checkpoint that it names is damaged.
     """
     pointer = next((each for each in (which, "latest") if (run / each).is_file()), None)
     if pointer is None:

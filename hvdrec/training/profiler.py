@@ -1,4 +1,4 @@
-"""Record where the time of training steps goes, with the profiler of torch."""
+"""Record the operations of training steps and their times, with the profiler of torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def record_steps(
 
     Steps 11 to 30 are recorded. Each rank writes ``trace-rank-00000.json``, which Perfetto and
     Chrome show as a timeline. The first rank also writes ``summary.txt``, a table of the operations
-    that took most time. A shorter training records fewer steps.
+    that took most time. If training ends before step 30, fewer steps are recorded.
 
     Args:
         directory: Where to write; None to record nothing, with a function that does nothing.

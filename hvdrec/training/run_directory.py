@@ -104,8 +104,8 @@ def create_run_directory(run: Path, config: Config, world: World, *, overwrite: 
         if not (run / CONFIG_FILE).is_file() and any(run.iterdir()):
             raise invalid_file(run, "is not a run of hvdrec", "choose another directory")
         shutil.rmtree(run)
-    # Remove unfinished checkpoints of a killed job. A later checkpoint would not: it removes only
-    # leftovers of its own name, which contains the step.
+    # Remove unfinished checkpoints of a killed job. Later checkpoints would not remove them: each
+    # removes only leftovers of its own name, which contains the step.
     for folder in (run, run / FOLDER):
         remove_leftovers(folder)
     write_text(run / CONFIG_FILE, sealed(to_dict(config)))

@@ -61,8 +61,9 @@ def find_origin(run: Path, config: Config, features: Manifest) -> Origin:
         features: Manifest of the features of the new run.
 
     Raises:
-        UserError: There is no earlier run; it is the run to write; the new features were not made
-            from its features; or the models differ in more than added or removed features.
+        UserError: There is no earlier run; the earlier run is also the run to write; the new
+            features were not made from the earlier ones; or the models differ in more than added or
+            removed features.
     """
     if run.resolve() == config.paths.of("run").resolve():
         remedy = "choose another paths.run, or continue this one with --resume"
@@ -84,7 +85,7 @@ def find_origin(run: Path, config: Config, features: Manifest) -> Origin:
 def start_from(origin: Origin, state: TrainState, fitted: Fitted) -> Position:
     """Load the checkpoint into a new state; return the position at which the new run starts.
 
-    Steps are counted on from the checkpoint; epochs are counted from 0 again.
+    The step number continues from the checkpoint; epochs are counted from 0 again.
 
     Args:
         origin: The checkpoint.
@@ -122,7 +123,7 @@ def _moved_all(origin: Origin, state: TrainState, tensors: dict[str, Tensor]) ->
     for name, value in tensors.items():
         parameter = name.partition("/")[0]
         if parameter not in parameters:
-            continue  # it belongs to a feature that was removed
+            continue  # the parameter belongs to a removed feature
         if value.ndim and parameter in now:
             value = moved(value, before[parameter], now[parameter])  # noqa: PLW2901
         if value.ndim and value.shape != parameters[parameter].shape:

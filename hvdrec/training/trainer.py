@@ -262,7 +262,7 @@ def judged(position: Position, value: float, *, is_loss: bool, counts: bool = Tr
 
 
 def _trained(job: TrainJob, step: int) -> Trained:
-    """Collect what trackers record at the end; all ranks must call this at the same time."""
+    """Collect the data for trackers at the end; all ranks must call this at the same time."""
     state, config = job.state, job.config
     state.model.eval()
     titles: list[str] = []
@@ -276,7 +276,7 @@ def _trained(job: TrainJob, step: int) -> Trained:
 
 
 def _worse_than(job: TrainJob) -> list[dict[str, Any]]:
-    """Return the simple baselines that, by its own record, are better than the best checkpoint."""
+    """Return the simple baselines that the best checkpoint records as better than the model."""
 
     def read() -> list[dict[str, Any]]:
         if not ranks.current().is_first:
