@@ -1,4 +1,4 @@
-"""Retrieval by popularity on the validation split, with which retrieval by a model is compared."""
+"""Measure retrieval by popularity on the validation split, to compare a model's retrieval with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class PopularityByEvent:
 
     Attributes:
         events: Events of the validation split, without their days.
-        reference: The share of events whose item is among the most popular unseen items.
+        reference: Popularity's hit rate: the share of events whose item is among the k most popular
+            unseen items.
     """
 
     events: Events
@@ -43,8 +44,9 @@ def popularity_by_event(config: Config) -> tuple[PopularityByEvent | None, str]:
     All ranks must call this at the same time.
 
     Returns:
-        The result; None if retrieval is not measured by event. And a line with the reason, if the
-        split follows time but the times in the samples cannot be read; otherwise "".
+        Two values. The first is the result; None if retrieval is not measured by event. The second
+        is a line with the reason if the split follows time but the times in the samples cannot be
+        read; otherwise "".
     """
     most = min(COMPARED_EVENTS, config.evaluate.events)
     if config.samples.split.method in RANDOM or not most:
@@ -68,7 +70,7 @@ def by_event_metric(config: Config) -> str:
 
 
 def events_obstacle(config: Config) -> str:
-    """Return a line with the reason for which a rank cannot measure retrieval by event, or "".
+    """Return a line that says why a rank cannot measure retrieval by event; "" if all ranks can.
 
     All ranks must call this at the same time.
     """
