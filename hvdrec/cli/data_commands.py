@@ -37,12 +37,25 @@ def data(options: argparse.Namespace) -> Answer:
     return Answer({"path": str(out), **facts}, f"wrote {out}")
 
 
-@command(CONFIG, OVERWRITE, example="hvdrec samples configs/movielens-1m.toml", fields=ALL_FIELDS)
+@command(
+    CONFIG,
+    OVERWRITE,
+    argument(
+        "--engine",
+        choices=("duckdb", "spark"),
+        default="duckdb",
+        help="duckdb (default) works in this process; spark joins and labels the rows in the "
+        "executors that Spark's own settings name; both write the same samples",
+    ),
+    example="hvdrec samples configs/movielens-1m.toml",
+    fields=ALL_FIELDS,
+)
 def samples(options: argparse.Namespace) -> Answer:
     """Make labelled samples, split into train, validation and test."""
     from hvdrec.samples import make_samples
 
-    result = make_samples(load_config(options), overwrite=options.overwrite)
+    config = load_config(options)
+    result = make_samples(config, engine=options.engine, overwrite=options.overwrite)
     rows = [[split, count, result.positives[split]] for split, count in result.rows.items()]
     text = table(["split", "rows", "positives"], rows) + f"\nwrote {result.path}"
     return Answer(result.to_dict(), "\n".join([text, *(f"warning: {w}" for w in result.warnings)]))

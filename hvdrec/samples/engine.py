@@ -34,6 +34,18 @@ INTERNAL = f"{PREFIX}join_"
 DUCKDB_SHARE = 0.6
 """Share of the memory that DuckDB may use. Batches of rows in Python need the rest."""
 GB_PER_THREAD = 0.3
+SEMANTICS = (
+    "SET TimeZone = 'UTC'",
+    # Statistics in Parquet files ignore NaN. If DuckDB used them, it would assume that
+    # isnan(column) is always false.
+    "SET disabled_optimizers = 'statistics_propagation'",
+    # Let x / 0 be NULL: NaN and infinity would count as greater than any number.
+    "SET ieee_floating_point_ops = false",
+)
+"""Settings on which the results of expressions depend."""
+NULL_BY_ZERO = "SET error_on_division_by_zero = false"
+FAILED_ROW = "correct the expression or the data (TRY_CAST gives null where CAST fails)"
+"""The remedy for an expression that fails on a row."""
 NOTHING: Mapping[str, RawType] = MappingProxyType({})
 
 
@@ -59,14 +71,10 @@ def connect(
         connection.execute(f"SET threads = {threads}")
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
-        connection.execute("SET TimeZone = 'UTC'")
-        # Statistics in Parquet files ignore NaN. If DuckDB used them, it would assume that
-        # isnan(column) is always false.
-        connection.execute("SET disabled_optimizers = 'statistics_propagation'")
-        # Let x / 0 be NULL: NaN and infinity would count as greater than any number.
-        connection.execute("SET ieee_floating_point_ops = false")
+        for setting in SEMANTICS:
+            connection.execute(setting)
         with suppress(duckdb.Error):  # older versions have no such setting
-            connection.execute("SET error_on_division_by_zero = false")
+            connection.execute(NULL_BY_ZERO)
         connection.execute(f"SET temp_directory = {literal(spill)}")
         yield Engine(connection, Path(spill), formats)
 
@@ -285,8 +293,7 @@ class Engine:
                 return unreadable(files, failure)
         for key, expression, view in self._expressions:
             if failure := self._failure(f"SELECT hash({expression}\n) AS h FROM {view}"):
-                remedy = "correct the expression or the data (TRY_CAST gives null where CAST fails)"
-                return invalid_value(key, expression, reason(failure), remedy)
+                return invalid_value(key, expression, reason(failure), FAILED_ROW)
         return UserError(f"samples: {reason(error)}", field="samples")
 
     def _failure(self, query: str) -> Exception | None:

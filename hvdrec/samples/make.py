@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hvdrec.config import Config
+from hvdrec.config.data_sections import Samples
 from hvdrec.config.structure import to_dict
-from hvdrec.errors import invalid_value, write_errors_named
+from hvdrec.errors import invalid_value, unknown_name, write_errors_named
 from hvdrec.parallel.progress import print_line
-from hvdrec.samples.engine import connect
+from hvdrec.samples.engine import Engine, connect
 from hvdrec.samples.entities import write_items, write_users
 from hvdrec.samples.join import LABEL, JoinedTable, LabelJoin, task_label
 from hvdrec.samples.label_tables import META, UNSETTLED
@@ -27,6 +28,8 @@ from hvdrec.samples.write import planned_rows, write_splits
 from hvdrec.storage.artifacts import write_artifact
 from hvdrec.storage.drafts import scratch_directory
 from hvdrec.storage.urls import as_location
+
+ENGINES = ("duckdb", "spark")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class SamplesResult:
 
 
 def make_samples(
-    config: Config, *, overwrite: bool = False, progress: bool = True
+    config: Config, *, engine: str = "duckdb", overwrite: bool = False, progress: bool = True
 ) -> SamplesResult:
     """Make labelled, split samples from raw tables and write them to ``paths.samples``.
 
@@ -78,6 +81,8 @@ def make_samples(
 
     Args:
         config: Configuration of the run.
+        engine: One of `ENGINES`: "duckdb" works in this process. "spark" joins and labels the rows
+            in the executors of Spark, which must see the raw tables and the temporary files.
         overwrite: Replace existing samples once the new ones are complete.
         progress: Print lines of progress on standard error.
 
@@ -92,13 +97,13 @@ def make_samples(
     with (
         write_artifact(path, "samples", meta, overwrite=overwrite) as draft,
         _scratch(path, samples.temp_dir) as folder,
-        connect(samples.tables, samples.memory_gb, folder) as engine,
+        _connect(engine, samples, folder) as opened,
     ):
         notify("reading and joining tables")
-        join = LabelJoin.open(engine, spec, as_location(config.paths.raw), notify)
+        join = LabelJoin.open(opened, spec, as_location(config.paths.raw), notify)
         if join.labelled:
             meta[META] = join.labelled.facts
-            join.labelled.save(engine, draft / UNSETTLED, notify)
+            join.labelled.save(opened, draft / UNSETTLED, notify)
         source = join.interactions
         joined = join.join(
             with_originals(spec, source) if samples.negatives.per_positive else source
@@ -107,8 +112,19 @@ def make_samples(
         meta |= _write(draft, folder, join, joined, rows, notify)
     names = ("rows", "positives", "users", "items", "matches")
     facts = {name: meta[name] for name in names}
-    label_join, warnings = meta.get(META, {}), tuple(engine.warnings)
+    label_join, warnings = meta.get(META, {}), tuple(opened.warnings)
     return SamplesResult(path=str(path), warnings=warnings, label_join=label_join, **facts)
+
+
+def _connect(engine: str, samples: Samples, folder: Path) -> AbstractContextManager[Engine]:
+    """Open an engine by its name."""
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    if engine == "duckdb":
+        return connect(samples.tables, samples.memory_gb, folder)
+    from hvdrec.samples.spark_engine import connect_spark
+
+    return connect_spark(samples.tables, samples.memory_gb, folder)
 
 
 @contextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +18,7 @@ from hvdrec.samples.clock import clock
 from hvdrec.samples.engine import Engine, connect
 from hvdrec.samples.exposures import join_feedback
 from hvdrec.samples.label_tables import open_tables
+from hvdrec.samples.spark_engine import connect_spark
 from hvdrec.samples.spec import SampleSpec
 from hvdrec.samples.thinning import keep_share
 from tests.label_logs import Touch, colliding_log, join_labels
@@ -29,40 +28,10 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-class SparkEngine:
-    """The methods of `Engine` that the label join uses, on a Spark session."""
-
-    def __init__(self, session: SparkSession) -> None:
-        """Hold a session."""
-        self.session = session
-        self.backend = ibis.pyspark.connect(session)
-        self.warnings: list[str] = []
-        self._numbers = itertools.count(1)
-
-    def read(self, raw: Path, name: str, declared: object = None) -> Table:
-        """Open a Parquet file."""
-        return self._view(self.session.read.parquet(str(raw / name)))
-
-    def materialize(self, table: Table) -> Table:
-        """Compute a table and keep the result."""
-        return self._view(self.session.sql(self.backend.compile(table)).localCheckpoint())
-
-    def first(self, table: Table) -> dict[str, object] | None:
-        """Return the first row."""
-        rows = self.rows(table.limit(1))
-        return rows[0] if rows else None
-
-    def rows(self, table: Table) -> list[dict[str, Any]]:
-        """Return all rows."""
-        return cast(
-            list[dict[str, Any]],
-            self.session.sql(self.backend.compile(table)).toArrow().to_pylist(),
-        )
-
-    def _view(self, frame: Any) -> Table:
-        name = f"label_join_{next(self._numbers)}"
-        frame.createOrReplaceTempView(name)
-        return self.backend.table(name)
+def rows_of(engine: Engine, table: Table) -> list[dict[str, Any]]:
+    """Return the rows of a table in any order."""
+    rows: list[dict[str, Any]] = pa.table(engine.collect(table)).to_pylist()
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -85,17 +54,16 @@ def test_spark_gives_the_rows_of_duckdb_and_of_the_reference(
     exposures, feedback = colliding_log(seed)
     write_log(tmp_path, exposures, feedback)
     config = config_of((click, buy), Exposures(end="55"))
-    spec, engine = SampleSpec.of(config), SparkEngine(spark)
-    file = tmp_path / "exposures.parquet"
-    tables = open_tables(
-        cast(Engine, engine), spec, tmp_path, engine.read(tmp_path, file.name), file
-    )
-    joined = join_feedback(cast(Engine, engine), spec, tables)
+    spec, file = SampleSpec.of(config), tmp_path / "exposures.parquet"
     expected = join_labels(exposures, feedback, (click, buy), end=55)
-    settled, unsettled, in_duckdb = run(tmp_path, config)
-    assert ordered(engine.rows(joined.table)) == ordered(expected.settled) == ordered(settled)
-    assert ordered(engine.rows(joined.unsettled)) == ordered(unsettled)
-    assert joined.facts == in_duckdb.facts
+    in_duckdb = run(tmp_path, config)
+    with connect_spark((), 1.0, tmp_path) as engine:
+        tables = open_tables(engine, spec, tmp_path, engine.read(tmp_path, file.name), file)
+        joined = join_feedback(engine, spec, tables)
+        settled, unsettled = (rows_of(engine, t) for t in (joined.table, joined.unsettled))
+    assert ordered(settled) == ordered(expected.settled) == ordered(in_duckdb[0])
+    assert ordered(unsettled) == ordered(in_duckdb[1])
+    assert joined.facts == in_duckdb[2].facts
     assert joined.facts["feedback"] == expected.counts
     assert all(count for count in expected.counts["click"].values())
 
@@ -122,15 +90,10 @@ def test_spark_reads_times_and_thins_negatives_as_duckdb_does(
         thinned = keep_share(table, samples, ["label"], "weight")
         return thinned.mutate(**{name: clock(thinned[name], "s") for name in names})
 
-    zone = spark.conf.get("spark.sql.session.timeZone")
-    spark.conf.set("spark.sql.session.timeZone", "UTC")
-    try:
-        engine = SparkEngine(spark)
-        ours = engine.rows(changed(engine.read(tmp_path, "rows.parquet")))
-    finally:
-        spark.conf.set("spark.sql.session.timeZone", str(zone))
+    with connect_spark((), 1.0, tmp_path) as engine:
+        ours = rows_of(engine, changed(engine.read(tmp_path, "rows.parquet")))
     with connect() as duckdb:
         table = duckdb.read(tmp_path, "rows.parquet")
-        theirs = pa.table(duckdb.collect(changed(table))).to_pylist()
+        theirs = rows_of(duckdb, changed(table))
     assert ordered(ours) == ordered(theirs)
     assert 14 < len(ours) < 40
