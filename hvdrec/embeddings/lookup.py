@@ -31,12 +31,14 @@ class GroupLookup:
     Attributes:
         rows: Index of each row in the array of the rank that holds it, sorted by this rank [unique
             rows]. The dtype is int64, or int32 if the indices are sent to other ranks and fit into
-            int32. The first row is the zero row for missing values.
+            int32. The first entry always names the row of zeros, which stands for missing values.
         counts: Number of these rows on each rank, int32 [ranks].
         single: The names of the features that have one value per batch row; see
             `models.embedding.RowBlock`.
-        values: The lookups of these features, for each part of the batch.
-        lists: The lookups of the pooled list features by name, for each part of the batch.
+        values: For each part of the batch (such as its users), the positions in `rows` of
+            the values of these features.
+        lists: For each part of the batch, pooled list feature -> the positions in `rows` of the
+            entries of its lists.
     """
 
     rows: Tensor

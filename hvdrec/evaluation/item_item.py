@@ -105,13 +105,14 @@ class Family:
 
 
 def cooccurrence(taken: Any, values: Sequence[int] = NEIGHBOURS) -> Family:
-    """Return the co-occurrence baseline: the weights are the cosines of the k most similar items.
+    """Return the co-occurrence baseline, in which each item has weights for its k nearest items.
 
-    The cosine of items i and j is the number of users who took both, divided by the square root of
-    the number of users who took i times the number who took j (Sarwar et al., "Item-based
-    collaborative filtering recommendation algorithms", WWW 2001; sums over several items as in
-    Deshpande and Karypis, "Item-based top-N recommendation algorithms", TOIS 2004). Among equally
-    similar items, those with the smaller index are taken.
+    A weight is the cosine of two items, n_ij / sqrt(n_i * n_j), where n_ij users took both items,
+    n_i took i and n_j took j (Sarwar et al., "Item-based collaborative filtering recommendation
+    algorithms", WWW 2001). The score of an item is the sum of its weights for the items that the
+    user took (Deshpande and Karypis, "Item-based top-N recommendation algorithms", TOIS 2004).
+    Among equally similar items, those with the smaller index are taken. `values` lists the k
+    to try.
     """
     row, column, cosine, rank = _neighbours(taken, max(values))
 

@@ -70,7 +70,7 @@ def by_event_metric(config: Config) -> str:
 
 
 def events_obstacle(config: Config) -> str:
-    """Return a line that says why a rank cannot measure retrieval by event; "" if all ranks can.
+    """Return a line that says why retrieval cannot be evaluated event by event, or "" if it can.
 
     All ranks must call this at the same time.
     """

@@ -82,11 +82,13 @@ def request_features(model: Recommender) -> tuple[Feature, ...]:
 
 
 def factored(model: Recommender) -> Factored | None:
-    """Split the first layer of a model's ranker into terms of user, scene, item and pairs.
+    """Split the first layer of a model's ranker into a sum of terms.
+
+    Each term depends on the user, the scene, the item, or a pair of user and item alone.
 
     Returns:
-        The split ranker, or None if the ranker has cross layers or products of heads, which these
-        terms cannot express.
+        The split ranker, or None if the ranker has cross layers or multiplies heads of the towers.
+        A sum of such terms cannot express these.
     """
     if model.ranker is None:
         return _inner_product(model)

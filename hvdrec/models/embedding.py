@@ -119,7 +119,8 @@ class BatchRows:
 class _TakeRows(torch.autograd.Function):
     """Take rows of a matrix and put `times` of them side by side in each row of the result.
 
-    The backward pass sums by embedding_bag, which is faster than adding row by row.
+    The backward pass sums the gradients of a row that was taken several times. It uses
+    embedding_bag, which is faster than adding them one at a time.
     """
 
     @staticmethod

@@ -70,8 +70,8 @@ def write_items(
     """Write the table of items; return the number of items.
 
     It has the key, the features and the title of each item, sorted by key. Items that occur only in
-    the raw table of items are included. Features that this table does not have are taken from the
-    item's latest training row.
+    the raw table of items are included. Features that the raw table does not have are
+    taken from the item's latest training row.
     """
     spec, key = rows.spec, rows.spec.samples.item
     source = _Source.of(join, joined, "item")

@@ -1,4 +1,7 @@
-"""Open the exposures and the feedback of a run, and the rows that the last run left unsettled."""
+"""Open the exposures and the feedback of a run, and the unsettled rows of the run before.
+
+An exposure is unsettled while its label window has not passed.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ class LabelTables:
 def open_tables(
     engine: Engine, spec: SampleSpec, raw: Location, exposures: Table, file: Location
 ) -> LabelTables:
-    """Open the feedback tables, and add the rows that the previous run left unsettled.
+    """Open the feedback tables; add the exposures that are unsettled since the run before.
 
     Args:
         engine: Runs the queries.

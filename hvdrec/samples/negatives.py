@@ -66,13 +66,14 @@ class Block:
 class _Draws:
     """The p positive rows of a block, and the items that they may draw.
 
-    An item is *taken* for a pair of group and user if the user has a row with it in the group.
+    A group is the rows with the same values in the columns ``samples.negatives.within``. An item is
+    *taken* for a group and a user if a row of the group holds this user and this item.
 
     Attributes:
-        candidates: The items of all groups.
-        group: Group of each row, int64 [p].
-        pair: Number of each row's pair of group and user, int64 [p].
-        number: Number of each row, int64 [p].
+        candidates: The items that may be drawn, for one group after the other.
+        group: Index of each row's group, int64 [p].
+        pair: Index of each row's pair of group and user, int64 [p].
+        number: Position of each row in the whole log, from which its draws are computed, int64 [p].
         taken: Sorted numbers ``pair * items + item``, one for each item taken for a pair.
         items: A number above all item codes.
         seed: Seed of the draws.

@@ -68,8 +68,8 @@ class Publication:
         users: Number of users.
         items: Number of items.
         seconds: Duration.
-        dropped_models: Older models of bundles with the same name, which now expire because nobody
-            reads them.
+        dropped_models: Models that were published before from bundles of the same name. They now
+            expire, because no service has read them lately.
     """
 
     server: str
