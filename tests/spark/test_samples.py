@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,7 +18,9 @@ from hvdrec.config.data_sections import Task
 from hvdrec.config.label_join import Exposures, Feedback
 from hvdrec.errors import UserError
 from hvdrec.samples import make_samples
+from hvdrec.samples.engine import connect
 from hvdrec.samples.make import ENGINES
+from hvdrec.samples.spark_engine import connect_spark
 from hvdrec.storage.artifacts import read_manifest
 from tests.label_logs import colliding_log
 from tests.unit.test_label_join import config_of, ordered, write_log
@@ -123,6 +128,37 @@ def test_spark_and_duckdb_make_the_same_samples_from_exposures_and_feedback(
     )
     assert ours == theirs
     assert any("unsettled" in name and rows for name, rows in theirs.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", [False, True])
+def test_spark_keeps_the_types_of_columns(spark: SparkSession, tmp_path: Path, odd: bool) -> None:
+    noon = datetime.datetime(2024, 5, 1, 12, 0, 0, 123456)
+    columns: dict[str, pa.Array] = {
+        "small": pa.array([1, None, 255], pa.uint8()),
+        "large": pa.array([2**64 - 1, None, 0], pa.uint64()),
+        "price": pa.array([1, None, 2], pa.decimal128(9, 2)),
+        "day": pa.array([noon.date(), None, noon.date()]),
+        "stamp": pa.array([noon, None, noon], pa.timestamp("us")),
+        "zoned": pa.array([noon, None, noon], pa.timestamp("us", "UTC")),
+        "raw": pa.array([b"a", None, b""]),
+        "single": pa.array([0.5, math.nan, None], pa.float32()),
+        "words": pa.array([["a"], None, []], pa.list_(pa.string())),
+        "shade": pa.array(["x", None, "y"]).dictionary_encode(),
+    }
+    if odd:  # this process converts the file for Spark
+        columns["clock"] = pa.array([noon.time(), None, noon.time()])
+        columns["numbers"] = pa.array([[1.0, math.nan], None, []], pa.list_(pa.float32()))
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    found = []
+    for opened in (connect(), connect_spark((), 1.0, tmp_path)):
+        with opened as engine:
+            table = engine.read(tmp_path, "t.parquet")
+            table = engine.derive(table, "sum", "large::HUGEINT + small", "samples.derive.sum")
+            stored = engine.keep(table, ["small"])
+            found.append(engine.fetch(f"SELECT * FROM {stored.get_name()}"))
+    assert found[1] == found[0]
+    assert found[1]["sum"].to_pylist() == [2**64, 255, None]
 
 
 @pytest.mark.parametrize(
