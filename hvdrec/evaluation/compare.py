@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.evaluation.baselines import Baselines, fit_baselines
-from hvdrec.evaluation.events import Events, read_events
+from hvdrec.evaluation.events import Events, RankedEvents, read_events
 from hvdrec.evaluation.held_out import (
     Interactions,
     RetrievalQueries,
@@ -42,7 +42,6 @@ CHOICE_USERS, CHOICE_ROWS, CHOICE_EVENTS = 10_000, 500_000, 2_000
 setting."""
 RECENT_DAYS = (1, 3, 7, 30, 90)
 """Numbers of days that are tried for recent popularity."""
-_EventPair = tuple[Events, Events]
 
 
 def compare(
@@ -51,8 +50,7 @@ def compare(
     rows: ScoredRows | None,
     queries: RetrievalQueries | None,
     ease_items: int,
-    *,
-    with_events: bool = False,
+    events: RankedEvents | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Fit the baselines on the training rows and measure them; all ranks return the same report.
 
@@ -66,7 +64,8 @@ def compare(
         rows: Rows of the split, for ranking metrics; None to leave these metrics out.
         queries: Queries of the split, for retrieval metrics; None to leave these metrics out.
         ease_items: Largest number of items for which EASE is fitted.
-        with_events: True to measure retrieval event by event, too.
+        events: Events of the split, for metrics by event; the first rank adds the ranks of the
+            baselines. None to leave these metrics out.
 
     Returns:
         Name of each baseline -> its metrics; and lines of text about the baselines.
@@ -76,7 +75,7 @@ def compare(
     others, notes = ranks.broadcast_object(
         ranks.run_on_all(
             lambda: (
-                _first_rank_baselines(config, split, train, rows, ease_items, with_events)
+                _first_rank_baselines(config, split, train, rows, ease_items, events)
                 if ranks.current().is_first
                 else None
             )
@@ -134,7 +133,7 @@ def _first_rank_baselines(
     train: Interactions,
     rows: ScoredRows | None,
     ease_items: int,
-    with_events: bool,
+    events: RankedEvents | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the metrics of popularity by event, co-occurrence and EASE, and lines about them.
 
@@ -151,22 +150,21 @@ def _first_rank_baselines(
     notes = [obstacle] if obstacle else []
     reports: dict[str, Any] = {}
     with ranks.single_rank():
-        events: _EventPair | None = None
-        if with_events:
-            most = config.evaluate.events
-            events = (
-                read_events(config, "validation", min(CHOICE_EVENTS, most)),
-                read_events(config, split, most),
-            )
-            reports, note = _popularity_by_event(config, train, *events)
+        tried: Events | None = None
+        if events is not None:
+            most = min(CHOICE_EVENTS, config.evaluate.events)
+            tried = read_events(config, "validation", most)
+            reports, note = _popularity_by_event(config, train, tried, events)
             notes += note
-        to_choose = _measures(
-            config, "validation", validation, events and events[0], most_users=CHOICE_USERS
-        )
-        to_report = _measures(config, split, rows, events and events[1])
+        to_choose = _measures(config, "validation", validation, most_users=CHOICE_USERS)
+        to_report = _measures(config, split, rows)
+        if tried is not None and events is not None:
+            to_choose["events"] = lambda model: tried.report(tried.item_item_ranks(model), config)
         for make in (cooccurrence,) if obstacle else (cooccurrence, ease):
             family = make(taken)
-            reports[family.name], line = _chosen_report(config, family, to_choose, to_report)
+            reports[family.name], line = _chosen_report(
+                config, family, to_choose, to_report, events
+            )
             notes.append(line)
     names = " and ".join(name for name in ("cooccurrence", "ease") if name in reports)
     if split == "validation":
@@ -181,6 +179,7 @@ def _chosen_report(
     family: Family,
     to_choose: Mapping[str, Measure],
     to_report: Mapping[str, Measure],
+    events: RankedEvents | None,
 ) -> tuple[dict[str, Any], str]:
     """Choose the setting of a family of models; return its metrics and a line about the choice."""
     by = {group: name for group, name in _choice_metrics(config).items() if group in to_choose}
@@ -189,7 +188,12 @@ def _chosen_report(
     for value in sorted({choice[family.setting] for choice in chosen.values()}):
         model = family.fit(value)
         for group, choice in chosen.items():
-            if choice[family.setting] == value:
+            if choice[family.setting] != value:
+                continue
+            if group == "events" and events is not None:
+                rank = events.events.item_item_ranks(model)
+                report[group] = events.add(family.name, rank, config)
+            else:
                 report[group] = to_report[group](model)
     choices = [
         f"{choice[family.setting]:g} for {group} (validation {by[group]} {choice[by[group]]:.4f})"
@@ -218,10 +222,9 @@ def _measures(
     config: Config,
     split: str,
     rows: Interactions | None,
-    events: Events | None,
     most_users: int | None = None,
 ) -> dict[str, Measure]:
-    """Return ``ranking``, ``retrieval`` and ``events`` -> a function that measures a model."""
+    """Return ``ranking`` and ``retrieval`` -> a function that measures a model."""
     measures: dict[str, Measure] = {}
     features = config.paths.of("features")
     state = user_state(read_manifest(features, "features"), split)
@@ -239,22 +242,21 @@ def _measures(
         measures["retrieval"] = lambda model: queries.item_item_metrics(
             replace(model, taken=taken), config.evaluate.k
         )
-    if events is not None:
-        measures["events"] = lambda model: events.report(events.item_item_ranks(model), config)
     return measures
 
 
 def _popularity_by_event(
-    config: Config, train: Interactions, to_choose: Events, to_report: Events
+    config: Config, train: Interactions, to_choose: Events, to_report: RankedEvents
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the metrics by event of popularity and of recent popularity, and lines about them.
 
     The number of days of recent popularity is chosen on validation events.
     """
     popularity = _fit(config, train).popularity
-    report = to_report.report(to_report.popularity_ranks(popularity), config)
+    events = to_report.events
+    report = to_report.add("popularity", events.popularity_ranks(popularity), config)
     reports: dict[str, Any] = {"popularity": {"events": report}}
-    if to_report.day is None:
+    if events.day is None:
         return reports, ["recent_popularity: left out, the samples have no times in days"]
     name = _choice_metrics(config)["events"]
     measured = {
@@ -264,41 +266,10 @@ def _popularity_by_event(
     chosen = {"events": {"days": days, name: measured[days]}}
     reports["recent_popularity"] = {
         "chosen": chosen,
-        "events": to_report.report(to_report.recent_ranks(days), config),
+        "events": to_report.add("recent_popularity", events.recent_ranks(days), config),
     }
     note = f"recent_popularity: days = {days} for events (validation {name} {measured[days]:.4f})"
     return reports, [note]
-
-
-def baseline_event_ranks(
-    config: Config, events: Events, reports: Mapping[str, Any]
-) -> dict[str, Array]:
-    """Return the ranks of the events' items by each baseline, with its chosen setting.
-
-    Args:
-        config: Configuration of the run.
-        events: The e events.
-        reports: Name of a baseline -> its report, as `compare` returns it. Baselines whose report
-            has no metrics by event are left out.
-
-    Returns:
-        Name of a baseline -> ranks, int64 [e].
-    """
-    measured = {name: each for name, each in reports.items() if "events" in each}
-    train = read_interactions(config.paths.of("features"), ["train"])
-    found: dict[str, Array] = {}
-    if "popularity" in measured:
-        found["popularity"] = events.popularity_ranks(_fit(config, train).popularity)
-    if "recent_popularity" in measured:
-        days = measured["recent_popularity"]["chosen"]["events"]["days"]
-        found["recent_popularity"] = events.recent_ranks(days)
-    taken = _taken(config, train)
-    for name, make in (("cooccurrence", cooccurrence), ("ease", ease)):
-        if name in measured:
-            family = make(taken)
-            value = measured[name]["chosen"]["events"][family.setting]
-            found[name] = events.item_item_ranks(family.fit(value))
-    return found
 
 
 def _taken(config: Config, rows: Interactions) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from hvdrec.data.collate import table_arrays
 from hvdrec.data.loader import ShardLoader
 from hvdrec.evaluation.compare import CHOICE_USERS, compare
 from hvdrec.evaluation.event_metrics import describe_events, rank_metrics
-from hvdrec.evaluation.events import Events, read_events, user_rows
+from hvdrec.evaluation.events import Events, RankedEvents, read_events, user_rows
 from hvdrec.evaluation.held_out import RetrievalQueries, ScoredRows, part_of, user_state
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.popularity import (
@@ -57,7 +58,24 @@ SAMPLED_IS_BIASED = (
 )
 
 
-def evaluate_model(
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on a split.
+
+    Attributes:
+        report: Name -> value, for the fields of `EvaluationResult` except ``run`` and
+            ``checkpoint``. Fields that do not apply are missing. ``notes`` says what is left out,
+            and why a metric is not defined.
+        rows: The scored rows; None without a ranker.
+        events: The events with their ranks; None if retrieval was not measured by event.
+    """
+
+    report: dict[str, Any]
+    rows: ScoredRows | None
+    events: RankedEvents | None
+
+
+def measure_model(
     model: Recommender,
     config: Config,
     split: str = "test",
@@ -65,7 +83,7 @@ def evaluate_model(
     with_baselines: bool = True,
     ease_items: int = LARGEST_CATALOGUE,
     fetch_rows: FetchRows | None = None,
-) -> dict[str, Any]:
+) -> Measured:
     """Measure a model and the baselines on a split; all ranks return the same report.
 
     Args:
@@ -75,11 +93,6 @@ def evaluate_model(
         with_baselines: True to measure the baselines on the same rows and users.
         ease_items: Largest number of items for which EASE is fitted.
         fetch_rows: Function that looks up table rows; None if the model has its tables.
-
-    Returns:
-        Name -> value, for the fields of `EvaluationResult` except ``run`` and ``checkpoint``.
-        Fields that do not apply are missing. ``notes`` says what is left out, and why a metric is
-        not defined.
     """
     features = config.paths.of("features")
     manifest = ranks.run_on_all(lambda: read_manifest(features, "features"))
@@ -93,6 +106,7 @@ def evaluate_model(
         report |= {"ranking": metrics} | ({"tasks": tasks} if tasks else {})
         notes += rows.notes(split)
     queries: RetrievalQueries | None = None
+    events: RankedEvents | None = None
     if config.train.objective != "ranking":
         state = user_state(manifest, split)
         items = embed_side(model, config, "item", fetch_rows)
@@ -101,19 +115,18 @@ def evaluate_model(
         if state != user_states(config.samples.split.method)[split]:
             notes.append(OLD_FEATURES)
         events, remarks = _events(model, config, split, items, fetch_rows)
-        report |= {"events": events} if events else {}
+        if events is not None:
+            report["events"] = events.events.report(events.ranks["model"], config)
         notes += remarks
     if with_baselines:
-        report["baselines"], remarks = compare(
-            config, split, rows, queries, ease_items, with_events="events" in report
-        )
+        report["baselines"], remarks = compare(config, split, rows, queries, ease_items, events)
         notes += remarks
     if "events" in report:
         notes += _events_notes(report, config)
     report["worse_than"] = _worse_than(config, split, report)
     if report["worse_than"]:
         notes.append(f"the model is worse than {describe_worse(report['worse_than'])}")
-    return report | ({"notes": notes} if notes else {})
+    return Measured(report | ({"notes": notes} if notes else {}), rows, events)
 
 
 def _copies_note(manifest: Manifest, split: str) -> list[str]:
@@ -308,18 +321,18 @@ def _retrieval(
 
 def _events(
     model: Recommender, config: Config, split: str, items: Array, fetch_rows: FetchRows | None
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the metrics of retrieval event by event; if there are none, a line with the reason."""
+) -> tuple[RankedEvents | None, list[str]]:
+    """Rank the items of the split's events; if there are none, return a line with the reason."""
     if not config.evaluate.events:
-        return {}, []
+        return None, []
     reason = events_obstacle(config)
     if reason:
-        return {}, [reason]
+        return None, [reason]
     events = ranks.run_on_all(lambda: read_events(config, split, config.evaluate.events))
     if not len(events):
-        return {}, ["events: n/a, no positive row has an item that is new to its user"]
+        return None, ["events: n/a, no positive row has an item that is new to its user"]
     rank = event_ranks(model, config, split, events, items, fetch_rows)
-    return events.report(rank, config), []
+    return RankedEvents(events, {"model": rank}), []
 
 
 def event_ranks(

@@ -213,6 +213,25 @@ class Events:
         return scores
 
 
+@dataclass(frozen=True)
+class RankedEvents:
+    """Events of a split with the ranks of their items.
+
+    Attributes:
+        events: The events, e of them.
+        ranks: ``model`` or name of a baseline -> rank of each event's item, int64 [e]. Only the
+            first rank has those of baselines.
+    """
+
+    events: Events
+    ranks: dict[str, Array]
+
+    def add(self, name: str, rank: Array, config: Config) -> dict[str, Any]:
+        """Keep the ranks of a baseline, and return their metrics."""
+        self.ranks[name] = rank
+        return self.events.report(rank, config)
+
+
 def obstacle(config: Config) -> str:
     """Return a line that says why there is no evaluation by event; "" if there is one."""
     method, samples = config.samples.split.method, config.paths.of("samples")

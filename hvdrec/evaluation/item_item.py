@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ NEIGHBOURS = (20, 50, 100, 200)
 """Numbers of similar items that are tried for co-occurrence."""
 L2 = (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
 """L2 penalties that are tried for EASE."""
+KEPT_BYTES = 2**29
+"""Largest memory for the weights of all EASE models that are tried. If they need more, the chosen
+models are fitted again."""
 LARGEST_CATALOGUE = 10_000
 """Largest number of items for which EASE is fitted by default."""
 BYTES_PER_PAIR = 16
@@ -139,7 +143,9 @@ def ease(taken: Any, values: Sequence[float] = L2) -> Family:
     def fit(l2: float) -> ItemItemModel:
         return ItemItemModel(taken, linear_weights(both, l2))
 
-    return Family("ease", "l2", tuple(values), fit)
+    # The chosen models are used again after the choice. Fitting one takes seconds.
+    are_kept = len(values) * both.size * np.dtype(np.float32).itemsize <= KEPT_BYTES
+    return Family("ease", "l2", tuple(values), cache(fit) if are_kept else fit)
 
 
 def linear_weights(both: Array, penalty: float | Array) -> Array:

@@ -15,7 +15,9 @@ from hvdrec.reporting import quality_sections, retrieval_sections, run_sections
 from hvdrec.reporting.model_card import model_card
 from hvdrec.reporting.page import page
 from hvdrec.reporting.run_data import RunData, read_run
+from hvdrec.storage.artifacts import read_manifest
 from hvdrec.storage.drafts import write_text
+from hvdrec.training.checkpoint import read_config
 from hvdrec.training.pointers import Which
 
 
@@ -65,6 +67,8 @@ def report(
     """
     run = Path(run)
     file = Path(to) if to is not None else run.parent / "report.html"
+    if against is not None:
+        require_same_samples(run, Path(against))
     with show_progress(progress) as shown:
         shown.describe(f"evaluating {run}")
         data = read_run(run, split=split, which=checkpoint, ease_items=ease_items)
@@ -74,7 +78,6 @@ def report(
             other = read_run(
                 Path(against), split=split, which=checkpoint, ease_items=0, baselines=False
             )
-            _require_same_samples(data, other)
         shown.describe("drawing")
         html = _page(data, other)
     write_text(file, html)
@@ -105,9 +108,29 @@ def _page(data: RunData, other: RunData | None) -> str:
     return page(f"{data.config.name}: report", subtitle, sections)
 
 
-def _require_same_samples(data: RunData, other: RunData) -> None:
-    one, two = (each.config.paths.of("samples") for each in (data, other))
-    if one != two:
+def require_same_samples(run: Path, against: Path) -> None:
+    """Check that the features of two runs were made from the same samples.
+
+    Features that an earlier version wrote do not record their samples. Then the paths of the
+    samples must be equal.
+
+    Raises:
+        UserError: The samples differ, or a run or its features cannot be read.
+    """
+    (one, name), (two, other_name) = (_samples_of(each) for each in (run, against))
+    if one and two:
+        is_same = one == two
+        one, two = (f"{one} ({name})", f"{two} ({other_name})")
+    else:
+        is_same, one, two = name == other_name, name, other_name
+    if not is_same:
         problem = f"was made from the samples {two}, not from {one}"
-        remedy = "compare runs with the same paths.samples"
-        raise invalid_value("--against", str(other.run), problem, remedy)
+        remedy = "compare runs whose features were made from the same samples"
+        raise invalid_value("--against", str(against), problem, remedy)
+
+
+def _samples_of(run: Path) -> tuple[str, str]:
+    """Return the identity of the samples of a run's features, "" if unknown, and their path."""
+    paths = read_config(run).paths
+    manifest = read_manifest(paths.of("features"), "features")
+    return manifest.made_from("samples"), str(paths.of("samples"))

@@ -15,15 +15,8 @@ from numpy.typing import NDArray
 
 from hvdrec.config import Config
 from hvdrec.data.collate import table_arrays
-from hvdrec.evaluation.compare import baseline_event_ranks
-from hvdrec.evaluation.evaluate import (
-    embed_side,
-    evaluate_model,
-    event_ranks,
-    event_vectors,
-    score_split,
-)
-from hvdrec.evaluation.events import Events, obstacle, read_events, read_seconds
+from hvdrec.evaluation.evaluate import embed_side, event_vectors, measure_model
+from hvdrec.evaluation.events import Events, obstacle, read_seconds
 from hvdrec.evaluation.held_out import ScoredRows, earlier_splits, read_interactions
 from hvdrec.evaluation.result import EvaluationResult, Split
 from hvdrec.models.recommender import Recommender
@@ -155,17 +148,15 @@ def read_run(
     device = pick_device(config.train.device, world)
     model, checkpoint = load_model(run, config, which)
     model.to(device)
-    report = evaluate_model(model, config, split, with_baselines=baselines, ease_items=ease_items)
-    result = EvaluationResult(run=str(run), checkpoint=checkpoint.name, **report).to_dict()
-    rows = score_split(model, config, split) if "ranking" in report else None
-    events, found = None, {}
-    if "events" in report:
-        events = read_events(config, split, config.evaluate.events)
-        items = embed_side(model, config, "item")
-        found = {"model": event_ranks(model, config, split, events, items)}
-        found |= baseline_event_ranks(config, events, report.get("baselines", {}))
+    measured = measure_model(model, config, split, with_baselines=baselines, ease_items=ease_items)
+    result = EvaluationResult(str(run), checkpoint.name, **measured.report).to_dict()
     try:
         history = read_history(run)
     except ValueError:  # a run whose log was removed
         history = RunHistory()
-    return RunData(run, config, checkpoint, model, split, result, rows, events, found, history)
+    events, found = (
+        (measured.events.events, measured.events.ranks) if measured.events else (None, {})
+    )
+    return RunData(
+        run, config, checkpoint, model, split, result, measured.rows, events, found, history
+    )

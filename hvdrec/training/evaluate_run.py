@@ -12,7 +12,7 @@ from typing import Any
 from hvdrec.config import with_fields
 from hvdrec.config.structure import to_dict
 from hvdrec.errors import invalid_value
-from hvdrec.evaluation.evaluate import evaluate_model
+from hvdrec.evaluation.evaluate import measure_model
 from hvdrec.evaluation.item_item import LARGEST_CATALOGUE
 from hvdrec.evaluation.result import EvaluationResult, Split
 from hvdrec.parallel import checks, ranks
@@ -72,7 +72,7 @@ def evaluate(
             model, tables, loaded = load_model_and_tables(run, config, checkpoint, device)
             checks.require_same_files(loaded.directory, "evaluate the same run everywhere")
             fetch_rows = tables.fetch_rows
-        report = evaluate_model(
+        measured = measure_model(
             model,
             config,
             split,
@@ -80,4 +80,4 @@ def evaluate(
             ease_items=ease_items,
             fetch_rows=fetch_rows,
         )
-    return EvaluationResult(run=str(run), checkpoint=loaded.name, **report)
+    return EvaluationResult(run=str(run), checkpoint=loaded.name, **measured.report)

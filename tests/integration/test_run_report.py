@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from hvdrec.config.structure import to_dict
 from hvdrec.errors import UserError
-from hvdrec.reporting.report import report
+from hvdrec.reporting.report import report, require_same_samples
+from hvdrec.storage.artifacts import read_manifest, write_manifest
+from hvdrec.storage.checksums import sealed
+from hvdrec.training.checkpoint import read_config
 from tests.integration.conftest import SmallRun, hvdrec
 
 
@@ -67,9 +73,31 @@ def test_the_figures_of_the_report_are_those_of_evaluate(
     assert "Item " in page  # lists show titles
 
 
+def copied(small_run: SmallRun, to: Path) -> Path:
+    """Copy the configuration of the run and its features to another working directory."""
+    (to / "run").mkdir(parents=True)
+    config = read_config(small_run.work / "run")
+    config = replace(config, paths=replace(config.paths, work=str(to)))
+    (to / "run/config.json").write_text(sealed(to_dict(config)))
+    shutil.copytree(small_run.work / "features", to / "features")
+    return to
+
+
 def test_another_runs_samples_cannot_be_compared(small_run: SmallRun, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         report(small_run.work / "run", against=tmp_path / "nothing", progress=False)
     assert str(tmp_path / "nothing") in str(error.value)
+    # The same samples, moved: the identity decides, not the path.
+    moved = copied(small_run, tmp_path / "moved")
+    require_same_samples(small_run.work / "run", moved / "run")
+    # Other samples at the same path.
+    meta = dict(read_manifest(moved / "features", "features").meta)
+    meta["made_from"] = {**meta["made_from"], "samples": "another"}
+    write_manifest(moved / "features", "features", meta)
+    runs = (small_run.work / "run", moved / "run")
+    for run, against in (runs, runs[::-1]):
+        with pytest.raises(UserError, match="another") as error:
+            report(run, against=against, progress=False)
+        assert (error.value.field, error.value.value) == ("--against", str(against))
     done = hvdrec("report", tmp_path / "nothing")
     assert done.returncode == 2 and len(done.stderr.splitlines()[-1]) > 0

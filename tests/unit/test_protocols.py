@@ -22,7 +22,7 @@ from hvdrec.config.data_sections import Negatives
 from hvdrec.config.sections import Export, Tower
 from hvdrec.data.collate import table_arrays
 from hvdrec.errors import UserError
-from hvdrec.evaluation.evaluate import evaluate_model
+from hvdrec.evaluation.evaluate import measure_model
 from hvdrec.exporting import writer
 from hvdrec.exporting.score_file import score_table
 from hvdrec.features.encoder import Encoder
@@ -52,7 +52,7 @@ class Run:
 
     def report(self, split: str = "test", **evaluate: Any) -> dict[str, Any]:
         options = replace(self.config.evaluate, **evaluate)
-        return evaluate_model(self.model, replace(self.config, evaluate=options), split)
+        return measure_model(self.model, replace(self.config, evaluate=options), split).report
 
 
 def random_log(seed: int = 1) -> list[Row]:

@@ -15,7 +15,7 @@ import torch
 from hvdrec.config import Config, Evaluate, Feature, History, Model, Paths, Samples, Split, Train
 from hvdrec.config.sections import Tower
 from hvdrec.errors import UserError
-from hvdrec.evaluation.evaluate import evaluate_model, validation_metric
+from hvdrec.evaluation.evaluate import measure_model, validation_metric
 from hvdrec.evaluation.popularity import popularity_by_event
 from hvdrec.exporting.worse import compare_with_baselines
 from hvdrec.features.prepare import prepare
@@ -209,9 +209,9 @@ def test_training_and_evaluation_compare_by_event(prepared: Prepared) -> None:
     assert metrics["recall@1"] == 0
     assert metrics["events"]["hit_rate@1"] == pytest.approx(USERS * (TAKEN - 1) / 270)
     for after, worse in ((next_in_chain(), []), (shuffled(), ["events.hit_rate@1"])):
-        report = evaluate_model(prepared.model(after), config, "validation")
+        report = measure_model(prepared.model(after), config, "validation").report
         assert [each["metric"] for each in report["worse_than"]] == worse
     plain = replace(config, evaluate=replace(config.evaluate, events=0))
     assert popularity_by_event(plain) == (None, "")
-    report = evaluate_model(model, plain, "validation")
+    report = measure_model(model, plain, "validation").report
     assert [each["metric"] for each in report["worse_than"]] == ["recall@1"]
