@@ -80,8 +80,7 @@ class Scorer:
     ) -> Scorer:
         """Open a bundle.
 
-        A tower with a large vocabulary is opened later, by `warm` or by the first request that
-        needs it.
+        `warm` or the first request that needs it opens a tower with a large vocabulary.
 
         Args:
             path: Directory of the bundle.
@@ -115,8 +114,7 @@ class Scorer:
 
         To publish a bundle, replace the directory at the path; if the path is a link, point it at
         the new bundle. The new bundle is verified, loaded and tried, then it takes over. If one of
-        these steps fails, the new bundle is refused, the error is logged, and the old bundle stays
-        in use.
+        these steps fails, the error is logged and the old bundle stays in use.
 
         Args:
             path: Directory of the bundle, or a link to it.
@@ -236,8 +234,7 @@ class Scorer:
             requests: Tuples (user, items, scene), each with the arguments of one call of `score`.
 
         Returns:
-            For each request, the probabilities of its items, float32. They may differ from the
-            results of `score` in the last bits.
+            For each request, the probabilities of its items, float32; `score` may give other last bits.
         """
         checked = [checked_request(index, request) for index, request in enumerate(requests)]
         scores: dict[int, Array] = {}

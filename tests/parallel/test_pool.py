@@ -57,7 +57,7 @@ def test_prepare_writes_the_same_bytes(prepared: str, work: Path, how: str, work
     code, output, errors = spread([HVDREC, "prepare", prepared, "--overwrite"], how, workers)
     assert code == 0, errors
     assert checksums(work / "features") == before
-    assert len(before) == 22
+    assert len(before) == 23
     # Only rank 0 reports.
     assert output.count("wrote ") == 1
     assert errors.count("encoding train") == 1
