@@ -234,7 +234,8 @@ class Scorer:
             requests: Tuples (user, items, scene), each with the arguments of one call of `score`.
 
         Returns:
-            For each request, the probabilities of its items, float32; `score` may give other last bits.
+            For each request, the probabilities of its items, float32. The last bits may
+            differ from `score`.
         """
         checked = [checked_request(index, request) for index, request in enumerate(requests)]
         scores: dict[int, Array] = {}
