@@ -234,8 +234,7 @@ class Scorer:
             requests: Tuples (user, items, scene), each with the arguments of one call of `score`.
 
         Returns:
-            For each request, the probabilities of its items, float32. The last bits may
-            differ from `score`.
+            The probabilities of each request's items, float32, as of `score` up to rounding.
         """
         checked = [checked_request(index, request) for index, request in enumerate(requests)]
         scores: dict[int, Array] = {}
