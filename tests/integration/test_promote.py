@@ -168,6 +168,7 @@ def test_rows_that_are_too_old_by_the_clock_are_refused(days: Path, tmp_path: Pa
     assert Published(tmp_path / "p").current() is None
 
 
+@pytest.mark.slow
 def test_the_command_says_why_it_refuses_lists_and_rolls_back(
     days: Path, published: Published
 ) -> None:

@@ -65,6 +65,7 @@ def test_the_best_trial_can_be_repeated_and_keeps_its_checkpoint(
     assert report["ranking"]["auc"] == pytest.approx(best["auc"], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_killed_search_resumes_with_the_same_trials(
     tuned: Path, options: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_mistakes_are_refused_before_anything_is_written(
     assert not (tmp_path / "work/tune/trials.json").exists()
 
 
+@pytest.mark.slow
 def test_a_failing_trial_does_not_end_the_search(options: tuple[str, ...], tmp_path: Path) -> None:
     search = ("train.learning_rate=0.005,1e30", "--trials", "5")
     done = hvdrec(*options, "--search", *search, "--paths.work", tmp_path)

@@ -27,7 +27,11 @@ def plan(small: Path, ranks: int, *options: str, calibrate_on: int = 1) -> dict[
 
 @pytest.mark.parametrize(
     ("ranks", "launcher", "placement"),
-    [(2, "horovodrun", "sharded"), (2, "horovodrun", "replicated"), (4, "mpirun", "sharded")],
+    [
+        (2, "horovodrun", "sharded"),
+        (2, "horovodrun", "replicated"),
+        pytest.param(4, "mpirun", "sharded", marks=pytest.mark.slow),
+    ],
 )
 def test_bytes_match_the_plan(
     train: Train, small: Path, ranks: int, launcher: str, placement: str

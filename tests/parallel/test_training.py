@@ -42,7 +42,8 @@ def log(run: Path, event: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "launcher"), [(2, "horovodrun"), (2, "mpirun"), (4, "horovodrun")]
+    ("ranks", "launcher"),
+    [(2, "horovodrun"), (2, "mpirun"), pytest.param(4, "horovodrun", marks=pytest.mark.slow)],
 )
 def test_ranks_train_like_one_rank(train: Train, ranks: int, launcher: str) -> None:
     alone = log(train(1, ""), "validation")[-1]
@@ -105,7 +106,7 @@ def test_placement_does_not_change_results(train: Train) -> None:
     [
         ("mpirun", ("--parallel.synchronization", "adasum")),
         ("horovodrun", ("--parallel.synchronization", "average", "--parallel.average-every", "3")),
-        ("horovodrun", ("--train.accumulate", "4")),
+        pytest.param("horovodrun", ("--train.accumulate", "4"), marks=pytest.mark.slow),
         ("horovodrun", ("--train.clip-norm", "0.1", *SHARDED)),
     ],
 )
@@ -131,7 +132,7 @@ def test_bf16_trains_like_fp32(train: Train) -> None:
     ("ranks", "launcher", "more"),
     [
         (1, "", ()),
-        (3, "horovodrun", SHARDED),
+        pytest.param(3, "horovodrun", SHARDED, marks=pytest.mark.slow),
         (2, "horovodrun", AVERAGED),
         (2, "mpirun", ("--parallel.synchronization", "average", "--parallel.average-every", "4")),
     ],
