@@ -173,7 +173,7 @@ def test_a_missing_remote_artifact_is_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
     refused(
         hvdrec("samples", small_run.config, "--paths.samples", url),
-        f"paths.samples = '{url}': must be a directory; only paths.features and paths.bundle may",
+        f"paths.samples = '{url}': must be a directory",
     )
 
 
