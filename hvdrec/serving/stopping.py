@@ -25,9 +25,9 @@ process and again to its process group."""
 
 SETTLE_SECONDS = 0.2
 """Time that a single worker takes to accept the last connections and to read their requests."""
-WORKER_SETTLE_SECONDS = 2.0
+WORKER_SETTLE_SECONDS = 1.0
 """The same time for one of several workers. It is longer because uvicorn's parent process looks for
-signals only every 0.5 s, and later on a busy machine."""
+signals only every 0.5 s."""
 SO_ATTACH_FILTER = 26  # the value in Linux; Python does not define it
 
 
