@@ -46,6 +46,11 @@ def run(options: Options) -> None:
                     _Workers(_config(options), listener, options.drain).run()
 
 
+HEALTH_SECONDS, PING_SECONDS = 60, 0.5
+"""How long a worker may fail to answer its parent process, since loading a large bundle may block
+it; and how long the parent waits for one answer."""
+
+
 class _Workers(Multiprocess):
     """Worker processes that share a port; a worker that dies is restarted."""
 
@@ -63,6 +68,23 @@ class _Workers(Multiprocess):
         super().run()
         if self._killed_by:
             raise SystemExit(128 + self._killed_by)
+
+    def keep_subprocess_alive(self) -> None:
+        """Restart workers that died or do not answer, unless a signal to stop arrives meanwhile.
+
+        uvicorn's own check waits for the answer of a worker even if the worker has ended. A stop
+        would then wait as long, with connections that nobody accepts.
+        """
+        end = time.monotonic() + HEALTH_SECONDS
+        for worker in self.processes:
+            while not (answers := worker.is_alive(PING_SECONDS)):
+                if self.signal_queue:
+                    return
+                if not worker.process.is_alive() or time.monotonic() > end:
+                    break
+            if not answers:
+                super().keep_subprocess_alive()
+                return
 
     def terminate_all(self) -> None:
         """Stop all workers; close the port in this process just before the workers close it."""
@@ -121,7 +143,7 @@ def _config(options: Options, listener: socket.socket | None = None) -> Config:
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        timeout_worker_healthcheck=60,  # loading a large bundle may block a worker for a while
+        timeout_worker_healthcheck=HEALTH_SECONDS,
     )
 
 
