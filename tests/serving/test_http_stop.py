@@ -42,11 +42,7 @@ def ask_until_refused(running: Running, keeps: bool, outcomes: Counter[object]) 
         connection.close()
 
 
-# Known fault: about one stop in six of several workers under load resets a connection.
-RACE = pytest.mark.xfail(strict=False, reason="a connection may be reset as several workers stop")
-
-
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=RACE)])
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_no_request_is_lost_under_load(bundle: Path, workers: str) -> None:
     options = (*PATIENT, "--workers", workers, "--drain", "0.3")
     with serving(bundle, *options) as running:
