@@ -96,6 +96,18 @@ def test_workers_share_the_port_and_metrics(bundle: Path) -> None:
     assert not any(worker.is_running() for worker in workers)
 
 
+def test_a_worker_that_dies_unanswered_does_not_delay_a_stop(
+    bundle: Path,
+) -> None:
+    with serving(bundle, *PATIENT, "--workers", "2", "--drain", "0") as running:
+        worker, _ = wait_for(lambda: two(workers_of(psutil.Process(running.process.pid))))
+        worker.suspend()
+        time.sleep(1.5)  # the parent asks its workers every 0.5 s, and now waits for the answer
+        worker.kill()
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0
+
+
 def workers_of(parent: psutil.Process) -> list[psutil.Process]:
     """Return the worker processes of a parent."""
 
